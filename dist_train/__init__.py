@@ -1,0 +1,78 @@
+"""Distributed training in PyTorch, from float to a verified int8 artifact. What is named here is the public API."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_train.artifact import load_artifact
+    from dist_train.config import Config
+    from dist_train.config_sources import load_config
+    from dist_train.data.sampler import ElasticDistributedSampler
+    from dist_train.errors import ConfigError, DistTrainError
+    from dist_train.pipeline import run
+    from dist_train.registry import (
+        register_dataset,
+        register_model,
+        register_quantization_backend,
+        register_stage,
+        register_strategy,
+        register_task,
+        register_tracker,
+    )
+
+    __version__: str
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DistTrainError",
+    "ElasticDistributedSampler",
+    "__version__",
+    "load_artifact",
+    "load_config",
+    "register_dataset",
+    "register_model",
+    "register_quantization_backend",
+    "register_stage",
+    "register_strategy",
+    "register_task",
+    "register_tracker",
+    "run",
+]
+
+# Imported when first used (PEP 562): importing the package must not import torch.
+_HOME = {
+    "Config": "config",
+    "ConfigError": "errors",
+    "DistTrainError": "errors",
+    "ElasticDistributedSampler": "data.sampler",
+    "load_artifact": "artifact",
+    "load_config": "config_sources",
+    "run": "pipeline",
+} | {name: "registry" for name in __all__ if name.startswith("register_")}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _HOME:
+        value = getattr(importlib.import_module(f"dist_train.{_HOME[name]}"), name)
+    else:
+        raise AttributeError(f"module 'dist_train' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("dist-train")
+    except PackageNotFoundError:  # a checkout that was not installed
+        return "0+unknown"

@@ -1,0 +1,102 @@
+"""Checkpoints that are whole or absent: written beside, hashed, fsynced, renamed; `latest` moves last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from dist_train import codec
+from dist_train.errors import CheckpointError
+from dist_train.run_dir import read_json, replace_json, sync_directory
+
+_FORMAT = 1
+_TENSORS, _TREE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+
+
+class CheckpointFolder:
+    """The folder `checkpoints/` of a run. Only rank 0 writes to it.
+
+    A checkpoint is a folder of three files: tensors, the rest as JSON, and a manifest with the SHA-256 of both.
+    `latest.json` names the newest whole one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @property
+    def latest(self) -> str | None:
+        """Name of the newest whole checkpoint, None in a new run."""
+        value = read_json(self._path / "latest.json")
+        return None if value is None else str(value["name"])
+
+    def save(self, name: str, state: Any) -> None:
+        """Writes a checkpoint and points `latest` at it. A kill at any moment leaves the former one in force."""
+        self._path.mkdir(parents=True, exist_ok=True)
+        target, temporary = self._path / name, self._path / f".{name}.tmp"
+        for stale in self._path.glob(".*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary.mkdir()
+        tree, tensors = codec.encode(state)
+        # Only detached flat copies are left, so safetensors sees neither strides nor shared memory.
+        _write(temporary / _TENSORS, safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        _write(temporary / _TREE, json.dumps({"format": _FORMAT, "state": tree}, allow_nan=False).encode())
+        files = {file: hashlib.sha256((temporary / file).read_bytes()).hexdigest() for file in (_TENSORS, _TREE)}
+        _write(temporary / _MANIFEST, json.dumps({"sha256": files}).encode())
+        sync_directory(temporary)
+        if target.exists():
+            # Left by an attempt that was killed before `latest` moved here, so nothing refers to it.
+            shutil.rmtree(target)
+        os.rename(temporary, target)
+        sync_directory(self._path)
+        replace_json(self._path / "latest.json", {"name": name})
+
+    def load(self, name: str) -> Any:
+        """The state of a checkpoint, on the CPU.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        folder = self._path / name
+        hint = f"restore {folder} from a backup, or start anew with another --run.dir"
+        try:
+            manifest = json.loads((folder / _MANIFEST).read_bytes())
+            contents = {file: (folder / file).read_bytes() for file in (_TENSORS, _TREE)}
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint {folder} is incomplete: {error}", hint) from error
+        for file, data in contents.items():
+            if hashlib.sha256(data).hexdigest() != manifest["sha256"].get(file):
+                raise CheckpointError(f"the checkpoint is damaged: {folder / file} does not have the recorded SHA-256", hint)
+        document = json.loads(contents[_TREE])
+        if document["format"] != _FORMAT:
+            raise CheckpointError(f"the checkpoint {folder} has format {document['format']}, this version reads {_FORMAT}", "use the version of dist_train that wrote it")
+        try:
+            tensors = safetensors.torch.load(contents[_TENSORS])
+        except SafetensorError as error:
+            raise CheckpointError(f"the checkpoint {folder} cannot be read: {error}", hint) from error
+        return codec.decode(document["state"], tensors)
+
+    def names(self) -> list[str]:
+        """The whole checkpoints, sorted."""
+        return sorted(folder.name for folder in self._path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+
+    def keep_only(self, names: set[str]) -> None:
+        """Removes the checkpoints that are not in `names`."""
+        for name in set(self.names()) - names:
+            # Renamed first, so that a kill in between leaves no half checkpoint under a valid name.
+            doomed = self._path / f".{name}.tmp"
+            os.rename(self._path / name, doomed)
+            shutil.rmtree(doomed)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,256 @@
+"""The command line: finds the verb, checks what was typed, and only then imports what does the work (and torch)."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_train.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DistTrainError, RunDirError, UsageError
+
+if TYPE_CHECKING:
+    from dist_train.config_sources import Loaded
+
+SETTINGS = """\
+CONFIG is a YAML file, or the name of a shipped configuration (dist-train config list).
+  --dotted.key VALUE     change a setting; VALUE is YAML: --train.optim.lr 1e-3, --data.augment.0.padding 2
+  --import MODULE        import a module first that registers models, datasets, stages, ...; repeatable
+  --fast-dev-run         two batches of every stage, in a run directory of its own"""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: `call` gets what was typed after it, and returns the exit code."""
+
+    name: str
+    usage: str
+    summary: str
+    call: Callable[[list[str]], int]
+    details: str = ""
+
+    def help(self, prefix: str) -> str:
+        lines = [f"usage: dist-train {prefix}{self.name} {self.usage}".rstrip(), "", self.summary]
+        return "\n".join(lines + (["", self.details] if self.details else []))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command, shows its errors without a traceback, and returns the exit code (see `dist_train.errors`)."""
+    try:
+        return _dispatch(VERBS, "", list(sys.argv[1:] if arguments is None else arguments))
+    except DistTrainError as error:
+        if not (isinstance(error, ConfigError) and _another_rank_shows_it(os.environ)):
+            print(f"dist-train: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _another_rank_shows_it(environ: Mapping[str, str]) -> bool:
+    """All ranks of a node find the same mistakes: one shows them. Another node may have others (a missing folder)."""
+    rank = environ.get("LOCAL_RANK", environ.get("SLURM_LOCALID", environ.get("RANK", "0")))
+    return rank.isdecimal() and int(rank) > 0
+
+
+def _dispatch(verbs: dict[str, Verb], group: str, arguments: list[str]) -> int:
+    prefix = f"{group} ".lstrip()
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview(verbs, prefix))
+        return EXIT_DONE
+    name, *rest = arguments
+    if name == "--version" and not group:
+        from dist_train import __version__
+
+        print(f"dist-train {__version__}")
+        return EXIT_DONE
+    if name not in verbs:
+        alike = difflib.get_close_matches(name, verbs, n=1, cutoff=0.5)
+        hint = f"did you mean dist-train {prefix}{alike[0]}?" if alike else f"one of: {', '.join(verbs)}"
+        raise UsageError(f"unknown command {prefix}{name}", hint)
+    if name != "config" and any(word in ("-h", "--help") for word in rest):
+        print(verbs[name].help(prefix))
+        return EXIT_DONE
+    return verbs[name].call(rest)
+
+
+def _overview(verbs: dict[str, Verb], prefix: str) -> str:
+    rows = [(f"{verb.name} {verb.usage}", verb.summary) for verb in verbs.values()]
+    width = max(len(left) for left, _ in rows)
+    lines = [f"usage: dist-train {prefix}COMMAND ...", "", *(f"  {left:<{width}}  {right}" for left, right in rows)]
+    if not prefix:
+        lines += ["", SETTINGS, "", "several processes: torchrun --nproc_per_node N -m dist_train run CONFIG ..."]
+        lines += ["exit codes: 0 done, 1 failed, 75 preempted (run the same command again), 78 wrong configuration"]
+    return "\n".join(lines)
+
+
+def _positionals(name: str, usage: str, arguments: list[str], least: int, most: int) -> list[str]:
+    for word in arguments:
+        if word.startswith("-"):
+            raise UsageError(f"{name} has no option {word}", f"usage: dist-train {name} {usage}")
+    if not least <= len(arguments) <= most:
+        wrong = "too few" if len(arguments) < least else "too many"
+        raise UsageError(f"{name}: {wrong} arguments", f"usage: dist-train {name} {usage}")
+    return arguments
+
+
+def _load(name: str, arguments: list[str]) -> Loaded:
+    if not arguments or arguments[0].startswith("-"):
+        hint = f"dist-train {name} CONFIG --dotted.key VALUE; dist-train config list shows the shipped ones"
+        raise UsageError(f"{name} needs the configuration first, then the options", hint)
+    from dist_train.config_sources import load
+
+    return load(arguments[0], arguments[1:])
+
+
+def _train_verb(arguments: list[str]) -> int:
+    loaded = _load("run", arguments)
+    from dist_train.pipeline import run
+
+    run(loaded.config)
+    return EXIT_DONE
+
+
+def _evaluate_verb(arguments: list[str]) -> int:
+    run_dir = _run_dir("evaluate", arguments[:1])
+    _import_only("evaluate", arguments[1:])
+    from dist_train.pipeline import evaluate_run
+
+    evaluate_run(run_dir)
+    return EXIT_DONE
+
+
+def _ledger_verb(arguments: list[str]) -> int:
+    run_dir = _run_dir("ledger", arguments)
+    from dist_train.ledger import check
+
+    report = check(run_dir)
+    print(report)
+    return EXIT_DONE if report.ok else EXIT_FAILED
+
+
+def _run_dir(name: str, arguments: list[str]) -> Path:
+    run_dir = Path(_positionals(name, "RUN_DIR", arguments, 1, 1)[0])
+    if not (run_dir / "config.yaml").is_file():
+        what = "has no config.yaml: it is no run directory" if run_dir.is_dir() else "does not exist"
+        known = [str(found.parent) for found in sorted(run_dir.parent.glob("*/config.yaml"))]
+        alike = difflib.get_close_matches(str(run_dir), known, n=2, cutoff=0.5)
+        hint = "did you mean " + " or ".join(alike) + "?" if alike else "give the directory of a run, runs/NAME"
+        raise RunDirError(f"{run_dir} {what}", hint)
+    return run_dir
+
+
+def _import_only(name: str, arguments: list[str]) -> None:
+    """For verbs whose only option is `--import MODULE`."""
+    from dist_train.config_sources import import_modules, split_options
+
+    options, modules, problems = split_options(arguments)
+    if options:
+        raise UsageError(f"{name} takes no settings: {options[0][0]}", f"dist-train {name} --help")
+    problems += import_modules(modules)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _config_verb(arguments: list[str]) -> int:
+    return _dispatch(CONFIG_VERBS, "config", arguments)
+
+
+def _config_list(arguments: list[str]) -> int:
+    _positionals("config list", "", arguments, 0, 0)
+    from dist_train.config_sources import shipped
+
+    files = shipped()
+    width = max((len(name) for name in files), default=0)
+    for name, file in files.items():
+        print(f"{name:<{width}}  {_first_comment(file)}".rstrip())
+    return EXIT_DONE
+
+
+def _first_comment(file: Path) -> str:
+    for line in file.read_text(encoding="utf-8").splitlines():
+        text = line.lstrip("#").strip()
+        if not line.startswith("#"):
+            break
+        if text and not text.startswith("yaml-language-server"):
+            return text
+    return ""
+
+
+def _config_show(arguments: list[str]) -> int:
+    loaded = _load("config show", arguments)
+    from dist_train.config_sources import annotated
+
+    print(annotated(loaded), end="")
+    return EXIT_DONE
+
+
+def _config_copy(arguments: list[str]) -> int:
+    name, *given = _positionals("config copy", "NAME [DEST]", arguments, 1, 2)
+    from dist_train.config_sources import configs_dir, shipped
+
+    files = shipped()
+    if name not in files:
+        alike = difflib.get_close_matches(name, files, n=2, cutoff=0.5)
+        hint = f"did you mean {' or '.join(alike)}?" if alike else f"one of: {', '.join(files)}"
+        raise UsageError(f"there is no shipped configuration {name!r}", hint)
+    dest = Path(given[0]) if given else Path(f"{name}.yaml")
+    dest = dest / f"{name}.yaml" if dest.is_dir() else dest
+    # The copy lies elsewhere, so its line for editors names the schema by its whole path.
+    schema = re.compile(r"(?<=^# yaml-language-server: \$schema=).*")
+    text = schema.sub(lambda _: str(configs_dir() / "schema.json"), files[name].read_text(encoding="utf-8"), count=1)
+    try:
+        with dest.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UsageError(f"{dest} is there already, and is not overwritten", "give another name as DEST") from None
+    except OSError as error:
+        raise UsageError(f"{dest} cannot be written: {error.strerror}", "give another name as DEST") from None
+    print(dest)
+    return EXIT_DONE
+
+
+def _config_schema(arguments: list[str]) -> int:
+    _import_only("config schema", arguments)
+    from dist_train.config_sources import json_schema
+
+    print(json_schema(), end="")
+    return EXIT_DONE
+
+
+def _config_check(arguments: list[str]) -> int:
+    config = _load("config check", arguments).config
+    print(f"{arguments[0]} is right: {', '.join(config.stages)} in {config.run_dir}")
+    return EXIT_DONE
+
+
+VERBS = {
+    verb.name: verb
+    for verb in (
+        Verb(
+            "run", "CONFIG [--dotted.key VALUE ...]", "run the stages; the same command resumes", _train_verb, SETTINGS
+        ),
+        Verb(
+            "evaluate",
+            "RUN_DIR [--import MODULE]",
+            "evaluate the models of a run again",
+            _evaluate_verb,
+            "RUN_DIR is the directory of a run, with its config.yaml.",
+        ),
+        Verb("config", "list|show|copy|schema|check ...", "look at configurations, without running them", _config_verb),
+        Verb("ledger", "RUN_DIR", "check that every sample was consumed once an epoch", _ledger_verb),
+    )
+}
+CONFIG_VERBS = {
+    verb.name: verb
+    for verb in (
+        Verb("list", "", "the shipped configurations", _config_list),
+        Verb(
+            "show", "CONFIG [--dotted.key VALUE ...]", "every setting, and where it came from", _config_show, SETTINGS
+        ),
+        Verb("copy", "NAME [DEST]", "copy a shipped configuration, to change it; never overwrites", _config_copy),
+        Verb("schema", "[--import MODULE]", "the JSON schema that editors complete from", _config_schema),
+        Verb("check", "CONFIG [--dotted.key VALUE ...]", "report every mistake, run nothing", _config_check, SETTINGS),
+    )
+}

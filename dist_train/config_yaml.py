@@ -1,0 +1,199 @@
+"""YAML 1.2 text to plain data and back, with the line or the option that each value came from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from dist_train.errors import Problem
+
+Place = tuple[str | int, ...]  # of a value in the tree: ("train", "optim", "lr"), ("data", "augment", 0)
+
+# The core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema). PyYAML implements 1.1, where 1e-3 is a text
+# and `no` is a boolean.
+_TAG = "tag:yaml.org,2002:"
+_SCALARS = {
+    "null": re.compile(r"^(?:~|null|Null|NULL|)$"),
+    "bool": re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"),
+    "int": re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"),
+    "float": re.compile(
+        r"^(?:[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads scalars by the core schema alone."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that either version of YAML would read as something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Loader.yaml_implicit_resolvers = {}  # not the inherited ones, of 1.1
+for _kind, _pattern in _SCALARS.items():
+    _Loader.add_implicit_resolver(_TAG + _kind, _pattern, None)
+    _Dumper.add_implicit_resolver(_TAG + _kind, _pattern, None)
+
+
+def dotted(path: Iterable[str | int]) -> str:
+    """("data", "augment", 0) -> "data.augment.0"."""
+    return ".".join(str(key) for key in path)
+
+
+def to_yaml(value: Any, *, one_line: bool = False) -> str:
+    """JSON-like data as YAML, keys in their own order; it reads back equal under YAML 1.1 and 1.2."""
+    text = yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=one_line, width=float("inf")
+    )
+    return text.removesuffix("\n").removesuffix("\n...") if one_line else str(text)
+
+
+def _misfit(container: Any, key: str | int, at: Place) -> str:
+    """Why `key` cannot be set in what stands at `at`; "" where it can."""
+    if isinstance(container, list):
+        if not isinstance(key, int):
+            return f"{dotted(at)} is a list: name an item by its number, {dotted(at)}.0"
+        count = len(container)
+        return "" if key < count else f"{dotted(at)} has {count} item{'' if count == 1 else 's'}, counted from 0"
+    return (
+        "" if isinstance(container, dict) else f"{dotted(at)} is the single value {to_yaml(container, one_line=True)}"
+    )
+
+
+@dataclass
+class Tree:
+    """The given settings, merged in order; each with its source, and the mistakes that the reading met."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    sources: dict[Place, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def source_of(self, path: Place) -> str:
+        """Where the value at `path`, or the nearest section around it, was given; "" where nothing was."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.sources:
+                return self.sources[path[:length]]
+        return ""
+
+    def sources_of_leaf(self, path: Place) -> str:
+        """What gave the setting at `path`, and the options that changed a part of it; "default" where nothing did."""
+        own = [self.sources[path]] if path in self.sources else []
+        inside = [source for at, source in self.sources.items() if at[: len(path)] == path and source.startswith("--")]
+        return ", ".join(dict.fromkeys(own + inside)) or "default"
+
+    def read_text(self, text: bytes, name: str) -> None:
+        """Reads a file's text; `name` is what the sources call the file."""
+        node = self._compose(text, name, lambda line: f"{name}:{line}")
+        if node is None:
+            return
+        if not isinstance(node, yaml.MappingNode):
+            self.problems.append(
+                Problem(
+                    name, "must consist of settings, `key: value`, at its top", f"{name}:{node.start_mark.line + 1}"
+                )
+            )
+            return
+        self.values = self._construct(node, (), lambda line: f"{name}:{line}", ())
+
+    def set_option(self, option: str, text: str, default: Callable[[Place], Any]) -> None:
+        """Sets what `--dotted.key TEXT` gives; `default(path)` is the default of a list that is not given itself."""
+        keys = option.removeprefix("--").split(".")
+        if "" in keys:
+            self.problems.append(Problem(option, "is not a dotted key", hint="for example --train.optim.lr 0.1"))
+            return
+        known = len(self.problems)
+        node = self._compose(text.encode(), ".".join(keys), lambda line: option)
+        if len(self.problems) > known:
+            return
+        path: Place = ()
+        container: Any = self.values
+        for key, following in zip(keys, [*keys[1:], None], strict=True):
+            step: str | int = int(key) if isinstance(container, list) and key.isdecimal() else key
+            misfit = _misfit(container, step, path)
+            if misfit:
+                self.problems.append(Problem(".".join(keys), misfit, option))
+                return
+            path = (*path, step)
+            if following is None:
+                break
+            if not isinstance(container, list) and container.get(step) is None:
+                container[step] = (default(path) if following.isdecimal() else None) or {}
+            container = container[step]
+        self._forget(path)
+        container[path[-1]] = None if node is None else self._construct(node, path, lambda line: option, ())
+        self.sources[path] = option
+
+    def remove(self, path: Place) -> None:
+        """Takes a value out, so that what is left can be judged."""
+        *parents, last = path
+        container: Any = self.values
+        for key in parents:
+            container = container[key]
+        del container[last]
+
+    def _forget(self, path: Place) -> None:
+        for known in [known for known in self.sources if known[: len(path)] == path]:
+            del self.sources[known]
+
+    def _compose(self, text: bytes, place: str, source: Callable[[int], str]) -> Any:
+        try:
+            return yaml.compose(text, Loader=_Loader)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+            self.problems.append(
+                Problem(
+                    place, f"is not YAML: {reason}", source(mark.line + 1) if mark else "", "quote texts with : or #"
+                )
+            )
+            return None
+
+    def _construct(self, node: Any, path: Place, source: Callable[[int], str], around: tuple[int, ...]) -> Any:
+        """Plain data of a node; keys stay texts, so that the result is what JSON can say."""
+        here = source(node.start_mark.line + 1)
+        self.sources.setdefault(path, here)
+        if id(node) in around:
+            self.problems.append(Problem(dotted(path), "contains itself", here))
+            return None
+        around = (*around, id(node))
+        if isinstance(node, yaml.SequenceNode):
+            return [self._construct(item, (*path, i), source, around) for i, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            result: dict[str, Any] = {}
+            for key_node, value_node in node.value:
+                key, line = str(key_node.value), source(key_node.start_mark.line + 1)
+                inside = (*path, key)
+                if not isinstance(key_node, yaml.ScalarNode):
+                    self.problems.append(Problem(dotted(path), "a key must be a single text", line))
+                elif key in result:
+                    first = self.sources[inside]
+                    self.problems.append(Problem(dotted(inside), f"is given twice, first at {first}", line))
+                else:
+                    self.sources[inside] = line
+                    result[key] = self._construct(value_node, inside, source, around)
+            return result
+        return self._scalar(node, path, here)
+
+    def _scalar(self, node: Any, path: Place, here: str) -> Any:
+        text = str(node.value)
+        kind = node.tag.removeprefix(_TAG)
+        if kind == "str":
+            return text
+        if kind not in _SCALARS or not _SCALARS[kind].match(text):
+            self.problems.append(Problem(dotted(path), f"{text!r} cannot have the YAML tag {node.tag}", here))
+            return None
+        if kind == "null":
+            return None
+        if kind == "bool":
+            return text.lower() == "true"
+        if kind == "int":
+            return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))

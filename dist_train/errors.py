@@ -1,0 +1,100 @@
+"""Every error that a user may see: what is wrong, where, and what to type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
+EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: running it again will not help
+
+
+class DistTrainError(Exception):
+    """Base of the errors that are shown without a traceback.
+
+    `message` says what is wrong and where; `hint` says what to type.
+    """
+
+    exit_code = EXIT_FAILED
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  -> {self.hint}" if self.hint else self.message
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in the configuration: `place` is a dotted key, `source` is a file and line or an option."""
+
+    place: str
+    message: str
+    source: str = ""
+    hint: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.place} ({self.source})" if self.source else self.place
+        return f"{where}: {self.message}" + (f"\n      -> {self.hint}" if self.hint else "")
+
+
+class ConfigError(DistTrainError):
+    """All mistakes of a configuration at once."""
+
+    exit_code = EXIT_CONFIG
+
+    def __init__(self, problems: Sequence[Problem], hint: str = "") -> None:
+        self.problems = tuple(problems)
+        count = "1 mistake" if len(self.problems) == 1 else f"{len(self.problems)} mistakes"
+        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        super().__init__(f"{count} in the configuration:\n{lines}", hint)
+
+
+class UsageError(DistTrainError):
+    """The command line cannot be read: an unknown command, or arguments that it does not take."""
+
+    exit_code = EXIT_CONFIG
+
+
+class SetupError(DistTrainError):
+    """The environment contradicts itself or lacks something: ranks, devices, libraries, versions."""
+
+    exit_code = EXIT_CONFIG
+
+
+class RunDirError(DistTrainError):
+    """The run directory belongs to another run, or cannot be used."""
+
+    exit_code = EXIT_CONFIG
+
+
+class DataError(DistTrainError):
+    """A dataset is missing, corrupt or not what the model expects."""
+
+
+class CheckpointError(DistTrainError):
+    """A checkpoint is damaged or does not fit."""
+
+
+class ArtifactError(DistTrainError):
+    """An exported artifact is damaged, incomplete or from an unsupported version."""
+
+
+class QuantizationError(DistTrainError):
+    """A model cannot be quantized this way; the hint says what to change."""
+
+
+class GateError(DistTrainError):
+    """A measured fidelity lies outside its bound: the result must not be trusted."""
+
+
+class NonFiniteLossError(DistTrainError):
+    """The loss became NaN or infinite; names step and ranks."""
+
+
+class PeerError(DistTrainError):
+    """Another rank failed, or did not answer in time. It is never the cause itself."""

@@ -1,0 +1,63 @@
+"""Exact distributed evaluation: each sample counts once, whatever the number of ranks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from dist_train.data.arrays import Batch
+from dist_train.tasks import Task
+from dist_train.world import World
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics over all ranks' samples, and this rank's own decisions, [samples of this rank], for comparing two models."""
+
+    metrics: dict[str, float | int]
+    decisions: torch.Tensor
+
+
+@torch.no_grad()
+def evaluate(
+    call: Callable[[torch.Tensor], torch.Tensor],
+    batches: Iterable[Batch],
+    task: Task,
+    world: World,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Evaluation:
+    """Evaluates a model that is in eval mode already. Collective: every rank calls it, with its own part of the data.
+
+    Returns:
+        metrics: the task's, plus `loss` (mean) and `count`, the samples evaluated over all ranks.
+    """
+    metrics = task.metrics().to(world.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    decisions = []
+    for batch in batches:
+        with autocast():
+            outputs = call(batch.inputs)
+        outputs = outputs.float()
+        sums[0] += task.loss(outputs, batch.targets).double().sum()
+        sums[1] += len(batch.targets)
+        metrics.update(outputs, batch.targets)
+        decisions.append(task.decide(outputs))
+    world.all_reduce(sums, "sum")
+    with warnings.catch_warnings():
+        # A rank without samples has nothing to add, which is right.
+        warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+        values = {name: float(value) for name, value in metrics.compute().items()}
+    count = int(sums[1])
+    own = torch.cat(decisions).cpu() if decisions else torch.empty(0, dtype=torch.int64)
+    return Evaluation({**values, "loss": float(sums[0]) / max(count, 1), "count": count}, own)
+
+
+def agreement(left: Evaluation, right: Evaluation, world: World) -> float:
+    """Share of the samples, over all ranks, on which two models decide the same."""
+    same = torch.tensor([float((left.decisions == right.decisions).sum()), float(len(left.decisions))], dtype=torch.float64, device=world.device)
+    world.all_reduce(same, "sum")
+    return float(same[0] / same[1].clamp(min=1))

@@ -1,0 +1,202 @@
+"""fit() and train_step(): the one training loop, of float training and of quantization-aware training alike.
+
+Its order is law: seed, forward and backward, reduction, clip, optimizer, schedule, average, ledger; then evaluation, then the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from dist_train.config import FitConfig
+from dist_train.data.loader import StepBatch, TrainLoader, seed_everything
+from dist_train.data.permutation import derive_key
+from dist_train.evaluate import Evaluation
+from dist_train.hooks import Hook
+from dist_train.ledger import Ledger, NoLedger
+from dist_train.progress import Progress
+from dist_train.reduction import Pending, StepReduction, StepSums
+from dist_train.state import TrainState
+from dist_train.strategies.base import Strategy
+from dist_train.tasks import Task
+from dist_train.trackers.base import Trackers
+
+
+class Checkpoints(Protocol):
+    """Where the loop's state goes. Collective: every rank calls it."""
+
+    def save_step(self, stage: str, step: int, state: dict[str, Any], best_step: int | None) -> None:
+        """Saves the state of `step`; the checkpoint of `best_step` is kept too."""
+
+    def load_step(self, stage: str, step: int) -> dict[str, Any]:
+        """The state that was saved at `step`."""
+
+
+@dataclass
+class Fit:
+    """What the loop works with; made by a stage."""
+
+    stage: str
+    seed: int
+    config: FitConfig
+    epochs: int
+    steps_per_epoch: int
+    loader: TrainLoader
+    task: Task
+    strategy: Strategy
+    reduction: StepReduction
+    hooks: Sequence[Hook]
+    evaluate: Callable[[nn.Module], Evaluation]
+    checkpoints: Checkpoints
+    checkpoint_every: int | None
+    ledger: Ledger | NoLedger
+    trackers: Trackers
+    log_every: int
+    progress: Progress
+    compile: bool
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+
+def train_step(model: nn.Module, batch: StepBatch, task: Task, strategy: Strategy) -> StepSums:
+    """Forward and backward of one rank's share; gradients end up as those of the mean over the global batch (law 2).
+
+    DDP divides the sum of the ranks' gradients by their number, so the local sum of losses is multiplied by it.
+    """
+    scale = strategy.world.world_size / batch.global_count
+    loss_sum = score_sum = torch.zeros((), device=strategy.world.device)
+    for number, micro in enumerate(batch.micro_batches, start=1):
+        with nullcontext() if number == len(batch.micro_batches) else strategy.no_sync(model):
+            with strategy.autocast():
+                outputs = model(micro.inputs)
+            real = outputs[: micro.rows].float()
+            # A rank without rows takes part in the gradients' all-reduce with zeros.
+            loss = task.loss(real, micro.targets).sum() if micro.rows else outputs.float().sum() * 0
+            strategy.backward(loss * scale)
+        loss_sum = loss_sum + loss.detach()
+        if micro.rows:
+            score_sum = score_sum + task.score(real.detach(), micro.targets).sum()
+    return StepSums(loss_sum, score_sum, batch.rows, batch.global_count)
+
+
+def fit(run: Fit, model: nn.Module, resume: dict[str, Any] | None) -> TrainState:
+    """Trains `model` in place to the last step, from the state in `resume` or from the beginning.
+
+    Returns:
+        the state, its `chosen` model in eval mode being the stage's result and `metrics` that model's.
+
+    Raises:
+        NonFiniteLossError: on all ranks.
+    """
+    state = TrainState(model, run.config, run.total_steps, run.steps_per_epoch)
+    if resume is not None:
+        state.load_state_dict(resume)
+    if state.step < run.total_steps:
+        _train(run, state)
+    if run.config.select == "best" and state.best is not None and state.best["step"] != run.total_steps:
+        state.load_state_dict(run.checkpoints.load_step(run.stage, state.best["step"]))
+    state.chosen.eval()
+    return state
+
+
+class _Outlook:
+    """Looks at what the reductions brought: at once on a CPU, a step later on CUDA, where waiting would idle the device.
+
+    Nothing is evaluated or saved before `drain`, so a loss that is not finite never reaches a checkpoint.
+    """
+
+    def __init__(self, run: Fit) -> None:
+        self._run = run
+        self._lag = 1 if run.strategy.world.device.type == "cuda" else 0
+        self._waiting: deque[tuple[Pending, int, int, float, int]] = deque()
+
+    def add(self, pending: Pending, step: int, epoch: int, lr: float, samples: int) -> None:
+        self._waiting.append((pending, step, epoch, lr, samples))
+        self._look(self._lag)
+
+    def drain(self) -> None:
+        self._look(0)
+
+    def _look(self, lag: int) -> None:
+        run = self._run
+        while len(self._waiting) > lag:
+            pending, step, epoch, lr, samples = self._waiting.popleft()
+            means = pending.means()
+            run.progress.step(step + 1, samples, means.loss, means.score, lr)
+            if step % run.log_every == 0 or step + 1 == run.total_steps:
+                speed = round(run.progress.samples_per_second, 1)
+                run.trackers.log(run.stage, epoch, step, {"loss": means.loss, "score": means.score, "lr": lr, "samples_per_second": speed})
+
+
+def _train(run: Fit, state: TrainState) -> None:
+    model = state.model.train()
+    if run.compile:
+        # Static shapes: with dynamic ones the kernels would depend on which shapes came first, and so on where a run was resumed.
+        model.compile(dynamic=False)
+    wrapped = run.strategy.wrap(model)
+    rank = run.strategy.world.rank
+    outlook = _Outlook(run)
+    run.progress.begin(run.stage, run.total_steps, state.step)
+    settled = False
+    while state.step < run.total_steps:
+        epoch, first = divmod(state.step, run.steps_per_epoch)
+        for batch in run.loader.epoch(epoch, first, run.steps_per_epoch):
+            step = state.step
+            for hook in run.hooks:
+                hook.before_step(step)
+            if not settled:
+                run.strategy.settle(wrapped, batch.micro_batches[0].inputs)
+                settled = True
+            seed_everything(derive_key("step", run.seed, run.stage, step, rank))
+            sums = train_step(wrapped, batch, run.task, run.strategy)
+            outlook.add(run.reduction(sums, step), step, epoch, state.optimizer.param_groups[0]["lr"], batch.global_count)
+            _update(run, state)
+            run.ledger.record(run.stage, epoch, step, batch.ids, skipped=False)
+            if run.checkpoint_every and state.step % run.checkpoint_every == 0 and state.step % run.steps_per_epoch:
+                outlook.drain()
+                _save(run, state)
+        outlook.drain()
+        _end_epoch(run, state, epoch)
+    run.progress.end()
+
+
+def _update(run: Fit, state: TrainState) -> None:
+    """Clip, optimizer, schedule, average."""
+    if run.config.clip_grad_norm is not None:
+        nn.utils.clip_grad_norm_(state.model.parameters(), run.config.clip_grad_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.schedule.step()
+    if state.average is not None:
+        state.average.update_parameters(state.model)
+    state.step += 1
+
+
+def _end_epoch(run: Fit, state: TrainState, epoch: int) -> None:
+    last = state.step == run.total_steps
+    if last or (epoch + 1) % run.config.evaluate_every == 0:
+        state.chosen.eval()
+        state.metrics = run.evaluate(state.chosen).metrics
+        state.model.train()
+        run.trackers.log(run.stage, epoch, state.step - 1, {f"eval_{name}": value for name, value in state.metrics.items()})
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in state.metrics.items() if name != "count")
+        run.progress.say(f"{run.stage}: epoch {epoch + 1}/{run.epochs} evaluated: {shown} on {state.metrics['count']} samples")
+        value = state.metrics[run.task.headline]
+        if state.best is None or value > state.best["value"]:
+            state.best = {"value": value, "step": state.step}
+    if not last:
+        # The end of a stage is saved by the pipeline, with the stage's result.
+        _save(run, state)
+
+
+def _save(run: Fit, state: TrainState) -> None:
+    best_step = None if state.best is None or run.config.select == "last" else state.best["step"]
+    run.checkpoints.save_step(run.stage, state.step, state.state_dict(), best_step)

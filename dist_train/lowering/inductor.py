@@ -1,0 +1,61 @@
+"""Inductor: torch.compile with frozen weights. Needs a C++ compiler where the model runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from dist_train.lowering.base import Lowered, LoweringUnavailable, quiet
+
+
+def compiler() -> str | None:
+    """The C++ compiler that Inductor will use ($CXX or g++), or None."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def lower(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> Lowered:
+    """Compiles `model` by Inductor with frozen weights, for batches of one and for any other size.
+
+    model: a converted model (Q/DQ) or a float one in eval mode; it must not be trained afterwards (weights are frozen in).
+    example: float32 [B, C, H, W], for its shape. The process's number of threads is set for the time of each call only.
+
+    Raises LoweringUnavailable without a C++ compiler, or where Inductor cannot compile the model.
+    """
+    if compiler() is None:
+        raise LoweringUnavailable("no C++ compiler for Inductor: install g++, or name one in CXX")
+    import torch._inductor.config as inductor_config
+
+    # Importing it registers the fusion of Q/DQ patterns into oneDNN's int8 kernels; without it int8 is simulated in float.
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
+
+    module = model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
+    compiled = torch.compile(module)
+    seen: set[torch.Size] = set()
+
+    def call(images: Tensor) -> Tensor:
+        previous = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with torch.no_grad():
+                if images.shape in seen:
+                    return compiled(images)
+                # A new shape may compile. Patched around the call: `torch.compile(options=...)` comes too late for Q/DQ.
+                with quiet(), inductor_config.patch(freezing=True):
+                    outputs = compiled(images)
+                seen.add(images.shape)
+                return outputs
+        finally:
+            torch.set_num_threads(previous)
+
+    shape = example.shape[1:]
+    try:
+        for batch in (1, 2, 3):  # one; the first other; from the second other on Inductor makes the batch dynamic
+            call(torch.zeros(batch, *shape))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LoweringUnavailable(f"Inductor cannot compile this model: {reason}") from error
+    return Lowered("inductor", call)

@@ -1,0 +1,277 @@
+"""A run: its stages in order, resumed at the first unfinished one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+import uuid
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from dist_train import registry
+from dist_train.artifact import load_artifact
+from dist_train.checkpoint import CheckpointFolder
+from dist_train.config import Config
+from dist_train.config_sources import differences, dump
+from dist_train.data.arrays import Splits, open_splits
+from dist_train.data.datasets import cache_folder
+from dist_train.data.loader import seed_everything
+from dist_train.data.permutation import derive_key
+from dist_train.environment import describe
+from dist_train.errors import ConfigError, PeerError, RunDirError, SetupError
+from dist_train.evaluate import evaluate
+from dist_train.ledger import Ledger, NoLedger, record_expectation
+from dist_train.models.build import build_model
+from dist_train.progress import Progress
+from dist_train.run_dir import RunDir, read_json, replace_json, replace_text
+from dist_train.stages.base import Context, Stage, Stopwatch
+from dist_train.status import Status, fail
+from dist_train.strategies.base import Strategy
+from dist_train.summary import print_results
+from dist_train.trackers.base import Trackers
+from dist_train.world import World, join, resolve_threads
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Runs or resumes what the config describes, on all ranks; every rank of the world calls it.
+
+    Returns:
+        what results.json holds.
+
+    Raises:
+        ConfigError: the run directory holds a run with other settings that determine the result.
+        RunDirError: the directory is not a run's.
+        DistTrainError: as it happened; PeerError where another rank was the cause.
+    """
+    run_dir = RunDir(config.run_dir)
+    done = None if config.debug.fast_dev_run else _earlier_results(config, run_dir)
+    if done is not None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"this run is done: {run_dir.path}; for another one choose another --run.name or --run.dir")
+            print_results(done)
+        return done
+    attempt: int | None = None
+    try:
+        with join(config.run) as world:
+            attempt = world.on_rank_0(lambda: _open(config, run_dir), "opening the run directory")
+            _check_shared(run_dir, world)
+            return _run(config, run_dir, world, attempt)
+    except BaseException as error:
+        if attempt is not None and not (isinstance(error, PeerError) and os.environ.get("RANK", "0") != "0"):
+            fail(run_dir, attempt, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _earlier_results(config: Config, run_dir: RunDir) -> dict[str, Any] | None:
+    """The results of a finished run; refuses a directory that belongs to something else. Reads only."""
+    if not run_dir.config.exists():
+        if run_dir.path.exists() and any(entry.name != "logs" and not entry.name.startswith(".") for entry in run_dir.path.iterdir()):
+            raise RunDirError(f"{run_dir.path} is not empty, and is not a run directory", "--run.dir DIR, with a new or an empty folder")
+        return None
+    changed = differences(yaml.safe_load(run_dir.config.read_text(encoding="utf-8")), config)
+    if changed:
+        raise ConfigError(changed, f"{run_dir.path} holds a run with other settings: undo the change to resume it, or start a new one with --run.name NEW or --run.dir DIR")
+    status = read_json(run_dir.status)
+    results: dict[str, Any] | None = read_json(run_dir.results)
+    return results if status is not None and status["state"] == "done" else None
+
+
+def _open(config: Config, run_dir: RunDir) -> int:
+    """Rank 0: makes the run directory and returns the number of this attempt."""
+    if config.debug.fast_dev_run and run_dir.config.exists():
+        shutil.rmtree(run_dir.path)
+    run_dir.path.mkdir(parents=True, exist_ok=True)
+    if not run_dir.config.exists():
+        replace_text(run_dir.config, dump(config))
+    status = read_json(run_dir.status)
+    attempt = 0 if status is None else int(status["restarts"]) + 1
+    Status(run_dir, config.run.name, attempt).set()
+    return attempt
+
+
+def _check_shared(run_dir: RunDir, world: World) -> None:
+    """Every rank sees what rank 0 writes, or the run stops here rather than at its first checkpoint.
+
+    Raises:
+        SetupError: the run directory is not on a shared file system.
+    """
+    if world.world_size == 1:
+        return
+    token = world.on_rank_0(lambda: uuid.uuid4().hex, "agreeing on a token")
+    path = run_dir.path / f".token-{token}"
+    world.on_rank_0(lambda: path.write_text(token) and None, "writing a token")
+    end = time.monotonic() + 20
+    while not path.exists() and time.monotonic() < end:
+        os.listdir(run_dir.path.parent)  # asks NFS anew
+        time.sleep(0.05)
+    seen = world.gather(path.exists())
+    if world.is_main:
+        path.unlink()
+    if not all(seen):
+        blind = [rank for rank, sees in enumerate(seen) if not sees]
+        raise SetupError(f"ranks {blind} do not see {run_dir.path} as rank 0 does", "--run.dir DIR, with a folder on a file system that all nodes share")
+
+
+def _run(config: Config, run_dir: RunDir, world: World, attempt: int) -> dict[str, Any]:
+    _agree_on_config(config, world)
+    known = read_json(run_dir.environment) or {}
+    threads = known.get("threads_per_rank") if config.run.threads_per_rank == "auto" else None
+    threads = threads or resolve_threads(config.run.threads_per_rank, world)
+    _configure_torch(config, threads)
+    if world.is_main:
+        replace_json(run_dir.environment, describe(world, threads))
+    progress = Progress(world.is_main, config.log.interval)
+    status = Status(run_dir, config.run.name, attempt)
+    trackers = Trackers([status, *(registry.trackers.get(name)(run_dir, config.run.name, attempt) for name in config.trackers)] if world.is_main else [])
+    ledger = Ledger(run_dir, world.rank, world.world_size, attempt) if config.debug.ledger else NoLedger()
+    try:
+        context = _context(config, run_dir, world, threads, progress, trackers, ledger)
+        if world.is_main and config.debug.ledger:
+            record_expectation(run_dir, len(context.splits.train), config.data.drop_last, config.data.global_batch_size)  # type: ignore[arg-type]
+        _run_stages(context, attempt, status)
+        # Every rank is done before the status says so.
+        world.barrier("end")
+        if world.is_main:
+            replace_json(run_dir.results, context.results)
+            status.set(state="done")
+            print_results(context.results)
+            _say_paths(run_dir, progress)
+    finally:
+        ledger.close()
+        trackers.close()
+    return context.results
+
+
+def _run_stages(context: Context, attempt: int, status: Status) -> None:
+    config, world, folder = context.config, context.world, context.folder
+    interrupted: dict[str, Any] | None = None
+    latest = folder.latest
+    if latest is not None:
+        interrupted = folder.load(latest)
+        context.finished = dict(interrupted["finished_stages"])
+        context.results = interrupted["results"]
+        where = f"after {interrupted['stage']}" if interrupted["finished"] else f"in {interrupted['stage']} at step {interrupted['payload']['step']}"
+        context.progress.say(f"resuming (attempt {attempt}) {where}")
+    context.results["world_size"] = world.world_size
+    if world.world_size not in context.results["world_sizes"]:
+        context.results["world_sizes"].append(world.world_size)
+    for name in config.stages:
+        stage: Stage = registry.stages.get(name)(name, getattr(config, name, None))
+        if name in context.finished:
+            stage.restore(context, folder.load(context.finished[name])["payload"])
+            continue
+        if interrupted is not None and not interrupted["finished"] and interrupted["stage"] == name:
+            context.resume = interrupted["payload"]
+        if world.is_main:
+            status.set(state="running", stage=name, step=0)
+        stopwatch = Stopwatch()
+        product = stage.run(context)
+        context.results["stages"].setdefault(name, {})["seconds"] = stopwatch.seconds
+        stage.restore(context, product)
+        context.save_stage(name, product)
+        if world.is_main:
+            replace_json(context.run_dir.results, context.results)
+
+
+def _context(config: Config, run_dir: RunDir, world: World, threads: int, progress: Progress, trackers: Trackers, ledger: Ledger | NoLedger) -> Context:
+    splits = _splits(config, world)
+    model = _model(config, splits, world)
+    return Context(
+        config=config,
+        world=world,
+        run_dir=run_dir,
+        folder=CheckpointFolder(run_dir.checkpoints),
+        splits=splits,
+        task=registry.tasks.get(config.task.name)(splits.num_classes, config.task.args),
+        strategy=_strategy(config, world),
+        trackers=trackers,
+        ledger=ledger,
+        progress=progress,
+        model=model,
+        threads=threads,
+        results={"run": config.run.name, "world_size": world.world_size, "world_sizes": [], "stages": {}, "models": {}, "gates": {}},
+    )
+
+
+def _splits(config: Config, world: World) -> Splits:
+    make: Callable[[Any], Splits] = registry.datasets.get(config.data.name)
+    return open_splits(lambda: make(config.data), cache_folder(config.data), world)
+
+
+def _model(config: Config, splits: Splits, world: World) -> nn.Module:
+    """The model with its first weights, a function of the seed alone, on the device."""
+    seed_everything(derive_key("weights", config.run.seed))
+    model = build_model(config.model, splits.num_classes, splits.input_shape[0])
+    return model.to(world.device, memory_format=torch.channels_last if config.model.channels_last else torch.preserve_format)
+
+
+def _strategy(config: Config, world: World) -> Strategy:
+    name = config.strategy if config.strategy != "auto" else "ddp"
+    if name == "ddp" and world.world_size == 1:
+        name = "single"
+    strategy: Strategy = registry.strategies.get(name)(world, config.precision)
+    return strategy
+
+
+def _agree_on_config(config: Config, world: World) -> None:
+    digests = world.gather(hashlib.sha256(dump(config).encode()).hexdigest())
+    if len(set(digests)) > 1:
+        raise SetupError("the ranks were started with different configurations", "start all ranks with the same command and the same files")
+
+
+def _configure_torch(config: Config, threads: int) -> None:
+    torch.set_num_threads(threads)
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.backends.cudnn.benchmark = False
+    # SequentialLR's own way of starting its schedules, and weights whose strides can be read as both memory formats.
+    for message in (".*lr_scheduler.step.*before.*optimizer.step.*", "The epoch parameter in `scheduler.step", "Grad strides do not match bucket view strides"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _say_paths(run_dir: RunDir, progress: Progress) -> None:
+    for path, what in ((run_dir.results, "results"), (run_dir.metrics, "metrics"), (run_dir.export, "artifact"), (run_dir.checkpoints, "checkpoints")):
+        if path.exists():
+            progress.say(f"{what:12s} {path}")
+
+
+def evaluate_run(run_dir: Path) -> dict[str, Any]:
+    """Evaluates the float model and the artifact of a run again, on all ranks; writes nothing.
+
+    Raises:
+        RunDirError: there is no run, or it has no trained model yet.
+    """
+    paths = RunDir(Path(run_dir))
+    if not paths.config.exists():
+        raise RunDirError(f"{run_dir} is not a run directory: it has no {paths.config.name}", "dist-train evaluate runs/NAME")
+    from dist_train.config import config_model
+
+    recorded = yaml.safe_load(paths.config.read_text(encoding="utf-8"))
+    config = config_model(recorded["stages"]).model_validate(recorded)
+    folder = CheckpointFolder(paths.checkpoints)
+    finished = folder.load(folder.latest)["finished_stages"] if folder.latest is not None else {}
+    if "train" not in finished:
+        raise RunDirError(f"{run_dir} has no trained model yet", "finish the run first: the same dist-train run command resumes it")
+    with join(config.run) as world:
+        threads = read_json(paths.environment)["threads_per_rank"]
+        _configure_torch(config, threads)
+        context = _context(config, paths, world, threads, Progress(world.is_main, config.log.interval), Trackers([]), NoLedger())
+        context.model.load_state_dict(folder.load(finished["train"])["payload"]["model"])
+        models = {"fp32": context.evaluate(context.model).metrics}
+        if "export" in finished:
+            artifact, _ = load_artifact(paths.export)
+            models["int8"] = evaluate(lambda x: artifact(x.cpu().contiguous()).to(world.device), context.evaluation_batches(), context.task, world).metrics
+        results = {"run": config.run.name, "world_size": world.world_size, "models": models, "gates": {}}
+        if world.is_main:
+            print_results(results)
+    return results

@@ -1,0 +1,166 @@
+"""Fake quantization: activations with ranges that lag one step, weights whose scale always follows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchao.quantization.pt2e import FakeQuantizeBase
+
+from dist_train.errors import QuantizationError
+
+# A range of zero width still needs a scale that can be inverted in float32.
+SMALLEST_SCALE = 1e-12
+
+
+class _QuantizeDequantize(torch.autograd.Function):
+    """x -> (clamp(round(x / scale) + zero_point, low, high) - zero_point) * scale, with the straight-through estimator.
+
+    The gradient passes where x was not clipped (Jacob et al., https://arxiv.org/abs/1712.05877). The mask is recomputed in backward:
+    keeping it would cost a byte per activation. Arithmetic is that of `quantized_decomposed.quantize_per_tensor`, in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.bounds = low, high
+        q = torch.clamp(torch.round(x.float() * (1.0 / scale)) + zero_point, low, high)
+        return ((q - zero_point) * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        x, scale, zero_point = ctx.saved_tensors
+        low, high = ctx.bounds
+        q = torch.round(x.float() * (1.0 / scale)) + zero_point
+        return torch.where((q >= low) & (q <= high), grad, torch.zeros_like(grad)), None, None, None, None
+
+
+class _QuantizeDequantizeWeight(torch.autograd.Function):
+    """Per-channel symmetric; nothing is clipped, as the scale comes from the weight itself: the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+        return (torch.clamp(torch.round(weight.float() * (1.0 / scale)), low, high) * scale).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return grad, None, None, None
+
+
+class ActivationFakeQuantize(FakeQuantizeBase):
+    """Per-tensor affine uint8 whose range was known before this step ("delayed ranges").
+
+    While `observing`, a forward also records the minimum and maximum of its input in `step_low` and `step_high`, merged over
+    micro-batches and over every place that shares the module. No output depends on them, so that torch.compile can fuse
+    quantization into its neighbours; `dist_train.quantization.ranges.Ranges` folds them in between steps.
+    Until a range is known, and while `enabled` is False, the input is returned itself.
+
+    Buffers, float32 scalars: low, high, scale, zero_point (integral); `initialized` is a bool. The step's are not persistent.
+    """
+
+    is_dynamic = False
+    low: Tensor
+    high: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    initialized: Tensor
+    step_low: Tensor
+    step_high: Tensor
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.uint8,
+        quant_min: int = 0,
+        quant_max: int = 255,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        is_dynamic: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)  # the base would register two flags as buffers
+        self.dtype, self.qscheme, self.quant_min, self.quant_max = dtype, qscheme, quant_min, quant_max
+        self.observing = True
+        self.enabled = True
+        # Mirrors `initialized` where Python branches: reading the buffer would synchronise the device and break the graph.
+        self.calibrated = False
+        for name, value in {"low": 0.0, "high": 0.0, "scale": 1.0, "zero_point": 0.0}.items():
+            self.register_buffer(name, torch.tensor(value))
+        self.register_buffer("initialized", torch.tensor(False))
+        self.register_buffer("step_low", torch.tensor(float("inf")), persistent=False)
+        self.register_buffer("step_high", torch.tensor(float("-inf")), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: any shape, float32, bfloat16 or float16. Returns the same shape and dtype."""
+        if self.observing:
+            seen = x.detach()
+            self.step_low.copy_(torch.minimum(self.step_low, seen.amin().float()))
+            self.step_high.copy_(torch.maximum(self.step_high, seen.amax().float()))
+        if not (self.enabled and self.calibrated):
+            return x
+        return _QuantizeDequantize.apply(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """What convert_pt2e asks for: scale float32 [1] and zero point int32 [1].
+
+        Raises:
+            QuantizationError: no range is known yet.
+        """
+        if not self.calibrated:
+            raise QuantizationError(
+                "an activation has no range yet: its fake-quantize module has never been given one",
+                "calibrate before converting: put ptq before convert in `stages`",
+            )
+        return self.scale.view(1), self.zero_point.view(1).int()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.calibrated = bool(self.initialized)
+
+    def extra_repr(self) -> str:
+        return f"{self.quant_min}..{self.quant_max}, observing={self.observing}, enabled={self.enabled}, calibrated={self.calibrated}"
+
+
+class WeightFakeQuantize(FakeQuantizeBase):
+    """Per-output-channel symmetric int8; the scale is max|w| / quant_max of the weight as it is now, so there is no state.
+
+    -128 stays unused: with a symmetric grid the largest weight is then exactly representable and nothing is clipped.
+    """
+
+    is_dynamic = False
+    ch_axis = 0
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.int8,
+        quant_min: int = -128,
+        quant_max: int = 127,
+        qscheme: torch.qscheme = torch.per_channel_symmetric,
+        is_dynamic: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.dtype, self.qscheme, self.quant_min, self.quant_max = dtype, qscheme, quant_min, quant_max
+        self.enabled = True
+        self._final_scale: Tensor | None = None
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """weight: [out_channels, ...]. Returns float32 [out_channels, 1, ...]."""
+        largest = weight.detach().float().abs().amax(tuple(range(1, weight.dim())), keepdim=True)
+        return (largest / self.quant_max).clamp(min=SMALLEST_SCALE)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """weight: [out_channels, ...], a parameter or what batch normalization's folding makes of it. Same shape and dtype out."""
+        if not self.enabled:
+            return weight
+        return _QuantizeDequantizeWeight.apply(weight, self.scale(weight), self.quant_min, self.quant_max)
+
+    def settle(self, weight: Tensor) -> None:
+        """Before convert: the weight is final, keep its scale for `calculate_qparams`. Needs no forward to have run."""
+        self._final_scale = self.scale(weight).flatten()
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """What convert_pt2e asks for: scale float32 [out_channels] and zero point int64 [out_channels] of zeros."""
+        assert self._final_scale is not None, "settle() comes before convert"
+        return self._final_scale, torch.zeros_like(self._final_scale, dtype=torch.int64)
+
+    def extra_repr(self) -> str:
+        return f"{self.quant_min}..{self.quant_max} per channel, enabled={self.enabled}"

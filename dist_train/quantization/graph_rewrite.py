@@ -1,0 +1,218 @@
+"""What PT2E gets wrong in a graph, put right: literals of batch normalization, unwanted fusions, names of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node, map_arg
+
+from dist_train.errors import QuantizationError
+from dist_train.quantization.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
+
+aten = torch.ops.aten
+BATCH_NORM = aten.batch_norm.default  # (input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
+DROPOUTS = (aten.dropout.default, aten.dropout_.default)  # (input, p, train)
+CONVOLUTIONS = (
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+)
+
+Tensors = tuple[str | None, ...]  # the attributes that a batch norm reads: weight, bias, running_mean, running_var
+
+
+@dataclass(frozen=True)
+class FoldedBatchNorm:
+    """A convolution with the batch norm that QAT folds into its weight: nodes of one graph.
+
+    `eps` is `running_var + eps` of the scale factor weight / sqrt(running_var + eps); `scaled_weight` is the convolution's weight times
+    that factor; the convolution's output is divided by it again (`unscaled`) before `batch_norm` (arXiv:1806.08342, section 3.2.2).
+    """
+
+    eps: Node
+    scaled_weight: Node
+    convolution: Node
+    unscaled: Node
+    batch_norm: Node
+
+    @property
+    def layer(self) -> str:
+        return layer_of(self.convolution)
+
+    @property
+    def quantized(self) -> bool:
+        return self.convolution.args[1] is not self.scaled_weight
+
+
+def layer_of(node: Node) -> str:
+    """The path of the module that a node came from, as in `named_modules()`; the node's own name where there is none."""
+    stack = node.meta.get("nn_module_stack")
+    path = str(list(stack.values())[-1][0]).removeprefix("L['self'].") if stack else ""
+    return path or node.name
+
+
+def batch_norms(graph: Graph) -> Iterator[Node]:
+    return (node for node in graph.nodes if node.op == "call_function" and node.target is BATCH_NORM)
+
+
+def batch_norm_tensors(node: Node) -> Tensors:
+    return tuple(str(arg.target) if isinstance(arg, Node) else None for arg in node.args[1:5])
+
+
+def batch_norm_literals(graph: Graph) -> dict[Tensors, tuple[object, ...]]:
+    """(training, momentum, eps, cudnn_enabled) of every batch norm, by the tensors that it reads. Take it before prepare.
+
+    Raises:
+        QuantizationError: a batch norm's settings cannot be told apart by its tensors, or its momentum is None.
+    """
+    literals: dict[Tensors, tuple[object, ...]] = {}
+    for node in batch_norms(graph):
+        tensors = batch_norm_tensors(node)
+        if literals.setdefault(tensors, tuple(node.args[5:])) != tuple(node.args[5:]):
+            raise QuantizationError(
+                f"{layer_of(node)}: one batch norm is applied with two different settings",
+                "give each its own nn.BatchNorm2d, so that its eps and momentum can be restored after PT2E's rewriting",
+            )
+    return literals
+
+
+def restore_batch_norms(graph: Graph, literals: dict[Tensors, tuple[object, ...]]) -> None:
+    """Gives every batch norm, and the scale factor of every folded one, the settings that the float model had.
+
+    Raises:
+        QuantizationError: a batch norm appeared that the float model did not have.
+    """
+    for node in batch_norms(graph):
+        if batch_norm_tensors(node) not in literals:
+            raise QuantizationError(
+                f"{layer_of(node)}: PT2E rewrote this batch norm beyond recognition, its eps and momentum cannot be restored",
+                f"leave it in floating point: qat.rules: [{{match: '{layer_of(node)}', skip: true}}]",
+            )
+        node.args = (*node.args[:5], *literals[batch_norm_tensors(node)])
+    for folded in folded_batch_norms(graph):
+        folded.eps.args = (folded.eps.args[0], folded.batch_norm.args[7])
+
+
+def folded_batch_norms(graph: Graph) -> list[FoldedBatchNorm]:
+    """The convolutions into which prepare_qat_pt2e folded a batch norm, in graph order."""
+    return [folded for node in batch_norms(graph) if (folded := _folded(node)) is not None]
+
+
+def _folded(batch_norm: Node) -> FoldedBatchNorm | None:
+    unscaled = batch_norm.args[0]
+    if _is(unscaled, aten.add.Tensor) and _is(unscaled.args[0], aten.div.Tensor):  # a convolution with a bias: added after the division
+        unscaled = unscaled.args[0]
+    if not _is(unscaled, aten.div.Tensor) or not _is(unscaled.args[1], aten.reshape.default):
+        return None
+    scale_factor, convolution = unscaled.args[1].args[0], unscaled.args[0]
+    if not _is(scale_factor, aten.div.Tensor) or not _is(convolution, *CONVOLUTIONS):
+        return None
+    eps = scale_factor.args[1].args[0]
+    weight = convolution.args[1]
+    scaled_weight = weight.args[0] if weight.op == "call_module" else weight
+    if not _is(eps, aten.add.Tensor) or eps.args[0].target != batch_norm_tensors(batch_norm)[3]:
+        return None
+    return FoldedBatchNorm(eps, scaled_weight, convolution, unscaled, batch_norm)
+
+
+def _is(node: object, *targets: object) -> bool:
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def undo_needless_folding(graph: Graph) -> None:
+    """Puts conv -> batch norm back where the convolution stays in floating point: PT2E folds those too, and never undoes it."""
+    for folded in folded_batch_norms(graph):
+        if not folded.quantized:
+            convolution = folded.convolution
+            after = folded.batch_norm.args[0]
+            bias = None if after is folded.unscaled else after.args[1].args[0]  # type: ignore[union-attr]
+            weight = folded.scaled_weight.args[0]
+            convolution.args = (convolution.args[0], weight, bias, *convolution.args[3:])
+            folded.batch_norm.replace_input_with(after, convolution)  # type: ignore[arg-type]
+    graph.eliminate_dead_code()
+
+
+def fold_batch_norms(module: GraphModule) -> None:
+    """Before convert: each folded convolution gets the folded weight and bias as parameters of its own, and its batch norm goes.
+
+    torchao would fold with eps 1e-5 whatever the model has, in other arithmetic than training used, and once per call of a layer that
+    is called twice. Here the weight is, bit by bit, what the fake-quantize module saw.
+    """
+    graph = module.graph
+    for index, folded in enumerate(folded_batch_norms(graph)):
+        convolution, after = folded.convolution, folded.batch_norm.args[0]
+        scale_factor = constant(module, folded.unscaled.args[1].args[0])  # type: ignore[union-attr, arg-type]
+        _, beta, mean, _ = (constant(module, node) if isinstance(node, Node) else None for node in folded.batch_norm.args[1:5])
+        offset = constant(module, after.args[1].args[0]) - mean if after is not folded.unscaled else -mean  # type: ignore[union-attr, arg-type, operator]
+        values = {"weight": constant(module, folded.scaled_weight), "bias": offset * scale_factor + (0 if beta is None else beta)}
+        nodes = {}
+        for kind, value in values.items():
+            module.register_parameter(f"folded_{index}_{kind}", nn.Parameter(value, requires_grad=False))
+            with graph.inserting_before(convolution if kind == "bias" else folded.eps):
+                nodes[kind] = graph.get_attr(f"folded_{index}_{kind}")
+            nodes[kind].meta = dict(folded.scaled_weight.meta)
+        nodes["bias"].meta.pop("val", None)
+        folded.scaled_weight.replace_all_uses_with(nodes["weight"])
+        convolution.args = (*convolution.args[:2], nodes["bias"], *convolution.args[3:])
+        folded.batch_norm.replace_all_uses_with(convolution)
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def attribute(module: nn.Module, target: str) -> Tensor:
+    """The tensor at a dotted name, as a get_attr node reads it."""
+    owner, _, name = target.rpartition(".")
+    value = getattr(module.get_submodule(owner), name)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def constant(module: nn.Module, node: Node) -> Tensor:
+    """The value of a node that depends on parameters and buffers only, such as a weight with batch norm folded in."""
+    if node.op == "get_attr":
+        return attribute(module, str(node.target))
+    assert node.op == "call_function" and callable(node.target), f"{node} is not a constant"
+    args = map_arg(node.args, lambda argument: constant(module, argument))
+    kwargs = map_arg(node.kwargs, lambda argument: constant(module, argument))
+    value = node.target(*args, **kwargs)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def use_batch_statistics(graph: Graph) -> None:
+    """Training: every batch norm that keeps running statistics normalises by its batch and updates them."""
+    for node in batch_norms(graph):
+        if node.args[4] is not None:
+            node.args = (*node.args[:5], True, *node.args[6:])
+
+
+def name_fake_quantizers(module: GraphModule) -> None:
+    """Moves the fake-quantize modules to `quantizers.<layer>_<weight|input>`, each registered once.
+
+    PT2E calls them activation_post_process_<n>, and a shared one by several names: state of a changed model would load silently.
+    """
+    found = dict(module.named_modules(remove_duplicate=False))
+    quantizers, names = nn.Module(), {}  # type: ignore[var-annotated]
+    for node in module.graph.nodes:
+        quantizer = found.get(node.target) if node.op == "call_module" else None
+        if not isinstance(quantizer, (ActivationFakeQuantize, WeightFakeQuantize)):
+            continue
+        if quantizer not in names:
+            kind = "weight" if isinstance(quantizer, WeightFakeQuantize) else "input"
+            user = next(iter(node.users))
+            name = f"{layer_of(user)}_{kind}".replace(".", "_")
+            taken = sum(other == name or other.startswith(f"{name}_") for other in names.values())
+            names[quantizer] = f"{name}_{taken}" if taken else name
+            quantizers.add_module(names[quantizer], quantizer)
+        node.target = f"quantizers.{names[quantizer]}"
+    if hasattr(module, "quantizers"):
+        raise QuantizationError("the model has an attribute named `quantizers`, which preparing it needs", "rename it in the model")
+    module.add_module("quantizers", quantizers)
+    for name, child in list(module.named_children()):
+        if isinstance(child, (ActivationFakeQuantize, WeightFakeQuantize)):
+            delattr(module, name)
+    module.recompile()

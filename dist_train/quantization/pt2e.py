@@ -1,0 +1,210 @@
+"""The PT2E backend: torchao's placement and conversion around our own fake quantization."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import Graph, GraphModule, Node
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+    X86InductorQuantizer,
+    get_default_x86_inductor_quantization_config,
+)
+
+from dist_train.errors import QuantizationError
+from dist_train.quantization import graph_rewrite
+from dist_train.quantization.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
+from dist_train.quantization.graph_rewrite import aten, attribute, constant, layer_of
+from dist_train.quantization.prepared import PreparedModel
+from dist_train.quantization.ranges import Ranges
+from dist_train.quantization.rules import Rule, skipped_modules
+from dist_train.quantization.versions import check_versions
+
+
+class PT2EBackend:
+    """Implements `dist_train.quantization.backend.QuantizationBackend`."""
+
+    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[Rule] = ()) -> PreparedModel:
+        """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
+        check_versions()
+        names = [name for name, _ in model.named_modules()]
+        skipped = skipped_modules(names, rules)
+        _refuse_cumulative_average(model)
+        with _quietly():
+            float_copy = copy.deepcopy(model).eval()
+            _make_affine(float_copy)
+            graph = _export(float_copy, example)
+            _refuse_known_failures(graph.graph)
+            _give_dead_channels_a_weight(graph)
+            literals = graph_rewrite.batch_norm_literals(graph.graph)
+            quantized = prepare_qat_pt2e(graph, _Quantizer(skipped))
+        graph_rewrite.restore_batch_norms(quantized.graph, literals)
+        graph_rewrite.undo_needless_folding(quantized.graph)
+        graph_rewrite.name_fake_quantizers(quantized)
+        _keep_unused_buffers(quantized, float_copy)
+        prepared = PreparedModel(quantized)
+        if not prepared.fake_quantizers:
+            raise QuantizationError(
+                f"{type(model).__name__} has nothing that can be quantized: no Conv2d, Linear or matmul that is not skipped",
+                "remove rules that skip too much, or leave `qat` and `convert` out of `stages`",
+            )
+        return prepared.train(model.training)
+
+    def convert(self, prepared: PreparedModel) -> GraphModule:
+        """See QuantizationBackend.convert. Its state holds what its graph reads and nothing else."""
+        check_versions()
+        Ranges(prepared).require_known()
+        module = copy.deepcopy(prepared).cpu().requires_grad_(False).graph_module()
+        graph_rewrite.fold_batch_norms(module)
+        for node in module.graph.find_nodes(op="call_module"):
+            quantizer = module.get_submodule(node.target)
+            if isinstance(quantizer, WeightFakeQuantize):
+                quantizer.settle(constant(module, node.args[0]))
+        with _quietly():
+            converted = convert_pt2e(module)
+        for method in ("train", "eval"):  # replaced by functions that raise; nothing in the graph depends on the mode
+            converted.__dict__.pop(method, None)
+        if converted.graph.find_nodes(op="call_module"):
+            raise QuantizationError(f"convert left {converted.graph.find_nodes(op='call_module')[0].target} unconverted", "report this as a bug")
+        _strip(converted)
+        return converted.requires_grad_(False).eval()
+
+
+def export_converted(converted: GraphModule, example: Tensor) -> ExportedProgram:
+    """The converted model as a program whose batch dimension is dynamic. Of `example` only the shape without batch and the dtype count."""
+    with _quietly():
+        return torch.export.export(converted, (_synthetic(example).cpu(),), dynamic_shapes=({0: _batch()},))
+
+
+def _batch() -> Dim:
+    return Dim("batch", min=1)
+
+
+def _synthetic(example: Tensor) -> Tensor:
+    """Two rows of zeros: one row would make the batch size a constant."""
+    return torch.zeros((2, *example.shape[1:]), dtype=example.dtype, device=example.device)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without warnings of prototype APIs, and without touching the global random state, which torchao's patterns draw from."""
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _export(model: nn.Module, example: Tensor) -> GraphModule:
+    """Strict export: under the default one X86InductorQuantizer cannot tell modules apart that are called twice."""
+    device = next((parameter.device for parameter in model.parameters()), example.device)
+    try:
+        program = torch.export.export(model, (_synthetic(example).to(device),), dynamic_shapes=({0: _batch()},), strict=True)
+    except (torch._dynamo.exc.TorchDynamoException, torch._export.verifier.SpecViolationError, RuntimeError, ValueError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise QuantizationError(
+            f"torch.export cannot trace {type(model).__name__}: {first}",
+            "make forward free of branches and shapes that depend on the data; see the cause above for the line",
+        ) from error
+    module = program.module(check_guards=False)
+    assert isinstance(module, GraphModule)
+    return module
+
+
+def _refuse_cumulative_average(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats and module.momentum is None:
+            raise QuantizationError(
+                f"{name}: a batch norm with momentum=None (a cumulative average) cannot be exported for training",
+                f"set {name}.momentum to a number, such as 0.1",
+            )
+
+
+def _make_affine(model: nn.Module) -> None:
+    """QAT folds weight / sqrt(variance): a batch norm that has no weight gets ones, and zeros for bias, that are not trained."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is None and module.running_var is not None:
+            for name, value in (("weight", torch.ones_like(module.running_var)), ("bias", torch.zeros_like(module.running_var))):
+                delattr(module, name)
+                module.register_buffer(name, value)
+
+
+def _refuse_known_failures(graph: Graph) -> None:
+    for node in graph.nodes:
+        if node.target in (aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding):
+            raise QuantizationError(
+                f"{layer_of(node)}: a convolution with padding={node.args[4]!r} cannot be quantized by PT2E",
+                "give the padding as a number: 'same' with an odd kernel is padding=dilation * (kernel_size - 1) // 2, 'valid' is padding=0",
+            )
+    for node in graph_rewrite.batch_norms(graph):
+        if node.args[3] is None:
+            raise QuantizationError(
+                f"{layer_of(node)}: a batch norm without running statistics cannot be folded: its output depends on the whole batch",
+                "build it with track_running_stats=True, or use nn.GroupNorm, and train again",
+            )
+        if node.args[1] is None:
+            raise QuantizationError(f"{layer_of(node)}: F.batch_norm without a weight cannot be folded", "use nn.BatchNorm2d")
+
+
+def _keep_unused_buffers(graph: GraphModule, model: nn.Module) -> None:
+    """Export drops what evaluation does not read (`num_batches_tracked`); a float checkpoint has it."""
+    known = graph.state_dict().keys()
+    for name, value in model.state_dict().items():
+        owner, _, attribute = name.rpartition(".")
+        if name not in known and name in dict(model.named_buffers()):
+            holder = graph
+            for part in owner.split(".") if owner else []:
+                if not hasattr(holder, part):
+                    holder.add_module(part, nn.Module())
+                holder = getattr(holder, part)
+            holder.register_buffer(attribute, value.clone())
+
+
+def _give_dead_channels_a_weight(graph: GraphModule, smallest: float = 1e-8) -> None:
+    """QAT divides by the batch norm's weight: one that is exactly zero (a zero-initialised residual branch) would make NaN."""
+    for node in graph_rewrite.batch_norms(graph.graph):
+        if isinstance(node.args[1], Node) and node.args[1].op == "get_attr":
+            weight = attribute(graph, str(node.args[1].target))
+            with torch.no_grad():
+                weight.copy_(torch.where(weight.abs() < smallest, torch.full_like(weight, smallest).copysign(weight), weight))
+
+
+class _Quantizer(X86InductorQuantizer):
+    """Ours in place of stock fake quantization: uint8 activations of 0..255, int8 weights per channel."""
+
+    def __init__(self, skipped: Sequence[str]) -> None:
+        super().__init__()
+        default = get_default_x86_inductor_quantization_config(is_qat=True)
+        activation = dataclasses.replace(default.input_activation, observer_or_fake_quant_ctr=ActivationFakeQuantize)
+        weight = dataclasses.replace(default.weight, observer_or_fake_quant_ctr=WeightFakeQuantize)
+        self.set_global(dataclasses.replace(default, input_activation=activation, output_activation=activation, weight=weight))
+        for name in skipped:
+            self.set_module_name_qconfig(name, None)
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        model = super().annotate(model)
+        # A skipped convolution carries an empty annotation, on which torchao 0.18's fusion of conv and batch norm fails (IndexError).
+        for node in model.graph.nodes:
+            annotation = node.meta.get("quantization_annotation")
+            if annotation is not None and not annotation.input_qspec_map and annotation.output_qspec is None:
+                del node.meta["quantization_annotation"]
+        return model
+
+
+def _strip(converted: GraphModule) -> None:
+    """Deletes tensors that no node reads (the float weights), then modules left empty."""
+    read = {str(node.target) for node in converted.graph.find_nodes(op="get_attr")}
+    for name, _ in [*converted.named_parameters(remove_duplicate=False), *converted.named_buffers(remove_duplicate=False)]:
+        if name not in read:
+            owner, _, attribute = name.rpartition(".")
+            delattr(converted.get_submodule(owner), attribute)
+    for name, module in reversed(list(converted.named_modules())):
+        if name and not [*module.children(), *module.parameters(), *module.buffers()]:
+            owner, _, attribute = name.rpartition(".")
+            delattr(converted.get_submodule(owner), attribute)
+    converted.recompile()

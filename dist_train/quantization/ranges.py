@@ -1,0 +1,116 @@
+"""The ranges of a prepared model's activations: what a step saw, how it is folded in, and their digest."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.errors import QuantizationError
+from dist_train.quantization.fake_quantize import SMALLEST_SCALE, ActivationFakeQuantize
+
+
+class Ranges:
+    """All activation ranges of `model`, in the order of its modules, handled as one tensor.
+
+    A step: forward and backward of every micro-batch; `merged = ranges.observed()`; one MAX all-reduce of `merged`;
+    `ranges.update(merged, averaging)`. All ranks then hold the same ranges, bit by bit.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = [(name, module) for name, module in model.named_modules() if isinstance(module, ActivationFakeQuantize)]
+        self.names = [name for name, _ in named]
+        self.modules = [module for _, module in named]
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def observed(self) -> Tensor:
+        """float32 [2 * len(self)]: -low of each module, then high of each; -inf where this step saw nothing.
+
+        With low negated, the merge over ranks is an elementwise maximum of the whole.
+        """
+        lows, highs = self._stacked("step_low"), self._stacked("step_high")
+        return torch.cat([-lows, highs])
+
+    @torch.no_grad()
+    def update(self, merged: Tensor, averaging: float) -> None:
+        """Folds the ranges of a step in, recomputes scales and zero points, and forgets the step.
+
+        A module's first range is taken as it is; later ones move it by `averaging` of the difference (an exponential moving average).
+        What was not seen, or is not finite, leaves a range alone.
+
+        Args:
+            merged: as `observed()` returns it, after the MAX over ranks.
+            averaging: in (0, 1].
+        """
+        if not self.modules:
+            return
+        step_low, step_high = (-merged[: len(self)], merged[len(self) :])
+        seen = torch.isfinite(step_low) & torch.isfinite(step_high)
+        initialized = self._stacked("initialized")
+        weight = torch.where(initialized, averaging, 1.0).to(step_low.dtype)
+        low, high = self._stacked("low"), self._stacked("high")
+        # Unseen ranges are infinite: replaced before the arithmetic, or 0 * inf would make NaN of them.
+        low = torch.lerp(low, torch.where(seen, step_low, low), weight)
+        high = torch.lerp(high, torch.where(seen, step_high, high), weight)
+        initialized = initialized | seen
+        if not all(module.calibrated for module in self.modules):  # reads the device only until all are
+            for module, known in zip(self.modules, initialized.tolist(), strict=True):
+                module.calibrated = known
+        scale, zero_point = _affine(low, high, self._stacked("quant_min"), self._stacked("quant_max"))
+        updated = {"low": low, "high": high, "scale": scale, "zero_point": zero_point, "initialized": initialized}
+        for name, values in updated.items():
+            torch._foreach_copy_([getattr(module, name) for module in self.modules], list(values.unbind()))
+        self.drop()
+
+    def drop(self) -> None:
+        """Forgets what this step observed: a filler rank's copied rows, a skipped step, a forward that was only a rehearsal."""
+        if self.modules:
+            for name, value in (("step_low", float("inf")), ("step_high", float("-inf"))):
+                tensors = [getattr(module, name) for module in self.modules]
+                torch._foreach_copy_(tensors, [torch.full_like(tensor, value) for tensor in tensors])
+
+    def freeze(self) -> None:
+        """Stops observing for good: `update` finds nothing seen from now on."""
+        for module in self.modules:
+            module.observing = False
+        self.drop()
+
+    def unknown(self) -> list[str]:
+        """Names of the modules that have no range yet."""
+        return [name for name, module in zip(self.names, self.modules, strict=True) if not module.calibrated]
+
+    def require_known(self) -> None:
+        """Raises QuantizationError that names the activations without a range."""
+        unknown = self.unknown()
+        if unknown:
+            raise QuantizationError(
+                f"{len(unknown)} of {len(self)} activations have no range: {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}",
+                "calibrate on data before training or converting: put ptq before qat and convert in `stages`",
+            )
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of every range's name and bytes. Equal on all ranks, and equal after a resume."""
+        digest = hashlib.sha256()
+        values = torch.stack([self._stacked(name).float() for name in ("low", "high", "scale", "zero_point", "initialized")])
+        digest.update("\n".join(self.names).encode())
+        digest.update(values.cpu().numpy().astype("<f4").tobytes())
+        return digest.hexdigest()
+
+    def _stacked(self, name: str) -> Tensor:
+        values = [getattr(module, name) for module in self.modules]
+        if not values:
+            return torch.empty(0)
+        if isinstance(values[0], int):
+            return torch.tensor(values, dtype=torch.float32, device=self.modules[0].low.device)
+        return torch.stack(values)
+
+
+def _affine(low: Tensor, high: Tensor, quant_min: Tensor, quant_max: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of ranges widened to contain 0, which padding needs to be exact (arXiv:1712.05877, section 2.1)."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = ((high - low) / (quant_max - quant_min)).clamp(min=SMALLEST_SCALE)
+    zero_point = torch.clamp(quant_min - torch.round(low / scale), quant_min, quant_max)
+    return scale, zero_point

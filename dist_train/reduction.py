@@ -1,0 +1,122 @@
+"""What the ranks agree on after each backward: at most two flat all-reduces (law 3)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dist_train.errors import NonFiniteLossError
+from dist_train.quantization.ranges import Ranges
+from dist_train.world import World
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Sums over this rank's real samples of a step: `loss` and `score` are float32 tensors [] on the device."""
+
+    loss: torch.Tensor
+    score: torch.Tensor
+    rows: int
+    global_count: int
+
+
+@dataclass(frozen=True)
+class StepMeans:
+    """Means over the real samples of all ranks."""
+
+    loss: float
+    score: float
+
+
+class Pending:
+    """A reduction under way; `means()` waits for it. On CUDA the loop calls it a step later, so that the device never idles."""
+
+    def __init__(self, totals: torch.Tensor, own_loss: torch.Tensor, global_count: int, step: int, world: World) -> None:
+        self._global_count = global_count
+        self._step = step
+        self._world = world
+        self._own_loss = own_loss
+        self._host = totals.to("cpu", non_blocking=True)
+        self._event: torch.cuda.Event | None = None
+        if totals.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def means(self) -> StepMeans:
+        """The means of the step.
+
+        Raises:
+            NonFiniteLossError: on every rank, if the loss of any is NaN or infinite; names the step and the ranks.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        loss, score = self._host.tolist()
+        if not math.isfinite(loss):
+            guilty = [rank for rank, own in enumerate(self._world.gather(float(self._own_loss))) if not math.isfinite(own)]
+            where = f"rank {guilty[0]}" if len(guilty) == 1 else f"ranks {', '.join(map(str, guilty))}" if guilty else "the sum over ranks"
+            raise NonFiniteLossError(
+                f"the loss of step {self._step} is not finite on {where}",
+                "lower the learning rate, set clip_grad_norm, or look for bad samples: --debug.ledger true writes each step's ids",
+            )
+        return StepMeans(loss / self._global_count, score / self._global_count)
+
+
+class StepReduction:
+    """Makes loss, BatchNorm statistics and quantization ranges those of all ranks' data.
+
+    A SUM carries the loss, the score and the running statistics of BatchNorm, each rank's weighted by its share of the rows: as
+    running statistics are linear in the batch's, averaging them each step is averaging the batches'. A MAX carries the ranges.
+    A rank without rows has weight 0: neither its statistics nor its ranges count.
+
+    Args:
+        model: the unwrapped module whose buffers named running_mean and running_var are averaged.
+        ranges: of the prepared model, or None in float training, where there is no MAX.
+        averaging: weight of a step's range in the moving average.
+    """
+
+    def __init__(self, world: World, model: nn.Module, ranges: Ranges | None = None, averaging: float = 1.0) -> None:
+        self._world = world
+        self._ranges = ranges
+        self._averaging = averaging
+        self._statistics = [buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in ("running_mean", "running_var")]
+        self.collectives = 0
+
+    def freeze_statistics(self) -> None:
+        """BatchNorm's statistics stand still from now on; averaging equal values would still round them."""
+        self._statistics = []
+
+    def freeze_ranges(self) -> None:
+        self._ranges = None
+
+    @torch.no_grad()
+    def __call__(self, sums: StepSums, step: int) -> Pending:
+        """Reduces one step; leaves the averaged statistics and ranges in the model."""
+        totals = torch.stack([sums.loss, sums.score]).float()
+        if self._world.world_size > 1:
+            totals = self._sum(totals, sums)
+        if self._ranges is not None:
+            self._merge(self._ranges, sums.rows)
+        return Pending(totals, sums.loss, sums.global_count, step, self._world)
+
+    def _sum(self, scalars: torch.Tensor, sums: StepSums) -> torch.Tensor:
+        weight = sums.rows / sums.global_count
+        # A rank without rows may have made infinities of its copies: 0 * inf must not reach the others.
+        own = [buffer.float().flatten() * weight if sums.rows else torch.zeros_like(buffer, dtype=torch.float32).flatten() for buffer in self._statistics]
+        flat = self._world.all_reduce(torch.cat([scalars, *own]), "sum")
+        self.collectives += 1
+        if self._statistics:
+            pieces = flat[2:].split([buffer.numel() for buffer in self._statistics])
+            torch._foreach_copy_(self._statistics, [piece.view_as(buffer) for piece, buffer in zip(pieces, self._statistics, strict=True)])
+        return flat[:2]
+
+    def _merge(self, ranges: Ranges, rows: int) -> None:
+        if rows == 0:
+            ranges.drop()
+        observed = ranges.observed()
+        if self._world.world_size > 1:
+            self._world.all_reduce(observed, "max")
+            self.collectives += 1
+        ranges.update(observed, self._averaging)

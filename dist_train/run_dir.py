@@ -1,0 +1,121 @@
+"""Every path of a run, named once, and the ways in which its files are written."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunDir:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger"
+
+    def ledger_of(self, rank: int) -> Path:
+        return self.ledger / f"rank{rank}.jsonl"
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all: beside it, to the disk, renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def replace_json(path: Path, value: Any) -> None:
+    replace_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`, or None where there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the renames in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class LineFile:
+    """An append-only file of JSON lines that survives kills: a line that a kill tore is cut off when the file is opened again."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        self._cut_torn_line()
+
+    def _cut_torn_line(self) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        position = end
+        while position > 0:
+            start = max(0, position - 65536)
+            self._file.seek(start)
+            newline = self._file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                position = start + newline + 1
+                break
+            position = start
+        if position < end:
+            self._file.truncate(position)
+        self._file.seek(0, os.SEEK_END)
+
+    def append(self, value: dict[str, Any]) -> None:
+        self._file.write(json.dumps(value, separators=(",", ":")).encode() + b"\n")
+
+    def flush(self) -> None:
+        """Hands the lines to the system: they outlive the process, not the machine."""
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Puts the lines on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()

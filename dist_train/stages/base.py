@@ -1,0 +1,217 @@
+"""What a stage is, and what it works with."""
+
+from __future__ import annotations
+
+import copy
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sized
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from dist_train import registry
+from dist_train.checkpoint import CheckpointFolder
+from dist_train.config import Config
+from dist_train.data.arrays import ImageArrays, Splits
+from dist_train.data.augment import Augmentation
+from dist_train.data.loader import EvaluationLoader, Source, TrainLoader
+from dist_train.data.permutation import derive_key
+from dist_train.data.sampler import ElasticDistributedSampler
+from dist_train.errors import GateError
+from dist_train.evaluate import Evaluation, evaluate
+from dist_train.ledger import Ledger, NoLedger
+from dist_train.progress import Progress
+from dist_train.quantization.backend import QuantizationBackend
+from dist_train.quantization.prepared import PreparedModel
+from dist_train.run_dir import RunDir, replace_json
+from dist_train.strategies.base import Strategy
+from dist_train.tasks import Task
+from dist_train.trackers.base import Trackers
+from dist_train.world import World
+
+
+@dataclass
+class Context:
+    """What the stages of a run share.
+
+    Attributes:
+        model: the float model, on the device.
+        quantized: state of the prepared model after ptq or qat; None before.
+        program: bytes of the converted int8 program; None before convert.
+        ranges_sha256: digest of the ranges that it was converted with.
+        results: what results.json holds.
+        finished: stage -> name of the checkpoint at its end.
+        resume: the loop's state where this stage was interrupted, else None.
+        threads: CPU threads of this rank.
+    """
+
+    config: Config
+    world: World
+    run_dir: RunDir
+    folder: CheckpointFolder
+    splits: Splits
+    task: Task
+    strategy: Strategy
+    trackers: Trackers
+    ledger: Ledger | NoLedger
+    progress: Progress
+    model: nn.Module
+    threads: int
+    results: dict[str, Any]
+    finished: dict[str, str] = field(default_factory=dict)
+    resume: dict[str, Any] | None = None
+    quantized: dict[str, Any] | None = None
+    program: bytes | None = None
+    ranges_sha256: str = ""
+    _prepared: PreparedModel | None = None
+
+    def example(self, rows: int) -> torch.Tensor:
+        """A synthetic batch of zeros, float32 [rows, C, H, W], on the CPU."""
+        return torch.zeros(rows, *self.splits.input_shape)
+
+    @property
+    def backend(self) -> QuantizationBackend:
+        backend: QuantizationBackend = registry.quantization_backends.get(self.config.qat.backend)()
+        return backend
+
+    def prepared(self) -> PreparedModel:
+        """The float model with fake quantization, in the state that `quantized` gives; made once."""
+        if self._prepared is None:
+            example = self.example(2).to(self.world.device)
+            if self.config.model.channels_last:
+                example = example.contiguous(memory_format=torch.channels_last)
+            self._prepared = self.backend.prepare(self.model, example, self.config.qat.rules)
+            if self.quantized is not None:
+                self._prepared.load_state_dict(self.quantized)
+        return self._prepared
+
+    def float_copy(self) -> nn.Module:
+        """A copy of the float model on the CPU, in eval mode."""
+        return copy.deepcopy(self.model).cpu().eval()
+
+    def set_quantized(self, state: dict[str, Any]) -> None:
+        """Makes `state` that of the prepared model."""
+        self.quantized = state
+        if self._prepared is not None:
+            self._prepared.load_state_dict(state)
+
+    def source(self, split: ImageArrays | Dataset[Any], seed: int) -> Source:
+        augmentation = Augmentation(self.config.data.augment, seed=seed, mean=self.splits.mean, std=self.splits.std)
+        return Source(split, augmentation, self.world.device, self.config.model.channels_last, self.config.data.workers, seed)
+
+    def train_loader(self, stage: str) -> TrainLoader:
+        """This rank's share of each global batch; order and augmentation are functions of (seed, stage, epoch, sample id)."""
+        data, seed = self.config.data, derive_key("stage", self.config.run.seed, stage)
+        sampler = ElasticDistributedSampler(
+            cast(Sized, self.splits.train),
+            self.world.world_size,
+            self.world.rank,
+            seed=seed,
+            drop_last=data.drop_last,
+            global_batch_size=data.global_batch_size,
+        )
+        return TrainLoader(self.source(self.splits.train, seed), sampler, data.micro_batch_size)
+
+    def evaluation_batches(self) -> EvaluationLoader:
+        """This rank's part of the evaluation set."""
+        size = self.config.data.eval_batch_size
+        limit = 2 * size * self.world.world_size if self.config.debug.fast_dev_run else None
+        return EvaluationLoader(self.source(self.splits.eval, self.config.run.seed), size, self.world.world_size, self.world.rank, limit)
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """Evaluates a model in the config's precision. Collective."""
+        model.eval()
+        return evaluate(model, self.evaluation_batches(), self.task, self.world, self.strategy.autocast)
+
+    def evaluate_prepared(self, prepared: nn.Module) -> Evaluation:
+        """Like `evaluate`, without letting the evaluation set into the ranges."""
+        assert isinstance(prepared, PreparedModel)
+        observing = [quantizer.observing for quantizer in prepared.fake_quantizers]
+        prepared.observe(False)
+        evaluation = self.evaluate(prepared)
+        for quantizer, before in zip(prepared.fake_quantizers, observing, strict=True):
+            quantizer.observing = before
+        return evaluation
+
+    def gate(self, name: str, value: float, bound: float, passed: bool, hint: str) -> None:
+        """Records a measured fidelity; rank 0 writes results.json before a failure ends the run.
+
+        Raises:
+            GateError: on every rank, where it did not pass.
+        """
+        self.results["gates"][name] = {"value": value, "bound": bound, "passed": passed}
+        if not passed:
+            if self.world.is_main:
+                replace_json(self.run_dir.results, self.results)
+            raise GateError(f"the gate `{name}` failed: measured {value:.6g}, bound {bound:g}", hint)
+
+    # What follows is the loop's `Checkpoints`.
+
+    def save_step(self, stage: str, step: int, state: dict[str, Any], best_step: int | None) -> None:
+        kept = {self._step_name(stage, best_step)} if best_step is not None else set()
+        self._save(self._step_name(stage, step), {"stage": stage, "finished": False, "payload": state}, kept)
+
+    def load_step(self, stage: str, step: int) -> dict[str, Any]:
+        payload: dict[str, Any] = self.folder.load(self._step_name(stage, step))["payload"]
+        return payload
+
+    def save_stage(self, stage: str, product: dict[str, Any]) -> None:
+        """Saves the end of a stage: what later stages need of it."""
+        name = f"{stage}-end"
+        self.finished[stage] = name
+        self.resume = None
+        self._save(name, {"stage": stage, "finished": True, "payload": product}, set())
+
+    @staticmethod
+    def _step_name(stage: str, step: int) -> str:
+        return f"{stage}-{step:08d}"
+
+    def _save(self, name: str, state: dict[str, Any], kept: set[str]) -> None:
+        """The ledger first on every rank, then the checkpoint that covers it; rank 0 writes while the others wait on the store."""
+        self.ledger.sync()
+        if self.config.debug.ledger:
+            self.world.barrier("ledger")
+
+        def write() -> None:
+            self.trackers.sync()
+            self.folder.save(name, {**state, "results": self.results, "finished_stages": self.finished})
+            steps = sorted(entry for entry in self.folder.names() if entry.startswith(f"{state['stage']}-") and entry[-1].isdigit())
+            recent = set() if state["finished"] else set(steps[-self.config.checkpoint.keep_last :])
+            self.folder.keep_only({name, *recent, *kept, *self.finished.values()})
+
+        self.world.on_rank_0(write, f"saving the checkpoint {name}")
+
+
+class Stage(ABC):
+    """One step of a run. A third party's stage is registered by `@dist_train.register_stage(name, settings=Model)`."""
+
+    def __init__(self, name: str, settings: Any) -> None:
+        self.name = name
+        self.settings = settings
+
+    @abstractmethod
+    def run(self, context: Context) -> dict[str, Any]:
+        """Does the work on all ranks, continuing from `context.resume` where it is set; updates `context.results`.
+
+        Returns:
+            the product: what `restore` needs, of tensors, numbers, strings, bytes, lists and dicts.
+        """
+
+    @abstractmethod
+    def restore(self, context: Context, product: dict[str, Any]) -> None:
+        """Puts a finished stage's product into the context: after `run`, and when a run is resumed behind this stage."""
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return round(time.monotonic() - self._start, 3)

@@ -1,0 +1,89 @@
+"""Post-training quantization: the ranges of the activations, from all ranks' data, without training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_train.config import PTQConfig
+from dist_train.data.loader import EvaluationLoader
+from dist_train.quantization.prepared import PreparedModel
+from dist_train.quantization.ranges import Ranges
+from dist_train.stages.base import Context, Stage
+
+_VARIANCES = (1e-5, 10.0)  # a fresh network's variances lie near 1, which would hide a wrong eps
+
+
+class PTQ(Stage):
+    """Initialises ranges and measures the model quantized without training."""
+
+    settings: PTQConfig
+
+    def run(self, context: Context) -> dict[str, Any]:
+        prepared = context.prepared()
+        gate_prepare(context, prepared)
+        calibrate(context, prepared, self.settings)
+        context.results["models"]["ptq"] = context.evaluate_prepared(prepared).metrics
+        return {"quantized": prepared.state_dict()}
+
+    def restore(self, context: Context, product: dict[str, Any]) -> None:
+        context.set_quantized(product["quantized"])
+
+
+@torch.no_grad()
+def calibrate(context: Context, prepared: PreparedModel, settings: PTQConfig) -> None:
+    """Sets every range to the smallest and largest value over the first `samples` training samples of all ranks. Collective.
+
+    In eval mode, and as a MAX over samples: the result does not depend on the number of ranks.
+    """
+    config = context.config
+    size = config.data.eval_batch_size
+    limit = 2 * size if config.debug.fast_dev_run else settings.samples
+    batches = EvaluationLoader(context.source(context.splits.train, config.run.seed), size, context.world.world_size, context.world.rank, limit)
+    ranges = Ranges(prepared)
+    prepared.eval()
+    prepared.observe(True)
+    prepared.fake_quantize(False)
+    ranges.drop()
+    for batch in batches:
+        prepared(batch.inputs)
+    ranges.update(context.world.all_reduce(ranges.observed(), "max"), averaging=1.0)
+    prepared.fake_quantize(True)
+    ranges.require_known()
+
+
+@torch.no_grad()
+def gate_prepare(context: Context, prepared: PreparedModel) -> None:
+    """Gate: with fake quantization off, the prepared model computes what the float model does, also with extreme BatchNorm variances.
+
+    Raises:
+        GateError: on every rank.
+    """
+    inputs = next(iter(EvaluationLoader(context.source(context.splits.train, 0), 16, 1, 0, 16))).inputs
+    prepared.fake_quantize(False)
+    prepared.observe(False)
+    statistics = [(name, prepared.get_buffer(name)) for name, _ in prepared.named_buffers() if name.endswith("running_var")]
+    originals = [buffer.clone() for _, buffer in statistics]
+    worst = 0.0
+    for drawn in (False, True):
+        if drawn:
+            generator = torch.Generator().manual_seed(context.config.run.seed)
+            for name, buffer in statistics:
+                low, high = (torch.tensor(bound).log() for bound in _VARIANCES)
+                buffer.copy_(torch.exp(low + (high - low) * torch.rand(buffer.shape, generator=generator)))
+                context.model.get_buffer(name).copy_(buffer)
+        worst = max(worst, _relative_difference(prepared.eval(), context.model.eval(), inputs))
+    for (name, buffer), original in zip(statistics, originals, strict=True):
+        buffer.copy_(original)
+        context.model.get_buffer(name).copy_(original)
+    prepared.fake_quantize(True)
+    prepared.observe(True)
+    bound = context.config.qat.prepare_bound
+    context.gate("prepare", worst, bound, worst <= bound, "the backend changed the model; report it with the model's name, or loosen --qat.prepare_bound")
+
+
+def _relative_difference(left: nn.Module, right: nn.Module, inputs: torch.Tensor) -> float:
+    expected = right(inputs).double()
+    return float((left(inputs).double() - expected).abs().max() / expected.abs().max().clamp(min=1e-12))

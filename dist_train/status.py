@@ -1,0 +1,38 @@
+"""status.json: what a run is doing, for launchers and people; replaced atomically."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from dist_train.run_dir import RunDir, read_json, replace_json
+from dist_train.trackers.base import Tracker
+
+_SECONDS = 2.0
+
+
+class Status(Tracker):
+    """Keeps status.json; as a tracker it follows the steps, at most every other second."""
+
+    def __init__(self, run_dir: RunDir, run_name: str, attempt: int) -> None:
+        super().__init__(run_dir, run_name, attempt)
+        self._fields: dict[str, Any] = {"state": "running", "stage": None, "step": 0, "restarts": attempt, "error": None}
+        self._written = 0.0
+
+    def set(self, **fields: Any) -> None:
+        self._fields |= fields
+        self._written = time.monotonic()
+        replace_json(self.run_dir.status, self._fields)
+
+    def log(self, stage: str, epoch: int, step: int, scalars: Mapping[str, float]) -> None:
+        self._fields |= {"stage": stage, "step": step}
+        if time.monotonic() - self._written >= _SECONDS:
+            self.set()
+
+
+def fail(run_dir: RunDir, attempt: int, error: str) -> None:
+    """Notes a failure, by whichever rank it happened on; the first one of an attempt stays."""
+    fields = read_json(run_dir.status) or {"stage": None, "step": 0}
+    if not (fields.get("state") == "failed" and fields.get("restarts") == attempt):
+        replace_json(run_dir.status, {**fields, "state": "failed", "restarts": attempt, "error": error})

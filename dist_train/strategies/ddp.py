@@ -1,0 +1,45 @@
+"""DistributedDataParallel on any number of ranks: gloo on CPUs, NCCL on GPUs."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_train.strategies.base import Strategy
+
+# torch 2.15 renamed the argument and warns about the old name.
+_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+_NO_BROADCAST: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers": False}
+
+
+class DDP(Strategy):
+    """Gradients are averaged by DDP; buffers are synchronised by our own collective (reduction.py), not broadcast from rank 0 each forward.
+
+    Broadcasting would make BatchNorm's statistics and quantization ranges those of rank 0's data (pytorch#85627).
+    """
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **_NO_BROADCAST)
+
+    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
+        assert isinstance(wrapped, DistributedDataParallel)
+        context: AbstractContextManager[None] = wrapped.no_sync()
+        return context
+
+    def settle(self, wrapped: nn.Module, inputs: torch.Tensor) -> None:
+        # DDP orders its buckets anew after the first backward, at the next forward; on three and more ranks another order
+        # sums in another order, so a resumed run's first step would differ in the last bits. Two throwaway steps settle it.
+        buffers = {name: buffer.clone() for name, buffer in wrapped.named_buffers()}
+        for _ in range(2):
+            with self.autocast():
+                outputs = wrapped(inputs)
+            (outputs.float() * 0).sum().backward()
+        wrapped.zero_grad(set_to_none=True)
+        for name, buffer in wrapped.named_buffers():
+            buffer.copy_(buffers[name])

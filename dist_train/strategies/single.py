@@ -1,0 +1,23 @@
+"""One process, one device."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from dist_train.strategies.base import Strategy
+
+
+class Single(Strategy):
+    """The model as it is."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def settle(self, wrapped: nn.Module, inputs: torch.Tensor) -> None:
+        return

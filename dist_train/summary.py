@@ -1,0 +1,44 @@
+"""The table at the end of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_ORDER = ("fp32", "ptq", "fake_quant", "int8")
+
+
+def result_table(results: dict[str, Any]) -> Table:
+    """A row a model: metrics, size and latency; "-" where something was not measured."""
+    models: dict[str, dict[str, Any]] = results["models"]
+    names = sorted(models, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+    metrics = list(dict.fromkeys(key for name in names for key, value in models[name].items() if isinstance(value, (int, float)) and key not in ("count", "bytes")))
+    batches = list(dict.fromkeys(size for name in names for size in models[name].get("latency_ms", {})))
+    runtime = next((models[name]["runtime"] for name in names if "runtime" in models[name]), None)
+    table = Table(title=f"{results['run']}: {results['world_size']} rank{'s' if results['world_size'] > 1 else ''}")
+    table.add_column("model")
+    for metric in [*metrics, "samples", "KiB", *(f"ms, batch {size}" for size in batches)]:
+        table.add_column(metric, justify="right")
+    for name in names:
+        figures = models[name]
+        row = [_metric(metric, figures.get(metric)) for metric in metrics]
+        row += [str(figures.get("count", "-")), f"{figures['bytes'] / 1024:,.1f}" if "bytes" in figures else "-"]
+        row += [f"{figures['latency_ms'][size]:.3f}" if size in figures.get("latency_ms", {}) else "-" for size in batches]
+        table.add_row(name, *row)
+    gates = ", ".join(f"{name} {gate['value']:.3g} (bound {gate['bound']:g})" for name, gate in results["gates"].items())
+    table.caption = "\n".join(line for line in (f"latency in {runtime}, one process" if runtime else "", f"gates passed: {gates}" if gates else "") if line)
+    return table
+
+
+def print_results(results: dict[str, Any]) -> None:
+    console = Console()
+    # A log file has no width: rather long lines there than words cut in two.
+    (console if console.is_terminal else Console(width=120)).print(result_table(results))
+
+
+def _metric(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value * 100:.2f} %" if name.startswith("top") else f"{value:.4f}"

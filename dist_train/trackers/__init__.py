@@ -1,0 +1,1 @@
+"""Where scalars go: one small class each."""

@@ -1,0 +1,25 @@
+"""metrics.jsonl: one object a line, append-only across restarts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from dist_train.run_dir import LineFile, RunDir
+from dist_train.trackers.base import Tracker
+
+
+class JsonLines(Tracker):
+    def __init__(self, run_dir: RunDir, run_name: str, attempt: int) -> None:
+        super().__init__(run_dir, run_name, attempt)
+        self._file = LineFile(run_dir.metrics)
+
+    def log(self, stage: str, epoch: int, step: int, scalars: Mapping[str, float]) -> None:
+        self._file.append({"time": round(time.time(), 3), "stage": stage, "epoch": epoch, "step": step, "attempt": self.attempt, **scalars})
+        self._file.flush()
+
+    def sync(self) -> None:
+        self._file.sync()
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,245 @@
+"""The ranks of a run: who we are, what we do together, and the one place where a process group begins and ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dist_train.config import RunConfig
+from dist_train.errors import DistTrainError, PeerError, SetupError
+
+T = TypeVar("T")
+_POLL_SECONDS = 0.2  # longest slice between two looks at the store; law 4 allows a second
+_FORMING_SECONDS = 300.0
+
+
+@dataclass
+class World:
+    """The ranks of one run, one process each.
+
+    Attributes:
+        rank: 0 .. world_size - 1 over all nodes.
+        local_rank: 0 .. local_world_size - 1 on this node.
+        device: where this rank's model lives.
+        timeout: seconds after which a wait for another rank fails.
+        nonce: agreed at the start, so that keys of an earlier attempt in the same store are never read.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    timeout: float = 1800.0
+    nonce: str = ""
+    store: dist.Store | None = None
+    _waits: int = 0
+
+    @property
+    def node_rank(self) -> int:
+        return self.rank // self.local_world_size
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce(self, tensor: torch.Tensor, operation: Literal["sum", "max"]) -> torch.Tensor:
+        """Reduces `tensor` over all ranks, in place; returns it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Each rank's value, by rank. For small things and rare occasions."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_bytes(self, data: bytes | None) -> bytes:
+        """Rank 0's bytes on every rank; the others pass None."""
+        if self.world_size == 1:
+            assert data is not None
+            return data
+        device = self.device if dist.get_backend() == "nccl" else torch.device("cpu")
+        size = torch.tensor([len(data) if data is not None else 0], device=device)
+        dist.broadcast(size, src=0)
+        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device) if data else torch.empty(int(size), dtype=torch.uint8, device=device)
+        dist.broadcast(buffer, src=0)
+        return buffer.cpu().numpy().tobytes()
+
+    def on_rank_0(self, work: Callable[[], T], what: str, deadline: float | None = None) -> T:
+        """Runs `work` on rank 0 alone; the others wait for its JSON-serializable result.
+
+        They wait on the store, not in a collective, so that work longer than the process group's timeout kills nobody (law 4).
+
+        Raises:
+            PeerError: on the waiting ranks, if the work failed or took longer than `deadline` seconds.
+        """
+        return self._on_leader(0, work, what, deadline)
+
+    def first_on_node(self, work: Callable[[], T], what: str, deadline: float | None = None) -> T:
+        """Like `on_rank_0`, but once on each node, on its local rank 0."""
+        return self._on_leader(self.rank - self.local_rank, work, what, deadline)
+
+    def _on_leader(self, leader: int, work: Callable[[], T], what: str, deadline: float | None) -> T:
+        if self.world_size == 1:
+            return work()
+        self._waits += 1
+        key = f"{self.nonce}/{self._waits}/{leader}"
+        assert self.store is not None
+        if self.rank == leader:
+            result = work()
+            self.store.set(key, json.dumps(result))
+            return result
+        self._wait(key, leader, what, deadline or self.timeout)
+        answer: T = json.loads(self.store.get(key))
+        return answer
+
+    def _wait(self, key: str, leader: int, what: str, deadline: float) -> None:
+        assert self.store is not None
+        end, pause = time.monotonic() + deadline, 0.001
+        while not self.store.check([key]):
+            self.raise_peer_failure()
+            if time.monotonic() > end:
+                raise PeerError(f"rank {leader} did not finish ({what}) within {deadline:.0f} s", "raise the stage's `deadline`, or look at what that rank does")
+            time.sleep(pause)
+            pause = min(pause * 2, _POLL_SECONDS)
+
+    def barrier(self, what: str) -> None:
+        """Waits until every rank is here."""
+        if self.world_size > 1:
+            self.all_reduce(torch.zeros(1, device=self.device), "sum")
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+
+    def report_failure(self, error: BaseException) -> None:
+        """Tells the other ranks why this one ends; the first report counts. Never raises: the error itself matters more."""
+        if self.store is None:
+            return
+        try:
+            if self.store.add(f"{self.nonce}/failures", 1) == 1:
+                report = {"rank": self.rank, "error": "".join(traceback.format_exception_only(error)).strip()}
+                self.store.set(f"{self.nonce}/failure", json.dumps(report))
+        except (RuntimeError, dist.DistError):
+            return  # the store died with the rank or agent that held it
+
+    def peer_failure(self) -> dict[str, Any] | None:
+        """The first failure that another rank reported: its "rank" and "error"."""
+        if self.store is None:
+            return None
+        try:
+            if self.store.check([f"{self.nonce}/failure"]):
+                report: dict[str, Any] = json.loads(self.store.get(f"{self.nonce}/failure"))
+                return report if report["rank"] != self.rank else None
+        except (RuntimeError, dist.DistError):
+            return None
+        return None
+
+    def raise_peer_failure(self) -> None:
+        failure = self.peer_failure()
+        if failure is not None:
+            raise PeerError(f"rank {failure['rank']} failed: {failure['error']}")
+
+
+@contextmanager
+def join(run: RunConfig) -> Iterator[World]:
+    """Forms the process group, yields the world, ends the group.
+
+    An error in the body is reported to the other ranks. Where it is only the echo of another rank's failure, PeerError takes its place.
+
+    Raises:
+        SetupError: contradicting variables, or devices that are not there; before any rank waits for another.
+    """
+    world = _form(run)
+    try:
+        yield world
+    except BaseException as error:
+        echo = _echo_of_peer(world, error)
+        if echo is not None:
+            raise echo from error
+        world.report_failure(error)
+        raise
+    else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _echo_of_peer(world: World, error: BaseException) -> PeerError | None:
+    if isinstance(error, PeerError) or world.world_size == 1:
+        return None
+    failure = world.peer_failure()
+    if failure is not None:
+        return PeerError(f"rank {failure['rank']} failed: {failure['error']}")
+    lost = isinstance(error, RuntimeError) and any(word in str(error) for word in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL"))
+    if lost and not isinstance(error, DistTrainError):
+        return PeerError(f"the connection to another rank was lost (it was killed, or its node is gone): {str(error).splitlines()[0]}")
+    return None
+
+
+def _environment_integer(name: str, default: int) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise SetupError(f"the environment variable {name} is {text!r}, not a number", f"unset {name}, or start with torchrun --nproc_per_node N -m dist_train run CONFIG") from None
+
+
+def _device(requested: str, local_rank: int, local_world_size: int) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if requested == "cuda" and count < local_world_size:
+        raise SetupError(f"run.device is cuda, but this node has {count} CUDA devices for {local_world_size} ranks", "--run.device auto, or fewer ranks: torchrun --nproc_per_node ...")
+    if requested == "cpu" or count < local_world_size:
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
+
+
+def _form(run: RunConfig) -> World:
+    world_size = _environment_integer("WORLD_SIZE", 1)
+    rank = _environment_integer("RANK", 0)
+    local_rank = _environment_integer("LOCAL_RANK", rank)
+    local_world_size = _environment_integer("LOCAL_WORLD_SIZE", world_size)
+    if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
+        raise SetupError(
+            f"RANK={rank}, WORLD_SIZE={world_size}, LOCAL_RANK={local_rank}, LOCAL_WORLD_SIZE={local_world_size} contradict each other",
+            "start with torchrun --nproc_per_node N -m dist_train run CONFIG, or unset them for one process",
+        )
+    device = _device(run.device, local_rank, local_world_size)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    world = World(rank, local_rank, world_size, local_world_size, device, run.timeout)
+    if world_size == 1:
+        return world
+    timeout = timedelta(seconds=run.timeout)
+    # The store first: it is what ranks wait on while rank 0 works alone. With torchrun it is the agent's, and outlives the ranks.
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=_FORMING_SECONDS)))
+    store.set_timeout(timeout)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore("dist_train", store), rank=rank, world_size=world_size, timeout=timeout)
+    world.store = store
+    world.nonce = "".join(world.gather(uuid.uuid4().hex)[:1])
+    kinds = world.gather(device.type)
+    if len(set(kinds)) > 1:
+        raise SetupError(f"some ranks have CUDA devices and some have not: {kinds}", "--run.device cpu, or leave out the nodes without GPUs")
+    return world
+
+
+def resolve_threads(requested: int | Literal["auto"], world: World) -> int:
+    """Threads of each rank: as asked, or the node's usable cores shared out."""
+    if requested != "auto":
+        return requested
+    return max(1, len(os.sched_getaffinity(0)) // world.local_world_size)

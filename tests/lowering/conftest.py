@@ -1,0 +1,27 @@
+"""Models for the lowerings, built once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for converted_nets.py
+
+from converted_nets import converted_net, float_net, program_of
+
+
+@pytest.fixture(scope="session")
+def float_model():
+    return float_net()
+
+
+@pytest.fixture(scope="session")
+def converted(float_model):
+    return converted_net(float_model)
+
+
+@pytest.fixture(scope="session")
+def program(converted):
+    return program_of(converted)
