@@ -1,14 +1,17 @@
-"""Images per second of Fashion-MNIST with crop, flip and normalization: our batched path against torchvision's per-sample one.
+"""Images per second of Fashion-MNIST with augmentation: our batched path against torchvision's per-sample one.
 
     python benchmarks/data.py [--batch 512] [--rounds 5] [--images 8192] [--threads 2] [--padding 2]
 
-Ours: rows gathered from memory-mapped arrays in the sampler's order, and augmented as a batch, in the main process. The reference: PIL images through
-RandomCrop, RandomHorizontalFlip, ToTensor and Normalize in a DataLoader with 2 workers, which are started before its clock is. Rounds alternate; medians count.
-The ratio to expect on 2 cores is at least 25; less exits 1.
+Ours: rows gathered from memory-mapped arrays in the sampler's order, and augmented as a batch, in the main process. The
+reference: PIL images through RandomCrop, RandomHorizontalFlip, ToTensor and Normalize in a DataLoader with 2 workers,
+which are started before its clock is. Rounds alternate; medians count. Synthetic images of the same size stand in where
+Fashion-MNIST cannot be had. The ratio to expect on 2 idle cores is at least 25; less exits 1. A busy machine hurts ours
+more, whose threads wait for each other at each operation: the load is printed.
 """
 
 import argparse
 import datetime
+import os
 import statistics
 import tempfile
 import time
@@ -98,6 +101,7 @@ def main() -> int:
     parser.add_argument("--root", type=Path, default=None, help="folder of Fashion-MNIST's four files")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    load_before = os.getloadavg()[0]
 
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -118,9 +122,9 @@ def main() -> int:
             for name, (batches, images) in paths.items():
                 rates[name].append(rate(batches, images))
 
-    print(
-        f"{datetime.date.today()} torch {torch.__version__} torchvision {torchvision.__version__} threads {torch.get_num_threads()}"
-    )
+    versions = f"torch {torch.__version__} torchvision {torchvision.__version__}"
+    load = f"{os.cpu_count()} cores, load {load_before:.1f} before"
+    print(f"{datetime.date.today()} {versions} threads {torch.get_num_threads()} ({load})")
     print(f"{data.name}, batch {options.batch}, padding {options.padding}, {options.rounds} rounds")
     for name, values in rates.items():
         print(f"{name:12} {statistics.median(values):10,.0f} images/s  (from {min(values):,.0f} to {max(values):,.0f})")

@@ -248,7 +248,11 @@ def _validate(tree: Tree) -> tuple[Config | None, frozenset[str]]:
     """The Config of what is right in the tree, and the dotted keys of what had to be left out."""
     stages = tree.values.get("stages")
     named = [name for name in stages if isinstance(name, str)] if isinstance(stages, list) else []
-    model = config_model([*named, *tree.values])
+    try:
+        model = config_model([*named, *tree.values])
+    except (ImportError, AttributeError) as error:  # of an installed package that offers a stage
+        tree.problems.append(Problem("stages", f"a stage's settings cannot be imported: {error}", hint="reinstall it"))
+        return None, frozenset()
     bad: set[Place] = set()
     while True:
         try:

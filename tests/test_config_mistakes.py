@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_train import registry
 from dist_train.config_sources import load
 from dist_train.errors import EXIT_CONFIG, ConfigError, Problem
 
@@ -161,6 +162,18 @@ def test_all_mistakes_and_contradictions_are_reported_at_once(tmp_path: Path) ->
 def test_no_contradiction_is_made_of_a_value_that_was_never_given(tmp_path: Path) -> None:
     found = problems(tmp_path, "data: {global_batch_size: x, micro_batch_size: 100}\nstages: [traim, convert]", [])
     assert {problem.place for problem in found} == {"data.global_batch_size", "stages.0"}
+
+
+def test_a_stage_whose_package_is_broken_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.stages._entries, "broken", registry.Entry("no_such_module_at_all:Stage"))
+    (problem,) = problems(tmp_path, "stages: [broken]", [])
+    assert "no_such_module_at_all" in problem.message
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_bytes(b"run: {name: \xff\xfe\x00}")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load(tmp_path / "c.yaml", environ={})
 
 
 def test_a_list_that_only_became_empty_is_no_second_mistake(tmp_path: Path) -> None:

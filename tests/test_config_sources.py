@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dist_train
+from dist_train import registry
 from dist_train.config import Config, leaves
 from dist_train.config_sources import annotated, differences, dump, load, shipped
 from dist_train.errors import ConfigError
@@ -27,6 +28,17 @@ train:
   epochs: 3
   optim: {lr: 1e-3}
 """
+
+
+@pytest.fixture
+def user_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory for modules of the user; what they register is forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    for names in (registry.models, registry.stages):
+        monkeypatch.setattr(names, "_entries", dict(names._entries))
+    return tmp_path
 
 
 @pytest.fixture
@@ -114,15 +126,13 @@ def test_the_python_api_loads_the_same(quick: Path) -> None:
     assert dist_train.load_config(str(quick), ["--run.seed", "9"]) == load(quick, ["--run.seed", "9"], {}).config
 
 
-def test_user_code_comes_in_through_import(quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "user_parts.py").write_text(
+def test_user_code_comes_in_through_import(quick: Path, user_code: Path) -> None:
+    (user_code / "user_parts.py").write_text(
         "import dist_train\nfrom dist_train.config import Settings\n"
         "class Pause(Settings):\n    seconds: float\n    often: int = 1\n"
         "@dist_train.register_model('user_net')\ndef net(num_classes): ...\n"
         "@dist_train.register_stage('user_pause', settings=Pause)\nclass PauseStage: ...\n"
     )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     options = ["--model.name", "user_net", "--stages", "[train, user_pause]"]
     with pytest.raises(ConfigError) as caught:
         load(quick, options, {})
@@ -134,7 +144,7 @@ def test_user_code_comes_in_through_import(quick: Path, tmp_path: Path, monkeypa
         load(quick, ["--import", "user_parts", *options, "--user_pause", "{seconds: 1, oftn: 2}"], {})
     loaded = load(quick, ["--import", "user_parts", *options, "--user_pause.seconds", "2"], {})
     assert loaded.sources["user_pause.seconds"] == "--user_pause.seconds"
-    again = tmp_path / "again.yaml"
+    again = user_code / "again.yaml"
     again.write_text(dump(loaded.config))
     assert load(again, environ={}).config.model_dump() == loaded.config.model_dump()
 
@@ -143,12 +153,8 @@ def test_user_code_comes_in_through_import(quick: Path, tmp_path: Path, monkeypa
     ("code", "reason"),
     [("1 / 0", r"ZeroDivisionError.*user_broken\.py:1"), ("import not_there_at_all", "ModuleNotFoundError")],
 )
-def test_a_failing_import_is_a_mistake_with_its_reason(
-    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str
-) -> None:
-    (tmp_path / "user_broken.py").write_text(code)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def test_a_failing_import_is_a_mistake_with_its_reason(quick: Path, user_code: Path, code: str, reason: str) -> None:
+    (user_code / "user_broken.py").write_text(code)
     with pytest.raises(ConfigError, match=reason) as caught:
         load(quick, ["--import", "user_broken", "--train.epochs", "0"], {})
     assert {problem.place for problem in caught.value.problems} == {"user_broken", "train.epochs"}

@@ -10,10 +10,15 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node, map_arg
 
 from dist_train.errors import QuantizationError
-from dist_train.quantization.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
+from dist_train.quantization.fake_quantize import (
+    ActivationFakeQuantize,
+    WeightFakeQuantize,
+)
 
 aten = torch.ops.aten
-BATCH_NORM = aten.batch_norm.default  # (input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
+BATCH_NORM = (
+    aten.batch_norm.default
+)  # (input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
 DROPOUTS = (aten.dropout.default, aten.dropout_.default)  # (input, p, train)
 CONVOLUTIONS = (
     aten.conv1d.default,
@@ -84,17 +89,29 @@ def restore_batch_norms(graph: Graph, literals: dict[Tensors, tuple[object, ...]
     """Gives every batch norm, and the scale factor of every folded one, the settings that the float model had.
 
     Raises:
-        QuantizationError: a batch norm appeared that the float model did not have.
+        QuantizationError: something that PT2E wrote is not recognised, so that a literal of its own would stay.
     """
     for node in batch_norms(graph):
         if batch_norm_tensors(node) not in literals:
-            raise QuantizationError(
-                f"{layer_of(node)}: PT2E rewrote this batch norm beyond recognition, its eps and momentum cannot be restored",
-                f"leave it in floating point: qat.rules: [{{match: '{layer_of(node)}', skip: true}}]",
-            )
+            raise _not_restorable(layer_of(node))
         node.args = (*node.args[:5], *literals[batch_norm_tensors(node)])
+    restored = set()
     for folded in folded_batch_norms(graph):
         folded.eps.args = (folded.eps.args[0], folded.batch_norm.args[7])
+        restored.add(folded.eps)
+    for variance in {tensors[3] for tensors in literals}:
+        for node in graph.find_nodes(op="get_attr"):
+            if node.target == variance and any(
+                _is(user, aten.add.Tensor) and user not in restored for user in node.users
+            ):
+                raise _not_restorable(str(variance).removesuffix(".running_var"))
+
+
+def _not_restorable(layer: str) -> QuantizationError:
+    return QuantizationError(
+        f"{layer}: PT2E rewrote this batch norm in a way that is not recognised; its eps and momentum cannot be restored",
+        "place the batch norm directly after its convolution, or leave the convolution in floating point with a rule of qat.rules",
+    )
 
 
 def folded_batch_norms(graph: Graph) -> list[FoldedBatchNorm]:
@@ -104,7 +121,9 @@ def folded_batch_norms(graph: Graph) -> list[FoldedBatchNorm]:
 
 def _folded(batch_norm: Node) -> FoldedBatchNorm | None:
     unscaled = batch_norm.args[0]
-    if _is(unscaled, aten.add.Tensor) and _is(unscaled.args[0], aten.div.Tensor):  # a convolution with a bias: added after the division
+    if _is(unscaled, aten.add.Tensor) and _is(
+        unscaled.args[0], aten.div.Tensor
+    ):  # a convolution with a bias: added after the division
         unscaled = unscaled.args[0]
     if not _is(unscaled, aten.div.Tensor) or not _is(unscaled.args[1], aten.reshape.default):
         return None
@@ -146,9 +165,14 @@ def fold_batch_norms(module: GraphModule) -> None:
     for index, folded in enumerate(folded_batch_norms(graph)):
         convolution, after = folded.convolution, folded.batch_norm.args[0]
         scale_factor = constant(module, folded.unscaled.args[1].args[0])  # type: ignore[union-attr, arg-type]
-        _, beta, mean, _ = (constant(module, node) if isinstance(node, Node) else None for node in folded.batch_norm.args[1:5])
+        _, beta, mean, _ = (
+            constant(module, node) if isinstance(node, Node) else None for node in folded.batch_norm.args[1:5]
+        )
         offset = constant(module, after.args[1].args[0]) - mean if after is not folded.unscaled else -mean  # type: ignore[union-attr, arg-type, operator]
-        values = {"weight": constant(module, folded.scaled_weight), "bias": offset * scale_factor + (0 if beta is None else beta)}
+        values = {
+            "weight": constant(module, folded.scaled_weight),
+            "bias": offset * scale_factor + (0 if beta is None else beta),
+        }
         nodes = {}
         for kind, value in values.items():
             module.register_parameter(f"folded_{index}_{kind}", nn.Parameter(value, requires_grad=False))
@@ -210,7 +234,9 @@ def name_fake_quantizers(module: GraphModule) -> None:
             quantizers.add_module(names[quantizer], quantizer)
         node.target = f"quantizers.{names[quantizer]}"
     if hasattr(module, "quantizers"):
-        raise QuantizationError("the model has an attribute named `quantizers`, which preparing it needs", "rename it in the model")
+        raise QuantizationError(
+            "the model has an attribute named `quantizers`, which preparing it needs", "rename it in the model"
+        )
     module.add_module("quantizers", quantizers)
     for name, child in list(module.named_children()):
         if isinstance(child, (ActivationFakeQuantize, WeightFakeQuantize)):

@@ -6,14 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.fx.graph import CodeGen
 
 from dist_train.errors import QuantizationError
-from dist_train.quantization.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
-from dist_train.quantization.graph_rewrite import batch_norm_tensors, batch_norms, use_batch_statistics
+from dist_train.quantization.fake_quantize import (
+    ActivationFakeQuantize,
+    WeightFakeQuantize,
+)
+from dist_train.quantization.graph_rewrite import (
+    batch_norm_tensors,
+    batch_norms,
+    use_batch_statistics,
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,9 @@ class PreparedModel(nn.Module):
 
     def _refuse_taken(self, name: str) -> None:
         if hasattr(self, name):
-            raise QuantizationError(f"the model has an attribute named `{name}`, which a prepared model needs itself", "rename it")
+            raise QuantizationError(
+                f"the model has an attribute named `{name}`, which a prepared model needs itself", "rename it"
+            )
 
     @property
     def fake_quantizers(self) -> list[ActivationFakeQuantize]:

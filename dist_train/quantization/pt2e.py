@@ -7,6 +7,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,10 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 
 from dist_train.errors import QuantizationError
 from dist_train.quantization import graph_rewrite
-from dist_train.quantization.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
+from dist_train.quantization.fake_quantize import (
+    ActivationFakeQuantize,
+    WeightFakeQuantize,
+)
 from dist_train.quantization.graph_rewrite import aten, attribute, constant, layer_of
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
@@ -67,14 +71,26 @@ class PT2EBackend:
             quantizer = module.get_submodule(node.target)
             if isinstance(quantizer, WeightFakeQuantize):
                 quantizer.settle(constant(module, node.args[0]))
+        for node in list(graph_rewrite.batch_norms(module.graph)):
+            node.target = _batch_norm
         with _quietly():
             converted = convert_pt2e(module)
+        for node in converted.graph.find_nodes(op="call_function", target=_batch_norm):
+            node.target = graph_rewrite.BATCH_NORM
         for method in ("train", "eval"):  # replaced by functions that raise; nothing in the graph depends on the mode
             converted.__dict__.pop(method, None)
         if converted.graph.find_nodes(op="call_module"):
-            raise QuantizationError(f"convert left {converted.graph.find_nodes(op='call_module')[0].target} unconverted", "report this as a bug")
+            raise QuantizationError(
+                f"convert left {converted.graph.find_nodes(op='call_module')[0].target} unconverted",
+                "report this as a bug",
+            )
         _strip(converted)
         return converted.requires_grad_(False).eval()
+
+
+def _batch_norm(*args: Any) -> Tensor:
+    """Stands in for aten.batch_norm while torchao converts: where it finds one it traces 96 patterns to fold (15 s), in vain."""
+    raise AssertionError("only a name in a graph")
 
 
 def export_converted(converted: GraphModule, example: Tensor) -> ExportedProgram:
@@ -95,7 +111,10 @@ def _synthetic(example: Tensor) -> Tensor:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Without warnings of prototype APIs, and without touching the global random state, which torchao's patterns draw from."""
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with (
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices=[]),
+    ):  # the draws are on the CPU, whatever the model's device
         warnings.simplefilter("ignore")
         yield
 
@@ -104,8 +123,15 @@ def _export(model: nn.Module, example: Tensor) -> GraphModule:
     """Strict export: under the default one X86InductorQuantizer cannot tell modules apart that are called twice."""
     device = next((parameter.device for parameter in model.parameters()), example.device)
     try:
-        program = torch.export.export(model, (_synthetic(example).to(device),), dynamic_shapes=({0: _batch()},), strict=True)
-    except (torch._dynamo.exc.TorchDynamoException, torch._export.verifier.SpecViolationError, RuntimeError, ValueError) as error:
+        program = torch.export.export(
+            model, (_synthetic(example).to(device),), dynamic_shapes=({0: _batch()},), strict=True
+        )
+    except (
+        torch._dynamo.exc.TorchDynamoException,
+        torch._export.verifier.SpecViolationError,
+        RuntimeError,
+        ValueError,
+    ) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise QuantizationError(
             f"torch.export cannot trace {type(model).__name__}: {first}",
@@ -118,7 +144,11 @@ def _export(model: nn.Module, example: Tensor) -> GraphModule:
 
 def _refuse_cumulative_average(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats and module.momentum is None:
+        if (
+            isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and module.track_running_stats
+            and module.momentum is None
+        ):
             raise QuantizationError(
                 f"{name}: a batch norm with momentum=None (a cumulative average) cannot be exported for training",
                 f"set {name}.momentum to a number, such as 0.1",
@@ -128,8 +158,15 @@ def _refuse_cumulative_average(model: nn.Module) -> None:
 def _make_affine(model: nn.Module) -> None:
     """QAT folds weight / sqrt(variance): a batch norm that has no weight gets ones, and zeros for bias, that are not trained."""
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is None and module.running_var is not None:
-            for name, value in (("weight", torch.ones_like(module.running_var)), ("bias", torch.zeros_like(module.running_var))):
+        if (
+            isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and module.weight is None
+            and module.running_var is not None
+        ):
+            for name, value in (
+                ("weight", torch.ones_like(module.running_var)),
+                ("bias", torch.zeros_like(module.running_var)),
+            ):
                 delattr(module, name)
                 module.register_buffer(name, value)
 
@@ -148,7 +185,9 @@ def _refuse_known_failures(graph: Graph) -> None:
                 "build it with track_running_stats=True, or use nn.GroupNorm, and train again",
             )
         if node.args[1] is None:
-            raise QuantizationError(f"{layer_of(node)}: F.batch_norm without a weight cannot be folded", "use nn.BatchNorm2d")
+            raise QuantizationError(
+                f"{layer_of(node)}: F.batch_norm without a weight cannot be folded", "use nn.BatchNorm2d"
+            )
 
 
 def _keep_unused_buffers(graph: GraphModule, model: nn.Module) -> None:
@@ -171,7 +210,9 @@ def _give_dead_channels_a_weight(graph: GraphModule, smallest: float = 1e-8) -> 
         if isinstance(node.args[1], Node) and node.args[1].op == "get_attr":
             weight = attribute(graph, str(node.args[1].target))
             with torch.no_grad():
-                weight.copy_(torch.where(weight.abs() < smallest, torch.full_like(weight, smallest).copysign(weight), weight))
+                weight.copy_(
+                    torch.where(weight.abs() < smallest, torch.full_like(weight, smallest).copysign(weight), weight)
+                )
 
 
 class _Quantizer(X86InductorQuantizer):
@@ -182,7 +223,9 @@ class _Quantizer(X86InductorQuantizer):
         default = get_default_x86_inductor_quantization_config(is_qat=True)
         activation = dataclasses.replace(default.input_activation, observer_or_fake_quant_ctr=ActivationFakeQuantize)
         weight = dataclasses.replace(default.weight, observer_or_fake_quant_ctr=WeightFakeQuantize)
-        self.set_global(dataclasses.replace(default, input_activation=activation, output_activation=activation, weight=weight))
+        self.set_global(
+            dataclasses.replace(default, input_activation=activation, output_activation=activation, weight=weight)
+        )
         for name in skipped:
             self.set_module_name_qconfig(name, None)
 
@@ -199,7 +242,10 @@ class _Quantizer(X86InductorQuantizer):
 def _strip(converted: GraphModule) -> None:
     """Deletes tensors that no node reads (the float weights), then modules left empty."""
     read = {str(node.target) for node in converted.graph.find_nodes(op="get_attr")}
-    for name, _ in [*converted.named_parameters(remove_duplicate=False), *converted.named_buffers(remove_duplicate=False)]:
+    for name, _ in [
+        *converted.named_parameters(remove_duplicate=False),
+        *converted.named_buffers(remove_duplicate=False),
+    ]:
         if name not in read:
             owner, _, attribute = name.rpartition(".")
             delattr(converted.get_submodule(owner), attribute)

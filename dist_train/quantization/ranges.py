@@ -94,7 +94,9 @@ class Ranges:
     def digest(self) -> str:
         """SHA-256, in hex, of every range's name and bytes. Equal on all ranks, and equal after a resume."""
         digest = hashlib.sha256()
-        values = torch.stack([self._stacked(name).float() for name in ("low", "high", "scale", "zero_point", "initialized")])
+        values = torch.stack(
+            [self._stacked(name).float() for name in ("low", "high", "scale", "zero_point", "initialized")]
+        )
         digest.update("\n".join(self.names).encode())
         digest.update(values.cpu().numpy().astype("<f4").tobytes())
         return digest.hexdigest()

@@ -30,12 +30,15 @@ def skipped_modules(names: Sequence[str], rules: Sequence[Rule]) -> list[str]:
     skipped: set[str] = set()
     for rule in rules:
         if not rule.skip:
-            raise QuantizationError(f"the quantization rule {rule.match!r} does nothing", "write skip: true, or remove the rule")
+            raise QuantizationError(
+                f"the quantization rule {rule.match!r} does nothing", "write skip: true, or remove the rule"
+            )
         matched = fnmatch.filter(names, rule.match)
         if not matched:
             near = difflib.get_close_matches(rule.match, names, n=3, cutoff=0.4) or names[:5]
             raise QuantizationError(
-                f"the quantization rule {rule.match!r} matches no module", f"did you mean {' or '.join(near)}?" if near else ""
+                f"the quantization rule {rule.match!r} matches no module",
+                f"did you mean {' or '.join(near)}?" if near else "",
             )
         skipped.update(matched)
     return [name for name in names if name in skipped]

@@ -80,7 +80,9 @@ def test_whole_files_are_taken_as_they_are_and_damaged_ones_replaced(tmp_path: P
         beside = folder / "damaged"
         beside.write_bytes(damage)
         beside.replace(images)
+        damaged = images.stat().st_ino
         data.write(tmp_path)
+        assert images.stat().st_ino != damaged, "replaced at once, not written over: others may have it mapped"
         assert images.read_bytes() == whole
         assert sorted(folder.iterdir()) == files, "nothing is left beside"
     assert torch.equal(mapped.images, data.images), "who had mapped the first file keeps it"

@@ -51,6 +51,25 @@ def test_a_sample_gets_the_same_pixels_alone_and_in_any_batch_and_order(channels
         torch.set_num_threads(before)
 
 
+def test_contrast_of_large_images_does_not_depend_on_the_batch() -> None:
+    """A float mean does: torch sums a lone large image in parallel parts, and one of many as a whole."""
+    images, ids = images_of(24, 1, 224, 224), torch.arange(24)
+    # Brightness first: sums of whole pixel values are exact even as floats.
+    augment = normalized([ColorJitter(brightness=0.3, contrast=0.5)], channels=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        pixels = images.float() * 1.2345
+        alone_means = torch.cat([image.mean((1, 2, 3)) for image in pixels.split(1)])
+        if torch.equal(pixels.mean((1, 2, 3)), alone_means):
+            pytest.skip("float means happen to agree here, so that nothing would be shown")
+        whole = augment(images, ids, epoch=0)
+        alone = [augment(i, n, epoch=0) for i, n in zip(images.split(1), ids.split(1), strict=True)]
+        assert torch.equal(torch.cat(alone), whole)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("step", ALL, ids=lambda step: step.name)
 def test_epochs_seeds_and_ids_change_what_happens(step: AugmentConfig) -> None:
     images = images_of(1).expand(64, -1, -1, -1)
@@ -161,6 +180,15 @@ def test_normalization_is_torchvisions() -> None:
     expected = reference.normalize(images.float() / 255, [0.45, 0.4, 0.35], [0.2, 0.3, 0.25])
     torch.testing.assert_close(normalized([]).normalize(images), expected, atol=2e-6, rtol=1e-6)
     assert torch.equal(normalized([])(images, torch.arange(4), epoch=3), normalized([]).normalize(images))
+
+
+def test_normalization_rounds_after_each_operation() -> None:
+    """The bits of the inputs are defined by float32 arithmetic, whatever kernels a device has."""
+    images = images_of(7, 3, 23, 21)
+    scale = (1 / (255 * np.array([0.2, 0.3, 0.25]))).astype(np.float32).reshape(3, 1, 1)
+    shift = (-np.array([0.45, 0.4, 0.35]) / np.array([0.2, 0.3, 0.25])).astype(np.float32).reshape(3, 1, 1)
+    expected = images.numpy().astype(np.float32) * scale + shift
+    assert np.array_equal(normalized([]).normalize(images).numpy(), expected)
 
 
 def test_two_steps_of_one_name_draw_apart_and_do_not_disturb_the_others() -> None:

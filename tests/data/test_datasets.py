@@ -112,6 +112,7 @@ def _flip_a_bit(content: bytes) -> bytes:
         lambda _: b"",
         lambda _: b"<html>not found</html>",
         lambda content: gzip.compress(gzip.decompress(content)[:-1]),
+        lambda content: gzip.compress(gzip.decompress(content) + b"x"),
         lambda content: gzip.compress(b"\0\0\x0d" + gzip.decompress(content)[3:]),
         lambda content: gzip.compress(b"\0\0"),
     ],

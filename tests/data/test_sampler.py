@@ -155,7 +155,10 @@ def test_a_late_step_of_a_huge_epoch_evaluates_one_batch(monkeypatch: pytest.Mon
 def test_without_a_global_batch_it_stands_where_a_distributed_sampler_stands(
     size: int, world_size: int, drop_last: bool, shuffle: bool
 ) -> None:
-    reference = [DistributedSampler(range(size), world_size, rank, shuffle, 3, drop_last) for rank in range(world_size)]  # type: ignore[arg-type]
+    dataset = TensorDataset(torch.arange(size))
+    reference: list[DistributedSampler[tuple[torch.Tensor, ...]]] = [
+        DistributedSampler(dataset, world_size, rank, shuffle, 3, drop_last) for rank in range(world_size)
+    ]
     ours = samplers(size, world_size, shuffle=shuffle, seed=3, drop_last=drop_last)
     for sampler in (*reference, *ours):
         sampler.set_epoch(1)
