@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dist_train.artifact import load_artifact
-    from dist_train.config import Config
+    from dist_train.config import Config, DataConfig
     from dist_train.config_sources import load_config
+    from dist_train.data.arrays import ImageArrays, Splits
     from dist_train.data.sampler import ElasticDistributedSampler
     from dist_train.errors import ConfigError, DistTrainError
     from dist_train.pipeline import run
@@ -21,14 +22,25 @@ if TYPE_CHECKING:
         register_task,
         register_tracker,
     )
+    from dist_train.stages.base import Stage
+    from dist_train.strategies.base import Strategy
+    from dist_train.tasks import Task
+    from dist_train.trackers.base import Tracker
 
     __version__: str
 
 __all__ = [
     "Config",
     "ConfigError",
+    "DataConfig",
     "DistTrainError",
     "ElasticDistributedSampler",
+    "ImageArrays",
+    "Splits",
+    "Stage",
+    "Strategy",
+    "Task",
+    "Tracker",
     "__version__",
     "load_artifact",
     "load_config",
@@ -46,8 +58,15 @@ __all__ = [
 _HOME = {
     "Config": "config",
     "ConfigError": "errors",
+    "DataConfig": "config",
     "DistTrainError": "errors",
     "ElasticDistributedSampler": "data.sampler",
+    "ImageArrays": "data.arrays",
+    "Splits": "data.arrays",
+    "Stage": "stages.base",
+    "Strategy": "strategies.base",
+    "Task": "tasks",
+    "Tracker": "trackers.base",
     "load_artifact": "artifact",
     "load_config": "config_sources",
     "run": "pipeline",

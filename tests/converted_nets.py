@@ -23,11 +23,11 @@ def float_net(channels_last: bool = False, width: int = 16) -> nn.Module:
             nn.ReLU(),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(2 * width, 10),
+            head := nn.Linear(2 * width, 10),
         )
-    net[7].weight.data *= 8  # logits far enough apart for argmax to mean something
+    head.weight.data *= 8  # logits far enough apart for argmax to mean something
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return net.eval().to(memory_format=memory_format)  # type: ignore[call-overload,no-any-return]
+    return net.eval().to(memory_format=memory_format)
 
 
 def images(count: int, seed: int = 1) -> Tensor:
@@ -48,7 +48,7 @@ def converted_net(model: nn.Module) -> nn.Module:
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
     prepared = prepare_pt2e(graph.module(check_guards=False), quantizer)
     prepared(images(64))
-    return convert_pt2e(prepared)  # type: ignore[no-any-return]
+    return convert_pt2e(prepared)
 
 
 def program_of(converted: nn.Module) -> ExportedProgram:

@@ -28,7 +28,7 @@ def free_port() -> int:
 class Ranks:
     """Rank processes of one run; `with` kills what is left of them."""
 
-    def __init__(self, world_size: int, command: Sequence[str], environ: dict[str, str] | None = None) -> None:
+    def __init__(self, world_size: int, command: Sequence[str], environ: dict[str, str] | None = None, folder: Path | None = None) -> None:
         port = str(free_port())
         self.outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]
         self.processes = []
@@ -39,7 +39,7 @@ class Ranks:
                 variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
                 variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             out = self.outputs[rank]
-            process = subprocess.Popen([sys.executable, *command], env=variables, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+            process = subprocess.Popen([sys.executable, *command], env=variables, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True, cwd=folder)
             self.processes.append(process)
 
     def __enter__(self) -> Ranks:

@@ -96,7 +96,7 @@ sys.stdout.write(hashlib.sha256(data).hexdigest())
 def test_bytes_are_equal_in_processes_with_another_history_and_hash_seed():
     here = Path(__file__).resolve().parent
     digests = []
-    for clutter in ("0", "3"):
+    for clutter in ("0", "1"):
         environment = {**os.environ, "PYTHONHASHSEED": clutter}
         command = [sys.executable, "-c", BUILD, str(here), str(here.parent), clutter]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=True)
@@ -227,7 +227,9 @@ def test_a_flipped_byte_anywhere_in_the_program_is_refused_by_name(artifact):
     verify_artifact(artifact)
 
 
-def test_every_flipped_byte_of_the_manifest_is_refused_by_name(artifact):
+def test_every_flipped_byte_of_the_manifest_is_refused_by_name(tmp_path):
+    artifact = tmp_path / "export"
+    write_artifact(artifact, b"a program", FIELDS)
     for position in range((artifact / MANIFEST).stat().st_size):
         flip(artifact / MANIFEST, position)
         with pytest.raises(ArtifactError, match=r"export/manifest\.json"):
@@ -295,14 +297,11 @@ def test_a_writer_killed_at_any_file_operation_leaves_a_whole_artifact(tmp_path,
         if older:
             write_artifact(directory, old, FIELDS)
         killed = child_killed_at(event, lambda target=directory: write_artifact(target, new, FIELDS))
-        found = [path.read_bytes() for path in directory.glob(PROGRAM)]
-        try:
+        if any(path.exists() for path in (directory, directory.with_name(".export.old"))):
             seen.append(verify_artifact(directory)["files"][PROGRAM]["sha256"])
-        except ArtifactError as error:
-            assert "no artifact at" in str(error)
+        else:
             assert not older
             seen.append("absent")
-        assert found in ([], [old], [new])
         write_artifact(directory, new, FIELDS)  # the same command again
         assert sorted(os.listdir(directory)) == [MANIFEST, PROGRAM]
         assert os.listdir(directory.parent) == ["export"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -35,9 +34,6 @@ def things() -> Registry:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_built_in_name_leads_to_something(target: str) -> None:
-    module = target.partition(":")[0]
-    if importlib.util.find_spec(module) is None:
-        pytest.skip(f"{module} is not written yet")
     assert callable(resolve(target))
 
 

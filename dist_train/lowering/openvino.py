@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import sys
@@ -15,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 
 from dist_train.lowering.base import Lowered, LoweringUnavailable, quiet
 
+_KEPT = 8  # compiled batch sizes; each holds its own packed weights
 _MODULES = ("openvino", "onnx", "onnxscript")
 
 
@@ -76,9 +78,13 @@ def lower(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
 
     model: a converted model (Q/DQ) or a float one in eval mode. example: float32 [B, C, H, W], for its shape.
 
-    Two choices besides the obvious: `read_model` instead of `convert_model`, which sends telemetry (and is slower); and
-    the precision f32, because OpenVINO would otherwise run a float model in bf16 where the CPU has it, and the comparison
-    of int8 with FP32 would be one with bf16 (2x faster here). int8 parts stay int8 (integer kernels).
+    Three choices besides the obvious:
+    - One compiled model per batch size, made at its first call. OpenVINO 2026.4.1 answers wrongly for a batch of one where
+      the int8 model was compiled with a dynamic batch (ResNet-18 at 32x32: off by three times the largest logit, while
+      ONNX's reference evaluator agrees with torch to 4e-8); with a fixed batch it is right.
+    - `read_model` instead of `convert_model`, which sends telemetry (and is slower).
+    - The precision f32: OpenVINO would otherwise run a float model in bf16 where the CPU has it, and the comparison of int8
+      with FP32 would be one with bf16 (2x faster here). int8 parts stay int8 (integer kernels).
 
     Raises LoweringUnavailable where a module is missing or the model cannot be exported or compiled.
     """
@@ -91,16 +97,22 @@ def lower(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
         "INFERENCE_PRECISION_HINT": "f32",
         "ENABLE_CPU_PINNING": False,
     }
-    try:
-        with quiet():
-            core = openvino.Core()
-            compiled = core.compile_model(core.read_model(io.BytesIO(onnx_model)), "CPU", settings)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise LoweringUnavailable(f"OpenVINO cannot compile this model: {reason}") from error
+    core = openvino.Core()
+
+    @functools.lru_cache(maxsize=_KEPT)
+    def compiled(batch: int) -> Any:
+        try:
+            with quiet():
+                fixed = core.read_model(io.BytesIO(onnx_model))
+                fixed.reshape([batch, *example.shape[1:]])
+                return core.compile_model(fixed, "CPU", settings)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise LoweringUnavailable(f"OpenVINO cannot compile this model: {reason}") from error
 
     def call(images: Tensor) -> Tensor:
         # share_inputs: no copy of the batch; the output is a copy, so that the next call does not overwrite it.
-        return torch.from_numpy(compiled(images.contiguous().numpy(), share_inputs=True)[0])
+        return torch.from_numpy(compiled(len(images))(images.contiguous().numpy(), share_inputs=True)[0])
 
+    compiled(1)  # so that a model that OpenVINO refuses is refused here, not in the midst of a measurement
     return Lowered("openvino", call)

@@ -30,7 +30,7 @@ class _QuantizeDequantize(torch.autograd.Function):
         return ((q - zero_point) * scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, scale, zero_point = ctx.saved_tensors
         low, high = ctx.bounds
         q = torch.round(x.float() * (1.0 / scale)) + zero_point
@@ -45,7 +45,7 @@ class _QuantizeDequantizeWeight(torch.autograd.Function):
         return (torch.clamp(torch.round(weight.float() * (1.0 / scale)), low, high) * scale).to(weight.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return grad, None, None, None
 
 

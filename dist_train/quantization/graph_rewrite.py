@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,15 +35,23 @@ Tensors = tuple[str | None, ...]  # the attributes that a batch norm reads: weig
 class FoldedBatchNorm:
     """A convolution with the batch norm that QAT folds into its weight: nodes of one graph.
 
-    `eps` is `running_var + eps` of the scale factor weight / sqrt(running_var + eps); `scaled_weight` is the convolution's weight times
-    that factor; the convolution's output is divided by it again (`unscaled`) before `batch_norm` (arXiv:1806.08342, section 3.2.2).
+    `eps` is `running_var + eps`; `scale_factor` is the batch norm's weight / sqrt(running_var + eps); `scaled_weight` is the
+    convolution's weight times that factor; the convolution's output is divided by it again (`unscaled`) before `batch_norm`
+    (Krishnamoorthi, https://arxiv.org/abs/1806.08342, section 3.2.2; torchao's `_get_qat_conv_bn_pattern`).
     """
 
     eps: Node
+    scale_factor: Node
     scaled_weight: Node
     convolution: Node
     unscaled: Node
     batch_norm: Node
+
+    @property
+    def bias(self) -> Node | None:
+        """The convolution's own bias, which is added after the division."""
+        added: Any = self.batch_norm.args[0]
+        return None if added is self.unscaled else added.args[1].args[0]
 
     @property
     def layer(self) -> str:
@@ -68,13 +77,13 @@ def batch_norm_tensors(node: Node) -> Tensors:
     return tuple(str(arg.target) if isinstance(arg, Node) else None for arg in node.args[1:5])
 
 
-def batch_norm_literals(graph: Graph) -> dict[Tensors, tuple[object, ...]]:
+def batch_norm_literals(graph: Graph) -> dict[Tensors, tuple[Any, ...]]:
     """(training, momentum, eps, cudnn_enabled) of every batch norm, by the tensors that it reads. Take it before prepare.
 
     Raises:
         QuantizationError: a batch norm's settings cannot be told apart by its tensors, or its momentum is None.
     """
-    literals: dict[Tensors, tuple[object, ...]] = {}
+    literals: dict[Tensors, tuple[Any, ...]] = {}
     for node in batch_norms(graph):
         tensors = batch_norm_tensors(node)
         if literals.setdefault(tensors, tuple(node.args[5:])) != tuple(node.args[5:]):
@@ -85,7 +94,7 @@ def batch_norm_literals(graph: Graph) -> dict[Tensors, tuple[object, ...]]:
     return literals
 
 
-def restore_batch_norms(graph: Graph, literals: dict[Tensors, tuple[object, ...]]) -> None:
+def restore_batch_norms(graph: Graph, literals: dict[Tensors, tuple[Any, ...]]) -> None:
     """Gives every batch norm, and the scale factor of every folded one, the settings that the float model had.
 
     Raises:
@@ -120,7 +129,7 @@ def folded_batch_norms(graph: Graph) -> list[FoldedBatchNorm]:
 
 
 def _folded(batch_norm: Node) -> FoldedBatchNorm | None:
-    unscaled = batch_norm.args[0]
+    unscaled: Any = batch_norm.args[0]  # Any: what is unlike the pattern is found by comparing targets
     if _is(unscaled, aten.add.Tensor) and _is(
         unscaled.args[0], aten.div.Tensor
     ):  # a convolution with a bias: added after the division
@@ -135,7 +144,7 @@ def _folded(batch_norm: Node) -> FoldedBatchNorm | None:
     scaled_weight = weight.args[0] if weight.op == "call_module" else weight
     if not _is(eps, aten.add.Tensor) or eps.args[0].target != batch_norm_tensors(batch_norm)[3]:
         return None
-    return FoldedBatchNorm(eps, scaled_weight, convolution, unscaled, batch_norm)
+    return FoldedBatchNorm(eps, scale_factor, scaled_weight, convolution, unscaled, batch_norm)
 
 
 def _is(node: object, *targets: object) -> bool:
@@ -147,11 +156,8 @@ def undo_needless_folding(graph: Graph) -> None:
     for folded in folded_batch_norms(graph):
         if not folded.quantized:
             convolution = folded.convolution
-            after = folded.batch_norm.args[0]
-            bias = None if after is folded.unscaled else after.args[1].args[0]  # type: ignore[union-attr]
-            weight = folded.scaled_weight.args[0]
-            convolution.args = (convolution.args[0], weight, bias, *convolution.args[3:])
-            folded.batch_norm.replace_input_with(after, convolution)  # type: ignore[arg-type]
+            convolution.args = (convolution.args[0], folded.scaled_weight.args[0], folded.bias, *convolution.args[3:])
+            folded.batch_norm.args = (convolution, *folded.batch_norm.args[1:])
     graph.eliminate_dead_code()
 
 
@@ -163,16 +169,11 @@ def fold_batch_norms(module: GraphModule) -> None:
     """
     graph = module.graph
     for index, folded in enumerate(folded_batch_norms(graph)):
-        convolution, after = folded.convolution, folded.batch_norm.args[0]
-        scale_factor = constant(module, folded.unscaled.args[1].args[0])  # type: ignore[union-attr, arg-type]
-        _, beta, mean, _ = (
-            constant(module, node) if isinstance(node, Node) else None for node in folded.batch_norm.args[1:5]
-        )
-        offset = constant(module, after.args[1].args[0]) - mean if after is not folded.unscaled else -mean  # type: ignore[union-attr, arg-type, operator]
-        values = {
-            "weight": constant(module, folded.scaled_weight),
-            "bias": offset * scale_factor + (0 if beta is None else beta),
-        }
+        convolution, bias = folded.convolution, folded.bias
+        scale_factor = constant(module, folded.scale_factor)
+        _, beta, mean, _ = (constant(module, node) for node in folded.batch_norm.args[1:5] if isinstance(node, Node))
+        offset = -mean if bias is None else constant(module, bias) - mean
+        values = {"weight": constant(module, folded.scaled_weight), "bias": offset * scale_factor + beta}
         nodes = {}
         for kind, value in values.items():
             module.register_parameter(f"folded_{index}_{kind}", nn.Parameter(value, requires_grad=False))
@@ -220,7 +221,7 @@ def name_fake_quantizers(module: GraphModule) -> None:
     PT2E calls them activation_post_process_<n>, and a shared one by several names: state of a changed model would load silently.
     """
     found = dict(module.named_modules(remove_duplicate=False))
-    quantizers, names = nn.Module(), {}  # type: ignore[var-annotated]
+    quantizers, names = nn.Module(), dict[nn.Module, str]()
     for node in module.graph.nodes:
         quantizer = found.get(node.target) if node.op == "call_module" else None
         if not isinstance(quantizer, (ActivationFakeQuantize, WeightFakeQuantize)):

@@ -127,7 +127,13 @@ def _plain_signature(module: GraphModule) -> Graph:
     inputs = graph.find_nodes(op="placeholder")
     output = graph.output_node()
     values = output.args[0]
-    if len(inputs) != 1 or not isinstance(values, (tuple, list)) or len(values) != 1 or not module._out_spec.is_leaf():
+    if (
+        len(inputs) != 1
+        or not isinstance(values, (tuple, list))
+        or len(values) != 1
+        or module._out_spec is None
+        or not module._out_spec.is_leaf()
+    ):
         raise QuantizationError(
             f"the model takes {len(inputs)} inputs and returns {len(values) if isinstance(values, (tuple, list)) else 1} values",
             "wrap it in a module whose forward takes one tensor and returns one tensor",

@@ -22,6 +22,7 @@ class Ranges:
         named = [(name, module) for name, module in model.named_modules() if isinstance(module, ActivationFakeQuantize)]
         self.names = [name for name, _ in named]
         self.modules = [module for _, module in named]
+        self._bounds: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -59,7 +60,7 @@ class Ranges:
         if not all(module.calibrated for module in self.modules):  # reads the device only until all are
             for module, known in zip(self.modules, initialized.tolist(), strict=True):
                 module.calibrated = known
-        scale, zero_point = _affine(low, high, self._stacked("quant_min"), self._stacked("quant_max"))
+        scale, zero_point = _affine(low, high, *self._quant_bounds(low.device))
         updated = {"low": low, "high": high, "scale": scale, "zero_point": zero_point, "initialized": initialized}
         for name, values in updated.items():
             torch._foreach_copy_([getattr(module, name) for module in self.modules], list(values.unbind()))
@@ -102,12 +103,15 @@ class Ranges:
         return digest.hexdigest()
 
     def _stacked(self, name: str) -> Tensor:
-        values = [getattr(module, name) for module in self.modules]
-        if not values:
-            return torch.empty(0)
-        if isinstance(values[0], int):
-            return torch.tensor(values, dtype=torch.float32, device=self.modules[0].low.device)
-        return torch.stack(values)
+        return torch.stack([getattr(module, name) for module in self.modules]) if self.modules else torch.empty(0)
+
+    def _quant_bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """float32 [len(self)] each: the modules' quant_min and quant_max, copied to the device once."""
+        if self._bounds is None or self._bounds[0].device != device:
+            low = torch.tensor([float(module.quant_min) for module in self.modules], device=device)
+            high = torch.tensor([float(module.quant_max) for module in self.modules], device=device)
+            self._bounds = low, high
+        return self._bounds
 
 
 def _affine(low: Tensor, high: Tensor, quant_min: Tensor, quant_max: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ def test_contrast_of_large_images_does_not_depend_on_the_batch() -> None:
         pixels = images.float() * 1.2345
         alone_means = torch.cat([image.mean((1, 2, 3)) for image in pixels.split(1)])
         if torch.equal(pixels.mean((1, 2, 3)), alone_means):
-            pytest.skip("float means happen to agree here, so that nothing would be shown")
+            pytest.skip("only where float means differ; they happen to agree here, so that nothing would be shown")
         whole = augment(images, ids, epoch=0)
         alone = [augment(i, n, epoch=0) for i, n in zip(images.split(1), ids.split(1), strict=True)]
         assert torch.equal(torch.cat(alone), whole)

@@ -18,7 +18,7 @@ def test_openvino_comes_first(converted):
     assert lower(converted, images(1), threads=1).name == "openvino"
 
 
-@pytest.mark.skipif(not missing_modules(), reason="OpenVINO is installed")
+@pytest.mark.skipif(not missing_modules(), reason="only without OpenVINO")
 def test_without_any_runtime_it_says_what_to_install(converted, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(LoweringUnavailable, match=r"pip install 'dist-train\[openvino,onnx\]'"):

@@ -15,8 +15,20 @@ from dist_train.quantization.ranges import Ranges
 INF = float("inf")
 
 
-def two() -> tuple[nn.Sequential, Ranges]:
-    model = nn.Sequential(ActivationFakeQuantize(), ActivationFakeQuantize())
+class Two(nn.Sequential):
+    """A chain of two fake-quantize modules."""
+
+    def __init__(self) -> None:
+        super().__init__(ActivationFakeQuantize(), ActivationFakeQuantize())
+
+    def __getitem__(self, index: int) -> ActivationFakeQuantize:  # type: ignore[override]
+        module = super().__getitem__(index)
+        assert isinstance(module, ActivationFakeQuantize)
+        return module
+
+
+def two() -> tuple[Two, Ranges]:
+    model = Two()
     return model, Ranges(model)
 
 

@@ -32,11 +32,16 @@ def draw_statistics(model: nn.Module) -> nn.Module:
     """Variances from 1e-5 to 10, as a trained network has: near 1 a wrong eps would not show."""
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if (
+                isinstance(module, nn.BatchNorm2d)
+                and module.running_var is not None
+                and module.running_mean is not None
+            ):
                 module.running_var.copy_(10 ** (torch.rand_like(module.running_var) * 6 - 5))
                 module.running_mean.normal_(0, 0.1)
                 # The weight goes with the deviation, or activations would grow from layer to layer by the hundredfold.
-                module.weight.copy_((module.running_var + module.eps).sqrt() * (0.5 + torch.rand_like(module.weight)))
+                deviation = torch.sqrt(module.running_var + module.eps)
+                module.weight.copy_(deviation * (0.5 + torch.rand_like(deviation)))
     return model
 
 

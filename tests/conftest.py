@@ -1,0 +1,35 @@
+"""Skips are failures where CI says so: DIST_TRAIN_REQUIRE_ALL=1 means that everything a test can need was installed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+REQUIRE_ALL = os.environ.get("DIST_TRAIN_REQUIRE_ALL") == "1"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """A skip whose reason does not start with "only" (only without a library, only on a GPU) becomes a failure."""
+    report = yield
+    if REQUIRE_ALL and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not reason.startswith("only "):
+            report.outcome = "failed"
+            report.longrepr = f"{item.nodeid} was skipped, and DIST_TRAIN_REQUIRE_ALL=1 forbids it: {reason}"
+    return report
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skipif(not _gpu(), reason="only on a machine with CUDA devices"))
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
