@@ -38,7 +38,7 @@ FORMAT = "dist_train.pt2/1"
 PROGRAM = "model.pt2"
 MANIFEST = "manifest.json"
 _REQUIRED = ("input", "normalization", "classes", "ranges_sha256", "world_sizes", "metrics")
-_EXPORT_AGAIN = "export it again: dist-train export RUN_DIR"
+_EXPORT_AGAIN = "copy it again from where it was exported, or train again into a new --run.dir"
 
 
 # ---- the directory ----------------------------------------------------------------------------------------------------

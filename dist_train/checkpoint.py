@@ -32,30 +32,47 @@ class CheckpointFolder:
 
     @property
     def latest(self) -> str | None:
-        """Name of the newest whole checkpoint, None in a new run."""
-        value = read_json(self._path / "latest.json")
-        return None if value is None else str(value["name"])
+        """Name of the newest whole checkpoint, None in a new run.
+
+        Raises:
+            CheckpointError: latest.json is damaged.
+        """
+        file = self._path / "latest.json"
+        try:
+            value = read_json(file)
+            return None if value is None else str(value["name"])
+        except (ValueError, KeyError, TypeError) as error:
+            hint = f'write {{"name": "NAME"}} into it, where NAME is the newest folder in {self._path}'
+            raise CheckpointError(f"{file} is damaged: {error!r}", hint) from error
 
     def save(self, name: str, state: Any) -> None:
         """Writes a checkpoint and points `latest` at it. A kill at any moment leaves the former one in force."""
         self._path.mkdir(parents=True, exist_ok=True)
         target, temporary = self._path / name, self._path / f".{name}.tmp"
-        for stale in self._path.glob(".*.tmp"):
-            shutil.rmtree(stale, ignore_errors=True)
-        temporary.mkdir()
+        # The checkpoint in force must live until the new one is whole, so the new one cannot have its name.
+        assert name != self.latest, f"the checkpoint {name} is the latest one already"
         tree, tensors = codec.encode(state)
-        # Only detached flat copies are left, so safetensors sees neither strides nor shared memory.
-        _write(temporary / _TENSORS, safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-        _write(temporary / _TREE, json.dumps({"format": _FORMAT, "state": tree}, allow_nan=False).encode())
-        files = {file: hashlib.sha256((temporary / file).read_bytes()).hexdigest() for file in (_TENSORS, _TREE)}
-        _write(temporary / _MANIFEST, json.dumps({"sha256": files}).encode())
-        sync_directory(temporary)
-        if target.exists():
-            # Left by an attempt that was killed before `latest` moved here, so nothing refers to it.
-            shutil.rmtree(target)
-        os.rename(temporary, target)
-        sync_directory(self._path)
-        replace_json(self._path / "latest.json", {"name": name})
+        # codec leaves flat tensors that do not overlap, so safetensors sees neither strides nor shared memory.
+        contents = {
+            _TENSORS: safetensors.torch.save(tensors),
+            _TREE: json.dumps({"format": _FORMAT, "state": tree}, allow_nan=False).encode(),
+        }
+        try:
+            for stale in self._path.glob(".*.tmp"):
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            temporary.mkdir()
+            for file, data in contents.items():
+                _write(temporary / file, data)
+            _write(temporary / _MANIFEST, _manifest({file: hashlib.sha256(data).hexdigest() for file, data in contents.items()}))
+            sync_directory(temporary)
+            if target.exists():
+                # Left by an attempt that was killed before `latest` moved here, so nothing refers to it.
+                shutil.rmtree(target)
+            os.rename(temporary, target)
+            sync_directory(self._path)
+            replace_json(self._path / "latest.json", {"name": name})
+        except OSError as error:
+            raise CheckpointError(f"cannot write the checkpoint {target}: {error}", "make room or mend the file system, then the same command resumes") from error
 
     def load(self, name: str) -> Any:
         """The state of a checkpoint, on the CPU.
@@ -66,12 +83,19 @@ class CheckpointFolder:
         folder = self._path / name
         hint = f"restore {folder} from a backup, or start anew with another --run.dir"
         try:
-            manifest = json.loads((folder / _MANIFEST).read_bytes())
+            manifest = (folder / _MANIFEST).read_bytes()
             contents = {file: (folder / file).read_bytes() for file in (_TENSORS, _TREE)}
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise CheckpointError(f"the checkpoint {folder} is incomplete: {error}", hint) from error
+        try:
+            recorded = json.loads(manifest)["sha256"]
+            whole = manifest == _manifest(recorded)
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise CheckpointError(f"the checkpoint is damaged: {folder / _MANIFEST} is not what was written", hint)
         for file, data in contents.items():
-            if hashlib.sha256(data).hexdigest() != manifest["sha256"].get(file):
+            if hashlib.sha256(data).hexdigest() != recorded.get(file):
                 raise CheckpointError(f"the checkpoint is damaged: {folder / file} does not have the recorded SHA-256", hint)
         document = json.loads(contents[_TREE])
         if document["format"] != _FORMAT:
@@ -93,6 +117,12 @@ class CheckpointFolder:
             doomed = self._path / f".{name}.tmp"
             os.rename(self._path / name, doomed)
             shutil.rmtree(doomed)
+
+
+def _manifest(files: dict[str, str]) -> bytes:
+    """The manifest's bytes for file -> SHA-256; it has a hash of its own, so that damage to it does not accuse another file."""
+    own = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return json.dumps({"sha256": files, "manifest_sha256": own}).encode()
 
 
 def _write(path: Path, data: bytes) -> None:

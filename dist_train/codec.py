@@ -11,32 +11,53 @@ import torch
 
 from dist_train.errors import CheckpointError
 
+# What safetensors can hold.
+_DTYPES = frozenset(
+    getattr(torch, name)
+    for name in (
+        *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"),
+        *("complex64", "float8_e4m3fn", "float8_e5m2"),
+    )
+)
+
 
 def encode(value: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     """Splits nested state into a JSON tree and flat contiguous tensors.
 
-    Kept: strides (so channels_last stays), tensors that are the same memory, non-string keys, tuples, Counters, inf and nan, bytes.
+    Kept: strides (so channels_last stays), tensors that are one block of memory (also in different shapes, such as a transpose),
+    non-string keys, tuples, Counters, inf and nan, bytes. Not kept: that two tensors overlap only partly (each keeps its values),
+    gaps in memory, kinds of mappings besides Counter, and attributes of a dict such as a state_dict's `_metadata`.
 
     Raises:
         CheckpointError: something else than dict, list, tuple, tensor, number, string, bytes, bool or None; it says where.
     """
     tensors: dict[str, torch.Tensor] = {}
     known: dict[tuple[Any, ...], str] = {}
+    storages: set[tuple[torch.device, int]] = set()
     alive: list[torch.Tensor] = []  # while it is referred to, no other tensor can have its address
 
     def tensor(item: torch.Tensor, path: str) -> dict[str, Any]:
         item = item.detach()
-        if item.layout != torch.strided or item.is_quantized:
-            raise CheckpointError(f"{path} is a {item.layout} tensor of {item.dtype}, which a checkpoint cannot hold", "return its dense parts from state_dict()")
+        if type(item) is not torch.Tensor or item.layout != torch.strided or item.is_meta or item.dtype not in _DTYPES:
+            kind = f"{type(item).__name__} on {item.device} with layout {item.layout} and dtype {item.dtype}"
+            raise CheckpointError(f"{path} is a {kind}, which a checkpoint cannot hold", "return its dense parts from state_dict()")
+        # A conjugate or negative view holds the values of something else.
+        item = item.resolve_conj().resolve_neg()
         if not _dense(item):
             item = item.contiguous()
         alive.append(item)
-        identity = (item.data_ptr(), tuple(item.shape), item.stride(), item.dtype)
+        identity = (item.device, item.data_ptr(), item.numel(), item.dtype)
         name = known.get(identity) if item.numel() else None
         if name is None:
-            name = known[identity] = path
+            name = path
+            while name in tensors:  # {"a.b": ...} and {"a": {"b": ...}} have one path
+                name += "'"
+            known[identity] = name
             flat = item.as_strided((item.numel(),), (1,))
-            tensors[name] = flat.cpu()
+            # safetensors refuses tensors that overlap.
+            storage = (item.device, item.untyped_storage().data_ptr())
+            tensors[name] = flat.cpu() if storage not in storages else flat.clone().cpu()
+            storages.add(storage)
         return {"$tensor": name, "shape": list(item.shape), "stride": list(item.stride())}
 
     def walk(item: Any, path: str) -> Any:
@@ -48,7 +69,7 @@ def encode(value: Any) -> tuple[Any, dict[str, torch.Tensor]]:
             return tensor(item, path)
         if isinstance(item, bytes):
             return {"$bytes": walk(torch.frombuffer(bytearray(item), dtype=torch.uint8) if item else torch.empty(0, dtype=torch.uint8), path)}
-        if isinstance(item, (list, tuple)):
+        if isinstance(item, (list, tuple)) and not hasattr(item, "_fields"):  # a namedtuple would come back as a tuple
             items = [walk(each, f"{path}.{index}") for index, each in enumerate(item)]
             return {"$tuple": items} if isinstance(item, tuple) else items
         if isinstance(item, Counter):

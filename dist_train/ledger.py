@@ -58,7 +58,7 @@ class LedgerReport:
     Attributes:
         epochs: (stage, epoch) -> samples consumed.
         problems: what is wrong, in words; empty for a perfect ledger.
-        finished: False while the last epoch of the last stage is still under way; that is no problem.
+        unfinished: last epochs of stages that are still under way, in words.
     """
 
     epochs: dict[tuple[str, int], int] = field(default_factory=dict)
@@ -84,13 +84,14 @@ def read_steps(run_dir: Path) -> dict[tuple[str, int], list[dict[str, Any]]]:
         raise RunDirError(f"{run_dir} has no ledger", f"run with --debug.ledger true, then: dist-train ledger {run_dir}")
     steps: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for file in files:
-        for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+        lines = file.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, start=1):
             if not line:
                 continue
             try:
                 entry = json.loads(line)
             except ValueError:
-                if number == file.read_bytes().count(b"\n") + 1:
+                if number == len(lines):
                     continue  # torn by a kill; its step was never covered by a checkpoint
                 raise RunDirError(f"{file}:{number} is not a ledger line", "the file was changed by hand, or the disk is damaged") from None
             known = steps[entry["stage"], entry["step"]]
@@ -108,7 +109,10 @@ def check(run_dir: Path) -> LedgerReport:
         RunDirError: there is no ledger, or it is not readable.
     """
     steps = read_steps(run_dir)
-    expected = read_json(RunDir(run_dir).ledger / "expected.json")
+    file = RunDir(run_dir).ledger / "expected.json"
+    expected = read_json(file)
+    if expected is None:
+        raise RunDirError(f"{file} is missing, so nobody knows what an epoch has to consume", "run the same dist-train run command again: it writes the file first")
     report = LedgerReport()
     epochs: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
     last: dict[str, int] = {}
@@ -133,4 +137,6 @@ def check(run_dir: Path) -> LedgerReport:
             later = (stage, epoch + 1) in epochs
             text = f"{stage} epoch {epoch}: {len(ids)} of {expected['per_epoch']} samples"
             (report.problems if later else report.unfinished).append(text)
+        if len(ids) > expected["per_epoch"]:
+            report.problems.append(f"{stage} epoch {epoch}: {len(ids)} samples, and drop_last leaves only {expected['per_epoch']}")
     return report

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR, StepLR
@@ -27,7 +25,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: ScheduleConfig, total_steps: int, steps_per_epoch: int) -> LRScheduler:
     """A schedule over `total_steps` optimizer steps: a linear rise over the first `warmup` of them, then constant, step, cosine or linear."""
-    warmup_steps = math.floor(config.warmup * total_steps)
+    warmup_steps = round(config.warmup * total_steps)
     rest = max(1, total_steps - warmup_steps)
     after: LRScheduler
     if config.name == "constant":

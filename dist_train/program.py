@@ -51,7 +51,7 @@ _EXPRESSION = re.compile(  # sympy's srepr: no attributes, no strings but the na
 def _refuse(what: str) -> ArtifactError:
     return ArtifactError(
         f"the exported program holds {what}, which is refused because it can carry code",
-        "export it with `dist-train export`, from a model without custom operators; load files only from where you trust",
+        "export a model without custom operators; load files only from where you trust",
     )
 
 
@@ -93,7 +93,7 @@ def check_archive(data: bytes) -> None:
         example = records["data/sample_inputs/model.pt"]
     except (zipfile.BadZipFile, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
-            f"this is not an exported program (.pt2): {error!r}", "export it again: dist-train export RUN_DIR"
+            f"this is not an exported program (.pt2): {error!r}", "copy it again from where it was exported"
         ) from error
     if pickled:
         raise _refuse(f"the pickled tensor {pickled[0]!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ class RunDir:
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a small file whole or not at all: beside it, to the disk, renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Two ranks may write one file (status.json, at a failure), on two nodes even with one process id.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

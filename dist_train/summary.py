@@ -16,7 +16,6 @@ def result_table(results: dict[str, Any]) -> Table:
     names = sorted(models, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
     metrics = list(dict.fromkeys(key for name in names for key, value in models[name].items() if isinstance(value, (int, float)) and key not in ("count", "bytes")))
     batches = list(dict.fromkeys(size for name in names for size in models[name].get("latency_ms", {})))
-    runtime = next((models[name]["runtime"] for name in names if "runtime" in models[name]), None)
     table = Table(title=f"{results['run']}: {results['world_size']} rank{'s' if results['world_size'] > 1 else ''}")
     table.add_column("model")
     for metric in [*metrics, "samples", "KiB", *(f"ms, batch {size}" for size in batches)]:
@@ -27,8 +26,6 @@ def result_table(results: dict[str, Any]) -> Table:
         row += [str(figures.get("count", "-")), f"{figures['bytes'] / 1024:,.1f}" if "bytes" in figures else "-"]
         row += [f"{figures['latency_ms'][size]:.3f}" if size in figures.get("latency_ms", {}) else "-" for size in batches]
         table.add_row(name, *row)
-    gates = ", ".join(f"{name} {gate['value']:.3g} (bound {gate['bound']:g})" for name, gate in results["gates"].items())
-    table.caption = "\n".join(line for line in (f"latency in {runtime}, one process" if runtime else "", f"gates passed: {gates}" if gates else "") if line)
     return table
 
 
@@ -36,6 +33,13 @@ def print_results(results: dict[str, Any]) -> None:
     console = Console()
     # A log file has no width: rather long lines there than words cut in two.
     (console if console.is_terminal else Console(width=120)).print(result_table(results))
+    models, gates = results["models"].values(), results["gates"].items()
+    runtimes = {figures["runtime"] for figures in models if "runtime" in figures}
+    if runtimes:
+        print(f"latency: {', '.join(sorted(runtimes))}, one process")
+    if gates:
+        shown = (f"{name} {gate['value']:.3g} (bound {gate['bound']:g})" for name, gate in gates)
+        print(f"gates passed: {', '.join(shown)}")
 
 
 def _metric(name: str, value: Any) -> str:

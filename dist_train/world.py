@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import threading
 import time
 import traceback
 import uuid
@@ -15,13 +17,17 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dist_train.config import RunConfig
-from dist_train.errors import DistTrainError, PeerError, SetupError
+from dist_train.errors import PeerError, SetupError
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.2  # longest slice between two looks at the store; law 4 allows a second
 _FORMING_SECONDS = 300.0
+_FAREWELL_SECONDS = 5.0  # how long rank 0, where it hosts the store, lets the others read it at the end
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_AGENT_SECONDS = 10.0  # a rank that only echoes a failure leaves torchrun's agent this long to see the cause first
 
 
 @dataclass
@@ -86,7 +92,7 @@ class World:
         They wait on the store, not in a collective, so that work longer than the process group's timeout kills nobody (law 4).
 
         Raises:
-            PeerError: on the waiting ranks, if the work failed or took longer than `deadline` seconds.
+            PeerError: on the waiting ranks, if the work failed or took longer than `deadline` seconds (`timeout` where it is None).
         """
         return self._on_leader(0, work, what, deadline)
 
@@ -101,12 +107,20 @@ class World:
         key = f"{self.nonce}/{self._waits}/{leader}"
         assert self.store is not None
         if self.rank == leader:
-            result = work()
-            self.store.set(key, json.dumps(result))
+            try:
+                result = work()
+                answer = json.dumps({"value": result})
+            except BaseException as error:
+                self.store.set(key, json.dumps({"error": _in_a_line(error)}))
+                raise
+            self.store.set(key, answer)
             return result
-        self._wait(key, leader, what, deadline or self.timeout)
-        answer: T = json.loads(self.store.get(key))
-        return answer
+        self._wait(key, leader, what, self.timeout if deadline is None else deadline)
+        received = json.loads(self.store.get(key))
+        if "error" in received:
+            raise PeerError(f"rank {leader} failed: {received['error']}")
+        value: T = received["value"]
+        return value
 
     def _wait(self, key: str, leader: int, what: str, deadline: float) -> None:
         assert self.store is not None
@@ -114,7 +128,7 @@ class World:
         while not self.store.check([key]):
             self.raise_peer_failure()
             if time.monotonic() > end:
-                raise PeerError(f"rank {leader} did not finish ({what}) within {deadline:.0f} s", "raise the stage's `deadline`, or look at what that rank does")
+                raise PeerError(f"rank {leader} did not finish ({what}) within {deadline:g} s", "raise the stage's `deadline`, or look at what that rank does")
             time.sleep(pause)
             pause = min(pause * 2, _POLL_SECONDS)
 
@@ -131,9 +145,8 @@ class World:
             return
         try:
             if self.store.add(f"{self.nonce}/failures", 1) == 1:
-                report = {"rank": self.rank, "error": "".join(traceback.format_exception_only(error)).strip()}
-                self.store.set(f"{self.nonce}/failure", json.dumps(report))
-        except (RuntimeError, dist.DistError):
+                self.store.set(f"{self.nonce}/failure", json.dumps({"rank": self.rank, "error": _in_a_line(error)}))
+        except RuntimeError:
             return  # the store died with the rank or agent that held it
 
     def peer_failure(self) -> dict[str, Any] | None:
@@ -144,7 +157,7 @@ class World:
             if self.store.check([f"{self.nonce}/failure"]):
                 report: dict[str, Any] = json.loads(self.store.get(f"{self.nonce}/failure"))
                 return report if report["rank"] != self.rank else None
-        except (RuntimeError, dist.DistError):
+        except RuntimeError:  # as above
             return None
         return None
 
@@ -152,6 +165,26 @@ class World:
         failure = self.peer_failure()
         if failure is not None:
             raise PeerError(f"rank {failure['rank']} failed: {failure['error']}")
+
+    def take_leave(self) -> None:
+        """The last use of the store: rank 0, where its process holds it, waits for the others, so that they can still read why it ends."""
+        if self.store is None:
+            return
+        try:
+            if self.rank != 0:
+                self.store.add(f"{self.nonce}/gone", 1)
+            elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                end = time.monotonic() + _FAREWELL_SECONDS
+                while self.store.add(f"{self.nonce}/gone", 0) < self.world_size - 1 and time.monotonic() < end:
+                    time.sleep(0.01)
+        except RuntimeError:
+            return  # as above
+
+
+def _in_a_line(error: BaseException) -> str:
+    if isinstance(error, PeerError):
+        return str(error)
+    return "".join(traceback.format_exception_only(error)).strip()
 
 
 @contextmanager
@@ -161,31 +194,53 @@ def join(run: RunConfig) -> Iterator[World]:
     An error in the body is reported to the other ranks. Where it is only the echo of another rank's failure, PeerError takes its place.
 
     Raises:
-        SetupError: contradicting variables, or devices that are not there; before any rank waits for another.
+        SetupError: contradicting variables, or devices that are not there; before any rank waits for another. Or ranks that do not come.
     """
     world = _form(run)
     try:
         yield world
     except BaseException as error:
-        echo = _echo_of_peer(world, error)
-        if echo is not None:
-            raise echo from error
-        world.report_failure(error)
+        raised = _echo_of_peer(world, error) or error
+        _end_in_failure(world, raised)
+        if raised is not error:
+            raise raised from error
         raise
     else:
+        world.take_leave()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+def _end_in_failure(world: World, error: BaseException) -> None:
+    world.report_failure(error)
+    if world.is_main and dist.is_initialized() and world.device.type == "cpu":
+        # Frees the ranks that wait for this one in a collective while it stays for the store's sake. In a thread, as pending
+        # work can block it.
+        release = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        release.start()
+        release.join(_FAREWELL_SECONDS)
+    world.take_leave()
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return
+    if isinstance(error, PeerError):
+        # torchrun shows the first rank that it sees ending as the root cause; seeing it, it ends this sleep by a SIGTERM.
+        atexit.register(time.sleep, _AGENT_SECONDS)
+    else:
+        get_error_handler().record_exception(error)
+
+
 def _echo_of_peer(world: World, error: BaseException) -> PeerError | None:
-    if isinstance(error, PeerError) or world.world_size == 1:
+    """The PeerError that `error` stands for: what a broken collective raises is a RuntimeError."""
+    if not isinstance(error, RuntimeError) or world.world_size == 1:
         return None
     failure = world.peer_failure()
     if failure is not None:
         return PeerError(f"rank {failure['rank']} failed: {failure['error']}")
-    lost = isinstance(error, RuntimeError) and any(word in str(error) for word in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL"))
-    if lost and not isinstance(error, DistTrainError):
-        return PeerError(f"the connection to another rank was lost (it was killed, or its node is gone): {str(error).splitlines()[0]}")
+    first_line = str(error).partition("\n")[0]
+    if "Timed out" in first_line:
+        return PeerError(f"another rank did not answer within {world.timeout:g} s: {first_line}", "raise --run.timeout, or look at what the ranks do")
+    if isinstance(error, (dist.DistNetworkError, dist.DistBackendError)) or any(words in first_line for words in _LOST):
+        return PeerError(f"the connection to another rank was lost (it was killed, or its node is gone): {first_line}")
     return None
 
 
@@ -218,6 +273,9 @@ def _form(run: RunConfig) -> World:
             f"RANK={rank}, WORLD_SIZE={world_size}, LOCAL_RANK={local_rank}, LOCAL_WORLD_SIZE={local_world_size} contradict each other",
             "start with torchrun --nproc_per_node N -m dist_train run CONFIG, or unset them for one process",
         )
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world_size > 1 and missing:
+        raise SetupError(f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set", "start with torchrun --nproc_per_node N -m dist_train run CONFIG, or unset WORLD_SIZE")
     device = _device(run.device, local_rank, local_world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -226,10 +284,15 @@ def _form(run: RunConfig) -> World:
         return world
     timeout = timedelta(seconds=run.timeout)
     # The store first: it is what ranks wait on while rank 0 works alone. With torchrun it is the agent's, and outlives the ranks.
-    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=_FORMING_SECONDS)))
-    store.set_timeout(timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("dist_train", store), rank=rank, world_size=world_size, timeout=timeout)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=_FORMING_SECONDS)))
+        store.set_timeout(timeout)
+        dist.init_process_group(backend, store=dist.PrefixStore("dist_train", store), rank=rank, world_size=world_size, timeout=timeout)
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        first_line = str(error).partition("\n")[0]
+        raise SetupError(f"the {world_size} ranks did not meet at {where}: {first_line}", "start all of them, on nodes that reach each other; another port: MASTER_PORT") from error
     world.store = store
     world.nonce = "".join(world.gather(uuid.uuid4().hex)[:1])
     kinds = world.gather(device.type)

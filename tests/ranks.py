@@ -29,7 +29,7 @@ class Ranks:
     """Rank processes of one run; `with` kills what is left of them."""
 
     def __init__(self, world_size: int, command: Sequence[str], environ: dict[str, str] | None = None, folder: Path | None = None) -> None:
-        port = str(free_port())
+        self.port = port = str(free_port())
         self.outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]
         self.processes = []
         for rank in range(world_size):

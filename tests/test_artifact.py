@@ -20,7 +20,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from converted_nets import converted_net, float_net, images, program_of
 
 from dist_train.artifact import (
     FORMAT,
@@ -34,6 +33,7 @@ from dist_train.artifact import (
     write_artifact,
 )
 from dist_train.errors import ArtifactError, DataError
+from tests.converted_nets import converted_net, float_net, images, program_of
 
 FIELDS: dict[str, Any] = {
     "input": {"shape": [None, 3, 16, 16], "dtype": "float32"},
@@ -82,23 +82,23 @@ def flip(path: Path, position: int) -> None:
 
 BUILD = """
 import hashlib, sys
-sys.path[:0] = sys.argv[1:3]
+sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
-from converted_nets import converted_net, float_net, program_of
+from tests.converted_nets import converted_net, float_net, program_of
 from dist_train.artifact import program_bytes
-clutter = [program_of(float_net()) for _ in range(int(sys.argv[3]))]  # object ids and name counters move on
+clutter = [program_of(float_net()) for _ in range(int(sys.argv[2]))]  # object ids and name counters move on
 data = program_bytes(program_of(converted_net(float_net(channels_last=True))))
 sys.stdout.write(hashlib.sha256(data).hexdigest())
 """
 
 
 def test_bytes_are_equal_in_processes_with_another_history_and_hash_seed():
-    here = Path(__file__).resolve().parent
+    root = Path(__file__).resolve().parents[1]
     digests = []
     for clutter in ("0", "1"):
         environment = {**os.environ, "PYTHONHASHSEED": clutter}
-        command = [sys.executable, "-c", BUILD, str(here), str(here.parent), clutter]
+        command = [sys.executable, "-c", BUILD, str(root), clutter]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=True)
         digests.append(done.stdout)
     assert len(digests[0]) == 64

@@ -43,6 +43,7 @@ class Context:
         quantized: state of the prepared model after ptq or qat; None before.
         program: bytes of the converted int8 program; None before convert.
         ranges_sha256: digest of the ranges that it was converted with.
+        probe: on rank 0, `inputs` and the converted model's `outputs`, as it computed them in memory.
         results: what results.json holds.
         finished: stage -> name of the checkpoint at its end.
         resume: the loop's state where this stage was interrupted, else None.
@@ -67,6 +68,7 @@ class Context:
     quantized: dict[str, Any] | None = None
     program: bytes | None = None
     ranges_sha256: str = ""
+    probe: dict[str, torch.Tensor] = field(default_factory=dict)
     _prepared: PreparedModel | None = None
 
     def example(self, rows: int) -> torch.Tensor:
@@ -115,6 +117,11 @@ class Context:
             global_batch_size=data.global_batch_size,
         )
         return TrainLoader(self.source(self.splits.train, seed), sampler, data.micro_batch_size)
+
+    def probe_inputs(self, rows: int = 16) -> torch.Tensor:
+        """The first rows of the evaluation set, as a model takes them: float32 [rows, C, H, W], on the CPU, contiguous."""
+        batches = EvaluationLoader(self.source(self.splits.eval, self.config.run.seed), rows, 1, 0, rows)
+        return next(iter(batches)).inputs.cpu().contiguous()
 
     def evaluation_batches(self) -> EvaluationLoader:
         """This rank's part of the evaluation set."""

@@ -22,9 +22,14 @@ class Convert(Stage):
     def run(self, context: Context) -> dict[str, Any]:
         world, prepared = context.world, context.prepared()
         made: list[bytes] = []
+        probe: dict[str, torch.Tensor] = {}
 
         def convert() -> None:
             converted = context.backend.convert(prepared.eval())
+            # What the artifact must answer is asked of the model in memory, before it is serialised.
+            probe["inputs"] = context.probe_inputs()
+            with torch.no_grad():
+                probe["outputs"] = converted(probe["inputs"])
             made.append(program_bytes(export_converted(converted, context.example(2))))
 
         context.progress.say(f"{self.name}: rank 0 converts to int8")
@@ -46,8 +51,9 @@ class Convert(Stage):
         context.gate(
             "convert", agreed, bound, agreed >= bound, "int8 and fake-quantized model differ: train qat longer, or loosen --convert.agreement_bound and run again"
         )
-        return {"program": program, "ranges_sha256": Ranges(prepared).digest()}
+        return {"program": program, "ranges_sha256": Ranges(prepared).digest(), "probe": probe}
 
     def restore(self, context: Context, product: dict[str, Any]) -> None:
         context.program = product["program"]
         context.ranges_sha256 = product["ranges_sha256"]
+        context.probe = product["probe"]

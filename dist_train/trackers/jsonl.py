@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -15,7 +16,8 @@ class JsonLines(Tracker):
         self._file = LineFile(run_dir.metrics)
 
     def log(self, stage: str, epoch: int, step: int, scalars: Mapping[str, float]) -> None:
-        self._file.append({"time": round(time.time(), 3), "stage": stage, "epoch": epoch, "step": step, "attempt": self.attempt, **scalars})
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}  # JSON has no nan
+        self._file.append({"time": round(time.time(), 3), "stage": stage, "epoch": epoch, "step": step, "attempt": self.attempt, **finite})
         self._file.flush()
 
     def sync(self) -> None:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for converted_nets.py
-
-from converted_nets import converted_net, float_net, program_of
+from tests.converted_nets import converted_net, float_net, program_of
 
 
 @pytest.fixture(scope="session")

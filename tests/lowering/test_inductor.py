@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from converted_nets import images
 
 from dist_train.lowering import LoweringUnavailable
 from dist_train.lowering.inductor import compiler, lower
+from tests.converted_nets import images
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from converted_nets import converted_net, images
 from torch import nn
 
 from dist_train.lowering import LoweringUnavailable
 from dist_train.lowering.openvino import lower, missing_modules, onnx_bytes
+from tests.converted_nets import converted_net, images
 
 needs_openvino = pytest.mark.skipif(bool(missing_modules()), reason=f"not installed: {', '.join(missing_modules())}")
 
@@ -96,11 +96,11 @@ def test_nothing_is_printed(converted, capfd, recwarn):
 
 WATCHED = """
 import sys
-sys.path[:0] = sys.argv[1:3]
+sys.path.insert(0, sys.argv[1])
 attempts = []
 # A fork counts, because OpenVINO's telemetry sends from one; torch looks up the host's name and no more.
 sys.addaudithook(lambda name, _: attempts.append(name) if name in ("socket.connect", "socket.sendto", "os.fork") else None)
-from converted_nets import float_net, images
+from tests.converted_nets import float_net, images
 from dist_train.lowering.openvino import lower
 lower(float_net(), images(1), threads=1).call(images(1))
 assert "openvino_telemetry" not in sys.modules
@@ -110,9 +110,9 @@ assert not attempts, attempts
 
 @needs_openvino
 def test_lowering_does_not_report_to_the_network(tmp_path):
-    tests = Path(__file__).resolve().parents[1]
+    root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(
-        [sys.executable, "-c", WATCHED, str(tests), str(tests.parent)],
+        [sys.executable, "-c", WATCHED, root],
         capture_output=True,
         text=True,
         timeout=120,
