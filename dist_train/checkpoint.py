@@ -63,16 +63,22 @@ class CheckpointFolder:
             temporary.mkdir()
             for file, data in contents.items():
                 _write(temporary / file, data)
-            _write(temporary / _MANIFEST, _manifest({file: hashlib.sha256(data).hexdigest() for file, data in contents.items()}))
+            _write(
+                temporary / _MANIFEST,
+                _manifest({file: hashlib.sha256(data).hexdigest() for file, data in contents.items()}),
+            )
             sync_directory(temporary)
             if target.exists():
                 # Left by an attempt that was killed before `latest` moved here, so nothing refers to it.
-                shutil.rmtree(target)
+                self._remove(name)
             os.rename(temporary, target)
             sync_directory(self._path)
             replace_json(self._path / "latest.json", {"name": name})
         except OSError as error:
-            raise CheckpointError(f"cannot write the checkpoint {target}: {error}", "make room or mend the file system, then the same command resumes") from error
+            raise CheckpointError(
+                f"cannot write the checkpoint {target}: {error}",
+                "make room or mend the file system, then the same command resumes",
+            ) from error
 
     def load(self, name: str) -> Any:
         """The state of a checkpoint, on the CPU.
@@ -96,10 +102,15 @@ class CheckpointFolder:
             raise CheckpointError(f"the checkpoint is damaged: {folder / _MANIFEST} is not what was written", hint)
         for file, data in contents.items():
             if hashlib.sha256(data).hexdigest() != recorded.get(file):
-                raise CheckpointError(f"the checkpoint is damaged: {folder / file} does not have the recorded SHA-256", hint)
+                raise CheckpointError(
+                    f"the checkpoint is damaged: {folder / file} does not have the recorded SHA-256", hint
+                )
         document = json.loads(contents[_TREE])
         if document["format"] != _FORMAT:
-            raise CheckpointError(f"the checkpoint {folder} has format {document['format']}, this version reads {_FORMAT}", "use the version of dist_train that wrote it")
+            raise CheckpointError(
+                f"the checkpoint {folder} has format {document['format']}, this version reads {_FORMAT}",
+                "use the version of dist_train that wrote it",
+            )
         try:
             tensors = safetensors.torch.load(contents[_TENSORS])
         except SafetensorError as error:
@@ -108,15 +119,20 @@ class CheckpointFolder:
 
     def names(self) -> list[str]:
         """The whole checkpoints, sorted."""
-        return sorted(folder.name for folder in self._path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+        return sorted(
+            folder.name for folder in self._path.iterdir() if folder.is_dir() and not folder.name.startswith(".")
+        )
 
     def keep_only(self, names: set[str]) -> None:
         """Removes the checkpoints that are not in `names`."""
         for name in set(self.names()) - names:
-            # Renamed first, so that a kill in between leaves no half checkpoint under a valid name.
-            doomed = self._path / f".{name}.tmp"
-            os.rename(self._path / name, doomed)
-            shutil.rmtree(doomed)
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        # Renamed first, so that a kill in between leaves no half checkpoint under a valid name.
+        doomed = self._path / f".{name}.old.tmp"
+        os.rename(self._path / name, doomed)
+        shutil.rmtree(doomed)
 
 
 def _manifest(files: dict[str, str]) -> bytes:

@@ -122,7 +122,9 @@ def _evaluate_verb(arguments: list[str]) -> int:
 
 
 def _ledger_verb(arguments: list[str]) -> int:
-    run_dir = _run_dir("ledger", arguments)
+    run_dir = Path(_positionals("ledger", "RUN_DIR", arguments, 1, 1)[0])
+    if not (run_dir / "ledger").is_dir():
+        _run_dir("ledger", arguments)
     from dist_train.ledger import check
 
     report = check(run_dir)

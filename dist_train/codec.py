@@ -15,7 +15,21 @@ from dist_train.errors import CheckpointError
 _DTYPES = frozenset(
     getattr(torch, name)
     for name in (
-        *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"),
+        *(
+            "bool",
+            "uint8",
+            "uint16",
+            "uint32",
+            "uint64",
+            "int8",
+            "int16",
+            "int32",
+            "int64",
+            "float16",
+            "bfloat16",
+            "float32",
+            "float64",
+        ),
         *("complex64", "float8_e4m3fn", "float8_e5m2"),
     )
 )
@@ -40,7 +54,9 @@ def encode(value: Any) -> tuple[Any, dict[str, torch.Tensor]]:
         item = item.detach()
         if type(item) is not torch.Tensor or item.layout != torch.strided or item.is_meta or item.dtype not in _DTYPES:
             kind = f"{type(item).__name__} on {item.device} with layout {item.layout} and dtype {item.dtype}"
-            raise CheckpointError(f"{path} is a {kind}, which a checkpoint cannot hold", "return its dense parts from state_dict()")
+            raise CheckpointError(
+                f"{path} is a {kind}, which a checkpoint cannot hold", "return its dense parts from state_dict()"
+            )
         # A conjugate or negative view holds the values of something else.
         item = item.resolve_conj().resolve_neg()
         if not _dense(item):
@@ -49,7 +65,7 @@ def encode(value: Any) -> tuple[Any, dict[str, torch.Tensor]]:
         identity = (item.device, item.data_ptr(), item.numel(), item.dtype)
         name = known.get(identity) if item.numel() else None
         if name is None:
-            name = path
+            name = path.encode(errors="backslashreplace").decode()  # safetensors takes no lone surrogates
             while name in tensors:  # {"a.b": ...} and {"a": {"b": ...}} have one path
                 name += "'"
             known[identity] = name
@@ -68,7 +84,12 @@ def encode(value: Any) -> tuple[Any, dict[str, torch.Tensor]]:
         if isinstance(item, torch.Tensor):
             return tensor(item, path)
         if isinstance(item, bytes):
-            return {"$bytes": walk(torch.frombuffer(bytearray(item), dtype=torch.uint8) if item else torch.empty(0, dtype=torch.uint8), path)}
+            return {
+                "$bytes": walk(
+                    torch.frombuffer(bytearray(item), dtype=torch.uint8) if item else torch.empty(0, dtype=torch.uint8),
+                    path,
+                )
+            }
         if isinstance(item, (list, tuple)) and not hasattr(item, "_fields"):  # a namedtuple would come back as a tuple
             items = [walk(each, f"{path}.{index}") for index, each in enumerate(item)]
             return {"$tuple": items} if isinstance(item, tuple) else items
@@ -78,7 +99,10 @@ def encode(value: Any) -> tuple[Any, dict[str, torch.Tensor]]:
             if all(isinstance(key, str) and not key.startswith("$") for key in item):
                 return {key: walk(each, f"{path}.{key}") for key, each in item.items()}
             return {"$dict": [[walk(k, f"{path}.key"), walk(v, f"{path}.{k}")] for k, v in item.items()]}
-        raise CheckpointError(f"{path} is a {type(item).__module__}.{type(item).__qualname__}, which a checkpoint cannot hold", "keep numbers, strings, tensors, lists and dicts in state_dict()")
+        raise CheckpointError(
+            f"{path} is a {type(item).__module__}.{type(item).__qualname__}, which a checkpoint cannot hold",
+            "keep numbers, strings, tensors, lists and dicts in state_dict()",
+        )
 
     return walk(value, "state"), tensors
 
@@ -91,7 +115,9 @@ def decode(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         identity = (item["$tensor"], tuple(item["shape"]), tuple(item["stride"]))
         if identity not in built:
             flat = tensors[item["$tensor"]]
-            built[identity] = flat.as_strided(item["shape"], item["stride"]) if flat.numel() else flat.reshape(item["shape"])
+            built[identity] = (
+                flat.as_strided(item["shape"], item["stride"]) if flat.numel() else flat.reshape(item["shape"])
+            )
         return built[identity]
 
     def walk(item: Any) -> Any:

@@ -123,7 +123,7 @@ def import_modules(names: Sequence[str]) -> list[Problem]:
     for name in names:
         try:
             importlib.import_module(name)
-        except Exception as error:  # noqa: BLE001 -- the user's code may raise anything, and it is the user's mistake
+        except Exception as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
             where = "" if at.filename.startswith("<frozen") else f" ({at.filename}:{at.lineno})"
             reason = f"cannot be imported: {type(error).__name__}: {error}{where}"

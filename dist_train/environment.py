@@ -13,7 +13,18 @@ import torch
 
 from dist_train.world import World
 
-_PACKAGES = ("dist-train", "torch", "torchvision", "torchao", "accelerate", "wandb", "numpy", "onnx", "onnxscript", "openvino")
+_PACKAGES = (
+    "dist-train",
+    "torch",
+    "torchvision",
+    "torchao",
+    "accelerate",
+    "wandb",
+    "numpy",
+    "onnx",
+    "onnxscript",
+    "openvino",
+)
 _VARIABLES = (
     "WORLD_SIZE",
     "LOCAL_WORLD_SIZE",
@@ -55,7 +66,9 @@ def describe(world: World, threads: int) -> dict[str, Any]:
 def _commit() -> str | None:
     """The commit of the working folder, where it is a git checkout."""
     try:
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, cwd=Path.cwd(), check=False)
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, cwd=Path.cwd(), check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None

@@ -58,6 +58,10 @@ def evaluate(
 
 def agreement(left: Evaluation, right: Evaluation, world: World) -> float:
     """Share of the samples, over all ranks, on which two models decide the same."""
-    same = torch.tensor([float((left.decisions == right.decisions).sum()), float(len(left.decisions))], dtype=torch.float64, device=world.device)
+    same = torch.tensor(
+        [float((left.decisions == right.decisions).sum()), float(len(left.decisions))],
+        dtype=torch.float64,
+        device=world.device,
+    )
     world.all_reduce(same, "sum")
     return float(same[0] / same[1].clamp(min=1))

@@ -24,7 +24,9 @@ class FreezeSchedule:
     2018, arXiv:1806.08342, section 3.2.2). Weight scales are never frozen.
     """
 
-    def __init__(self, config: QATConfig, total_steps: int, prepared: PreparedModel, ranges: Ranges, reduction: StepReduction) -> None:
+    def __init__(
+        self, config: QATConfig, total_steps: int, prepared: PreparedModel, ranges: Ranges, reduction: StepReduction
+    ) -> None:
         self._batch_norm_step = round(config.freeze_batch_norm * total_steps)
         self._ranges_step = round(config.freeze_ranges * total_steps)
         self._prepared = prepared

@@ -17,6 +17,7 @@ from torch import nn
 from dist_train.config import FitConfig
 from dist_train.data.loader import StepBatch, TrainLoader, seed_everything
 from dist_train.data.permutation import derive_key
+from dist_train.errors import NonFiniteLossError
 from dist_train.evaluate import Evaluation
 from dist_train.hooks import Hook
 from dist_train.ledger import Ledger, NoLedger
@@ -94,7 +95,7 @@ def fit(run: Fit, model: nn.Module, resume: dict[str, Any] | None) -> TrainState
         the state, its `chosen` model in eval mode being the stage's result and `metrics` that model's.
 
     Raises:
-        NonFiniteLossError: on all ranks.
+        NonFiniteLossError: on all ranks; what was saved is finite.
     """
     state = TrainState(model, run.config, run.total_steps, run.steps_per_epoch)
     if resume is not None:
@@ -110,7 +111,7 @@ def fit(run: Fit, model: nn.Module, resume: dict[str, Any] | None) -> TrainState
 class _Outlook:
     """Looks at what the reductions brought: at once on a CPU, a step later on CUDA, where waiting would idle the device.
 
-    Nothing is evaluated or saved before `drain`, so a loss that is not finite never reaches a checkpoint.
+    Nothing is evaluated or saved before `drain`.
     """
 
     def __init__(self, run: Fit) -> None:
@@ -133,15 +134,17 @@ class _Outlook:
             run.progress.step(step + 1, samples, means.loss, means.score, lr)
             if step % run.log_every == 0 or step + 1 == run.total_steps:
                 speed = round(run.progress.samples_per_second, 1)
-                run.trackers.log(run.stage, epoch, step, {"loss": means.loss, "score": means.score, "lr": lr, "samples_per_second": speed})
+                run.trackers.log(
+                    run.stage,
+                    epoch,
+                    step,
+                    {"loss": means.loss, "score": means.score, "lr": lr, "samples_per_second": speed},
+                )
 
 
 def _train(run: Fit, state: TrainState) -> None:
     model = state.model.train()
-    if run.compile:
-        # Static shapes: with dynamic ones the kernels would depend on which shapes came first, and so on where a run was resumed.
-        model.compile(dynamic=False)
-    wrapped = run.strategy.wrap(model)
+    wrapped = run.strategy.wrap(_compiled(model) if run.compile else model)
     rank = run.strategy.world.rank
     outlook = _Outlook(run)
     run.progress.begin(run.stage, run.total_steps, state.step)
@@ -157,15 +160,31 @@ def _train(run: Fit, state: TrainState) -> None:
                 settled = True
             seed_everything(derive_key("step", run.seed, run.stage, step, rank))
             sums = train_step(wrapped, batch, run.task, run.strategy)
-            outlook.add(run.reduction(sums, step), step, epoch, state.optimizer.param_groups[0]["lr"], batch.global_count)
+            outlook.add(
+                run.reduction(sums, step), step, epoch, state.optimizer.param_groups[0]["lr"], batch.global_count
+            )
             _update(run, state)
             run.ledger.record(run.stage, epoch, step, batch.ids, skipped=False)
             if run.checkpoint_every and state.step % run.checkpoint_every == 0 and state.step % run.steps_per_epoch:
                 outlook.drain()
+                _require_finite(state)
                 _save(run, state)
         outlook.drain()
+        _require_finite(state)
         _end_epoch(run, state, epoch)
     run.progress.end()
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    """The model, compiled for training; evaluation runs the model itself, so that its many shapes are not compiled too.
+
+    Shapes are static: with dynamic ones the kernels would depend on which shapes came first, and so on where a run was resumed.
+    For the same reason running out of compilations is an error; by default the model would silently run uncompiled from then on.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+    return compiled
 
 
 def _update(run: Fit, state: TrainState) -> None:
@@ -180,15 +199,34 @@ def _update(run: Fit, state: TrainState) -> None:
     state.step += 1
 
 
+def _require_finite(state: TrainState) -> None:
+    """Before anything is evaluated or saved: a finite loss can have gradients that are not, and the last step's loss is not its update.
+
+    Raises:
+        NonFiniteLossError: on all ranks, as they hold the same parameters.
+    """
+    names, parameters = zip(*state.model.named_parameters(), strict=True)
+    finite = torch.stack([torch.isfinite(parameter).all() for parameter in parameters]).tolist()
+    if not all(finite):
+        raise NonFiniteLossError(
+            f"after step {state.step - 1} the parameter {names[finite.index(False)]} is not finite, though the loss was",
+            "lower the learning rate, or set clip_grad_norm; in the loss and the model look for a root or a logarithm of 0",
+        )
+
+
 def _end_epoch(run: Fit, state: TrainState, epoch: int) -> None:
     last = state.step == run.total_steps
     if last or (epoch + 1) % run.config.evaluate_every == 0:
         state.chosen.eval()
         state.metrics = run.evaluate(state.chosen).metrics
         state.model.train()
-        run.trackers.log(run.stage, epoch, state.step - 1, {f"eval_{name}": value for name, value in state.metrics.items()})
+        run.trackers.log(
+            run.stage, epoch, state.step - 1, {f"eval_{name}": value for name, value in state.metrics.items()}
+        )
         shown = "  ".join(f"{name} {value:.4f}" for name, value in state.metrics.items() if name != "count")
-        run.progress.say(f"{run.stage}: epoch {epoch + 1}/{run.epochs} evaluated: {shown} on {state.metrics['count']} samples")
+        run.progress.say(
+            f"{run.stage}: epoch {epoch + 1}/{run.epochs} evaluated: {shown} on {state.metrics['count']} samples"
+        )
         value = state.metrics[run.task.headline]
         if state.best is None or value > state.best["value"]:
             state.best = {"value": value, "step": state.step}

@@ -13,17 +13,24 @@ _WARMUP_START = 0.01
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """SGD or AdamW over the trainable parameters; those of one dimension (norms, biases) are not decayed unless asked (He et al. 2019, arXiv:1812.01187)."""
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (decayed if parameter.dim() > 1 or config.decay_norm_and_bias else spared).append(parameter)
-    groups = [{"params": params, "weight_decay": decay} for params, decay in ((decayed, config.weight_decay), (spared, 0.0)) if params]
+    groups = [
+        {"params": params, "weight_decay": decay}
+        for params, decay in ((decayed, config.weight_decay), (spared, 0.0))
+        if params
+    ]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, config: ScheduleConfig, total_steps: int, steps_per_epoch: int) -> LRScheduler:
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: ScheduleConfig, total_steps: int, steps_per_epoch: int
+) -> LRScheduler:
     """A schedule over `total_steps` optimizer steps: a linear rise over the first `warmup` of them, then constant, step, cosine or linear."""
     warmup_steps = round(config.warmup * total_steps)
     rest = max(1, total_steps - warmup_steps)

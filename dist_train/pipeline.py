@@ -73,12 +73,20 @@ def run(config: Config) -> dict[str, Any]:
 def _earlier_results(config: Config, run_dir: RunDir) -> dict[str, Any] | None:
     """The results of a finished run; refuses a directory that belongs to something else. Reads only."""
     if not run_dir.config.exists():
-        if run_dir.path.exists() and any(entry.name != "logs" and not entry.name.startswith(".") for entry in run_dir.path.iterdir()):
-            raise RunDirError(f"{run_dir.path} is not empty, and is not a run directory", "--run.dir DIR, with a new or an empty folder")
+        if run_dir.path.exists() and any(
+            entry.name != "logs" and not entry.name.startswith(".") for entry in run_dir.path.iterdir()
+        ):
+            raise RunDirError(
+                f"{run_dir.path} is not empty, and is not a run directory",
+                "--run.dir DIR, with a new or an empty folder",
+            )
         return None
     changed = differences(yaml.safe_load(run_dir.config.read_text(encoding="utf-8")), config)
     if changed:
-        raise ConfigError(changed, f"{run_dir.path} holds a run with other settings: undo the change to resume it, or start a new one with --run.name NEW or --run.dir DIR")
+        raise ConfigError(
+            changed,
+            f"{run_dir.path} holds a run with other settings: undo the change to resume it, or start a new one with --run.name NEW or --run.dir DIR",
+        )
     status = read_json(run_dir.status)
     results: dict[str, Any] | None = read_json(run_dir.results)
     return results if status is not None and status["state"] == "done" else None
@@ -117,7 +125,10 @@ def _check_shared(run_dir: RunDir, world: World) -> None:
         path.unlink()
     if not all(seen):
         blind = [rank for rank, sees in enumerate(seen) if not sees]
-        raise SetupError(f"ranks {blind} do not see {run_dir.path} as rank 0 does", "--run.dir DIR, with a folder on a file system that all nodes share")
+        raise SetupError(
+            f"ranks {blind} do not see {run_dir.path} as rank 0 does",
+            "--run.dir DIR, with a folder on a file system that all nodes share",
+        )
 
 
 def _run(config: Config, run_dir: RunDir, world: World, attempt: int) -> dict[str, Any]:
@@ -130,7 +141,11 @@ def _run(config: Config, run_dir: RunDir, world: World, attempt: int) -> dict[st
         replace_json(run_dir.environment, describe(world, threads))
     progress = Progress(world.is_main, config.log.interval)
     status = Status(run_dir, config.run.name, attempt)
-    trackers = Trackers([status, *(registry.trackers.get(name)(run_dir, config.run.name, attempt) for name in config.trackers)] if world.is_main else [])
+    trackers = Trackers(
+        [status, *(registry.trackers.get(name)(run_dir, config.run.name, attempt) for name in config.trackers)]
+        if world.is_main
+        else []
+    )
     ledger = Ledger(run_dir, world.rank, world.world_size, attempt) if config.debug.ledger else NoLedger()
     try:
         context = _context(config, run_dir, world, threads, progress, trackers, ledger)
@@ -158,7 +173,11 @@ def _run_stages(context: Context, attempt: int, status: Status) -> None:
         interrupted = folder.load(latest)
         context.finished = dict(interrupted["finished_stages"])
         context.results = interrupted["results"]
-        where = f"after {interrupted['stage']}" if interrupted["finished"] else f"in {interrupted['stage']} at step {interrupted['payload']['step']}"
+        where = (
+            f"after {interrupted['stage']}"
+            if interrupted["finished"]
+            else f"in {interrupted['stage']} at step {interrupted['payload']['step']}"
+        )
         context.progress.say(f"resuming (attempt {attempt}) {where}")
     context.results["world_size"] = world.world_size
     if world.world_size not in context.results["world_sizes"]:
@@ -181,7 +200,15 @@ def _run_stages(context: Context, attempt: int, status: Status) -> None:
             replace_json(context.run_dir.results, context.results)
 
 
-def _context(config: Config, run_dir: RunDir, world: World, threads: int, progress: Progress, trackers: Trackers, ledger: Ledger | NoLedger) -> Context:
+def _context(
+    config: Config,
+    run_dir: RunDir,
+    world: World,
+    threads: int,
+    progress: Progress,
+    trackers: Trackers,
+    ledger: Ledger | NoLedger,
+) -> Context:
     splits = _splits(config, world)
     model = _model(config, splits, world)
     return Context(
@@ -197,7 +224,14 @@ def _context(config: Config, run_dir: RunDir, world: World, threads: int, progre
         progress=progress,
         model=model,
         threads=threads,
-        results={"run": config.run.name, "world_size": world.world_size, "world_sizes": [], "stages": {}, "models": {}, "gates": {}},
+        results={
+            "run": config.run.name,
+            "world_size": world.world_size,
+            "world_sizes": [],
+            "stages": {},
+            "models": {},
+            "gates": {},
+        },
     )
 
 
@@ -210,7 +244,8 @@ def _model(config: Config, splits: Splits, world: World) -> nn.Module:
     """The model with its first weights, a function of the seed alone, on the device."""
     seed_everything(derive_key("weights", config.run.seed))
     model = build_model(config.model, splits.num_classes, splits.input_shape[0])
-    return model.to(world.device, memory_format=torch.channels_last if config.model.channels_last else torch.preserve_format)
+    model = model.to(world.device)
+    return model.to(memory_format=torch.channels_last) if config.model.channels_last else model
 
 
 def _strategy(config: Config, world: World) -> Strategy:
@@ -224,7 +259,10 @@ def _strategy(config: Config, world: World) -> Strategy:
 def _agree_on_config(config: Config, world: World) -> None:
     digests = world.gather(hashlib.sha256(dump(config).encode()).hexdigest())
     if len(set(digests)) > 1:
-        raise SetupError("the ranks were started with different configurations", "start all ranks with the same command and the same files")
+        raise SetupError(
+            "the ranks were started with different configurations",
+            "start all ranks with the same command and the same files",
+        )
 
 
 def _configure_torch(config: Config, threads: int) -> None:
@@ -232,15 +270,24 @@ def _configure_torch(config: Config, threads: int) -> None:
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
     # SequentialLR's own way of starting its schedules, and weights whose strides can be read as both memory formats.
-    for message in (".*lr_scheduler.step.*before.*optimizer.step.*", "The epoch parameter in `scheduler.step", "Grad strides do not match bucket view strides"):
+    for message in (
+        ".*lr_scheduler.step.*before.*optimizer.step.*",
+        "The epoch parameter in `scheduler.step",
+        "Grad strides do not match bucket view strides",
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 
 def _say_paths(run_dir: RunDir, progress: Progress) -> None:
-    for path, what in ((run_dir.results, "results"), (run_dir.metrics, "metrics"), (run_dir.export, "artifact"), (run_dir.checkpoints, "checkpoints")):
+    for path, what in (
+        (run_dir.results, "results"),
+        (run_dir.metrics, "metrics"),
+        (run_dir.export, "artifact"),
+        (run_dir.checkpoints, "checkpoints"),
+    ):
         if path.exists():
             progress.say(f"{what:12s} {path}")
 
@@ -253,7 +300,9 @@ def evaluate_run(run_dir: Path) -> dict[str, Any]:
     """
     paths = RunDir(Path(run_dir))
     if not paths.config.exists():
-        raise RunDirError(f"{run_dir} is not a run directory: it has no {paths.config.name}", "dist-train evaluate runs/NAME")
+        raise RunDirError(
+            f"{run_dir} is not a run directory: it has no {paths.config.name}", "dist-train evaluate runs/NAME"
+        )
     from dist_train.config import config_model
 
     recorded = yaml.safe_load(paths.config.read_text(encoding="utf-8"))
@@ -261,16 +310,25 @@ def evaluate_run(run_dir: Path) -> dict[str, Any]:
     folder = CheckpointFolder(paths.checkpoints)
     finished = folder.load(folder.latest)["finished_stages"] if folder.latest is not None else {}
     if "train" not in finished:
-        raise RunDirError(f"{run_dir} has no trained model yet", "finish the run first: the same dist-train run command resumes it")
+        raise RunDirError(
+            f"{run_dir} has no trained model yet", "finish the run first: the same dist-train run command resumes it"
+        )
     with join(config.run) as world:
         threads = read_json(paths.environment)["threads_per_rank"]
         _configure_torch(config, threads)
-        context = _context(config, paths, world, threads, Progress(world.is_main, config.log.interval), Trackers([]), NoLedger())
+        context = _context(
+            config, paths, world, threads, Progress(world.is_main, config.log.interval), Trackers([]), NoLedger()
+        )
         context.model.load_state_dict(folder.load(finished["train"])["payload"]["model"])
         models = {"fp32": context.evaluate(context.model).metrics}
         if "export" in finished:
             artifact, _ = load_artifact(paths.export)
-            models["int8"] = evaluate(lambda x: artifact(x.cpu().contiguous()).to(world.device), context.evaluation_batches(), context.task, world).metrics
+            models["int8"] = evaluate(
+                lambda x: artifact(x.cpu().contiguous()).to(world.device),
+                context.evaluation_batches(),
+                context.task,
+                world,
+            ).metrics
         results = {"run": config.run.name, "world_size": world.world_size, "models": models, "gates": {}}
         if world.is_main:
             print_results(results)

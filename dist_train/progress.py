@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any, TextIO
@@ -16,7 +17,8 @@ class Progress:
         self._enabled = enabled
         self._interval = interval
         self._stream = stream or sys.stdout
-        self._terminal = self._stream.isatty()
+        # A terminal that does not know its width (a container's, before its size is set) shows no bar at all.
+        self._terminal = self._stream.isatty() and os.get_terminal_size(self._stream.fileno()).columns > 0
         self._bar: tqdm[Any] | None = None
         self._meter = _Meter()
 
@@ -35,7 +37,9 @@ class Progress:
         self._meter = _Meter()
         self._last_line = time.monotonic()
         if self._enabled and self._terminal:
-            self._bar = tqdm(total=total, initial=done, desc=title, unit="step", file=self._stream, leave=True, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total, initial=done, desc=title, unit="step", file=self._stream, leave=True, dynamic_ncols=True
+            )
 
     def step(self, step: int, samples: int, loss: float, score: float, lr: float) -> None:
         """One more step was done: `step` steps in all."""
@@ -44,7 +48,12 @@ class Progress:
             return
         if self._bar is not None:
             self._bar.update(1)
-            self._bar.set_postfix(loss=f"{loss:.4f}", acc=f"{score:.3f}", samples_s=f"{self._meter.samples_per_second:,.0f}", refresh=False)
+            self._bar.set_postfix(
+                loss=f"{loss:.4f}",
+                acc=f"{score:.3f}",
+                samples_s=f"{self._meter.samples_per_second:,.0f}",
+                refresh=False,
+            )
         elif time.monotonic() - self._last_line >= self._interval or step == self._total:
             self._last_line = time.monotonic()
             left = (self._total - step) * self._meter.seconds_per_step

@@ -34,7 +34,9 @@ class StepMeans:
 class Pending:
     """A reduction under way; `means()` waits for it. On CUDA the loop calls it a step later, so that the device never idles."""
 
-    def __init__(self, totals: torch.Tensor, own_loss: torch.Tensor, global_count: int, step: int, world: World) -> None:
+    def __init__(
+        self, totals: torch.Tensor, own_loss: torch.Tensor, global_count: int, step: int, world: World
+    ) -> None:
         self._global_count = global_count
         self._step = step
         self._world = world
@@ -55,8 +57,16 @@ class Pending:
             self._event.synchronize()
         loss, score = self._host.tolist()
         if not math.isfinite(loss):
-            guilty = [rank for rank, own in enumerate(self._world.gather(float(self._own_loss))) if not math.isfinite(own)]
-            where = f"rank {guilty[0]}" if len(guilty) == 1 else f"ranks {', '.join(map(str, guilty))}" if guilty else "the sum over ranks"
+            guilty = [
+                rank for rank, own in enumerate(self._world.gather(float(self._own_loss))) if not math.isfinite(own)
+            ]
+            where = (
+                f"rank {guilty[0]}"
+                if len(guilty) == 1
+                else f"ranks {', '.join(map(str, guilty))}"
+                if guilty
+                else "the sum over ranks"
+            )
             raise NonFiniteLossError(
                 f"the loss of step {self._step} is not finite on {where}",
                 "lower the learning rate, set clip_grad_norm, or look for bad samples: --debug.ledger true writes each step's ids",
@@ -81,7 +91,11 @@ class StepReduction:
         self._world = world
         self._ranges = ranges
         self._averaging = averaging
-        self._statistics = [buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in ("running_mean", "running_var")]
+        self._statistics = [
+            buffer
+            for name, buffer in model.named_buffers()
+            if name.rpartition(".")[2] in ("running_mean", "running_var")
+        ]
         self.collectives = 0
 
     def freeze_statistics(self) -> None:
@@ -104,12 +118,18 @@ class StepReduction:
     def _sum(self, scalars: torch.Tensor, sums: StepSums) -> torch.Tensor:
         weight = sums.rows / sums.global_count
         # A rank without rows may have made infinities of its copies: 0 * inf must not reach the others.
-        own = [buffer.float().flatten() * weight if sums.rows else torch.zeros_like(buffer, dtype=torch.float32).flatten() for buffer in self._statistics]
+        own = [
+            buffer.float().flatten() * weight if sums.rows else torch.zeros_like(buffer, dtype=torch.float32).flatten()
+            for buffer in self._statistics
+        ]
         flat = self._world.all_reduce(torch.cat([scalars, *own]), "sum")
         self.collectives += 1
         if self._statistics:
             pieces = flat[2:].split([buffer.numel() for buffer in self._statistics])
-            torch._foreach_copy_(self._statistics, [piece.view_as(buffer) for piece, buffer in zip(pieces, self._statistics, strict=True)])
+            torch._foreach_copy_(
+                self._statistics,
+                [piece.view_as(buffer) for piece, buffer in zip(pieces, self._statistics, strict=True)],
+            )
         return flat[:2]
 
     def _merge(self, ranges: Ranges, rows: int) -> None:

@@ -17,7 +17,13 @@ class Status(Tracker):
 
     def __init__(self, run_dir: RunDir, run_name: str, attempt: int) -> None:
         super().__init__(run_dir, run_name, attempt)
-        self._fields: dict[str, Any] = {"state": "running", "stage": None, "step": 0, "restarts": attempt, "error": None}
+        self._fields: dict[str, Any] = {
+            "state": "running",
+            "stage": None,
+            "step": 0,
+            "restarts": attempt,
+            "error": None,
+        }
         self._written = 0.0
 
     def set(self, **fields: Any) -> None:

@@ -14,7 +14,14 @@ def result_table(results: dict[str, Any]) -> Table:
     """A row a model: metrics, size and latency; "-" where something was not measured."""
     models: dict[str, dict[str, Any]] = results["models"]
     names = sorted(models, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
-    metrics = list(dict.fromkeys(key for name in names for key, value in models[name].items() if isinstance(value, (int, float)) and key not in ("count", "bytes")))
+    metrics = list(
+        dict.fromkeys(
+            key
+            for name in names
+            for key, value in models[name].items()
+            if isinstance(value, (int, float)) and key not in ("count", "bytes")
+        )
+    )
     batches = list(dict.fromkeys(size for name in names for size in models[name].get("latency_ms", {})))
     table = Table(title=f"{results['run']}: {results['world_size']} rank{'s' if results['world_size'] > 1 else ''}")
     table.add_column("model")
@@ -24,7 +31,9 @@ def result_table(results: dict[str, Any]) -> Table:
         figures = models[name]
         row = [_metric(metric, figures.get(metric)) for metric in metrics]
         row += [str(figures.get("count", "-")), f"{figures['bytes'] / 1024:,.1f}" if "bytes" in figures else "-"]
-        row += [f"{figures['latency_ms'][size]:.3f}" if size in figures.get("latency_ms", {}) else "-" for size in batches]
+        row += [
+            f"{figures['latency_ms'][size]:.3f}" if size in figures.get("latency_ms", {}) else "-" for size in batches
+        ]
         table.add_row(name, *row)
     return table
 

@@ -51,7 +51,16 @@ class Classification(Task):
         try:
             settings = _ClassificationArgs(**args)
         except ValidationError as error:
-            raise ConfigError([Problem(f"task.args.{'.'.join(map(str, each['loc']))}", each["msg"], hint="classification takes label_smoothing") for each in error.errors()]) from None
+            raise ConfigError(
+                [
+                    Problem(
+                        f"task.args.{'.'.join(map(str, each['loc']))}",
+                        each["msg"],
+                        hint="classification takes label_smoothing",
+                    )
+                    for each in error.errors()
+                ]
+            ) from None
         self._num_classes = num_classes
         self._label_smoothing = settings.label_smoothing
 
@@ -65,7 +74,9 @@ class Classification(Task):
         return outputs.argmax(1)
 
     def metrics(self) -> torchmetrics.MetricCollection:
-        chosen: dict[str, torchmetrics.Metric | torchmetrics.MetricCollection] = {"top1": MulticlassAccuracy(self._num_classes, average="micro")}
+        chosen: dict[str, torchmetrics.Metric | torchmetrics.MetricCollection] = {
+            "top1": MulticlassAccuracy(self._num_classes, average="micro")
+        }
         if self._num_classes > 5:
             chosen["top5"] = MulticlassAccuracy(self._num_classes, top_k=5, average="micro")
         return torchmetrics.MetricCollection(chosen, compute_groups=False)

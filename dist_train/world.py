@@ -82,7 +82,11 @@ class World:
         device = self.device if dist.get_backend() == "nccl" else torch.device("cpu")
         size = torch.tensor([len(data) if data is not None else 0], device=device)
         dist.broadcast(size, src=0)
-        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device) if data else torch.empty(int(size), dtype=torch.uint8, device=device)
+        buffer = (
+            torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+            if data
+            else torch.empty(int(size), dtype=torch.uint8, device=device)
+        )
         dist.broadcast(buffer, src=0)
         return buffer.cpu().numpy().tobytes()
 
@@ -128,7 +132,10 @@ class World:
         while not self.store.check([key]):
             self.raise_peer_failure()
             if time.monotonic() > end:
-                raise PeerError(f"rank {leader} did not finish ({what}) within {deadline:g} s", "raise the stage's `deadline`, or look at what that rank does")
+                raise PeerError(
+                    f"rank {leader} did not finish ({what}) within {deadline:g} s",
+                    "raise the stage's `deadline`, or look at what that rank does",
+                )
             time.sleep(pause)
             pause = min(pause * 2, _POLL_SECONDS)
 
@@ -238,7 +245,10 @@ def _echo_of_peer(world: World, error: BaseException) -> PeerError | None:
         return PeerError(f"rank {failure['rank']} failed: {failure['error']}")
     first_line = str(error).partition("\n")[0]
     if "Timed out" in first_line:
-        return PeerError(f"another rank did not answer within {world.timeout:g} s: {first_line}", "raise --run.timeout, or look at what the ranks do")
+        return PeerError(
+            f"another rank did not answer within {world.timeout:g} s: {first_line}",
+            "raise --run.timeout, or look at what the ranks do",
+        )
     if isinstance(error, (dist.DistNetworkError, dist.DistBackendError)) or any(words in first_line for words in _LOST):
         return PeerError(f"the connection to another rank was lost (it was killed, or its node is gone): {first_line}")
     return None
@@ -251,13 +261,19 @@ def _environment_integer(name: str, default: int) -> int:
     try:
         return int(text)
     except ValueError:
-        raise SetupError(f"the environment variable {name} is {text!r}, not a number", f"unset {name}, or start with torchrun --nproc_per_node N -m dist_train run CONFIG") from None
+        raise SetupError(
+            f"the environment variable {name} is {text!r}, not a number",
+            f"unset {name}, or start with torchrun --nproc_per_node N -m dist_train run CONFIG",
+        ) from None
 
 
 def _device(requested: str, local_rank: int, local_world_size: int) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if requested == "cuda" and count < local_world_size:
-        raise SetupError(f"run.device is cuda, but this node has {count} CUDA devices for {local_world_size} ranks", "--run.device auto, or fewer ranks: torchrun --nproc_per_node ...")
+        raise SetupError(
+            f"run.device is cuda, but this node has {count} CUDA devices for {local_world_size} ranks",
+            "--run.device auto, or fewer ranks: torchrun --nproc_per_node ...",
+        )
     if requested == "cpu" or count < local_world_size:
         return torch.device("cpu")
     return torch.device("cuda", local_rank)
@@ -275,7 +291,10 @@ def _form(run: RunConfig) -> World:
         )
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if world_size > 1 and missing:
-        raise SetupError(f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set", "start with torchrun --nproc_per_node N -m dist_train run CONFIG, or unset WORLD_SIZE")
+        raise SetupError(
+            f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set",
+            "start with torchrun --nproc_per_node N -m dist_train run CONFIG, or unset WORLD_SIZE",
+        )
     device = _device(run.device, local_rank, local_world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -288,16 +307,24 @@ def _form(run: RunConfig) -> World:
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=_FORMING_SECONDS)))
         store.set_timeout(timeout)
-        dist.init_process_group(backend, store=dist.PrefixStore("dist_train", store), rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("dist_train", store), rank=rank, world_size=world_size, timeout=timeout
+        )
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         first_line = str(error).partition("\n")[0]
-        raise SetupError(f"the {world_size} ranks did not meet at {where}: {first_line}", "start all of them, on nodes that reach each other; another port: MASTER_PORT") from error
+        raise SetupError(
+            f"the {world_size} ranks did not meet at {where}: {first_line}",
+            "start all of them, on nodes that reach each other; another port: MASTER_PORT",
+        ) from error
     world.store = store
     world.nonce = "".join(world.gather(uuid.uuid4().hex)[:1])
     kinds = world.gather(device.type)
     if len(set(kinds)) > 1:
-        raise SetupError(f"some ranks have CUDA devices and some have not: {kinds}", "--run.device cpu, or leave out the nodes without GPUs")
+        raise SetupError(
+            f"some ranks have CUDA devices and some have not: {kinds}",
+            "--run.device cpu, or leave out the nodes without GPUs",
+        )
     return world
 
 

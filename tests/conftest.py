@@ -16,7 +16,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """A skip whose reason does not start with "only" (only without a library, only on a GPU) becomes a failure."""
     report = yield
     if REQUIRE_ALL and report.skipped and not hasattr(report, "wasxfail"):
-        reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reason = (
+            report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        )
         if not reason.startswith("only "):
             report.outcome = "failed"
             report.longrepr = f"{item.nodeid} was skipped, and DIST_TRAIN_REQUIRE_ALL=1 forbids it: {reason}"

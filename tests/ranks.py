@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -28,7 +29,9 @@ def free_port() -> int:
 class Ranks:
     """Rank processes of one run; `with` kills what is left of them."""
 
-    def __init__(self, world_size: int, command: Sequence[str], environ: dict[str, str] | None = None, folder: Path | None = None) -> None:
+    def __init__(
+        self, world_size: int, command: Sequence[str], environ: dict[str, str] | None = None, folder: Path | None = None
+    ) -> None:
         self.port = port = str(free_port())
         self.outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]
         self.processes = []
@@ -36,10 +39,23 @@ class Ranks:
             variables = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "SLURM"))}
             variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (environ or {})
             if world_size > 1:
-                variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+                variables |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(world_size),
+                    "LOCAL_WORLD_SIZE": str(world_size),
+                }
                 variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             out = self.outputs[rank]
-            process = subprocess.Popen([sys.executable, *command], env=variables, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True, cwd=folder)
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                env=variables,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                cwd=folder,
+            )
             self.processes.append(process)
 
     def __enter__(self) -> Ranks:
@@ -53,10 +69,8 @@ class Ranks:
     def kill(self, ranks: Sequence[int] | None = None) -> None:
         """SIGKILL, from outside, to the process groups of these ranks (all by default)."""
         for rank in range(len(self.processes)) if ranks is None else ranks:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.processes[rank].pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             self.processes[rank].wait(10)
 
     def wait(self, deadline: float = DEADLINE) -> list[int]:
@@ -100,7 +114,10 @@ def train_done(world_size: int, *arguments: str, deadline: float = DEADLINE) -> 
 
 def call(world_size: int, function: str, *arguments: Any, deadline: float = DEADLINE) -> list[Any]:
     """Calls "module:function"(world, *arguments) on each rank of a real world; returns the JSON values by rank."""
-    with tempfile.TemporaryDirectory() as folder, Ranks(world_size, ["-m", "tests.ranks", folder, function, json.dumps(arguments)]) as ranks:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Ranks(world_size, ["-m", "tests.ranks", folder, function, json.dumps(arguments)]) as ranks,
+    ):
         codes = ranks.wait(deadline)
         assert codes == [0] * world_size, f"exit codes {codes}\n{ranks.printed()}"
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world_size)]

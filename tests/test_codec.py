@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections import Counter, OrderedDict, namedtuple
-from typing import Any
+from collections import Counter, OrderedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -21,7 +21,19 @@ from dist_train.config import OptimConfig, ScheduleConfig
 from dist_train.errors import CheckpointError
 from dist_train.optim import build_optimizer, build_schedule
 
-DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
+DTYPES = [
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+]
 
 
 def through(value: Any) -> Any:
@@ -65,9 +77,19 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
     return flat.reshape([shape[place] for place in order]).permute([order.index(place) for place in range(len(shape))])
 
 
-texts = st.text(alphabet=st.characters(), max_size=5) | st.sampled_from(["$tensor", "$tuple", "$dict", "$float", "a.b", "", "\ud800"])
+texts = st.text(alphabet=st.characters(exclude_categories=()), max_size=5) | st.sampled_from(
+    ["$tensor", "$tuple", "$dict", "$float", "a.b", "", "\ud800"]
+)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts | st.binary(max_size=9)
-keys = texts | st.integers() | st.booleans() | st.none() | st.floats(allow_nan=False) | st.binary(max_size=3) | st.tuples(st.integers(), texts)
+keys = (
+    texts
+    | st.integers()
+    | st.booleans()
+    | st.none()
+    | st.floats(allow_nan=False)
+    | st.binary(max_size=3)
+    | st.tuples(st.integers(), texts)
+)
 states = st.recursive(
     scalars | tensors(),
     lambda inner: (
@@ -88,20 +110,35 @@ def test_every_state_comes_back_to_the_bit(state: Any) -> None:
 
 
 def test_paths_that_read_alike_stay_apart() -> None:
-    state = {"a.b": torch.tensor(1), "a": {"b": torch.tensor(2)}, "c": {0: torch.tensor(3), "0": torch.tensor(4)}, "d": {b"x": 1, b"y": 2}}
+    state = {
+        "a.b": torch.tensor(1),
+        "a": {"b": torch.tensor(2)},
+        "c": {0: torch.tensor(3), "0": torch.tensor(4)},
+        "d": {b"x": 1, b"y": 2},
+    }
     assert same(through(state), state)
 
 
 def test_channels_last_weights_stay_channels_last() -> None:
     weight = torch.randn(8, 3, 5, 5).to(memory_format=torch.channels_last)
     back = through({"weight": weight})["weight"]
-    assert back.is_contiguous(memory_format=torch.channels_last) and not back.is_contiguous() and torch.equal(back, weight)
+    assert (
+        back.is_contiguous(memory_format=torch.channels_last) and not back.is_contiguous() and torch.equal(back, weight)
+    )
 
 
 def test_one_memory_is_one_memory_again() -> None:
     weight = torch.randn(3, 4)
     parameter = nn.Parameter(weight)
-    back = through({"embedding": weight, "head": {"weight": parameter}, "transposed": weight.t(), "flat": weight.view(-1), "apart": weight.clone()})
+    back = through(
+        {
+            "embedding": weight,
+            "head": {"weight": parameter},
+            "transposed": weight.t(),
+            "flat": weight.view(-1),
+            "apart": weight.clone(),
+        }
+    )
     back["embedding"][1, 2] = 77.0
     assert back["head"]["weight"][1, 2] == 77.0 and back["transposed"][2, 1] == 77.0 and back["flat"][6] == 77.0
     assert back["apart"][1, 2] == weight[1, 2] != 77.0
@@ -115,7 +152,14 @@ def test_shared_memory_is_stored_once() -> None:
 
 def test_tensors_that_overlap_only_partly_keep_their_values() -> None:
     whole = torch.arange(10.0)
-    state = {"whole": whole, "head": whole[:4], "middle": whole[3:7], "tail": whole[5:], "gaps": whole[::3], "repeated": whole[:2].expand(3, 2)}
+    state = {
+        "whole": whole,
+        "head": whole[:4],
+        "middle": whole[3:7],
+        "tail": whole[5:],
+        "gaps": whole[::3],
+        "repeated": whole[:2].expand(3, 2),
+    }
     back = through(state)
     for name, tensor in state.items():
         assert torch.equal(back[name], tensor), name
@@ -128,7 +172,9 @@ def test_slices_of_one_storage_do_not_drag_it_along() -> None:
 
 def test_views_that_are_conjugate_or_negative_come_back_as_what_they_show() -> None:
     complex_ = torch.tensor([1 + 2j, 3 - 4j])
-    assert torch.equal(through(complex_.conj()), complex_.conj()) and torch.equal(through(complex_.conj().imag), torch.tensor([-2.0, 4.0]))
+    assert torch.equal(through(complex_.conj()), complex_.conj()) and torch.equal(
+        through(complex_.conj().imag), torch.tensor([-2.0, 4.0])
+    )
 
 
 def test_parameters_come_back_as_detached_tensors() -> None:
@@ -154,6 +200,12 @@ class _Loaded:
         return (print, ("unpickled",))
 
 
+class _Pair(NamedTuple):
+    left: int
+    right: int
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor")
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
@@ -164,7 +216,7 @@ class _Loaded:
         (np.zeros(2), "ndarray"),
         (torch.float32, "dtype"),
         (print, "builtin_function"),
-        (namedtuple("Pair", "left right")(1, 2), "Pair"),
+        (_Pair(1, 2), "_Pair"),
         (torch.eye(2).to_sparse(), "sparse"),
         (torch.empty(2, device="meta"), "meta"),
         (torch.zeros(2, dtype=torch.complex128), "complex128"),
@@ -178,7 +230,9 @@ def test_what_a_checkpoint_cannot_hold_is_refused_by_its_place(value: Any, kind:
 
 def _model() -> nn.Module:
     torch.manual_seed(3)
-    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)).to(memory_format=torch.channels_last)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)).to(
+        memory_format=torch.channels_last
+    )
 
 
 def _steps(model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, first: int, last: int) -> None:
@@ -191,8 +245,16 @@ def _steps(model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, fi
         schedule.step()
 
 
-OPTIMIZERS = [OptimConfig(lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True), OptimConfig(name="adamw", lr=0.01, weight_decay=0.1)]
-SCHEDULES = [ScheduleConfig(name="cosine", warmup=0.25), ScheduleConfig(name="step", step_epochs=1.5), ScheduleConfig(name="linear", warmup=0.1), ScheduleConfig(name="constant")]
+OPTIMIZERS = [
+    OptimConfig(lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
+    OptimConfig(name="adamw", lr=0.01, weight_decay=0.1),
+]
+SCHEDULES = [
+    ScheduleConfig(name="cosine", warmup=0.25),
+    ScheduleConfig(name="step", step_epochs=1.5),
+    ScheduleConfig(name="linear", warmup=0.1),
+    ScheduleConfig(name="constant"),
+]
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS, ids=lambda config: config.name)

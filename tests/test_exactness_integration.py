@@ -56,7 +56,10 @@ def command(config: Path, run_dir: Path) -> list[str]:
 def bytes_of(value: Any) -> dict[str, tuple[str, bytes]]:
     """Every tensor of a nested state, by place: its description and its bytes."""
     _, tensors = codec.encode(value)
-    return {name: (f"{tensor.dtype} {tuple(tensor.shape)}", tensor.contiguous().view(torch.uint8).numpy().tobytes()) for name, tensor in tensors.items()}
+    return {
+        name: (f"{tensor.dtype} {tuple(tensor.shape)}", tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        for name, tensor in tensors.items()
+    }
 
 
 def ids_by_step(run_dir: Path) -> dict[tuple[str, int], list[tuple[int, list[int]]]]:
@@ -81,7 +84,9 @@ def assert_same_result(left: Path, right: Path) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_killed_at_random_moments_a_run_ends_like_an_undisturbed_one(world_size: int, config: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments_a_run_ends_like_an_undisturbed_one(
+    world_size: int, config: Path, tmp_path: Path
+) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     with train(world_size, *command(config, undisturbed)) as ranks:
         ranks.until(RunDir(undisturbed).status.exists)
@@ -93,7 +98,9 @@ def test_killed_at_random_moments_a_run_ends_like_an_undisturbed_one(world_size:
     hit = []
     for attempt in range(KILLS):
         with train(world_size, *command(config, killed)) as ranks:
-            opened = ranks.until(lambda attempt=attempt: (read_json(RunDir(killed).status) or {}).get("restarts") == attempt)
+            opened = ranks.until(
+                lambda attempt=attempt: (read_json(RunDir(killed).status) or {}).get("restarts") == attempt
+            )
             assert opened, ranks.printed()
             # The moments of ten kills spread over the whole run; every other one takes a single rank.
             time.sleep(draw.uniform(0.1, 0.5) * seconds)

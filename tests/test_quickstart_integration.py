@@ -70,16 +70,33 @@ def test_int8_is_good_and_close_to_fp32_at_any_world_size(runs: dict[int, Path])
 @pytest.mark.timeout(600)
 def test_the_run_directory_holds_what_tools_rely_on(runs: dict[int, Path]) -> None:
     run = runs[2]
-    assert read_json(RunDir(run).status) == {"state": "done", "stage": "export", "step": 0, "restarts": 0, "error": None}
+    assert read_json(RunDir(run).status) == {
+        "state": "done",
+        "stage": "export",
+        "step": 0,
+        "restarts": 0,
+        "error": None,
+    }
     assert read_json(RunDir(run).environment)["world_size"] == 2
-    assert {entry.name for entry in run.iterdir()} >= {"config.yaml", "metrics.jsonl", "results.json", "checkpoints", "export", "ledger"}
+    assert {entry.name for entry in run.iterdir()} >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "results.json",
+        "checkpoints",
+        "export",
+        "ledger",
+    }
     lines = RunDir(run).metrics.read_text().splitlines()
-    assert {"time", "stage", "epoch", "step", "attempt", "loss", "lr", "samples_per_second"} <= set(json.loads(lines[0]))
+    assert {"time", "stage", "epoch", "step", "attempt", "loss", "lr", "samples_per_second"} <= set(
+        json.loads(lines[0])
+    )
     assert set(read_json(run / "export" / "manifest.json")["files"]) == {"model.pt2"}
 
 
 @pytest.mark.timeout(600)
-def test_the_artifact_loads_in_an_isolated_python_and_is_right_on_the_real_digits(runs: dict[int, Path], tmp_path: Path) -> None:
+def test_the_artifact_loads_in_an_isolated_python_and_is_right_on_the_real_digits(
+    runs: dict[int, Path], tmp_path: Path
+) -> None:
     code = """
 import sys, torch
 from sklearn.datasets import load_digits
@@ -91,7 +108,13 @@ mean, std = (torch.tensor(manifest["normalization"][name]).view(-1, 1, 1) for na
 print((model((images - mean) / std).argmax(1) == torch.tensor(digits.target)).float().mean().item())
 """
     isolated = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code
-    answer = subprocess.run([sys.executable, "-I", "-c", isolated, str(runs[2] / "export")], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    answer = subprocess.run(
+        [sys.executable, "-I", "-c", isolated, str(runs[2] / "export")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert answer.returncode == 0, answer.stderr
     assert float(answer.stdout.split()[-1]) > 0.97
 
@@ -131,6 +154,12 @@ def test_fast_dev_run_tries_every_stage_without_touching_the_run(tmp_path: Path)
     assert not target.exists()
     dev = tmp_path / "run-fast-dev-run"
     stages = results(dev)["stages"]
-    assert {name: figures.get("steps") for name, figures in stages.items()} == {"train": 2, "ptq": None, "qat": 2, "convert": None, "export": None}
+    assert {name: figures.get("steps") for name, figures in stages.items()} == {
+        "train": 2,
+        "ptq": None,
+        "qat": 2,
+        "convert": None,
+        "export": None,
+    }
     train_done(1, "run", QUICKSTART, "--run.dir", str(target), "--fast-dev-run")  # anew, whatever is there
     assert results(dev)["world_size"] == 1

@@ -46,7 +46,9 @@ def test_your_own_model_and_data_train_as_printed(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(settings)
     assert command.startswith("torchrun --nproc_per_node 2 ")
     arguments = command.split()[1:]
-    with Ranks(1, ["-m", "torch.distributed.run", *arguments], {"XDG_CACHE_HOME": str(tmp_path / "cache")}, tmp_path) as ranks:
+    with Ranks(
+        1, ["-m", "torch.distributed.run", *arguments], {"XDG_CACHE_HOME": str(tmp_path / "cache")}, tmp_path
+    ) as ranks:
         assert ranks.wait(280) == [0], ranks.printed()
     results = read_json(RunDir(tmp_path / "runs" / "mine").results)
     assert results["models"]["int8"]["count"] == 100

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +63,26 @@ def _sleep_before_collective(world: World, sleeper: str, ready: str) -> None:
     world.barrier("never")
 
 
-CASES = {"fail_on": _fail_on, "work_fails": _work_fails, "sleep_in_work": _sleep_in_work, "sleep_before_collective": _sleep_before_collective}
+CASES: dict[str, Callable[..., Any]] = {
+    "fail_on": _fail_on,
+    "work_fails": _work_fails,
+    "sleep_in_work": _sleep_in_work,
+    "sleep_before_collective": _sleep_before_collective,
+}
 
 
 @pytest.mark.parametrize("guilty", [0, 1])
-def test_an_exception_on_one_rank_ends_those_in_a_collective_and_those_on_the_store_and_only_it_shows_a_traceback(guilty: int) -> None:
+def test_an_exception_on_one_rank_ends_those_in_a_collective_and_those_on_the_store_and_only_it_shows_a_traceback(
+    guilty: int,
+) -> None:
     with case(3, "fail_on", str(guilty)) as ranks:
         assert ranks.wait(GONE + 10) == [1, 1, 1], ranks.printed()
         for rank in range(3):
             printed = ranks.output(rank).strip()
             if rank == guilty:
-                assert "Traceback" in printed and printed.endswith("ValueError: planted") and "failed" not in printed, printed
+                assert "Traceback" in printed and printed.endswith("ValueError: planted") and "failed" not in printed, (
+                    printed
+                )
             else:
                 assert printed.endswith(f"rank {guilty} failed: ValueError: planted"), ranks.printed()
                 assert "Traceback" not in printed, printed
@@ -84,7 +93,9 @@ def test_a_failure_of_rank_0s_work_reaches_the_ranks_that_wait_for_it() -> None:
         assert ranks.wait(GONE + 10) == [1, 1, 1], ranks.printed()
         assert ranks.output(0).strip() == "dist-train: no such file\n  -> give another"
         for rank in (1, 2):
-            assert "rank 0 failed: dist_train.errors.DataError: no such file\n  -> give another" in ranks.output(rank), ranks.printed()
+            assert "rank 0 failed: dist_train.errors.DataError: no such file\n  -> give another" in ranks.output(
+                rank
+            ), ranks.printed()
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -95,9 +106,13 @@ def test_a_killed_rank_ends_those_that_are_in_a_collective_with_it(victim: int, 
         time.sleep(0.3)
         ranks.kill([victim])
         codes = ranks.wait(GONE)
-        assert codes[victim] == -signal.SIGKILL and all(code == 1 for rank, code in enumerate(codes) if rank != victim), ranks.printed()
+        assert codes[victim] == -signal.SIGKILL and all(
+            code == 1 for rank, code in enumerate(codes) if rank != victim
+        ), ranks.printed()
         for rank in {0, 1, 2} - {victim}:
-            assert "the connection to another rank was lost" in ranks.output(rank) and "Traceback" not in ranks.output(rank), ranks.printed()
+            assert "the connection to another rank was lost" in ranks.output(rank) and "Traceback" not in ranks.output(
+                rank
+            ), ranks.printed()
 
 
 def test_when_rank_0_is_killed_at_its_work_those_that_wait_on_the_store_end(tmp_path: Path) -> None:
@@ -139,7 +154,12 @@ def _waits_and_broadcasts(world: World) -> dict[str, Any]:
     # Two nodes of two ranks each, as far as first_on_node can tell.
     nodes = World(world.rank, world.rank % 2, 4, 2, world.device, 60.0, world.nonce + "nodes", world.store)
     ran: list[int] = []
-    found["first_on_node"] = nodes.first_on_node(lambda: ran.append(world.rank) or f"by {world.rank}", "downloading")
+
+    def download() -> str:
+        ran.append(world.rank)
+        return f"by {world.rank}"
+
+    found["first_on_node"] = nodes.first_on_node(download, "downloading")
     found["ran"] = ran
     found["sum"] = world.all_reduce(torch.full((2,), float(world.rank)), "sum").tolist()
     found["max"] = world.all_reduce(torch.full((2,), float(world.rank)), "max").tolist()
@@ -191,10 +211,23 @@ def test_work_that_outlives_the_process_groups_timeout_kills_nobody() -> None:
 
 
 def test_a_rank_that_never_comes_to_a_collective_is_named_as_a_timeout(tmp_path: Path) -> None:
-    with Ranks(2, ["-m", "tests.test_world_integration", "--timeout", "2", "sleep_before_collective", "1", str(tmp_path / "ready")]) as ranks:
+    with Ranks(
+        2,
+        [
+            "-m",
+            "tests.test_world_integration",
+            "--timeout",
+            "2",
+            "sleep_before_collective",
+            "1",
+            str(tmp_path / "ready"),
+        ],
+    ) as ranks:
         ranks.until(lambda: ranks.processes[0].poll() is not None, 60)
         assert ranks.processes[0].wait(1) == 1
-        assert "another rank did not answer within 2 s" in ranks.output(0) and "Traceback" not in ranks.output(0), ranks.printed()
+        assert "another rank did not answer within 2 s" in ranks.output(0) and "Traceback" not in ranks.output(0), (
+            ranks.printed()
+        )
 
 
 @pytest.mark.parametrize(
@@ -208,7 +241,9 @@ def test_a_rank_that_never_comes_to_a_collective_is_named_as_a_timeout(tmp_path:
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR, MASTER_PORT is not set"),
     ],
 )
-def test_variables_that_contradict_each_other_are_a_setup_error_before_any_rank_waits(variables: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_that_contradict_each_other_are_a_setup_error_before_any_rank_waits(
+    variables: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -230,13 +265,16 @@ def test_ranks_that_do_not_come_are_a_setup_error(monkeypatch: pytest.MonkeyPatc
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("dist_train.world._FORMING_SECONDS", 1.0)
-    with pytest.raises(SetupError, match=f"2 ranks did not meet at 127.0.0.1:{port}"), join(RunConfig(device="cpu", timeout=5)):
+    with (
+        pytest.raises(SetupError, match=f"2 ranks did not meet at 127.0.0.1:{port}"),
+        join(RunConfig(device="cpu", timeout=5)),
+    ):
         pytest.fail("a world of one of two ranks")
 
 
 # Under torchrun.
 
-PLUGIN = '''
+PLUGIN = """
 import dist_train, os, torch
 from dist_train.data.arrays import Splits
 from torch.utils.data import Dataset
@@ -252,7 +290,7 @@ class Planted(Dataset):
 @dist_train.register_dataset("planted")
 def planted(data):
     return Splits(Planted(), Planted(), 2, ("a", "b"), (0.5,), (0.5,))
-'''
+"""
 CONFIG = """
 run: {name: planted, threads_per_rank: 1, device: cpu}
 data: {name: NAME, global_batch_size: 8}
@@ -263,7 +301,7 @@ train: {epochs: 1}
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Iterator[Path]:
+def config(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(CONFIG.replace("NAME", "fake"))
     return path
@@ -276,10 +314,31 @@ def test_under_torchrun_the_failing_rank_is_the_root_cause(tmp_path: Path) -> No
     arguments = ["run", str(path), "--run.dir", str(tmp_path / "run"), "--import", "planted_data"]
     # The sample of rank 1 at step 3 of epoch 0, so that both ranks are well under way.
     planted = _rank_1s_sample_of_step(3)
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "RANK", "WORLD_SIZE"))}
+    variables = {
+        name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "RANK", "WORLD_SIZE"))
+    }
     variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{tmp_path}", "PLANTED": str(planted)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m", "dist_train", *arguments]
-    with subprocess.Popen(command, env=variables, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+        "-m",
+        "dist_train",
+        *arguments,
+    ]
+    with subprocess.Popen(
+        command,
+        env=variables,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
         assert process.stdout is not None
         failed_at: list[float] = []
         lines = []

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-import torchvision
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from dist_train.config import DataConfig
@@ -88,13 +87,15 @@ def fashion_mnist(data: DataConfig) -> Splits:
     Raises:
         DataError: a file is missing or damaged, or the download failed.
     """
+    from torchvision.datasets import FashionMNIST
+
     _args(data, _NoArgs)
     folder = _fashion_mnist_folder(data)
     return Splits(
         train=_read_split(folder, "train"),
         eval=_read_split(folder, "t10k"),
         num_classes=10,
-        classes=tuple(torchvision.datasets.FashionMNIST.classes),
+        classes=tuple(FashionMNIST.classes),
         # Computed as those of the digits; a test computes them again.
         mean=(0.2860,),
         std=(0.3530,),
@@ -147,9 +148,11 @@ def _fashion_mnist_folder(data: DataConfig) -> Path:
         return nested if nested.is_dir() else data.root
     if _DEBIAN_FASHION_MNIST.is_dir():
         return _DEBIAN_FASHION_MNIST
+    from torchvision.datasets import FashionMNIST
+
     root = cache_folder(data) / "downloads"
     try:
-        return Path(torchvision.datasets.FashionMNIST(root, download=True).raw_folder)
+        return Path(FashionMNIST(root, download=True).raw_folder)
     except (RuntimeError, URLError, OSError) as error:
         hint = "--data.root FOLDER with the four files, or apt-get install dataset-fashion-mnist"
         raise DataError(f"cannot download Fashion-MNIST to {root}: {error}", hint) from error

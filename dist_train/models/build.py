@@ -25,6 +25,8 @@ def build_model(config: ModelConfig, num_classes: int, in_channels: int) -> nn.M
     try:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
-        raise ConfigError([Problem("model.args", f"the model {config.name}: {error}", hint=f"it takes {', '.join(parameters)}")]) from None
+        raise ConfigError(
+            [Problem("model.args", f"the model {config.name}: {error}", hint=f"it takes {', '.join(parameters)}")]
+        ) from None
     model: nn.Module = function(**arguments)
     return model

@@ -29,7 +29,9 @@ class _Block(nn.Module):
 class _SmallResNet(nn.Module):
     def __init__(self, num_classes: int, in_channels: int, width: int, blocks: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
         stages = []
         channels = width
         for index in range(blocks):
@@ -55,4 +57,6 @@ def small_resnet(num_classes: int, in_channels: int, width: int = 16, blocks: in
 
 def mlp(num_classes: int, in_channels: int, size: int = 28, hidden: int = 64) -> nn.Module:
     """A perceptron without BatchNorm: inputs float [B, in_channels, size, size], outputs [B, num_classes]."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * size * size, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(in_channels * size * size, hidden), nn.ReLU(), nn.Linear(hidden, num_classes)
+    )

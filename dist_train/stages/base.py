@@ -103,7 +103,9 @@ class Context:
 
     def source(self, split: ImageArrays | Dataset[Any], seed: int) -> Source:
         augmentation = Augmentation(self.config.data.augment, seed=seed, mean=self.splits.mean, std=self.splits.std)
-        return Source(split, augmentation, self.world.device, self.config.model.channels_last, self.config.data.workers, seed)
+        return Source(
+            split, augmentation, self.world.device, self.config.model.channels_last, self.config.data.workers, seed
+        )
 
     def train_loader(self, stage: str) -> TrainLoader:
         """This rank's share of each global batch; order and augmentation are functions of (seed, stage, epoch, sample id)."""
@@ -127,7 +129,9 @@ class Context:
         """This rank's part of the evaluation set."""
         size = self.config.data.eval_batch_size
         limit = 2 * size * self.world.world_size if self.config.debug.fast_dev_run else None
-        return EvaluationLoader(self.source(self.splits.eval, self.config.run.seed), size, self.world.world_size, self.world.rank, limit)
+        return EvaluationLoader(
+            self.source(self.splits.eval, self.config.run.seed), size, self.world.world_size, self.world.rank, limit
+        )
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """Evaluates a model in the config's precision. Collective."""
@@ -186,7 +190,9 @@ class Context:
         def write() -> None:
             self.trackers.sync()
             self.folder.save(name, {**state, "results": self.results, "finished_stages": self.finished})
-            steps = sorted(entry for entry in self.folder.names() if entry.startswith(f"{state['stage']}-") and entry[-1].isdigit())
+            steps = sorted(
+                entry for entry in self.folder.names() if entry.startswith(f"{state['stage']}-") and entry[-1].isdigit()
+            )
             recent = set() if state["finished"] else set(steps[-self.config.checkpoint.keep_last :])
             self.folder.keep_only({name, *recent, *kept, *self.finished.values()})
 

@@ -49,7 +49,11 @@ class Convert(Stage):
         agreed = agreement(converted_evaluation, prepared_evaluation, world)
         bound = self.settings.agreement_bound
         context.gate(
-            "convert", agreed, bound, agreed >= bound, "int8 and fake-quantized model differ: train qat longer, or loosen --convert.agreement_bound and run again"
+            "convert",
+            agreed,
+            bound,
+            agreed >= bound,
+            "int8 and fake-quantized model differ: train qat longer, or loosen --convert.agreement_bound and run again",
         )
         return {"program": program, "ranges_sha256": Ranges(prepared).digest(), "probe": probe}
 

@@ -29,7 +29,13 @@ class Export(Stage):
         for name, figures in measured["models"].items():
             context.results["models"].setdefault(name, {}).update(figures)
         difference, bound = measured["difference"], self.settings.artifact_bound
-        context.gate("artifact", difference, bound, difference <= bound, "the artifact does not compute what the converted model does in a fresh process")
+        context.gate(
+            "artifact",
+            difference,
+            bound,
+            difference <= bound,
+            "the artifact does not compute what the converted model does in a fresh process",
+        )
         return {}
 
     def restore(self, context: Context, product: dict[str, Any]) -> None:
@@ -39,7 +45,9 @@ class Export(Stage):
         assert context.program is not None
         write_artifact(context.run_dir.export, context.program, manifest(context))
         program = load_program(context.program)
-        difference = verify_in_fresh_process(context.run_dir.export, context.probe["inputs"], context.probe["outputs"], self.settings.deadline)
+        difference = verify_in_fresh_process(
+            context.run_dir.export, context.probe["inputs"], context.probe["outputs"], self.settings.deadline
+        )
         float_model = context.float_copy()
         figures: dict[str, dict[str, Any]] = {
             "fp32": {"bytes": len(program_bytes(export_float(float_model, context.example(2))))},
@@ -49,7 +57,9 @@ class Export(Stage):
             self._time(context, float_model, program, figures)
         return {"models": figures, "difference": difference}
 
-    def _time(self, context: Context, float_model: nn.Module, program: ExportedProgram, figures: dict[str, dict[str, Any]]) -> None:
+    def _time(
+        self, context: Context, float_model: nn.Module, program: ExportedProgram, figures: dict[str, dict[str, Any]]
+    ) -> None:
         models: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"fp32": float_model, "int8": program.module()}
         generator = torch.Generator().manual_seed(context.config.run.seed)
 
@@ -57,11 +67,16 @@ class Export(Stage):
             return context.probe["inputs"][torch.randint(len(context.probe["inputs"]), (rows,), generator=generator)]
 
         try:
-            lowered = {name: lower(model, context.example(2), context.threads) for name, model in (("fp32", float_model), ("int8", program))}
+            lowered = {
+                name: lower(model, context.example(2), context.threads)
+                for name, model in (("fp32", float_model), ("int8", program))
+            }
             for name, each in lowered.items():
                 for rows in self.settings.latency_batch_sizes:
                     _require_same_answers(name, each, models[name], images(rows))
-            times = compare_latency({name: each.call for name, each in lowered.items()}, images, self.settings.latency_batch_sizes)
+            times = compare_latency(
+                {name: each.call for name, each in lowered.items()}, images, self.settings.latency_batch_sizes
+            )
         except LoweringUnavailable as reason:
             context.progress.say(f"{self.name}: {reason}")
             return
@@ -70,7 +85,9 @@ class Export(Stage):
 
 
 @torch.no_grad()
-def _require_same_answers(name: str, lowered: Lowered, model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> None:
+def _require_same_answers(
+    name: str, lowered: Lowered, model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor
+) -> None:
     """The speed of wrong answers is not a figure.
 
     Raises:
@@ -99,5 +116,8 @@ def manifest(context: Context) -> dict[str, Any]:
         "classes": list(context.splits.classes),
         "ranges_sha256": context.ranges_sha256,
         "world_sizes": context.results["world_sizes"],
-        "metrics": {name: {key: value for key, value in figures.items() if isinstance(value, (int, float)) and key != "bytes"} for name, figures in models.items()},
+        "metrics": {
+            name: {key: value for key, value in figures.items() if isinstance(value, (int, float)) and key != "bytes"}
+            for name, figures in models.items()
+        },
     }

@@ -41,7 +41,9 @@ def calibrate(context: Context, prepared: PreparedModel, settings: PTQConfig) ->
     config = context.config
     size = config.data.eval_batch_size
     limit = 2 * size if config.debug.fast_dev_run else settings.samples
-    batches = EvaluationLoader(context.source(context.splits.train, config.run.seed), size, context.world.world_size, context.world.rank, limit)
+    batches = EvaluationLoader(
+        context.source(context.splits.train, config.run.seed), size, context.world.world_size, context.world.rank, limit
+    )
     ranges = Ranges(prepared)
     prepared.eval()
     prepared.observe(True)
@@ -64,7 +66,9 @@ def gate_prepare(context: Context, prepared: PreparedModel) -> None:
     inputs = next(iter(EvaluationLoader(context.source(context.splits.train, 0), 16, 1, 0, 16))).inputs
     prepared.fake_quantize(False)
     prepared.observe(False)
-    statistics = [(name, prepared.get_buffer(name)) for name, _ in prepared.named_buffers() if name.endswith("running_var")]
+    statistics = [
+        (name, prepared.get_buffer(name)) for name, _ in prepared.named_buffers() if name.endswith("running_var")
+    ]
     originals = [buffer.clone() for _, buffer in statistics]
     worst = 0.0
     for drawn in (False, True):
@@ -81,7 +85,13 @@ def gate_prepare(context: Context, prepared: PreparedModel) -> None:
     prepared.fake_quantize(True)
     prepared.observe(True)
     bound = context.config.qat.prepare_bound
-    context.gate("prepare", worst, bound, worst <= bound, "the backend changed the model; report it with the model's name, or loosen --qat.prepare_bound")
+    context.gate(
+        "prepare",
+        worst,
+        bound,
+        worst <= bound,
+        "the backend changed the model; report it with the model's name, or loosen --qat.prepare_bound",
+    )
 
 
 def _relative_difference(left: nn.Module, right: nn.Module, inputs: torch.Tensor) -> float:

@@ -24,7 +24,9 @@ class Train(Stage):
 
     def run(self, context: Context) -> dict[str, Any]:
         reduction = StepReduction(context.world, context.model)
-        state = run_loop(context, self.name, self.settings, context.model, reduction, lambda total_steps: [], context.evaluate)
+        state = run_loop(
+            context, self.name, self.settings, context.model, reduction, lambda total_steps: [], context.evaluate
+        )
         context.results["models"]["fp32"] = dict(state.metrics)
         return {"model": state.chosen.state_dict()}
 
@@ -51,7 +53,10 @@ def run_loop(
     loader = context.train_loader(stage)
     steps, epochs = loader.steps_per_epoch, settings.epochs
     if steps == 0:
-        raise DataError("an epoch has no complete global batch, and data.drop_last is true", "--data.drop_last false, or a smaller --data.global_batch_size")
+        raise DataError(
+            "an epoch has no complete global batch, and data.drop_last is true",
+            "--data.drop_last false, or a smaller --data.global_batch_size",
+        )
     if config.debug.fast_dev_run:
         steps, epochs = min(steps, 2), 1
     run = Fit(

@@ -14,7 +14,9 @@ from dist_train.strategies.base import Strategy
 
 # torch 2.15 renamed the argument and warns about the old name.
 _ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
-_NO_BROADCAST: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers": False}
+_NO_BROADCAST: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers": False
+}
 
 
 class DDP(Strategy):

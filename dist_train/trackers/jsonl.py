@@ -17,7 +17,16 @@ class JsonLines(Tracker):
 
     def log(self, stage: str, epoch: int, step: int, scalars: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}  # JSON has no nan
-        self._file.append({"time": round(time.time(), 3), "stage": stage, "epoch": epoch, "step": step, "attempt": self.attempt, **finite})
+        self._file.append(
+            {
+                "time": round(time.time(), 3),
+                "stage": stage,
+                "epoch": epoch,
+                "step": step,
+                "attempt": self.attempt,
+                **finite,
+            }
+        )
         self._file.flush()
 
     def sync(self) -> None:

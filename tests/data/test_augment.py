@@ -97,7 +97,7 @@ def test_uniform_numbers_are_uniform_and_unrelated() -> None:
         uniform(ids, seed, epoch, salt) for seed, epoch, salt in [(0, 0, "a"), (0, 0, "b"), (0, 1, "a"), (1, 0, "a")]
     ]
     for index, draw in enumerate(draws):
-        assert draw.dtype == torch.float32 and 0 <= float(draw.min()) and float(draw.max()) < 1
+        assert draw.dtype == torch.float32 and float(draw.min()) >= 0 and float(draw.max()) < 1
         assert stats.kstest(draw.numpy(), "uniform").pvalue > 1e-3
         for other in (*draws[:index], draw.roll(1), draw.roll(17)):
             cells = np.histogram2d(draw, other, bins=16, range=[[0, 1], [0, 1]])[0]

@@ -104,7 +104,7 @@ def test_a_resume_on_another_world_size_takes_the_same_global_batches(
     assert sorted(sum((list(sampler) for sampler in resumed), [])) == sorted(sum(tail, []))
     assert [len(sampler) for sampler in resumed] == [len(list(sampler)) for sampler in resumed]
     same_world = samplers(size, before, start_step=start, **options)
-    for sampler, whole in zip(same_world, undisturbed):
+    for sampler, whole in zip(same_world, undisturbed, strict=False):
         sampler.set_epoch(2)
         skipped = sum(len(whole.rank_slice(step).ids) for step in range(start))
         assert list(sampler) == list(whole)[skipped:]
