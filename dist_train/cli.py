@@ -115,7 +115,7 @@ def _train_verb(arguments: list[str]) -> int:
 def _evaluate_verb(arguments: list[str]) -> int:
     run_dir = _run_dir("evaluate", arguments[:1])
     _import_only("evaluate", arguments[1:])
-    from dist_train.pipeline import evaluate_run
+    from dist_train.evaluate_run import evaluate_run
 
     evaluate_run(run_dir)
     return EXIT_DONE

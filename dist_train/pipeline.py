@@ -7,34 +7,21 @@ import os
 import shutil
 import time
 import uuid
-import warnings
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from torch import nn
 
 from dist_train import registry
-from dist_train.artifact import load_artifact
-from dist_train.checkpoint import CheckpointFolder
+from dist_train.assembly import configure_torch, make_context
 from dist_train.config import Config
 from dist_train.config_sources import differences, dump
-from dist_train.data.arrays import Splits, open_splits
-from dist_train.data.datasets import cache_folder
-from dist_train.data.loader import seed_everything
-from dist_train.data.permutation import derive_key
 from dist_train.environment import describe
 from dist_train.errors import ConfigError, PeerError, RunDirError, SetupError
-from dist_train.evaluate import evaluate
 from dist_train.ledger import Ledger, NoLedger, record_expectation
-from dist_train.models.build import build_model
 from dist_train.progress import Progress
 from dist_train.run_dir import RunDir, read_json, replace_json, replace_text
 from dist_train.stages.base import Context, Stage, Stopwatch
 from dist_train.status import Status, fail
-from dist_train.strategies.base import Strategy
 from dist_train.summary import print_results
 from dist_train.trackers.base import Trackers
 from dist_train.world import World, join, resolve_threads
@@ -136,7 +123,7 @@ def _run(config: Config, run_dir: RunDir, world: World, attempt: int) -> dict[st
     known = read_json(run_dir.environment) or {}
     threads = known.get("threads_per_rank") if config.run.threads_per_rank == "auto" else None
     threads = threads or resolve_threads(config.run.threads_per_rank, world)
-    _configure_torch(config, threads)
+    configure_torch(config, threads)
     if world.is_main:
         replace_json(run_dir.environment, describe(world, threads))
     progress = Progress(world.is_main, config.log.interval)
@@ -148,7 +135,7 @@ def _run(config: Config, run_dir: RunDir, world: World, attempt: int) -> dict[st
     )
     ledger = Ledger(run_dir, world.rank, world.world_size, attempt) if config.debug.ledger else NoLedger()
     try:
-        context = _context(config, run_dir, world, threads, progress, trackers, ledger)
+        context = make_context(config, run_dir, world, threads, progress, trackers, ledger)
         if world.is_main and config.debug.ledger:
             record_expectation(run_dir, len(context.splits.train), config.data.drop_last, config.data.global_batch_size)  # type: ignore[arg-type]
         _run_stages(context, attempt, status)
@@ -200,62 +187,6 @@ def _run_stages(context: Context, attempt: int, status: Status) -> None:
             replace_json(context.run_dir.results, context.results)
 
 
-def _context(
-    config: Config,
-    run_dir: RunDir,
-    world: World,
-    threads: int,
-    progress: Progress,
-    trackers: Trackers,
-    ledger: Ledger | NoLedger,
-) -> Context:
-    splits = _splits(config, world)
-    model = _model(config, splits, world)
-    return Context(
-        config=config,
-        world=world,
-        run_dir=run_dir,
-        folder=CheckpointFolder(run_dir.checkpoints),
-        splits=splits,
-        task=registry.tasks.get(config.task.name)(splits.num_classes, config.task.args),
-        strategy=_strategy(config, world),
-        trackers=trackers,
-        ledger=ledger,
-        progress=progress,
-        model=model,
-        threads=threads,
-        results={
-            "run": config.run.name,
-            "world_size": world.world_size,
-            "world_sizes": [],
-            "stages": {},
-            "models": {},
-            "gates": {},
-        },
-    )
-
-
-def _splits(config: Config, world: World) -> Splits:
-    make: Callable[[Any], Splits] = registry.datasets.get(config.data.name)
-    return open_splits(lambda: make(config.data), cache_folder(config.data), world)
-
-
-def _model(config: Config, splits: Splits, world: World) -> nn.Module:
-    """The model with its first weights, a function of the seed alone, on the device."""
-    seed_everything(derive_key("weights", config.run.seed))
-    model = build_model(config.model, splits.num_classes, splits.input_shape[0])
-    model = model.to(world.device)
-    return model.to(memory_format=torch.channels_last) if config.model.channels_last else model
-
-
-def _strategy(config: Config, world: World) -> Strategy:
-    name = config.strategy if config.strategy != "auto" else "ddp"
-    if name == "ddp" and world.world_size == 1:
-        name = "single"
-    strategy: Strategy = registry.strategies.get(name)(world, config.precision)
-    return strategy
-
-
 def _agree_on_config(config: Config, world: World) -> None:
     digests = world.gather(hashlib.sha256(dump(config).encode()).hexdigest())
     if len(set(digests)) > 1:
@@ -263,22 +194,6 @@ def _agree_on_config(config: Config, world: World) -> None:
             "the ranks were started with different configurations",
             "start all ranks with the same command and the same files",
         )
-
-
-def _configure_torch(config: Config, threads: int) -> None:
-    torch.set_num_threads(threads)
-    if config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        torch.backends.cudnn.benchmark = False
-    # SequentialLR's own way of starting its schedules, and weights whose strides can be read as both memory formats.
-    for message in (
-        ".*lr_scheduler.step.*before.*optimizer.step.*",
-        "The epoch parameter in `scheduler.step",
-        "Grad strides do not match bucket view strides",
-    ):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def _say_paths(run_dir: RunDir, progress: Progress) -> None:
@@ -290,46 +205,3 @@ def _say_paths(run_dir: RunDir, progress: Progress) -> None:
     ):
         if path.exists():
             progress.say(f"{what:12s} {path}")
-
-
-def evaluate_run(run_dir: Path) -> dict[str, Any]:
-    """Evaluates the float model and the artifact of a run again, on all ranks; writes nothing.
-
-    Raises:
-        RunDirError: there is no run, or it has no trained model yet.
-    """
-    paths = RunDir(Path(run_dir))
-    if not paths.config.exists():
-        raise RunDirError(
-            f"{run_dir} is not a run directory: it has no {paths.config.name}", "dist-train evaluate runs/NAME"
-        )
-    from dist_train.config import config_model
-
-    recorded = yaml.safe_load(paths.config.read_text(encoding="utf-8"))
-    config = config_model(recorded["stages"]).model_validate(recorded)
-    folder = CheckpointFolder(paths.checkpoints)
-    finished = folder.load(folder.latest)["finished_stages"] if folder.latest is not None else {}
-    if "train" not in finished:
-        raise RunDirError(
-            f"{run_dir} has no trained model yet", "finish the run first: the same dist-train run command resumes it"
-        )
-    with join(config.run) as world:
-        threads = read_json(paths.environment)["threads_per_rank"]
-        _configure_torch(config, threads)
-        context = _context(
-            config, paths, world, threads, Progress(world.is_main, config.log.interval), Trackers([]), NoLedger()
-        )
-        context.model.load_state_dict(folder.load(finished["train"])["payload"]["model"])
-        models = {"fp32": context.evaluate(context.model).metrics}
-        if "export" in finished:
-            artifact, _ = load_artifact(paths.export)
-            models["int8"] = evaluate(
-                lambda x: artifact(x.cpu().contiguous()).to(world.device),
-                context.evaluation_batches(),
-                context.task,
-                world,
-            ).metrics
-        results = {"run": config.run.name, "world_size": world.world_size, "models": models, "gates": {}}
-        if world.is_main:
-            print_results(results)
-    return results

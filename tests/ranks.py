@@ -33,7 +33,7 @@ class Ranks:
         self, world_size: int, command: Sequence[str], environ: dict[str, str] | None = None, folder: Path | None = None
     ) -> None:
         self.port = port = str(free_port())
-        self.outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]
+        self.outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115 (closed by __exit__)
         self.processes = []
         for rank in range(world_size):
             variables = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "SLURM"))}
