@@ -13,7 +13,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from dist_train import codec
-from dist_train.errors import CheckpointError
+from dist_train.errors import CheckpointError, RunDirError
 from dist_train.run_dir import read_json, replace_json, sync_directory
 
 _FORMAT = 1
@@ -41,7 +41,7 @@ class CheckpointFolder:
         try:
             value = read_json(file)
             return None if value is None else str(value["name"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (RunDirError, KeyError, TypeError) as error:
             hint = f'write {{"name": "NAME"}} into it, where NAME is the newest folder in {self._path}'
             raise CheckpointError(f"{file} is damaged: {error!r}", hint) from error
 
@@ -65,7 +65,7 @@ class CheckpointFolder:
                 _write(temporary / file, data)
             _write(
                 temporary / _MANIFEST,
-                _manifest({file: hashlib.sha256(data).hexdigest() for file, data in contents.items()}),
+                _manifest(name, {file: hashlib.sha256(data).hexdigest() for file, data in contents.items()}),
             )
             sync_directory(temporary)
             if target.exists():
@@ -95,7 +95,7 @@ class CheckpointFolder:
             raise CheckpointError(f"the checkpoint {folder} is incomplete: {error}", hint) from error
         try:
             recorded = json.loads(manifest)["sha256"]
-            whole = manifest == _manifest(recorded)
+            whole = manifest == _manifest(name, recorded)
         except (ValueError, KeyError, TypeError):
             whole = False
         if not whole:
@@ -118,9 +118,11 @@ class CheckpointFolder:
         return codec.decode(document["state"], tensors)
 
     def names(self) -> list[str]:
-        """The whole checkpoints, sorted."""
+        """The whole checkpoints, sorted. Folders that somebody else put here are not ours to list or to remove."""
         return sorted(
-            folder.name for folder in self._path.iterdir() if folder.is_dir() and not folder.name.startswith(".")
+            folder.name
+            for folder in self._path.iterdir()
+            if not folder.name.startswith(".") and _named(folder / _MANIFEST) == folder.name
         )
 
     def keep_only(self, names: set[str]) -> None:
@@ -135,10 +137,18 @@ class CheckpointFolder:
         shutil.rmtree(doomed)
 
 
-def _manifest(files: dict[str, str]) -> bytes:
+def _manifest(name: str, files: dict[str, str]) -> bytes:
     """The manifest's bytes for file -> SHA-256; it has a hash of its own, so that damage to it does not accuse another file."""
-    own = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-    return json.dumps({"sha256": files, "manifest_sha256": own}).encode()
+    own = hashlib.sha256(json.dumps([name, files]).encode()).hexdigest()
+    return json.dumps({"name": name, "sha256": files, "manifest_sha256": own}).encode()
+
+
+def _named(manifest: Path) -> str | None:
+    """The name that a checkpoint was saved under; None where this is no manifest. A copy under another name is a backup."""
+    try:
+        return str(json.loads(manifest.read_bytes())["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _write(path: Path, data: bytes) -> None:

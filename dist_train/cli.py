@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _another_rank_shows_it(environ: Mapping[str, str]) -> bool:
     """All ranks of a node find the same mistakes: one shows them. Another node may have others (a missing folder)."""
+    if environ.get("WORLD_SIZE", "1") == "1":
+        return False
     rank = environ.get("LOCAL_RANK", environ.get("SLURM_LOCALID", environ.get("RANK", "0")))
     return rank.isdecimal() and int(rank) > 0
 

@@ -23,6 +23,7 @@ from dist_train import registry
 
 # A field marked FREE does not determine the result: it may change when a run is resumed.
 FREE: dict[str, Any] = {"determines_result": False}
+Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -103,7 +104,7 @@ class DataConfig(Settings):
     """Node-local folder of the memory-mapped arrays; default: dist_train in the user's cache folder."""
     global_batch_size: PositiveInt = 64
     """Samples of one optimizer step, over all ranks."""
-    micro_batch_size: PositiveInt | None = None
+    micro_batch_size: Annotated[int, Field(ge=2)] | None = None
     """Most samples of one forward on one rank; more are accumulated. None: a rank's whole share."""
     eval_batch_size: PositiveInt = 256
     """Samples of one forward in evaluation, on each rank."""
@@ -137,7 +138,7 @@ class OptimConfig(Settings):
     """SGD only."""
     nesterov: bool = False
     """SGD only."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     """AdamW only."""
     eps: PositiveFloat = 1e-8
     """AdamW only."""
@@ -244,7 +245,7 @@ class LogConfig(Settings):
 
 
 class DebugConfig(Settings):
-    ledger: Annotated[bool, Field(json_schema_extra=FREE)] = False
+    ledger: bool = False
     """Write which samples every rank consumed at every step."""
     fast_dev_run: bool = False
     """Two batches of every stage, in a run directory of its own."""
@@ -282,7 +283,10 @@ class Config(Settings):
     @property
     def run_dir(self) -> Path:
         base = self.run.dir or Path("runs") / self.run.name
-        return base.with_name(base.name + "-fast-dev-run") if self.debug.fast_dev_run else base
+        if not self.debug.fast_dev_run:
+            return base
+        named = base if base.name not in ("", "..") else base.resolve()  # "." has no name
+        return named.with_name(named.name + "-fast-dev-run")
 
 
 def config_model(stages: list[str]) -> type[Config]:

@@ -85,7 +85,7 @@ def _something_to_quantize(config: Config, environ: Mapping[str, str]) -> Iterat
     target = registry.models.entry(config.model.name).target
     ours = isinstance(target, str) and target.startswith("dist_train.")
     if config.stages[0] == "ptq" and "qat" not in config.stages and ours and not config.model.args:
-        hint = "put train first, or give the model trained weights in model.args"
+        hint = "put train first, or register a model that brings trained weights"
         yield Problem("stages", f"'ptq' would quantize {config.model.name!r} with random weights", hint=hint)
 
 

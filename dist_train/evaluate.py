@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from dist_train.data.arrays import Batch
+from dist_train.errors import NonFiniteLossError
 from dist_train.tasks import Task
 from dist_train.world import World
 
@@ -34,6 +36,9 @@ def evaluate(
 
     Returns:
         metrics: the task's, plus `loss` (mean) and `count`, the samples evaluated over all ranks.
+
+    Raises:
+        NonFiniteLossError: on every rank.
     """
     metrics = task.metrics().to(world.device)
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
@@ -52,6 +57,11 @@ def evaluate(
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
         values = {name: float(value) for name, value in metrics.compute().items()}
     count = int(sums[1])
+    if not math.isfinite(float(sums[0])):
+        raise NonFiniteLossError(
+            "the loss of the evaluation is not finite",
+            "lower the learning rate or set clip_grad_norm; the checkpoints of earlier epochs are whole",
+        )
     own = torch.cat(decisions).cpu() if decisions else torch.empty(0, dtype=torch.int64)
     return Evaluation({**values, "loss": float(sums[0]) / max(count, 1), "count": count}, own)
 

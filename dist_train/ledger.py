@@ -44,10 +44,9 @@ class NoLedger:
         return
 
 
-def record_expectation(run_dir: RunDir, train_samples: int, drop_last: bool, global_batch_size: int) -> None:
-    """Writes what an epoch has to consume; called once, by rank 0."""
+def record_expectation(run_dir: RunDir, train_samples: int, per_epoch: int) -> None:
+    """Writes how many samples there are and how many of them an epoch has to consume; called by rank 0."""
     run_dir.ledger.mkdir(parents=True, exist_ok=True)
-    per_epoch = train_samples - train_samples % global_batch_size if drop_last else train_samples
     replace_json(run_dir.ledger / "expected.json", {"train_samples": train_samples, "per_epoch": per_epoch})
 
 

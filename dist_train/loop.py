@@ -22,7 +22,7 @@ from dist_train.evaluate import Evaluation
 from dist_train.hooks import Hook
 from dist_train.ledger import Ledger, NoLedger
 from dist_train.progress import Progress
-from dist_train.reduction import Pending, StepReduction, StepSums
+from dist_train.reduction import Pending, StepReduction, StepSums, require_same_buffers
 from dist_train.state import TrainState
 from dist_train.strategies.base import Strategy
 from dist_train.tasks import Task
@@ -148,16 +148,15 @@ def _train(run: Fit, state: TrainState) -> None:
     rank = run.strategy.world.rank
     outlook = _Outlook(run)
     run.progress.begin(run.stage, run.total_steps, state.step)
-    settled = False
+    first_step = True
     while state.step < run.total_steps:
         epoch, first = divmod(state.step, run.steps_per_epoch)
         for batch in run.loader.epoch(epoch, first, run.steps_per_epoch):
             step = state.step
             for hook in run.hooks:
                 hook.before_step(step)
-            if not settled:
+            if first_step:
                 run.strategy.settle(wrapped, batch.micro_batches[0].inputs)
-                settled = True
             seed_everything(derive_key("step", run.seed, run.stage, step, rank))
             sums = train_step(wrapped, batch, run.task, run.strategy)
             outlook.add(
@@ -165,6 +164,9 @@ def _train(run: Fit, state: TrainState) -> None:
             )
             _update(run, state)
             run.ledger.record(run.stage, epoch, step, batch.ids, skipped=False)
+            if first_step:
+                require_same_buffers(run.strategy.world, model)
+                first_step = False
             if run.checkpoint_every and state.step % run.checkpoint_every == 0 and state.step % run.steps_per_epoch:
                 outlook.drain()
                 _require_finite(state)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import time
 import uuid
+from contextlib import suppress
 from typing import Any
 
-import yaml
-
 from dist_train import registry
-from dist_train.assembly import configure_torch, make_context
+from dist_train.assembly import check_arguments, configure_torch, make_context
 from dist_train.config import Config
 from dist_train.config_sources import differences, dump
 from dist_train.environment import describe
-from dist_train.errors import ConfigError, PeerError, RunDirError, SetupError
+from dist_train.errors import ConfigError, RunDirError, SetupError
 from dist_train.ledger import Ledger, NoLedger, record_expectation
 from dist_train.progress import Progress
-from dist_train.run_dir import RunDir, read_json, replace_json, replace_text
+from dist_train.run_dir import RunDir, read_json, recorded_config, replace_json, replace_text
 from dist_train.stages.base import Context, Stage, Stopwatch
 from dist_train.status import Status, fail
 from dist_train.summary import print_results
@@ -38,8 +36,9 @@ def run(config: Config) -> dict[str, Any]:
         RunDirError: the directory is not a run's.
         DistTrainError: as it happened; PeerError where another rank was the cause.
     """
+    check_arguments(config)
     run_dir = RunDir(config.run_dir)
-    done = None if config.debug.fast_dev_run else _earlier_results(config, run_dir)
+    done = _earlier_results(config, run_dir)
     if done is not None:
         if os.environ.get("RANK", "0") == "0":
             print(f"this run is done: {run_dir.path}; for another one choose another --run.name or --run.dir")
@@ -48,19 +47,21 @@ def run(config: Config) -> dict[str, Any]:
     attempt: int | None = None
     try:
         with join(config.run) as world:
+            _agree_on_config(config, world)
             attempt = world.on_rank_0(lambda: _open(config, run_dir), "opening the run directory")
             _check_shared(run_dir, world)
             return _run(config, run_dir, world, attempt)
     except BaseException as error:
-        if attempt is not None and not (isinstance(error, PeerError) and os.environ.get("RANK", "0") != "0"):
-            fail(run_dir, attempt, f"{type(error).__name__}: {error}")
+        if attempt is not None:
+            with suppress(OSError):  # a full disk must not hide the error that it caused
+                fail(run_dir, attempt, error)
         raise
 
 
 def _earlier_results(config: Config, run_dir: RunDir) -> dict[str, Any] | None:
     """The results of a finished run; refuses a directory that belongs to something else. Reads only."""
     if not run_dir.config.exists():
-        if run_dir.path.exists() and any(
+        if run_dir.path.is_dir() and any(
             entry.name != "logs" and not entry.name.startswith(".") for entry in run_dir.path.iterdir()
         ):
             raise RunDirError(
@@ -68,11 +69,17 @@ def _earlier_results(config: Config, run_dir: RunDir) -> dict[str, Any] | None:
                 "--run.dir DIR, with a new or an empty folder",
             )
         return None
-    changed = differences(yaml.safe_load(run_dir.config.read_text(encoding="utf-8")), config)
+    recorded = recorded_config(run_dir)
+    if config.debug.fast_dev_run != recorded.get("debug", {}).get("fast_dev_run", False):
+        raise RunDirError(f"{run_dir.path} holds a run of another kind", "--run.dir DIR, with a new or an empty folder")
+    if config.debug.fast_dev_run or not (run_dir.checkpoints / "latest.json").exists():
+        return None  # begins anew
+    changed = differences(recorded, config)
     if changed:
         raise ConfigError(
             changed,
-            f"{run_dir.path} holds a run with other settings: undo the change to resume it, or start a new one with --run.name NEW or --run.dir DIR",
+            f"{run_dir.path} holds a run with other settings: undo the change to resume it, "
+            "or start a new one with --run.name NEW or --run.dir DIR",
         )
     status = read_json(run_dir.status)
     results: dict[str, Any] | None = read_json(run_dir.results)
@@ -80,15 +87,24 @@ def _earlier_results(config: Config, run_dir: RunDir) -> dict[str, Any] | None:
 
 
 def _open(config: Config, run_dir: RunDir) -> int:
-    """Rank 0: makes the run directory and returns the number of this attempt."""
-    if config.debug.fast_dev_run and run_dir.config.exists():
-        shutil.rmtree(run_dir.path)
-    run_dir.path.mkdir(parents=True, exist_ok=True)
-    if not run_dir.config.exists():
-        replace_text(run_dir.config, dump(config))
-    status = read_json(run_dir.status)
-    attempt = 0 if status is None else int(status["restarts"]) + 1
-    Status(run_dir, config.run.name, attempt).set()
+    """Rank 0: makes the run directory and returns the number of this attempt.
+
+    Raises:
+        RunDirError: it cannot be made or written to.
+    """
+    try:
+        if config.debug.fast_dev_run:
+            run_dir.clear()
+        run_dir.path.mkdir(parents=True, exist_ok=True)
+        if not (run_dir.checkpoints / "latest.json").exists():
+            replace_text(run_dir.config, dump(config))
+        status = read_json(run_dir.status)
+        attempt = 0 if status is None else int(status["restarts"]) + 1
+        Status(run_dir, config.run.name, attempt).set()
+    except OSError as error:
+        raise RunDirError(
+            f"{run_dir.path} cannot be used: {error}", "--run.dir DIR, one that you can write to"
+        ) from error
     return attempt
 
 
@@ -119,7 +135,6 @@ def _check_shared(run_dir: RunDir, world: World) -> None:
 
 
 def _run(config: Config, run_dir: RunDir, world: World, attempt: int) -> dict[str, Any]:
-    _agree_on_config(config, world)
     known = read_json(run_dir.environment) or {}
     threads = known.get("threads_per_rank") if config.run.threads_per_rank == "auto" else None
     threads = threads or resolve_threads(config.run.threads_per_rank, world)
@@ -137,19 +152,32 @@ def _run(config: Config, run_dir: RunDir, world: World, attempt: int) -> dict[st
     try:
         context = make_context(config, run_dir, world, threads, progress, trackers, ledger)
         if world.is_main and config.debug.ledger:
-            record_expectation(run_dir, len(context.splits.train), config.data.drop_last, config.data.global_batch_size)  # type: ignore[arg-type]
+            _expect(context)
         _run_stages(context, attempt, status)
-        # Every rank is done before the status says so.
-        world.barrier("end")
-        if world.is_main:
-            replace_json(run_dir.results, context.results)
-            status.set(state="done")
-            print_results(context.results)
-            _say_paths(run_dir, progress)
-    finally:
-        ledger.close()
+    except BaseException:
+        with suppress(OSError):
+            ledger.close()
+            trackers.close()
+        raise
+    # Every rank is done before the status says so.
+    ledger.close()
+    world.barrier("end")
+    if world.is_main:
+        replace_json(run_dir.results, context.results)
+        status.set(state="done")
         trackers.close()
+        print_results(context.results)
+        _say_paths(run_dir, progress)
     return context.results
+
+
+def _expect(context: Context) -> None:
+    """Tells the ledger what an epoch consumes."""
+    data, size = context.config.data, len(context.splits.train)  # type: ignore[arg-type]
+    per_epoch = size - size % data.global_batch_size if data.drop_last else size
+    if context.config.debug.fast_dev_run:
+        per_epoch = min(per_epoch, 2 * data.global_batch_size)
+    record_expectation(context.run_dir, size, per_epoch)
 
 
 def _run_stages(context: Context, attempt: int, status: Status) -> None:
@@ -158,6 +186,7 @@ def _run_stages(context: Context, attempt: int, status: Status) -> None:
     latest = folder.latest
     if latest is not None:
         interrupted = folder.load(latest)
+        context.require_same_data(interrupted["data"])
         context.finished = dict(interrupted["finished_stages"])
         context.results = interrupted["results"]
         where = (

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from dist_train.errors import NonFiniteLossError
+from dist_train.errors import NonFiniteLossError, SetupError
 from dist_train.quantization.ranges import Ranges
 from dist_train.world import World
 
@@ -72,6 +74,39 @@ class Pending:
                 "lower the learning rate, set clip_grad_norm, or look for bad samples: --debug.ledger true writes each step's ids",
             )
         return StepMeans(loss / self._global_count, score / self._global_count)
+
+
+def require_same_buffers(world: World, model: nn.Module) -> None:
+    """Refuses models whose buffers follow each rank's own data: only one rank's would be saved, and no resume could be exact.
+
+    BatchNorm's running statistics are averaged and quantization ranges are merged, so those are equal. Collective.
+
+    Raises:
+        SetupError: on every rank; names the buffer.
+    """
+    if world.world_size == 1:
+        return
+    cumulative = [
+        name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.momentum is None
+    ]
+    if cumulative:
+        raise SetupError(
+            f"{cumulative[0]} is a batch norm with momentum=None, whose average over batches differs by rank",
+            "give it a momentum, such as 0.1, or train on one process",
+        )
+    kept = {name for name, _ in model.named_buffers()}
+    digests = {
+        name: hashlib.sha256(buffer.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, buffer in model.state_dict().items()
+        if name in kept and buffer.dim() and not name.endswith("num_batches_tracked")
+    }
+    for other in world.gather(digests):
+        different = [name for name in digests if other[name] != digests[name]]
+        if different:
+            raise SetupError(
+                f"the buffer {different[0]} differs between ranks after a step: it follows each rank's own data",
+                "compute it from synchronised values, or register it with persistent=False and keep nothing in it",
+            )
 
 
 class StepReduction:

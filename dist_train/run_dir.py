@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from dist_train.errors import RunDirError
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,14 @@ class RunDir:
     def ledger(self) -> Path:
         return self.path / "ledger"
 
+    def clear(self) -> None:
+        """Removes what a run left here, and nothing else."""
+        for path in (self.checkpoints, self.export, self.ledger):
+            if path.exists():
+                shutil.rmtree(path)
+        for path in (self.environment, self.metrics, self.results, self.status, self.config):
+            path.unlink(missing_ok=True)
+
     def ledger_of(self, rank: int) -> Path:
         return self.ledger / f"rank{rank}.jsonl"
 
@@ -67,11 +80,41 @@ def replace_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in `path`, or None where there is no such file."""
+    """The JSON value in `path`, or None where there is no such file.
+
+    Raises:
+        RunDirError: it is not JSON. We replace such files whole, so something else damaged it.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise RunDirError(f"{path} is damaged: {error}", "restore it, or start anew with another --run.dir") from error
+
+
+def recorded_config(run_dir: RunDir) -> dict[str, Any]:
+    """The settings that a run was started with.
+
+    Raises:
+        RunDirError: they are missing or damaged.
+    """
+    try:
+        recorded = yaml.safe_load(run_dir.config.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunDirError(
+            f"{run_dir.path} is not a run directory: it has no {run_dir.config.name}", "name one, runs/NAME"
+        ) from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RunDirError(
+            f"{run_dir.config} cannot be read: {error}", "restore it, or start anew with another --run.dir"
+        ) from error
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("stages"), list):
+        raise RunDirError(
+            f"{run_dir.config} is damaged: it does not list the stages",
+            "restore it, or start anew with another --run.dir",
+        )
+    return recorded
 
 
 def sync_directory(path: Path) -> None:

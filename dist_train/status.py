@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from dist_train.errors import PeerError
 from dist_train.run_dir import RunDir, read_json, replace_json
 from dist_train.trackers.base import Tracker
 
@@ -37,8 +38,10 @@ class Status(Tracker):
             self.set()
 
 
-def fail(run_dir: RunDir, attempt: int, error: str) -> None:
-    """Notes a failure, by whichever rank it happened on; the first one of an attempt stays."""
+def fail(run_dir: RunDir, attempt: int, error: BaseException) -> None:
+    """Notes a failure, by whichever rank it happened on. The first one of an attempt stays, but a cause replaces its echo on a peer."""
     fields = read_json(run_dir.status) or {"stage": None, "step": 0}
-    if not (fields.get("state") == "failed" and fields.get("restarts") == attempt):
-        replace_json(run_dir.status, {**fields, "state": "failed", "restarts": attempt, "error": error})
+    noted = fields.get("state") == "failed" and fields.get("restarts") == attempt
+    if not noted or (str(fields["error"]).startswith(PeerError.__name__) and not isinstance(error, PeerError)):
+        text = f"{type(error).__name__}: {error}"
+        replace_json(run_dir.status, {**fields, "state": "failed", "restarts": attempt, "error": text})

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from torchmetrics.classification import MulticlassAccuracy
 
 from dist_train.config import Settings
-from dist_train.errors import ConfigError, Problem
+from dist_train.errors import ConfigError, DataError, Problem
 
 
 class Task(ABC):
@@ -32,6 +32,10 @@ class Task(ABC):
     @abstractmethod
     def decide(self, outputs: torch.Tensor) -> torch.Tensor:
         """The model's answer, [B]: what the int8 and the fake-quantized model must agree on."""
+
+    def check_outputs(self, outputs: torch.Tensor) -> None:
+        """Raises DataError where a model's outputs for two inputs cannot be right for this task."""
+        return
 
     @abstractmethod
     def metrics(self) -> torchmetrics.MetricCollection:
@@ -63,6 +67,13 @@ class Classification(Task):
             ) from None
         self._num_classes = num_classes
         self._label_smoothing = settings.label_smoothing
+
+    def check_outputs(self, outputs: torch.Tensor) -> None:
+        if outputs.shape != (2, self._num_classes):
+            raise DataError(
+                f"the model's outputs for 2 images have shape {list(outputs.shape)}, but the data has {self._num_classes} classes",
+                "give the model a head of num_classes outputs; model.args must not set another number",
+            )
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=self._label_smoothing)

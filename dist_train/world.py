@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
+import gc
 import json
 import os
 import threading
@@ -27,7 +27,6 @@ _POLL_SECONDS = 0.2  # longest slice between two looks at the store; law 4 allow
 _FORMING_SECONDS = 300.0
 _FAREWELL_SECONDS = 5.0  # how long rank 0, where it hosts the store, lets the others read it at the end
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-_AGENT_SECONDS = 10.0  # a rank that only echoes a failure leaves torchrun's agent this long to see the cause first
 
 
 @dataclass
@@ -221,19 +220,19 @@ def join(run: RunConfig) -> Iterator[World]:
 def _end_in_failure(world: World, error: BaseException) -> None:
     world.report_failure(error)
     if world.is_main and dist.is_initialized() and world.device.type == "cpu":
-        # Frees the ranks that wait for this one in a collective while it stays for the store's sake. In a thread, as pending
-        # work can block it.
+        # Frees the ranks that wait for this one in a collective while it stays for the store's sake. The frames of the failed
+        # calls hold a DDP that keeps the group alive. In a thread, as pending work can block it.
+        seen: BaseException | None = error
+        while seen is not None:
+            traceback.clear_frames(seen.__traceback__)
+            seen = seen.__cause__ or seen.__context__
+        gc.collect()
         release = threading.Thread(target=dist.destroy_process_group, daemon=True)
         release.start()
         release.join(_FAREWELL_SECONDS)
     world.take_leave()
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        return
-    if isinstance(error, PeerError):
-        # torchrun shows the first rank that it sees ending as the root cause; seeing it, it ends this sleep by a SIGTERM.
-        atexit.register(time.sleep, _AGENT_SECONDS)
-    else:
-        get_error_handler().record_exception(error)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ and not isinstance(error, PeerError):
+        get_error_handler().record_exception(error)  # torchrun shows it as the root cause
 
 
 def _echo_of_peer(world: World, error: BaseException) -> PeerError | None:
@@ -295,6 +294,8 @@ def _form(run: RunConfig) -> World:
             f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set",
             "start with torchrun --nproc_per_node N -m dist_train run CONFIG, or unset WORLD_SIZE",
         )
+    if world_size > 1:
+        _environment_integer("MASTER_PORT", 0)
     device = _device(run.device, local_rank, local_world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)

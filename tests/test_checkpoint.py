@@ -130,7 +130,7 @@ def test_a_pickle_in_the_place_of_the_tensors_is_not_read(folder: CheckpointFold
     inside = tmp_path / "checkpoints" / "a"
     torch.save({"weight": Reduced()}, inside / FILES[0])
     (inside / FILES[2]).write_bytes(
-        _manifest({file: hashlib.sha256((inside / file).read_bytes()).hexdigest() for file in FILES[:2]})
+        _manifest("a", {file: hashlib.sha256((inside / file).read_bytes()).hexdigest() for file in FILES[:2]})
     )
     with pytest.raises(CheckpointError, match="cannot be read"):
         folder.load("a")

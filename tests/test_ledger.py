@@ -27,7 +27,7 @@ def write(
     path: Path, world_size: int, attempt: int, steps: Iterable[int], stage: str = "train", skipped: bool = False
 ) -> None:
     """An attempt that does `steps`, of three steps an epoch."""
-    record_expectation(RunDir(path), SAMPLES, False, BATCH)
+    record_expectation(RunDir(path), SAMPLES, SAMPLES)
     ledgers = [Ledger(RunDir(path), rank, world_size, attempt) for rank in range(world_size)]
     for step in steps:
         for ledger, ids in zip(ledgers, plan(world_size, step // 3, step % 3), strict=True):
@@ -154,10 +154,10 @@ def test_a_gap_in_the_steps_is_a_problem(tmp_path: Path) -> None:
 
 def test_with_drop_last_the_rest_is_not_expected_and_not_allowed(tmp_path: Path) -> None:
     write(tmp_path, 2, 0, [0, 1])
-    record_expectation(RunDir(tmp_path), SAMPLES, True, BATCH)
+    record_expectation(RunDir(tmp_path), SAMPLES, 8)
     assert check(tmp_path).ok and check(tmp_path).epochs == {("train", 0): 8}
     write(tmp_path, 2, 0, [2])
-    record_expectation(RunDir(tmp_path), SAMPLES, True, BATCH)
+    record_expectation(RunDir(tmp_path), SAMPLES, 8)
     assert check(tmp_path).problems == ["train epoch 0: 10 samples, and drop_last leaves only 8"]
 
 

@@ -164,7 +164,9 @@ def _waits_and_broadcasts(world: World) -> dict[str, Any]:
     found["sum"] = world.all_reduce(torch.full((2,), float(world.rank)), "sum").tolist()
     found["max"] = world.all_reduce(torch.full((2,), float(world.rank)), "max").tolist()
     found["gather"] = world.gather({"rank": world.rank})
-    # The last thing that a rank does may be to wait for rank 0, which must not take the store with it.
+    # The last thing that a slow rank does may be to ask for what rank 0 said, which must not take the store with it.
+    if not world.is_main:
+        time.sleep(2.5)
     found["last"] = world.on_rank_0(lambda: "bye", "leaving")
     return found
 

@@ -3,10 +3,10 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sized
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -133,6 +133,7 @@ class Splits:
         num_classes: classes; targets lie in range(num_classes).
         classes: their names, in order.
         mean, std: of each channel, for pixels on the scale 0..1; what inputs are normalized with.
+        fingerprint: of the content, so that a run is not resumed on other data; set by `open_splits`.
 
     Raises:
         DataError: image arrays that contradict the rest.
@@ -144,8 +145,11 @@ class Splits:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
+        if self.num_classes < 2:
+            raise DataError(f"a dataset of {self.num_classes} classes has nothing to tell apart", "num_classes >= 2")
         if len(self.classes) != self.num_classes:
             raise DataError(f"a dataset of {self.num_classes} classes names {len(self.classes)} of them")
         for name in ("train", "eval"):
@@ -166,7 +170,7 @@ class Splits:
         if isinstance(self.train, ImageArrays):
             return tuple(self.train.images.shape[1:])
         sample = self.train[0]
-        if not isinstance(sample, tuple) or not isinstance(sample[0], Tensor):
+        if not isinstance(sample, (tuple, list)) or not isinstance(sample[0], Tensor):
             hint = "end its transforms with torchvision.transforms.v2.ToImage()"
             raise DataError(f"{type(self.train).__name__}[0] must be (tensor, class index), not {type(sample)}", hint)
         return tuple(sample[0].shape)
@@ -205,7 +209,8 @@ def open_splits(make: Callable[[], Splits], directory: Path, world: World) -> Sp
 
     stored = world.first_on_node(write, "loading the dataset")
     if stored is None:
-        return made[0] if made else make()
+        splits = made[0] if made else make()
+        return replace(splits, fingerprint=f"{len(cast(Sized, splits.train))} {len(cast(Sized, splits.eval))}")
     return Splits(
         train=ImageArrays.open(directory / stored["train"]),
         eval=ImageArrays.open(directory / stored["eval"]),
@@ -213,4 +218,5 @@ def open_splits(make: Callable[[], Splits], directory: Path, world: World) -> Sp
         classes=tuple(stored["classes"]),
         mean=tuple(stored["mean"]),
         std=tuple(stored["std"]),
+        fingerprint=f"{stored['train']} {stored['eval']}",
     )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_train.data.permutation import derive_key
+from dist_train.errors import DataError
 
 # SplitMix64's finaliser (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014), its
 # unsigned constants as int64.
@@ -206,8 +207,22 @@ class Augmentation:
             self._keys = (epoch, device), _keys(self.seed, epoch, self._salts).to(device)
         return self._keys[1]
 
+    @property
+    def changes_images(self) -> bool:
+        """Is there anything to do besides normalizing?"""
+        return bool(self._steps)
+
     def normalize(self, images: Tensor) -> Tensor:
-        """(x / 255 - mean) / std of each channel: uint8 or float32 [B, C, H, W] to float32, the input left as it is."""
+        """(x / 255 - mean) / std of each channel: uint8 or float32 [B, C, H, W] to float32, the input left as it is.
+
+        Raises:
+            DataError: the images have another number of channels than mean and std.
+        """
+        if images.shape[1] != len(self._scale):
+            raise DataError(
+                f"images have {images.shape[1]} channels, but Splits.mean and Splits.std have {len(self._scale)} values",
+                "give one mean and one std for each channel",
+            )
         # Two roundings, multiply and add: how often a fused operation rounds is up to kernel and device.
         scale, shift = self._scale.to(images.device), self._shift.to(images.device)
         return torch.mul(images, scale).add_(shift)

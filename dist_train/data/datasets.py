@@ -38,6 +38,9 @@ class FakeArgs(_NoArgs):
     seed: int = 0
 
 
+ARGS: dict[str, type[BaseModel]] = {"digits": _NoArgs, "fashion_mnist": _NoArgs, "fake": FakeArgs}
+"""What data.args of each built-in dataset may hold."""
+
 Args = TypeVar("Args", bound=BaseModel)
 
 
@@ -125,6 +128,12 @@ def fake(data: DataConfig) -> Splits:
     return Splits(train, evaluation, args.num_classes, classes, mean, std)
 
 
+def check_args(data: DataConfig) -> None:
+    """Checks data.args of a built-in dataset without loading it; raises ConfigError with each mistake."""
+    if data.name in ARGS:
+        _args(data, ARGS[data.name])
+
+
 def _args(data: DataConfig, model: type[Args]) -> Args:
     """data.args, checked; raises ConfigError with each mistake."""
     try:
@@ -183,6 +192,8 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> npt.NDArray[np.uint8]
             f"{zipped if zipped.exists() else plain} is damaged: {error}", "fetch the file again"
         ) from error
     header = 4 + 4 * dimensions
+    if len(content) < header:
+        raise DataError(f"{folder / name}: cut short after {len(content)} bytes", "fetch the file again")
     shape = tuple(int(size) for size in np.frombuffer(content[4:header], ">i4"))
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != header + int(np.prod(shape, dtype=np.int64)):
         message = f"{folder / name}: no IDX file of unsigned bytes with {dimensions} dimensions, or cut short"

@@ -94,6 +94,11 @@ class Source:
         ids, inputs, targets = (
             tensor.to(self._device, non_blocking=True) for tensor in (batch.ids, batch.inputs, batch.targets)
         )
+        if inputs.dtype != torch.uint8 and epoch is not None and self._augmentation.changes_images:
+            raise DataError(
+                f"data.augment works on uint8 images [C, H, W], and the dataset gives {inputs.dtype}",
+                "--data.augment '[]', and augment in __getitem__; or return uint8 images there",
+            )
         if inputs.dtype == torch.uint8:
             inputs = self._augmentation.normalize(inputs) if epoch is None else self._augmentation(inputs, ids, epoch)
         if inputs.dim() == 4:
@@ -193,7 +198,7 @@ def _collate(items: list[tuple[int, Any, Any]]) -> Batch:
             f"inputs of a dataset must be tensors, not {type(inputs).__name__}",
             "convert them in __getitem__, for example by torchvision.transforms.v2.ToImage()",
         )
-    return Batch(ids, inputs, targets)
+    return Batch(ids, inputs.float() if inputs.dtype == torch.float64 else inputs, targets)
 
 
 def seed_everything(seed: int) -> None:

@@ -21,5 +21,5 @@ def build(name: str, num_classes: int, in_channels: int, **args: Any) -> nn.Modu
             f"torchvision's {name} takes images with 3 channels, the dataset has {in_channels}",
             "--model.name small_resnet, or a dataset of RGB images",
         )
-    model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **args)
+    model: nn.Module = torchvision.models.get_model(name, **({"weights": None, "num_classes": num_classes} | args))
     return model

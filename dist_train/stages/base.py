@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sized
@@ -21,7 +22,7 @@ from dist_train.data.augment import Augmentation
 from dist_train.data.loader import EvaluationLoader, Source, TrainLoader
 from dist_train.data.permutation import derive_key
 from dist_train.data.sampler import ElasticDistributedSampler
-from dist_train.errors import GateError
+from dist_train.errors import DataError, GateError
 from dist_train.evaluate import Evaluation, evaluate
 from dist_train.ledger import Ledger, NoLedger
 from dist_train.progress import Progress
@@ -91,6 +92,18 @@ class Context:
                 self._prepared.load_state_dict(self.quantized)
         return self._prepared
 
+    def require_same_data(self, recorded: str) -> None:
+        """Refuses to resume on other data: samples would be lost and repeated.
+
+        Raises:
+            DataError: the dataset's content (for a map-style dataset its length) is not what it was.
+        """
+        if recorded != self.splits.fingerprint:
+            raise DataError(
+                f"the dataset {self.config.data.name} is not what it was when this run began",
+                "give back the same data, or start anew with another --run.dir",
+            )
+
     def float_copy(self) -> nn.Module:
         """A copy of the float model on the CPU, in eval mode."""
         return copy.deepcopy(self.model).cpu().eval()
@@ -154,7 +167,13 @@ class Context:
         Raises:
             GateError: on every rank, where it did not pass.
         """
-        self.results["gates"][name] = {"value": value, "bound": bound, "passed": passed}
+        # JSON has no NaN: a value that is not finite is recorded as null, and never passes.
+        passed = passed and math.isfinite(value)
+        self.results["gates"][name] = {
+            "value": value if math.isfinite(value) else None,
+            "bound": bound,
+            "passed": passed,
+        }
         if not passed:
             if self.world.is_main:
                 replace_json(self.run_dir.results, self.results)
@@ -189,7 +208,10 @@ class Context:
 
         def write() -> None:
             self.trackers.sync()
-            self.folder.save(name, {**state, "results": self.results, "finished_stages": self.finished})
+            self.folder.save(
+                name,
+                {**state, "data": self.splits.fingerprint, "results": self.results, "finished_stages": self.finished},
+            )
             steps = sorted(
                 entry for entry in self.folder.names() if entry.startswith(f"{state['stage']}-") and entry[-1].isdigit()
             )

@@ -70,7 +70,7 @@ def gate_prepare(context: Context, prepared: PreparedModel) -> None:
         (name, prepared.get_buffer(name)) for name, _ in prepared.named_buffers() if name.endswith("running_var")
     ]
     originals = [buffer.clone() for _, buffer in statistics]
-    worst = 0.0
+    differences = []
     for drawn in (False, True):
         if drawn:
             generator = torch.Generator().manual_seed(context.config.run.seed)
@@ -78,12 +78,13 @@ def gate_prepare(context: Context, prepared: PreparedModel) -> None:
                 low, high = (torch.tensor(bound).log() for bound in _VARIANCES)
                 buffer.copy_(torch.exp(low + (high - low) * torch.rand(buffer.shape, generator=generator)))
                 context.model.get_buffer(name).copy_(buffer)
-        worst = max(worst, _relative_difference(prepared.eval(), context.model.eval(), inputs))
+        differences.append(_relative_difference(prepared.eval(), context.model.eval(), inputs))
     for (name, buffer), original in zip(statistics, originals, strict=True):
         buffer.copy_(original)
         context.model.get_buffer(name).copy_(original)
     prepared.fake_quantize(True)
     prepared.observe(True)
+    worst = float(torch.stack(differences).max())  # NaN if any is, which passes no bound
     bound = context.config.qat.prepare_bound
     context.gate(
         "prepare",
@@ -94,6 +95,6 @@ def gate_prepare(context: Context, prepared: PreparedModel) -> None:
     )
 
 
-def _relative_difference(left: nn.Module, right: nn.Module, inputs: torch.Tensor) -> float:
+def _relative_difference(left: nn.Module, right: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     expected = right(inputs).double()
-    return float((left(inputs).double() - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    return (left(inputs).double() - expected).abs().max() / expected.abs().max().clamp(min=1e-12)

@@ -167,11 +167,21 @@ def on_ranks(world_size: int, local_world_size: int, work: Callable[[World], Spl
             world.report_failure(error)
             results[rank] = error
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    # The parser with which numpy reads a file's header is not safe in the threads of CPython 3.11 ("AST constructor recursion
+    # depth mismatch"); ranks are processes, where this does not matter.
+    lock, opened = threading.Lock(), ImageArrays.open
+
+    def one_at_a_time(path: Path) -> ImageArrays:
+        with lock:
+            return opened(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageArrays, "open", one_at_a_time)
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     return results  # type: ignore[return-value]
 
 
