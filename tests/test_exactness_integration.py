@@ -83,7 +83,7 @@ def assert_same_result(left: Path, right: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_a_run_ends_like_an_undisturbed_one(
     world_size: int, config: Path, tmp_path: Path
 ) -> None:

@@ -40,7 +40,7 @@ def small(tmp_path: Path) -> list[str]:
 
 
 def test_a_failing_conversion_ends_every_rank_with_its_error(small: list[str], tmp_path: Path) -> None:
-    with train(3, *small, "--import", "tests.faulty_backends", "--qat.backend", "refusing") as ranks:
+    with train(3, *small, "--import", "tests.faulty_parts", "--qat.backend", "refusing") as ranks:
         codes = ranks.wait()
         assert all(code == 1 for code in codes), ranks.printed()
         assert "layer conv7 cannot be converted" in ranks.output(0)
@@ -56,7 +56,7 @@ def test_a_failing_conversion_ends_every_rank_with_its_error(small: list[str], t
 
 
 def test_a_conversion_past_its_deadline_is_not_waited_for(small: list[str], tmp_path: Path) -> None:
-    settings = ["--import", "tests.faulty_backends", "--qat.backend", "endless", "--convert.deadline", "3"]
+    settings = ["--import", "tests.faulty_parts", "--qat.backend", "endless", "--convert.deadline", "3"]
     with train(2, *small, *settings) as ranks:
         assert ranks.processes[1].wait(120) == 1, ranks.printed()
         assert "rank 0 did not finish (converting to int8) within 3 s" in ranks.output(1)
@@ -66,7 +66,7 @@ def test_a_conversion_past_its_deadline_is_not_waited_for(small: list[str], tmp_
 def test_a_conversion_that_drifts_fails_its_gate_and_a_loosened_gate_lets_it_pass(
     small: list[str], tmp_path: Path
 ) -> None:
-    settings = ["--import", "tests.faulty_backends", "--qat.backend", "drifting"]
+    settings = ["--import", "tests.faulty_parts", "--qat.backend", "drifting"]
     with train(2, *small, *settings) as ranks:
         assert ranks.wait() == [1, 1], ranks.printed()
         assert "the gate `convert` failed" in ranks.output(0)
@@ -152,3 +152,83 @@ def test_ranks_started_with_different_settings_say_so(small: list[str], tmp_path
         assert answer.returncode == 78
         assert ranks.wait() == [78, -9]
         assert "different configurations" in ranks.output(0) + answer.stderr
+
+
+def test_a_folder_of_somebody_else_survives_fast_dev_runs(small: list[str], tmp_path: Path) -> None:
+    own = tmp_path / "run-fast-dev-run"
+    own.mkdir()
+    (own / "thesis.tex").write_text("years of work")
+    with train(1, *small, "--fast-dev-run") as ranks:
+        assert ranks.wait() == [78], ranks.printed()
+    assert [entry.name for entry in own.iterdir()] == ["thesis.tex"]
+
+
+def test_other_data_than_before_is_refused(small: list[str], tmp_path: Path) -> None:
+    settings = [
+        "--import",
+        "tests.faulty_parts",
+        "--qat.backend",
+        "refusing",
+        "--data.name",
+        "growing",
+        "--data.args",
+        "{}",
+    ]
+    for rows, code, message in (("60", 1, "conv7"), ("80", 1, "the dataset growing is not what it was")):
+        with train(1, *small, *settings, environ={"GROWING_ROWS": rows}) as ranks:
+            assert ranks.wait() == [code], ranks.printed()
+            assert message in ranks.output(0)
+            assert "Traceback" not in ranks.output(0)
+
+
+def test_a_buffer_that_follows_its_rank_s_data_is_named(small: list[str]) -> None:
+    with train(2, *small, "--import", "tests.faulty_parts", "--model.name", "centred", "--model.args", "{}") as ranks:
+        assert ranks.wait() == [78, 78], ranks.printed()
+        assert "the buffer 0.centre differs between ranks" in ranks.output(0)
+
+
+@pytest.mark.parametrize("planted", ["data", "killed"])
+def test_when_rank_0_fails_in_training_the_others_and_status_json_say_why(
+    planted: str, small: list[str], tmp_path: Path
+) -> None:
+    settings = [
+        "--import",
+        "tests.faulty_parts",
+        "--data.name",
+        "undecodable",
+        "--data.args",
+        f"{{planted: {planted}}}",
+    ]
+    with train(2, *small, *settings) as ranks:
+        codes = ranks.wait()
+        assert codes[1] == 1, ranks.printed()
+        status = read_json(RunDir(tmp_path / "run").status)
+        assert status["state"] == "failed"
+        if planted == "data":
+            assert "cannot decode image 7" in ranks.output(0)
+            assert "Traceback" in ranks.output(0)
+            assert "rank 0 failed: ValueError: cannot decode image 7" in ranks.output(1)
+            assert "cannot decode image 7" in status["error"]
+        else:
+            assert codes[0] == -9
+            assert "connection to another rank was lost" in ranks.output(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (
+            ["--model.args", "{colour: red}", "--data.args", "{num_trains: 3}", "--task.args", "{smoothing: 1}"],
+            ["3 mistakes", "model.args", "data.args.num_trains", "task.args.smoothing"],
+        ),
+        (["--model.args", "{size: 8, num_classes: 12}"], ["the data has 6 classes"]),
+        (["--run.dir", "/proc/no/such"], ["cannot be used"]),
+        (["--train.optim.lr", "1e30", "--stages", "[train]"], ["not finite"]),
+    ],
+)
+def test_mistakes_end_with_a_sentence(arguments: list[str], messages: list[str], small: list[str]) -> None:
+    with train(1, *small, *arguments) as ranks:
+        assert ranks.wait()[0] in (1, 78), ranks.printed()
+        for message in messages:
+            assert message in ranks.output(0)
+        assert "Traceback" not in ranks.output(0)
