@@ -60,7 +60,8 @@ def run(config: Config) -> dict[str, Any]:
 
 def _earlier_results(config: Config, run_dir: RunDir) -> dict[str, Any] | None:
     """The results of a finished run; refuses a directory that belongs to something else. Reads only."""
-    if not run_dir.config.exists():
+    if not run_dir.status.exists():
+        # Every attempt begins by writing status.json: without it, even a config.yaml is somebody else's, perhaps the user's own.
         if run_dir.path.is_dir() and any(
             entry.name != "logs" and not entry.name.startswith(".") for entry in run_dir.path.iterdir()
         ):
@@ -69,6 +70,8 @@ def _earlier_results(config: Config, run_dir: RunDir) -> dict[str, Any] | None:
                 "--run.dir DIR, with a new or an empty folder",
             )
         return None
+    if not run_dir.config.exists():
+        return None  # killed between the two
     recorded = recorded_config(run_dir)
     if config.debug.fast_dev_run != recorded.get("debug", {}).get("fast_dev_run", False):
         raise RunDirError(f"{run_dir.path} holds a run of another kind", "--run.dir DIR, with a new or an empty folder")
@@ -96,11 +99,11 @@ def _open(config: Config, run_dir: RunDir) -> int:
         if config.debug.fast_dev_run:
             run_dir.clear()
         run_dir.path.mkdir(parents=True, exist_ok=True)
-        if not (run_dir.checkpoints / "latest.json").exists():
-            replace_text(run_dir.config, dump(config))
         status = read_json(run_dir.status)
         attempt = 0 if status is None else int(status["restarts"]) + 1
         Status(run_dir, config.run.name, attempt).set()
+        if not (run_dir.checkpoints / "latest.json").exists():
+            replace_text(run_dir.config, dump(config))
     except OSError as error:
         raise RunDirError(
             f"{run_dir.path} cannot be used: {error}", "--run.dir DIR, one that you can write to"

@@ -56,7 +56,7 @@ class RunDir:
         for path in (self.checkpoints, self.export, self.ledger):
             if path.exists():
                 shutil.rmtree(path)
-        for path in (self.environment, self.metrics, self.results, self.status, self.config):
+        for path in (self.environment, self.metrics, self.results, self.config, self.status):
             path.unlink(missing_ok=True)
 
     def ledger_of(self, rank: int) -> Path:

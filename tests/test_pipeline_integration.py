@@ -126,6 +126,18 @@ def test_a_folder_of_somebody_else_is_refused_and_left_alone(small: list[str], t
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
+def test_the_user_s_own_config_yaml_is_not_taken_for_a_run_s(small: list[str], tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    own = tmp_path / "project" / "config.yaml"
+    own.write_text("# written by hand\n" + (tmp_path / "small.yaml").read_text())
+    before = own.read_text()
+    with train(1, "run", str(own), "--run.dir", str(own.parent)) as ranks:
+        assert ranks.wait() == [78], ranks.printed()
+        assert "not a run directory" in ranks.output(0)
+    assert own.read_text() == before
+    assert [entry.name for entry in own.parent.iterdir()] == ["config.yaml"]
+
+
 def test_ranks_started_with_different_settings_say_so(small: list[str], tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text((tmp_path / "small.yaml").read_text().replace("lr: 0.02", "lr: 0.03"))
