@@ -26,7 +26,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from dist_train.config import DataConfig, RandomCrop, RandomHorizontalFlip
+from dist_train.config_data import DataConfig, RandomCrop, RandomHorizontalFlip
 from dist_train.data.arrays import ImageArrays, Splits, open_splits
 from dist_train.data.augment import Augmentation
 from dist_train.data.datasets import fake, fashion_mnist

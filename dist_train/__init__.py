@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dist_train.artifact import load_artifact
-    from dist_train.config import Config, DataConfig
+    from dist_train.config import Config
+    from dist_train.config_base import Settings
+    from dist_train.config_data import DataConfig
     from dist_train.config_sources import load_config
     from dist_train.data.arrays import ImageArrays, Splits
     from dist_train.data.sampler import ElasticDistributedSampler
@@ -36,6 +38,7 @@ __all__ = [
     "DistTrainError",
     "ElasticDistributedSampler",
     "ImageArrays",
+    "Settings",
     "Splits",
     "Stage",
     "Strategy",
@@ -58,10 +61,11 @@ __all__ = [
 _HOME = {
     "Config": "config",
     "ConfigError": "errors",
-    "DataConfig": "config",
+    "DataConfig": "config_data",
     "DistTrainError": "errors",
     "ElasticDistributedSampler": "data.sampler",
     "ImageArrays": "data.arrays",
+    "Settings": "config_base",
     "Splits": "data.arrays",
     "Stage": "stages.base",
     "Strategy": "strategies.base",

@@ -8,12 +8,14 @@ from itertools import pairwise
 from typing import Any
 
 from dist_train import registry
-from dist_train.config import ColorJitter, Config, FitConfig
+from dist_train.config import Config
+from dist_train.config_data import ColorJitter
+from dist_train.config_fit import FitConfig
 from dist_train.errors import Problem
 
 Check = Callable[[Config, Mapping[str, str]], Iterable[Problem]]
 _CHECKS: list[tuple[tuple[str, ...], Check]] = []
-_ORDER = ["train", "ptq", "qat", "convert", "export"]
+_ORDER = ["train", "half", "ptq", "qat", "convert", "export"]
 
 
 def contradictions(config: Config, environ: Mapping[str, str], bad: AbstractSet[str] = frozenset()) -> list[Problem]:
@@ -184,7 +186,7 @@ def _check_fit(section: str) -> None:
             yield Problem(
                 f"{section}.optim.nesterov", "needs a momentum above 0", hint=f"--{section}.optim.momentum 0.9"
             )
-        ignored = {"sgd": ("betas", "eps"), "adamw": ("momentum", "nesterov")}[settings.name]
+        ignored = ("betas", "eps") if settings.name == "sgd" else ("momentum", "nesterov")
         yield from _ignored(f"{section}.optim", settings, ignored)
 
     @_about(*(f"{section}.schedule.{name}" for name in ("name", "final", "step_epochs", "gamma")))

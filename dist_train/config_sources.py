@@ -92,6 +92,8 @@ def differences(old: Mapping[str, Any], new: Config) -> list[Problem]:
     defaults = _defaults([*old, *type(new).model_fields])
     found = []
     for key, (_, determines_result) in {**defaults, **now}.items():
+        if any(other.startswith(f"{key}.") for other in now):
+            continue  # a section that may be left out, and is not: its settings are compared one by one
         default = defaults.get(key, (_ABSENT,))[0]
         recorded, value = _at(old, key.split("."), default), now.get(key, (default,))[0]
         if determines_result and recorded != value:

@@ -37,6 +37,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _quote_odd_breaks(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Line breaks of Unicode are written escaped: as such PyYAML would fold them, and read back a space."""
+    style = '"' if any(character in text for character in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar(_TAG + "str", text, style=style)
+
+
+_Dumper.add_representer(str, _quote_odd_breaks)
 _Loader.yaml_implicit_resolvers = {}  # not the inherited ones, of 1.1
 for _kind, _pattern in _SCALARS.items():
     _Loader.add_implicit_resolver(_TAG + _kind, _pattern, None)

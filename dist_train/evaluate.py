@@ -66,10 +66,10 @@ def evaluate(
     return Evaluation({**values, "loss": float(sums[0]) / max(count, 1), "count": count}, own)
 
 
-def agreement(left: Evaluation, right: Evaluation, world: World) -> float:
+def agreement(left: Evaluation, right: Evaluation, task: Task, world: World) -> float:
     """Share of the samples, over all ranks, on which two models decide the same."""
     same = torch.tensor(
-        [float((left.decisions == right.decisions).sum()), float(len(left.decisions))],
+        [float(task.agree(left.decisions, right.decisions).sum()), float(len(left.decisions))],
         dtype=torch.float64,
         device=world.device,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from dist_train.config import QATConfig
+from dist_train.config_fit import QATConfig
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
 from dist_train.reduction import StepReduction

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from dist_train.config import FitConfig
+from dist_train.config_fit import FitConfig
 from dist_train.data.loader import StepBatch, TrainLoader, seed_everything
 from dist_train.data.permutation import derive_key
 from dist_train.errors import NonFiniteLossError
@@ -24,7 +24,7 @@ from dist_train.ledger import Ledger, NoLedger
 from dist_train.progress import Progress
 from dist_train.reduction import Pending, StepReduction, StepSums, require_same_buffers
 from dist_train.state import TrainState
-from dist_train.strategies.base import Strategy
+from dist_train.strategies.base import StepOutcome, Strategy
 from dist_train.tasks import Task
 from dist_train.trackers.base import Trackers
 
@@ -162,8 +162,8 @@ def _train(run: Fit, state: TrainState) -> None:
             outlook.add(
                 run.reduction(sums, step), step, epoch, state.optimizer.param_groups[0]["lr"], batch.global_count
             )
-            _update(run, state)
-            run.ledger.record(run.stage, epoch, step, batch.ids, skipped=False)
+            outcome = _update(run, state)
+            run.ledger.record(run.stage, epoch, step, batch.ids, skipped=outcome.skipped)
             if first_step:
                 require_same_buffers(run.strategy.world, model)
                 first_step = False
@@ -189,16 +189,15 @@ def _compiled(model: nn.Module) -> nn.Module:
     return compiled
 
 
-def _update(run: Fit, state: TrainState) -> None:
+def _update(run: Fit, state: TrainState) -> StepOutcome:
     """Clip, optimizer, schedule, average."""
-    if run.config.clip_grad_norm is not None:
-        nn.utils.clip_grad_norm_(state.model.parameters(), run.config.clip_grad_norm)
-    state.optimizer.step()
+    outcome = run.strategy.step(state.optimizer, state.model, run.config.clip_grad_norm)
     state.optimizer.zero_grad(set_to_none=True)
     state.schedule.step()
     if state.average is not None:
         state.average.update_parameters(state.model)
     state.step += 1
+    return outcome
 
 
 def _require_finite(state: TrainState) -> None:

@@ -6,13 +6,13 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR, StepLR
 
-from dist_train.config import OptimConfig, ScheduleConfig
+from dist_train.config_fit import OptimConfig, ScheduleConfig
 
 _WARMUP_START = 0.01
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW over the trainable parameters; those of one dimension (norms, biases) are not decayed unless asked (He et al. 2019, arXiv:1812.01187)."""
+    """SGD, Adam or AdamW over the trainable parameters; those of one dimension (norms, biases) are not decayed unless asked (He et al. 2019, arXiv:1812.01187)."""
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
     for parameter in model.parameters():
@@ -25,7 +25,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     ]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return adam(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def build_schedule(

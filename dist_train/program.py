@@ -14,9 +14,10 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
@@ -161,3 +162,27 @@ def load_program(data: bytes) -> ExportedProgram:
             f"torch {torch.__version__} cannot read the exported program: {reason}",
             "compare with `versions` in manifest.json, and pip install that torch",
         ) from error
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model as it is deployed.
+
+    Attributes:
+        kind: "pt2" (torch.export) or "torchscript" (traced); says how `data` is read.
+        data: the bytes of `model.pt2` or `model.ts`.
+        extra: further files that belong to it, by name, such as the state_dict of an FX model.
+    """
+
+    kind: Literal["pt2", "torchscript"]
+    data: bytes
+    extra: dict[str, bytes] = field(default_factory=dict)
+
+
+def open_program(program: Program) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model as a function on the CPU: float32 [B, ...], contiguous, to what the model returns.
+
+    Raises ArtifactError as `load_program` does.
+    """
+    module: Callable[[torch.Tensor], torch.Tensor] = load_program(program.data).module()
+    return module

@@ -254,11 +254,11 @@ stages = Registry(
     "stage",
     "dist_train.stages",
     {
-        "train": Entry("dist_train.stages.train:Train", settings="dist_train.config:TrainConfig"),
-        "ptq": Entry("dist_train.stages.ptq:PTQ", settings="dist_train.config:PTQConfig"),
-        "qat": Entry("dist_train.stages.qat:QAT", settings="dist_train.config:QATConfig"),
-        "convert": Entry("dist_train.stages.convert:Convert", settings="dist_train.config:ConvertConfig"),
-        "export": Entry("dist_train.stages.export:Export", settings="dist_train.config:ExportConfig"),
+        "train": Entry("dist_train.stages.train:Train", settings="dist_train.config_fit:TrainConfig"),
+        "ptq": Entry("dist_train.stages.ptq:PTQ", settings="dist_train.config_fit:PTQConfig"),
+        "qat": Entry("dist_train.stages.qat:QAT", settings="dist_train.config_fit:QATConfig"),
+        "convert": Entry("dist_train.stages.convert:Convert", settings="dist_train.config_fit:ConvertConfig"),
+        "export": Entry("dist_train.stages.export:Export", settings="dist_train.config_fit:ExportConfig"),
     },
 )
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dist_train.config import FitConfig
+from dist_train.config_fit import FitConfig
 from dist_train.optim import build_optimizer, build_schedule
 
 

@@ -11,7 +11,7 @@ import torchmetrics
 from pydantic import Field, ValidationError
 from torchmetrics.classification import MulticlassAccuracy
 
-from dist_train.config import Settings
+from dist_train.config_base import Settings
 from dist_train.errors import ConfigError, DataError, Problem
 
 
@@ -19,7 +19,13 @@ class Task(ABC):
     """Loss and metrics of a kind of problem."""
 
     headline: str
-    """Name of the metric that chooses the best checkpoint; higher is better."""
+    """Name of the metric that chooses the best checkpoint, unless `select_by` names another."""
+
+    lower_is_better: frozenset[str] = frozenset({"loss"})
+    """Names of the metrics of which the smallest value is the best."""
+
+    score_name: str = "acc"
+    """What the progress line calls the score."""
 
     @abstractmethod
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -33,6 +39,10 @@ class Task(ABC):
     def decide(self, outputs: torch.Tensor) -> torch.Tensor:
         """The model's answer, [B]: what the int8 and the fake-quantized model must agree on."""
 
+    def agree(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """How far two models' decisions about the same samples agree: float [B], 1 where they are the same."""
+        return (left == right).float().flatten(1).mean(1) if left.dim() > 1 else (left == right).float()
+
     def check_outputs(self, outputs: torch.Tensor) -> None:
         """Raises DataError where a model's outputs for two inputs cannot be right for this task."""
         return
@@ -40,6 +50,10 @@ class Task(ABC):
     @abstractmethod
     def metrics(self) -> torchmetrics.MetricCollection:
         """Fresh metrics of an evaluation; they take (outputs, targets) and sum over ranks."""
+
+    def details(self) -> torchmetrics.MetricCollection:
+        """Metrics that are no single number, such as a confusion matrix; what reports show beside the scalars."""
+        return torchmetrics.MetricCollection({})
 
 
 class _ClassificationArgs(Settings):
@@ -67,6 +81,10 @@ class Classification(Task):
             ) from None
         self._num_classes = num_classes
         self._label_smoothing = settings.label_smoothing
+
+    def agree(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """How far two models' decisions about the same samples agree: float [B], 1 where they are the same."""
+        return (left == right).float().flatten(1).mean(1) if left.dim() > 1 else (left == right).float()
 
     def check_outputs(self, outputs: torch.Tensor) -> None:
         if outputs.shape != (2, self._num_classes):

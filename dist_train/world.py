@@ -59,6 +59,10 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def share_of_cores(self) -> int:
+        """The node's usable cores shared out among its ranks; at least one."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+
     def all_reduce(self, tensor: torch.Tensor, operation: Literal["sum", "max"]) -> torch.Tensor:
         """Reduces `tensor` over all ranks, in place; returns it."""
         if self.world_size > 1:
@@ -333,4 +337,4 @@ def resolve_threads(requested: int | Literal["auto"], world: World) -> int:
     """Threads of each rank: as asked, or the node's usable cores shared out."""
     if requested != "auto":
         return requested
-    return max(1, len(os.sched_getaffinity(0)) // world.local_world_size)
+    return world.share_of_cores()

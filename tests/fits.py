@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train.config import FitConfig
+from dist_train.config_fit import FitConfig
 from dist_train.data.arrays import ImageArrays
 from dist_train.data.augment import Augmentation
 from dist_train.data.loader import EvaluationLoader, Source, TrainLoader

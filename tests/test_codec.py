@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dist_train import codec
-from dist_train.config import OptimConfig, ScheduleConfig
+from dist_train.config_fit import OptimConfig, ScheduleConfig
 from dist_train.errors import CheckpointError
 from dist_train.optim import build_optimizer, build_schedule
 

@@ -39,7 +39,12 @@ def problems(tmp_path: Path, text: str, options: list[str], environ: dict[str, s
         ("train: {optim: {lr: .inf}}", "train.optim.lr", "must be a finite number, not Infinity", ""),
         ("train: {optim: {momentum: 1}}", "train.optim.momentum", "must be less than 1, not 1", ""),
         ("train: {optim: {betas: [1]}}", "train.optim.betas.1", "is missing", ""),
-        ("train: {optim: {name: adam}}", "train.optim.name", "must be 'sgd' or 'adamw', not the text 'adam'", "adamw?"),
+        (
+            "train: {optim: {name: adamx}}",
+            "train.optim.name",
+            "must be 'sgd', 'adam' or 'adamw', not the text 'adamx'",
+            "adam?",
+        ),
         ("train:", "train", "must be a section of settings (key: value), not nothing", ""),
         ("compile: yes", "compile", "must be true or false, not the text 'yes'", ""),
         ("run: {name: 5}", "run.name", "must be a text, not 5", ""),

@@ -128,7 +128,7 @@ def test_the_python_api_loads_the_same(quick: Path) -> None:
 
 def test_user_code_comes_in_through_import(quick: Path, user_code: Path) -> None:
     (user_code / "user_parts.py").write_text(
-        "import dist_train\nfrom dist_train.config import Settings\n"
+        "import dist_train\nfrom dist_train.config_base import Settings\n"
         "class Pause(Settings):\n    seconds: float\n    often: int = 1\n"
         "@dist_train.register_model('user_net')\ndef net(num_classes): ...\n"
         "@dist_train.register_stage('user_pause', settings=Pause)\nclass PauseStage: ...\n"
@@ -192,7 +192,7 @@ def test_a_change_that_determines_the_result_is_shown() -> None:
 
 
 def test_workers_logging_and_trackers_may_change() -> None:
-    free = ["data.workers", "4", "log.every_steps", "1", "trackers", "[]", "checkpoint.keep_last", "9", "run.name", "b"]
+    free = ["data.workers", "4", "log.every_steps", "1", "trackers", "[]", "checkpoint.keep.last", "9", "run.name", "b"]
     assert changed(free, Config()) == {}
 
 

@@ -56,7 +56,7 @@ def everything(world: World) -> dict[str, Any]:
         found[str(size)] = {
             "metrics": left.metrics,
             "decisions": left.decisions.tolist(),
-            "agreement": agreement(left, right, world),
+            "agreement": agreement(left, right, task, world),
         }
     return found
 
@@ -102,4 +102,8 @@ def test_few_classes_have_no_top5() -> None:
 
 def test_nothing_to_evaluate_counts_nothing() -> None:
     found: Evaluation = evaluate(model(1), [], Classification(CLASSES, {}), World())
-    assert found.metrics["count"] == 0 and found.decisions.tolist() == [] and agreement(found, found, World()) == 0.0
+    assert (
+        found.metrics["count"] == 0
+        and found.decisions.tolist() == []
+        and agreement(found, found, Classification(CLASSES, {}), World()) == 0.0
+    )

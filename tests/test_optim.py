@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_train.config import OptimConfig, ScheduleConfig
+from dist_train.config_fit import OptimConfig, ScheduleConfig
 from dist_train.models.small import small_resnet
 from dist_train.optim import build_optimizer, build_schedule
 

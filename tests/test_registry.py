@@ -102,6 +102,6 @@ def test_entry_points_add_names_but_never_replace_ours(monkeypatch: pytest.Monke
 
 
 def test_the_settings_of_a_stage_are_found_without_importing_the_stage() -> None:
-    from dist_train.config import TrainConfig
+    from dist_train.config_fit import TrainConfig
 
     assert registry.stages.settings("train") is TrainConfig

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from dist_train.config import DataConfig
+from dist_train.config_data import DataConfig
 from dist_train.data.arrays import ImageArrays, Splits
 from dist_train.data.permutation import Permutation
 from dist_train.errors import ConfigError, DataError, Problem

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from dist_train import registry
-from dist_train.config import ModelConfig
+from dist_train.config_data import ModelConfig
 from dist_train.errors import ConfigError, Problem
 
 

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
+from dist_train.program import Program
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.rules import Rule
 
 
 @runtime_checkable
 class QuantizationBackend(Protocol):
-    """Neither method changes what it is given, draws from the global random generator, or communicates."""
+    """No method changes what it is given, draws from the global random generator, or communicates."""
 
     def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[Rule] = ()) -> PreparedModel:
         """Places fake-quantize modules.
@@ -28,5 +28,8 @@ class QuantizationBackend(Protocol):
             QuantizationError: the model cannot be quantized this way; names the layer and says what to change.
         """
 
-    def convert(self, prepared: PreparedModel) -> GraphModule:
-        """The integer model, on the CPU: weights int8, activations between quantize and dequantize operators."""
+    def convert(self, prepared: PreparedModel) -> nn.Module:
+        """The integer model, on the CPU, in eval mode."""
+
+    def serialize(self, converted: nn.Module, example: Tensor) -> Program:
+        """What `convert` returned, as bytes that are equal in every process; the batch size stays free."""

@@ -20,6 +20,7 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 from dist_train.errors import QuantizationError
+from dist_train.program import Program, program_bytes
 from dist_train.quantization import graph_rewrite
 from dist_train.quantization.fake_quantize import (
     ActivationFakeQuantize,
@@ -86,6 +87,11 @@ class PT2EBackend:
             )
         _strip(converted)
         return converted.requires_grad_(False).eval()
+
+    def serialize(self, converted: nn.Module, example: Tensor) -> Program:
+        """See QuantizationBackend.serialize."""
+        assert isinstance(converted, GraphModule)
+        return Program("pt2", program_bytes(export_converted(converted, example)))
 
 
 def _batch_norm(*args: Any) -> Tensor:

@@ -25,6 +25,7 @@ from dist_train.data.sampler import ElasticDistributedSampler
 from dist_train.errors import DataError, GateError
 from dist_train.evaluate import Evaluation, evaluate
 from dist_train.ledger import Ledger, NoLedger
+from dist_train.program import Program
 from dist_train.progress import Progress
 from dist_train.quantization.backend import QuantizationBackend
 from dist_train.quantization.prepared import PreparedModel
@@ -42,7 +43,7 @@ class Context:
     Attributes:
         model: the float model, on the device.
         quantized: state of the prepared model after ptq or qat; None before.
-        program: bytes of the converted int8 program; None before convert.
+        program: the converted int8 program; None before convert.
         ranges_sha256: digest of the ranges that it was converted with.
         probe: on rank 0, `inputs` and the converted model's `outputs`, as it computed them in memory.
         results: what results.json holds.
@@ -67,7 +68,7 @@ class Context:
     finished: dict[str, str] = field(default_factory=dict)
     resume: dict[str, Any] | None = None
     quantized: dict[str, Any] | None = None
-    program: bytes | None = None
+    program: Program | None = None
     ranges_sha256: str = ""
     probe: dict[str, torch.Tensor] = field(default_factory=dict)
     _prepared: PreparedModel | None = None
@@ -116,9 +117,13 @@ class Context:
 
     def source(self, split: ImageArrays | Dataset[Any], seed: int) -> Source:
         augmentation = Augmentation(self.config.data.augment, seed=seed, mean=self.splits.mean, std=self.splits.std)
-        return Source(
-            split, augmentation, self.world.device, self.config.model.channels_last, self.config.data.workers, seed
-        )
+        return Source(split, augmentation, self.world.device, self.config.model.channels_last, self.workers, seed)
+
+    @property
+    def workers(self) -> int:
+        """Worker processes of this rank."""
+        asked = self.config.data.workers
+        return self.world.share_of_cores() if asked == "auto" else asked
 
     def train_loader(self, stage: str) -> TrainLoader:
         """This rank's share of each global batch; order and augmentation are functions of (seed, stage, epoch, sample id)."""
@@ -215,7 +220,7 @@ class Context:
             steps = sorted(
                 entry for entry in self.folder.names() if entry.startswith(f"{state['stage']}-") and entry[-1].isdigit()
             )
-            recent = set() if state["finished"] else set(steps[-self.config.checkpoint.keep_last :])
+            recent = set() if state["finished"] else set(steps[-self.config.checkpoint.keep.last :])
             self.folder.keep_only({name, *recent, *kept, *self.finished.values()})
 
         self.world.on_rank_0(write, f"saving the checkpoint {name}")

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from dist_train.artifact import load_program, program_bytes
-from dist_train.config import ConvertConfig
+from dist_train.config_fit import ConvertConfig
 from dist_train.evaluate import agreement, evaluate
-from dist_train.quantization.pt2e import export_converted
+from dist_train.program import Program, open_program
 from dist_train.quantization.ranges import Ranges
 from dist_train.stages.base import Context, Stage
+from dist_train.world import World
 
 
 class Convert(Stage):
@@ -21,7 +21,7 @@ class Convert(Stage):
 
     def run(self, context: Context) -> dict[str, Any]:
         world, prepared = context.world, context.prepared()
-        made: list[bytes] = []
+        made: list[Program] = []
         probe: dict[str, torch.Tensor] = {}
 
         def convert() -> None:
@@ -30,12 +30,12 @@ class Convert(Stage):
             probe["inputs"] = context.probe_inputs()
             with torch.no_grad():
                 probe["outputs"] = converted(probe["inputs"])
-            made.append(program_bytes(export_converted(converted, context.example(2))))
+            made.append(context.backend.serialize(converted, context.example(2)))
 
         context.progress.say(f"{self.name}: rank 0 converts to int8")
         world.on_rank_0(convert, "converting to int8", self.settings.deadline)
-        program = world.broadcast_bytes(made[0] if made else None)
-        int8 = load_program(program).module()
+        program = _broadcast(made[0] if made else None, world)
+        int8 = open_program(program)
 
         def call(inputs: torch.Tensor) -> torch.Tensor:
             # Whatever the device of training, the integer model runs on the CPU.
@@ -46,7 +46,7 @@ class Convert(Stage):
         prepared.observe(False)
         prepared_evaluation = evaluate(prepared.eval(), context.evaluation_batches(), context.task, world)
         context.results["models"]["int8"] = dict(converted_evaluation.metrics)
-        agreed = agreement(converted_evaluation, prepared_evaluation, world)
+        agreed = agreement(converted_evaluation, prepared_evaluation, context.task, world)
         bound = self.settings.agreement_bound
         context.gate(
             "convert",
@@ -55,9 +55,16 @@ class Convert(Stage):
             agreed >= bound,
             "int8 and fake-quantized model differ: train qat longer, or loosen --convert.agreement_bound and run again",
         )
-        return {"program": program, "ranges_sha256": Ranges(prepared).digest(), "probe": probe}
+        return {"program": vars(program), "ranges_sha256": Ranges(prepared).digest(), "probe": probe}
 
     def restore(self, context: Context, product: dict[str, Any]) -> None:
-        context.program = product["program"]
+        context.program = Program(**product["program"])
         context.ranges_sha256 = product["ranges_sha256"]
         context.probe = product["probe"]
+
+
+def _broadcast(program: Program | None, world: World) -> Program:
+    """Rank 0's program on every rank; `extra` is for the artifact, which rank 0 writes, and stays there."""
+    kind = world.broadcast_bytes(None if program is None else program.kind.encode()).decode()
+    data = world.broadcast_bytes(None if program is None else program.data)
+    return program or Program(kind, data)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from dist_train.artifact import load_program, program_bytes, verify_in_fresh_process, write_artifact
-from dist_train.config import ExportConfig
+from dist_train.config_fit import ExportConfig
 from dist_train.lowering import Lowered, LoweringUnavailable, compare_latency, lower
 from dist_train.stages.base import Context, Stage
 
@@ -43,15 +43,15 @@ class Export(Stage):
 
     def _export(self, context: Context) -> dict[str, Any]:
         assert context.program is not None
-        write_artifact(context.run_dir.export, context.program, manifest(context))
-        program = load_program(context.program)
+        write_artifact(context.run_dir.export, context.program.data, manifest(context))
+        program = load_program(context.program.data)
         difference = verify_in_fresh_process(
             context.run_dir.export, context.probe["inputs"], context.probe["outputs"], self.settings.deadline
         )
         float_model = context.float_copy()
         figures: dict[str, dict[str, Any]] = {
             "fp32": {"bytes": len(program_bytes(export_float(float_model, context.example(2))))},
-            "int8": {"bytes": len(context.program)},
+            "int8": {"bytes": len(context.program.data)},
         }
         if self.settings.latency:
             self._time(context, float_model, program, figures)

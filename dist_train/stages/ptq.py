@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train.config import PTQConfig
+from dist_train.config_fit import PTQConfig
 from dist_train.data.loader import EvaluationLoader
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges

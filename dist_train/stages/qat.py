@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dist_train.config import QATConfig
+from dist_train.config_fit import QATConfig
 from dist_train.hooks import FreezeSchedule, Hook
 from dist_train.quantization.ranges import Ranges
 from dist_train.reduction import StepReduction

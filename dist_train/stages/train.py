@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from dist_train.config import FitConfig, TrainConfig
+from dist_train.config_fit import FitConfig, TrainConfig
 from dist_train.errors import DataError
 from dist_train.evaluate import Evaluation
 from dist_train.hooks import Hook

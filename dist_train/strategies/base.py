@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from dist_train.world import World
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What became of an optimizer step.
+
+    Attributes:
+        grad_norm: L2 norm of all gradients before clipping, float32 [] on the device; None where nothing was clipped.
+        skipped: the gradients were not finite and the loss scale was lowered instead (fp16).
+    """
+
+    grad_norm: torch.Tensor | None = None
+    skipped: bool = False
 
 
 class Strategy(ABC):
@@ -41,3 +55,9 @@ class Strategy(ABC):
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
+
+    def step(self, optimizer: torch.optim.Optimizer, model: nn.Module, max_norm: float | None) -> StepOutcome:
+        """Clips the gradients to `max_norm` and lets the optimizer take its step."""
+        norm = None if max_norm is None else nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        return StepOutcome(norm)

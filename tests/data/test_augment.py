@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torchvision.transforms.v2 import functional as reference
 
-from dist_train.config import AugmentConfig, ColorJitter, RandomCrop, RandomHorizontalFlip
+from dist_train.config_data import AugmentConfig, ColorJitter, RandomCrop, RandomHorizontalFlip
 from dist_train.data.augment import STEPS, Augmentation, uniform
 
 JITTER = ColorJitter(brightness=0.4, contrast=0.5, saturation=0.6)

@@ -12,7 +12,7 @@ import torch
 import torchvision
 
 from dist_train import registry
-from dist_train.config import DataConfig
+from dist_train.config_data import DataConfig
 from dist_train.data import datasets
 from dist_train.data.arrays import ImageArrays, Splits
 from dist_train.data.datasets import cache_folder, digits, fake, fashion_mnist

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from dist_train.config import AugmentConfig, RandomCrop, RandomHorizontalFlip
+from dist_train.config_data import AugmentConfig, RandomCrop, RandomHorizontalFlip
 from dist_train.data.arrays import ImageArrays
 from dist_train.data.augment import Augmentation
 from dist_train.data.loader import EvaluationLoader, Source, StepBatch, TrainLoader

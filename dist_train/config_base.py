@@ -1,0 +1,44 @@
+"""What every section of the configuration is made of: immutable settings, and names that must be registered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from dist_train import registry
+
+# A field marked FREE does not determine the result: it may change when a run is resumed.
+FREE: dict[str, Any] = {"determines_result": False}
+Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Settings(BaseModel):
+    """Base of every section: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
+
+
+@dataclass(frozen=True)
+class Registered:
+    """Annotation of a text that must be a registered name, or one of `also`; editors complete from the names."""
+
+    names: registry.Registry
+    also: tuple[str, ...] = ()
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), "examples": [*self.also, *self.names.names()]}
+
+    def _check(self, name: str) -> str:
+        if name in self.names or name in self.also:
+            return name
+        found = {"kind": self.names.kind, "name": name, "suggestion": self.names.suggestion(name, self.also)}
+        raise PydanticCustomError("unknown_name", "unknown {kind} '{name}'; {suggestion}", found)

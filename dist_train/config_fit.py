@@ -1,0 +1,134 @@
+"""The sections of the stages: `train`, `half`, `ptq`, `qat`, `convert`, `export`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from dist_train import registry
+from dist_train.config_base import FREE, Fraction, Momentum, Registered, Settings
+
+
+class OptimConfig(Settings):
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: PositiveFloat = 0.1
+    base_batch_size: PositiveInt | None = None
+    """Global batch size that `lr` is meant for: it is scaled by global_batch_size / base_batch_size (Goyal et al. 2017, arXiv:1706.02677). None: `lr` as it is."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """SGD only."""
+    nesterov: bool = False
+    """SGD only."""
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    """Adam and AdamW only."""
+    eps: PositiveFloat = 1e-8
+    """Adam and AdamW only."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    decay_norm_and_bias: bool = False
+    """Decay one-dimensional parameters (norms, biases) too."""
+
+
+class QATOptimConfig(OptimConfig):
+    lr: PositiveFloat = 0.001
+
+
+class ScheduleConfig(Settings):
+    name: Literal["constant", "step", "cosine", "linear"] = "cosine"
+    """Learning rate over the steps of a stage, after the warm-up."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of the steps over which the rate rises linearly from 1 % of lr."""
+    final: Fraction = 0.0
+    """cosine, linear: the last learning rate, as a fraction of lr."""
+    step_epochs: PositiveFloat = 30.0
+    """step: epochs between two decays."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """step: factor of a decay."""
+
+
+class EarlyStoppingConfig(Settings):
+    patience: PositiveInt
+    """Evaluations in a row without an improvement after which the stage ends."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """Least improvement of `select_by` that counts."""
+
+
+class FitConfig(Settings):
+    """What train and qat share: both run the same loop."""
+
+    epochs: PositiveInt = 1
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    clip_grad_norm: PositiveFloat | None = None
+    """Largest L2 norm of all gradients together."""
+    ema_decay: Annotated[float | None, Field(gt=0, lt=1)] = None
+    """Keep an exponential moving average of the parameters with this decay a step; it is what is evaluated and handed on."""
+    evaluate_every: PositiveInt = 1
+    """Epochs between two evaluations; the last epoch is always followed by one."""
+    select: Literal["last", "best"] = "last"
+    """Which epoch's model is handed on."""
+    select_by: str | None = None
+    """Metric of the evaluation that says which epoch is best, such as top1 or loss; None: the task's own."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """End the stage when `select_by` no longer improves."""
+
+
+class TrainConfig(FitConfig):
+    epochs: PositiveInt = 10
+
+
+class HalfConfig(Settings):
+    dtype: Literal["auto", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the CPU or GPU computes in it, else fp16."""
+
+
+class PTQConfig(Settings):
+    samples: PositiveInt = 512
+    """Training samples, over all ranks, from which the ranges are initialised."""
+
+
+class RuleConfig(Settings):
+    match: str
+    """Module names, as a pattern like `layer4.*.conv2`."""
+    skip: Literal[True] = True
+    """Leave these modules in floating point."""
+
+
+class QATConfig(FitConfig):
+    backend: Annotated[str, Registered(registry.quantization_backends)] = "pt2e"
+    """Serves ptq and convert too."""
+    engine: Literal["auto", "x86", "fbgemm", "onednn", "qnnpack"] = "auto"
+    """Integer kernels that the fx and eager backends are made for; auto: x86 on x86-64, qnnpack on ARM. pt2e ignores it."""
+    epochs: PositiveInt = 2
+    optim: QATOptimConfig = QATOptimConfig()
+    averaging: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Weight of a step's range in the moving average."""
+    freeze_batch_norm: Fraction = 0.3
+    """Fraction of the steps after which BatchNorm's statistics stand still."""
+    freeze_ranges: Fraction = 0.5
+    """Fraction of the steps after which the ranges stand still."""
+    prepare_bound: Annotated[PositiveFloat, Field(json_schema_extra=FREE)] = 1e-4
+    """Gate: largest relative difference of the prepared model, fake quantization off, from the float one."""
+    rules: list[RuleConfig] = []
+
+
+class ConvertConfig(Settings):
+    deadline: Annotated[PositiveFloat, Field(json_schema_extra=FREE)] = 900.0
+    """Seconds that the ranks wait for rank 0 to convert."""
+    agreement_bound: Annotated[Fraction, Field(json_schema_extra=FREE)] = 0.99
+    """Gate: least share of the evaluation set on which int8 and fake-quant choose the same class."""
+
+
+class ExportConfig(Settings):
+    formats: Annotated[
+        list[Literal["pt2", "onnx", "openvino", "executorch"]], Field(min_length=1, json_schema_extra=FREE)
+    ] = ["pt2"]
+    """Files to write beside the program itself, which is always there (pt2; TorchScript for the fx and eager backends)."""
+    models: Annotated[list[Literal["fp32", "half", "int8"]], Field(json_schema_extra=FREE)] | None = None
+    """Models to export, the first one as `model.*`; None: int8 where `convert` ran, else half, else fp32."""
+    latency: bool = True
+    """Time the FP32 and the int8 model in the same runtime on rank 0."""
+    latency_batch_sizes: list[PositiveInt] = [1, 32]
+    deadline: Annotated[PositiveFloat, Field(json_schema_extra=FREE)] = 900.0
+    """Seconds that the ranks wait for rank 0 to export."""
+    artifact_bound: Annotated[float, Field(ge=0, json_schema_extra=FREE)] = 1e-5
+    """Gate: largest difference of the artifact's outputs, loaded in a fresh process, from the converted model's."""
