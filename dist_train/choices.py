@@ -126,6 +126,8 @@ def _precision(
                     f"accelerate launch --mixed_precision {'no' if kept == 'fp32' else kept} ..., or another --run.dir",
                 )
             return theirs, "accelerate's mixed_precision"
+        if kept is not None:
+            return kept, "as at the first start"
     if config.precision != "auto":
         return config.precision, ""
     if kept is not None:
