@@ -12,6 +12,7 @@ from torch import nn
 
 from dist_train import registry
 from dist_train.checkpoint import CheckpointFolder
+from dist_train.choices import Choices
 from dist_train.config import Config
 from dist_train.data.arrays import Splits, open_splits
 from dist_train.data.datasets import cache_folder, check_args
@@ -23,7 +24,6 @@ from dist_train.models.build import build_model, model_arguments
 from dist_train.progress import Progress
 from dist_train.run_dir import RunDir
 from dist_train.stages.base import Context
-from dist_train.strategies.base import Strategy
 from dist_train.tasks import Task
 from dist_train.trackers.base import Trackers
 from dist_train.world import World
@@ -58,6 +58,7 @@ def make_context(
     progress: Progress,
     trackers: Trackers,
     ledger: Ledger | NoLedger,
+    choices: Choices,
 ) -> Context:
     """Data, model, task and strategy as the config names them. Collective."""
     splits = _splits(config, world)
@@ -71,7 +72,7 @@ def make_context(
         folder=CheckpointFolder(run_dir.checkpoints),
         splits=splits,
         task=task,
-        strategy=_strategy(config, world),
+        strategy=registry.strategies.get(choices.strategy)(world, choices.precision),
         trackers=trackers,
         ledger=ledger,
         progress=progress,
@@ -111,14 +112,6 @@ def _try_out(model: nn.Module, splits: Splits, task: Task, world: World) -> None
             f"the model returns a {type(outputs).__name__}, not a tensor", "return the logits alone from its forward"
         )
     task.check_outputs(outputs)
-
-
-def _strategy(config: Config, world: World) -> Strategy:
-    name = config.strategy if config.strategy != "auto" else "ddp"
-    if name == "ddp" and world.world_size == 1:
-        name = "single"
-    strategy: Strategy = registry.strategies.get(name)(world, config.precision)
-    return strategy
 
 
 def configure_torch(config: Config, threads: int) -> None:

@@ -84,9 +84,9 @@ class Config(Settings):
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     strategy: Annotated[str, Registered(registry.strategies, ("auto",))] = "auto"
-    """auto: single for one process, ddp for several."""
+    """auto: single for one process, ddp for several. dp: nn.DataParallel over the visible GPUs of one process. accelerate: as your `accelerate config` says."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """bf16, fp16: autocast of forward and loss; parameters stay FP32. auto: the fastest that is safe on this device."""
+    """bf16, fp16: autocast of forward and loss; parameters stay FP32, and fp16 scales the loss. auto: bf16 where the device computes in it, else fp16 on GPUs and fp32 on CPUs; kept from the first start on. Under `strategy: accelerate`, fp32 and auto yield to accelerate's mixed_precision."""
     compile: bool = False
     """torch.compile the model."""
     stages: Annotated[list[Annotated[str, Registered(registry.stages)]], Field(min_length=1)] = [

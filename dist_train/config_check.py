@@ -11,6 +11,7 @@ from dist_train import registry
 from dist_train.config import Config
 from dist_train.config_data import ColorJitter
 from dist_train.config_fit import FitConfig
+from dist_train.config_strategy import strategy_problems
 from dist_train.errors import Problem
 
 Check = Callable[[Config, Mapping[str, str]], Iterable[Problem]]
@@ -133,11 +134,8 @@ def _trackers(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
 
 
 @_about("strategy")
-def _single_process(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
-    world_size = environ.get("WORLD_SIZE", "1")
-    if config.strategy == "single" and world_size.isdecimal() and int(world_size) > 1:
-        message = f"'single' is for one process, but this is one of {world_size} (WORLD_SIZE)"
-        yield Problem("strategy", message, hint="--strategy auto, or start one process: dist-train run CONFIG")
+def _strategy(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+    return strategy_problems(config, environ)
 
 
 @_about()

@@ -38,7 +38,7 @@ _VARIABLES = (
 )
 
 
-def describe(world: World, threads: int) -> dict[str, Any]:
+def describe(world: World, threads: int, strategy: str, precision: str) -> dict[str, Any]:
     """Versions, machine and ranks; of the environment's variables only those named here."""
     packages = {}
     for name in _PACKAGES:
@@ -58,6 +58,8 @@ def describe(world: World, threads: int) -> dict[str, Any]:
         "world_size": world.world_size,
         "local_world_size": world.local_world_size,
         "threads_per_rank": threads,
+        "strategy": strategy,
+        "precision": precision,
         "commit": _commit(),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }

@@ -96,5 +96,9 @@ class NonFiniteLossError(DistTrainError):
     """The loss became NaN or infinite; names step and ranks."""
 
 
+class CollectiveMismatchError(DistTrainError):
+    """The ranks called different collectives; found where `debug.collectives` looks, a hang elsewhere."""
+
+
 class PeerError(DistTrainError):
     """Another rank failed, or did not answer in time. It is never the cause itself."""

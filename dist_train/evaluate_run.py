@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 from dist_train.artifact import load_artifact
 from dist_train.assembly import configure_torch, make_context
 from dist_train.checkpoint import CheckpointFolder
+from dist_train.choices import choose, look
 from dist_train.config import config_model
 from dist_train.errors import RunDirError
 from dist_train.evaluate import evaluate
@@ -43,10 +45,19 @@ def evaluate_run(run_dir: Path) -> dict[str, Any]:
             f"{run_dir} has no trained model yet", "finish the run first: the same dist-train run command resumes it"
         )
     with join(config.run) as world:
-        threads = read_json(paths.environment)["threads_per_rank"]
+        known = read_json(paths.environment)
+        threads = known["threads_per_rank"]
         configure_torch(config, threads)
+        choices = choose(config, look(world, threads, threads_kept=True), os.environ, known["precision"])
         context = make_context(
-            config, paths, world, threads, Progress(world.is_main, config.log.interval), Trackers([]), NoLedger()
+            config,
+            paths,
+            world,
+            threads,
+            Progress(world.is_main, config.log.interval),
+            Trackers([]),
+            NoLedger(),
+            choices,
         )
         models = {}
         if "train" in finished:

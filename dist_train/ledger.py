@@ -58,11 +58,15 @@ class LedgerReport:
         epochs: (stage, epoch) -> samples consumed.
         problems: what is wrong, in words; empty for a perfect ledger.
         unfinished: last epochs of stages that are still under way, in words.
+        skipped: stage -> steps whose fp16 gradients overflowed, and their samples. These were consumed: they came out of the
+            dataset and went through the model in their turn, but no weight learned from them. That is how loss scaling works,
+            so it is no problem; it is reported.
     """
 
     epochs: dict[tuple[str, int], int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
+    skipped: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -70,6 +74,10 @@ class LedgerReport:
 
     def __str__(self) -> str:
         lines = [f"{stage} epoch {epoch}: {count} samples" for (stage, epoch), count in self.epochs.items()]
+        lines += [
+            f"{stage}: {steps} steps were skipped, as fp16 gradients overflowed; nothing was learned from their {samples} samples"
+            for stage, (steps, samples) in self.skipped.items()
+        ]
         lines += [f"PROBLEM: {problem}" for problem in self.problems] + [
             f"not finished: {text}" for text in self.unfinished
         ]
@@ -133,9 +141,13 @@ def check(run_dir: Path) -> LedgerReport:
         if step != last.get(stage, -1) + 1:
             report.problems.append(f"{stage}: step {step} follows step {last.get(stage, -1)}")
         last[stage] = step
+        if len({line["skipped"] for line in lines}) > 1:
+            report.problems.append(f"{stage} step {step}: some ranks skipped it and some did not")
+        if any(line["skipped"] for line in lines):
+            before, samples = report.skipped.get(stage, (0, 0))
+            report.skipped[stage] = before + 1, samples + sum(len(line["ids"]) for line in lines)
         for line in lines:
-            if not line["skipped"]:
-                epochs[stage, line["epoch"]].update(line["ids"])
+            epochs[stage, line["epoch"]].update(line["ids"])
     for (stage, epoch), ids in epochs.items():
         report.epochs[stage, epoch] = ids.total()
         repeated = [number for number, times in ids.items() if times > 1]

@@ -97,7 +97,7 @@ def fit(run: Fit, model: nn.Module, resume: dict[str, Any] | None) -> TrainState
     Raises:
         NonFiniteLossError: on all ranks; what was saved is finite.
     """
-    state = TrainState(model, run.config, run.total_steps, run.steps_per_epoch)
+    state = TrainState(model, run.config, run.total_steps, run.steps_per_epoch, run.strategy.begin())
     if resume is not None:
         state.load_state_dict(resume)
     if state.step < run.total_steps:
@@ -193,9 +193,13 @@ def _update(run: Fit, state: TrainState) -> StepOutcome:
     """Clip, optimizer, schedule, average."""
     outcome = run.strategy.step(state.optimizer, state.model, run.config.clip_grad_norm)
     state.optimizer.zero_grad(set_to_none=True)
-    state.schedule.step()
-    if state.average is not None:
-        state.average.update_parameters(state.model)
+    if outcome.skipped:
+        # As torch's recipe has it: the schedule follows the optimizer's steps, of which this is none, and nothing new is to be averaged.
+        state.skipped += 1
+    else:
+        state.schedule.step()
+        if state.average is not None:
+            state.average.update_parameters(state.model)
     state.step += 1
     return outcome
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from dist_train import registry
 from dist_train.assembly import check_arguments, configure_torch, make_context
+from dist_train.choices import choose, look
 from dist_train.config import Config
 from dist_train.config_sources import differences, dump
 from dist_train.environment import describe
@@ -46,7 +47,7 @@ def run(config: Config) -> dict[str, Any]:
         return done
     attempt: int | None = None
     try:
-        with join(config.run) as world:
+        with join(config.run, config.debug.collectives) as world:
             _agree_on_config(config, world)
             attempt = world.on_rank_0(lambda: _open(config, run_dir), "opening the run directory")
             _check_shared(run_dir, world)
@@ -140,11 +141,17 @@ def _check_shared(run_dir: RunDir, world: World) -> None:
 def _run(config: Config, run_dir: RunDir, world: World, attempt: int) -> dict[str, Any]:
     known = read_json(run_dir.environment) or {}
     threads = known.get("threads_per_rank") if config.run.threads_per_rank == "auto" else None
+    threads_kept = threads is not None
     threads = threads or resolve_threads(config.run.threads_per_rank, world)
     configure_torch(config, threads)
+    began = (run_dir.checkpoints / "latest.json").exists()
+    choices = choose(config, look(world, threads, threads_kept), os.environ, known.get("precision") if began else None)
+    world.barrier("reading the former environment")
     if world.is_main:
-        replace_json(run_dir.environment, describe(world, threads))
+        replace_json(run_dir.environment, describe(world, threads, choices.strategy, choices.precision))
     progress = Progress(world.is_main, config.log.interval)
+    for line in choices.lines:
+        progress.say(line)
     status = Status(run_dir, config.run.name, attempt)
     trackers = Trackers(
         [status, *(registry.trackers.get(name)(run_dir, config.run.name, attempt) for name in config.trackers)]
@@ -153,7 +160,7 @@ def _run(config: Config, run_dir: RunDir, world: World, attempt: int) -> dict[st
     )
     ledger = Ledger(run_dir, world.rank, world.world_size, attempt) if config.debug.ledger else NoLedger()
     try:
-        context = make_context(config, run_dir, world, threads, progress, trackers, ledger)
+        context = make_context(config, run_dir, world, threads, progress, trackers, ledger, choices)
         if world.is_main and config.debug.ledger:
             _expect(context)
         _run_stages(context, attempt, status)

@@ -241,7 +241,9 @@ strategies = Registry(
     "dist_train.strategies",
     {
         "single": Entry("dist_train.strategies.single:Single"),
+        "dp": Entry("dist_train.strategies.data_parallel:DP"),
         "ddp": Entry("dist_train.strategies.ddp:DDP"),
+        "accelerate": Entry("dist_train.strategies.accelerate:Accelerate", requires={"accelerate": "accelerate"}),
     },
 )
 trackers = Registry("tracker", "dist_train.trackers", {"jsonl": Entry("dist_train.trackers.jsonl:JsonLines")})

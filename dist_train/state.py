@@ -20,10 +20,20 @@ class TrainState:
         step: optimizer steps done in this stage.
         metrics: of the newest evaluation.
         best: highest `value` of the headline metric so far, and its `step`.
+        skipped: how many of the steps changed nothing, as fp16 gradients overflowed.
     """
 
-    def __init__(self, model: nn.Module, config: FitConfig, total_steps: int, steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: FitConfig,
+        total_steps: int,
+        steps_per_epoch: int,
+        scaler: torch.amp.GradScaler,
+    ) -> None:
         self.model = model
+        self._scaler = scaler
+        self.skipped = 0
         self.optimizer: torch.optim.Optimizer = build_optimizer(model, config.optim)
         self.schedule: LRScheduler = build_schedule(self.optimizer, config.schedule, total_steps, steps_per_epoch)
         self.average: AveragedModel | None = None
@@ -44,6 +54,8 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "skipped": self.skipped,
             "step": self.step,
             "metrics": self.metrics,
             "best": self.best,
@@ -55,6 +67,8 @@ class TrainState:
         self.schedule.load_state_dict(state["schedule"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.skipped = state["skipped"]
         self.step = state["step"]
         self.metrics = state["metrics"]
         self.best = state["best"]

@@ -10,7 +10,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from dist_train.collectives import collectives_checked, mismatch
 from dist_train.config import RunConfig
 from dist_train.errors import PeerError, SetupError
 
@@ -59,9 +60,14 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def cores(self) -> int:
+        """Usable cores of this node, which its ranks share."""
+        return len(os.sched_getaffinity(0))
+
     def share_of_cores(self) -> int:
         """The node's usable cores shared out among its ranks; at least one."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+        return max(1, self.cores // self.local_world_size)
 
     def all_reduce(self, tensor: torch.Tensor, operation: Literal["sum", "max"]) -> torch.Tensor:
         """Reduces `tensor` over all ranks, in place; returns it."""
@@ -198,19 +204,24 @@ def _in_a_line(error: BaseException) -> str:
 
 
 @contextmanager
-def join(run: RunConfig) -> Iterator[World]:
+def join(run: RunConfig, check_collectives: bool = False) -> Iterator[World]:
     """Forms the process group, yields the world, ends the group.
 
     An error in the body is reported to the other ranks. Where it is only the echo of another rank's failure, PeerError takes its place.
 
+    Args:
+        check_collectives: before each collective the ranks compare what they are about to call; slow.
+
     Raises:
         SetupError: contradicting variables, or devices that are not there; before any rank waits for another. Or ranks that do not come.
+        CollectiveMismatchError: with `check_collectives`, on every rank, where they called different ones.
     """
-    world = _form(run)
+    with collectives_checked() if check_collectives else nullcontext():
+        world = _form(run)
     try:
         yield world
     except BaseException as error:
-        raised = _echo_of_peer(world, error) or error
+        raised = mismatch(error) or _echo_of_peer(world, error) or error
         _end_in_failure(world, raised)
         if raised is not error:
             raise raised from error

@@ -13,19 +13,21 @@ import torch
 from torch import nn
 
 from dist_train.config_fit import FitConfig
+from dist_train.config_strategy import Precision
 from dist_train.data.arrays import ImageArrays
 from dist_train.data.augment import Augmentation
 from dist_train.data.loader import EvaluationLoader, Source, TrainLoader
 from dist_train.data.sampler import ElasticDistributedSampler
 from dist_train.evaluate import Evaluation, evaluate
 from dist_train.hooks import Hook
-from dist_train.ledger import NoLedger
+from dist_train.ledger import Ledger, NoLedger
 from dist_train.loop import Fit
 from dist_train.progress import Progress
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize
 from dist_train.quantization.ranges import Ranges
 from dist_train.reduction import StepReduction
 from dist_train.run_dir import RunDir
+from dist_train.strategies.base import Strategy
 from dist_train.strategies.ddp import DDP
 from dist_train.strategies.single import Single
 from dist_train.tasks import Classification, Task
@@ -134,7 +136,9 @@ def make(
     config: Mapping[str, Any] | None = None,
     hooks: Sequence[Hook] = (),
     task: Task | None = None,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
+    strategy_class: type[Strategy] | None = None,
+    ledger: Ledger | NoLedger | None = None,
     compile: bool = False,
     checkpoint_every: int | None = None,
     evaluate_with: Callable[[nn.Module], Evaluation] | None = None,
@@ -144,7 +148,7 @@ def make(
     source = Source(data, augmentation, world.device, False, 0, 0)
     sampler = ElasticDistributedSampler(data, world.world_size, world.rank, seed=5, global_batch_size=batch)
     loader = TrainLoader(source, sampler, micro)
-    strategy = DDP(world, precision) if world.world_size > 1 else Single(world, precision)
+    strategy = (strategy_class or (DDP if world.world_size > 1 else Single))(world, precision)
     chosen_task = task or Classification(CLASSES, {})
     ranges = Ranges(model)
     recorder, memory = Recorder(), Memory()
@@ -174,7 +178,7 @@ def make(
         evaluate=evaluate_with or evaluation,
         checkpoints=memory,
         checkpoint_every=checkpoint_every,
-        ledger=NoLedger(),
+        ledger=ledger or NoLedger(),
         trackers=Trackers([recorder]),
         log_every=1,
         progress=Progress(False, 1.0, io.StringIO()),

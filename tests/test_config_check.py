@@ -117,3 +117,51 @@ def test_a_backend_that_no_stage_uses_need_not_be_installed(monkeypatch: pytest.
     entry = Entry("json:loads", requires={"no_such_module_at_all": "no-such-package"})
     monkeypatch.setitem(registry.quantization_backends._entries, "lacking", entry)
     assert places({"stages": ["train"], "qat": {"backend": "lacking"}}) == []
+
+
+ACCELERATE = {"strategy": "accelerate"}
+
+
+@pytest.mark.parametrize(
+    ("tree", "environ", "expected"),
+    [
+        ({"strategy": "dp"}, {}, []),
+        ({"strategy": "dp"}, {"RANK": "0", "WORLD_SIZE": "2"}, ["strategy"]),
+        ({"strategy": "dp", "compile": True}, {}, ["strategy"]),
+        (ACCELERATE, {"RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "bf16"}, []),
+        ({**ACCELERATE, "precision": "bf16"}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, []),
+        ({**ACCELERATE, "precision": "bf16"}, {}, []),
+        ({**ACCELERATE, "precision": "auto"}, {"ACCELERATE_MIXED_PRECISION": "fp16"}, []),
+        ({**ACCELERATE, "precision": "fp16"}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, ["precision"]),
+        ({**ACCELERATE, "precision": "bf16"}, {"ACCELERATE_MIXED_PRECISION": "no"}, ["precision"]),
+        (ACCELERATE, {"ACCELERATE_MIXED_PRECISION": "fp8"}, ["precision"]),
+        (ACCELERATE, {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}, []),
+        (ACCELERATE, {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, ["strategy"]),
+        (ACCELERATE, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, ["strategy"]),
+        ({**ACCELERATE, "run": {"device": "cuda"}}, {"ACCELERATE_USE_CPU": "true"}, ["run.device"]),
+        ({"strategy": "ddp"}, {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_MIXED_PRECISION": "fp8"}, []),
+    ],
+)
+def test_strategies_that_contradict_the_ranks_or_the_accelerate_config(
+    tree: dict[str, Any], environ: dict[str, str], expected: list[str]
+) -> None:
+    assert places(tree, environ) == expected
+
+
+@pytest.mark.parametrize(("variable", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
+def test_sharded_training_by_accelerate_is_refused_by_name_and_says_what_qat_would_need(
+    variable: str, name: str
+) -> None:
+    environ = {f"ACCELERATE_USE_{variable}": "true"}
+    (quantized,) = contradictions(Config.model_validate(ACCELERATE), environ)
+    (plain,) = contradictions(Config.model_validate({**ACCELERATE, "stages": ["train"]}), environ)
+    assert f"asks for {name}" in plain.message and "qat" not in plain.message
+    assert f"asks for {name}" in quantized.message and "ptq and qat would need whole weights" in quantized.message
+    assert "accelerate launch --multi_gpu" in plain.hint
+
+
+def test_both_precisions_are_named_where_ours_and_accelerates_differ() -> None:
+    config = Config.model_validate({**ACCELERATE, "precision": "fp16"})
+    (problem,) = contradictions(config, {"ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert problem.message == "is fp16, and the accelerate config says mixed_precision: bf16"
+    assert problem.hint.startswith("accelerate launch --mixed_precision fp16")

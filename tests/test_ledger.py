@@ -94,10 +94,20 @@ def test_an_id_that_the_training_set_does_not_have_is_a_problem(tmp_path: Path) 
     )
 
 
-def test_samples_of_a_skipped_step_were_not_consumed(tmp_path: Path) -> None:
-    write(tmp_path, 1, 0, range(2))
-    write(tmp_path, 1, 0, [2], skipped=True)
-    assert check(tmp_path).unfinished == ["train epoch 0: 8 of 10 samples"]
+def test_a_skipped_steps_samples_were_consumed_and_are_reported(tmp_path: Path) -> None:
+    write(tmp_path, 2, 0, range(2))
+    write(tmp_path, 2, 0, [2], skipped=True)
+    report = check(tmp_path)
+    assert report.ok and report.skipped == {"train": (1, 2)}, report
+    assert "train: 1 steps were skipped, as fp16 gradients overflowed; nothing was learned from their 2 samples" in str(
+        report
+    )
+
+
+def test_ranks_that_disagree_about_a_skipped_step_are_a_problem(tmp_path: Path) -> None:
+    write(tmp_path, 2, 0, range(3))
+    edit(tmp_path, 1, 0, skipped=True)
+    assert check(tmp_path).problems == ["train step 0: some ranks skipped it and some did not"]
 
 
 def test_of_a_repeated_step_the_highest_attempt_counts(tmp_path: Path) -> None:

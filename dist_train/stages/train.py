@@ -81,4 +81,6 @@ def run_loop(
     )
     state = fit(run, model, context.resume)
     context.results["stages"].setdefault(stage, {})["steps"] = run.total_steps
+    if state.skipped:
+        context.results["stages"][stage]["skipped_steps"] = state.skipped
     return state

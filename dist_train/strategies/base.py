@@ -9,7 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dist_train.config_strategy import Precision
+from dist_train.errors import NonFiniteLossError
 from dist_train.world import World
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Scaled by less than this, fp16's range would be wasted on its low end; GradScaler itself would halve the scale to 0, skipping every step.
+_SMALLEST_LOSS_SCALE = 2.0**-10
 
 
 @dataclass(frozen=True)
@@ -26,11 +32,24 @@ class StepOutcome:
 
 
 class Strategy(ABC):
-    """Wraps a model for training and owns precision."""
+    """Wraps a model for training and owns precision.
 
-    def __init__(self, world: World, precision: str) -> None:
+    Attributes:
+        scaler: multiplies the loss so that fp16 gradients do not vanish; off, and then of no effect, in other precisions.
+    """
+
+    scaler: torch.amp.GradScaler
+
+    def __init__(self, world: World, precision: Precision) -> None:
+        """precision: resolved, no longer `auto`."""
         self.world = world
         self._precision = precision
+        self.begin()
+
+    def begin(self) -> torch.amp.GradScaler:
+        """A fresh scaler, for a stage that begins: its scale belongs to that stage's gradients. Its state goes into checkpoints."""
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self._precision == "fp16")
+        return self.scaler
 
     @abstractmethod
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -49,15 +68,31 @@ class Strategy(ABC):
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context of forward and loss."""
-        if self._precision == "bf16":
-            return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+        if self._precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.world.device.type, dtype=_DTYPES[self._precision])
 
     def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
+        self.scaler.scale(loss).backward()
 
     def step(self, optimizer: torch.optim.Optimizer, model: nn.Module, max_norm: float | None) -> StepOutcome:
-        """Clips the gradients to `max_norm` and lets the optimizer take its step."""
+        """Clips the gradients to `max_norm` and lets the optimizer take its step, unless fp16 gradients overflowed.
+
+        All ranks agree on that, as they hold the same averaged gradients.
+
+        Raises:
+            NonFiniteLossError: gradients that are not finite though the loss is hardly scaled: it is not fp16's range.
+        """
+        self.scaler.unscale_(optimizer)  # the norm is that of the true gradients
         norm = None if max_norm is None else nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        optimizer.step()
-        return StepOutcome(norm)
+        before = self.scaler.get_scale()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() >= before:
+            return StepOutcome(norm)
+        if before <= _SMALLEST_LOSS_SCALE:
+            raise NonFiniteLossError(
+                f"the gradients are not finite, though the loss is, and was scaled by no more than {before:g} for fp16",
+                "--precision bf16 or fp32; in the loss and the model look for a root or a logarithm of 0",
+            )
+        return StepOutcome(skipped=True)

@@ -35,13 +35,20 @@ class DDP(Strategy):
         return context
 
     def settle(self, wrapped: nn.Module, inputs: torch.Tensor) -> None:
-        # DDP orders its buckets anew after the first backward, at the next forward; on three and more ranks another order
-        # sums in another order, so a resumed run's first step would differ in the last bits. Two throwaway steps settle it.
-        buffers = {name: buffer.clone() for name, buffer in wrapped.named_buffers()}
-        for _ in range(2):
-            with self.autocast():
-                outputs = wrapped(inputs)
-            (outputs.float() * 0).sum().backward()
-        wrapped.zero_grad(set_to_none=True)
-        for name, buffer in wrapped.named_buffers():
-            buffer.copy_(buffers[name])
+        settle_buckets(self, wrapped, inputs)
+
+
+def settle_buckets(strategy: Strategy, wrapped: nn.Module, inputs: torch.Tensor) -> None:
+    """Two throwaway steps of a DistributedDataParallel, after which its buckets keep their order.
+
+    It orders them anew after the first backward, at the next forward; on three and more ranks another order sums in another order,
+    so a resumed run's first step would differ in the last bits.
+    """
+    buffers = {name: buffer.clone() for name, buffer in wrapped.named_buffers()}
+    for _ in range(2):
+        with strategy.autocast():
+            outputs = wrapped(inputs)
+        (outputs.float() * 0).sum().backward()
+    wrapped.zero_grad(set_to_none=True)
+    for name, buffer in wrapped.named_buffers():
+        buffer.copy_(buffers[name])

@@ -1,0 +1,84 @@
+"""nn.DataParallel over the visible GPUs of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.errors import SetupError
+from dist_train.strategies.base import Strategy
+
+
+class DP(Strategy):
+    """Each micro-batch is split over the GPUs; outputs, and so the loss and its mean, are of the whole one on the first GPU."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        self._replicated = Replicated(model)
+        return self._replicated
+
+    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def settle(self, wrapped: nn.Module, inputs: Tensor) -> None:
+        return
+
+    def backward(self, loss: Tensor) -> None:
+        super().backward(loss)
+        self._replicated.fold()
+
+
+class Replicated(nn.DataParallel[nn.Module]):
+    """DataParallel that keeps what its replicas learn in buffers; torch forgets all of it but the first GPU's."""
+
+    def __init__(self, module: nn.Module, device_ids: Sequence[int] | None = None) -> None:
+        super().__init__(module, device_ids)
+        self._used: list[tuple[nn.Module, int]] = []
+        self._checked = False
+
+    def parallel_apply(self, replicas: Sequence[nn.Module], inputs: Sequence[Any], kwargs: Any) -> list[Any]:
+        outputs = super().parallel_apply(replicas, inputs, kwargs)
+        self._used = [(replica, len(arguments[0])) for replica, arguments in zip(replicas, inputs, strict=True)]
+        return outputs
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """After backward, which may still read the buffers: makes the module's those of all rows of the forward.
+
+        BatchNorm's running statistics are averaged by rows, as over ranks (reduction.py); ranges of a step are widened.
+
+        Raises:
+            SetupError: another buffer came to differ between the replicas, so that only the first GPU's would count.
+        """
+        replicas, self._used = self._used, []
+        if not replicas:
+            return
+        rows = sum(count for _, count in replicas)
+        named = [dict(replica.named_buffers()) for replica, _ in replicas]
+        for name, buffer in self.module.named_buffers():
+            copies = [buffers[name].to(buffer.device, non_blocking=True) for buffers in named]
+            kind = name.rpartition(".")[2]
+            if kind in ("running_mean", "running_var"):
+                # As differences from the first: statistics that stand still must not be rounded.
+                shares = [
+                    (copy - copies[0]) * (count / rows) for copy, (_, count) in zip(copies, replicas, strict=True)
+                ]
+                buffer.copy_(copies[0] + torch.stack(shares).sum(0))
+            elif kind == "step_low":
+                buffer.copy_(torch.stack(copies).amin(0))
+            elif kind == "step_high":
+                buffer.copy_(torch.stack(copies).amax(0))
+            elif not self._checked:
+                _require_same(name, copies)
+        self._checked = True
+
+
+def _require_same(name: str, copies: Sequence[Tensor]) -> None:
+    if not all(torch.equal(copy, copies[0]) for copy in copies):
+        raise SetupError(
+            f"the buffer {name} differs between the GPUs after a step: under dp only the first one's would be kept",
+            "--strategy ddp, and compute it from synchronised values; or train on one GPU: CUDA_VISIBLE_DEVICES=0",
+        )

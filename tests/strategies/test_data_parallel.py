@@ -1,0 +1,176 @@
+"""dp: what replicas learn in buffers is that of all rows. On the CPU with torch's own replicas; on GPUs with DataParallel as it is."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dist_train.errors import SetupError
+from dist_train.loop import fit
+from dist_train.quantization.prepared import PreparedModel
+from dist_train.quantization.pt2e import PT2EBackend
+from dist_train.quantization.ranges import Ranges
+from dist_train.strategies.data_parallel import DP, Replicated
+from dist_train.strategies.single import Single
+from dist_train.world import World
+from tests.faulty_parts import Centre
+from tests.fits import flat, make, normed
+from tests.quantization.tiny_nets import TinyNet, calibrate
+
+
+class OnCPU(Replicated):
+    """nn.DataParallel, with `count` CPU copies in place of GPUs; copies are torch's `_replicate_for_data_parallel`, with cloned buffers."""
+
+    def __init__(self, module: nn.Module, count: int) -> None:
+        super().__init__(module)
+        self.device_ids, self.output_device = list(range(count)), 0
+        self.src_device_obj, self.dim = torch.device("cpu"), 0
+
+    def scatter(self, inputs: tuple[Any, ...], kwargs: Any, device_ids: Sequence[Any]) -> Any:
+        pieces = [(piece,) for piece in inputs[0].chunk(len(device_ids))]
+        return pieces, [{} for _ in pieces]
+
+    def replicate(self, module: nn.Module, device_ids: Sequence[Any]) -> list[nn.Module]:
+        return [_replica(module, first=number == 0) for number in range(len(device_ids))]
+
+    def gather(self, outputs: Any, output_device: Any) -> torch.Tensor:
+        return torch.cat(outputs)
+
+
+def _replica(module: nn.Module, first: bool) -> nn.Module:
+    """As torch's `replicate` makes it: parameters are plain attributes, and only the first device's buffers are the module's own."""
+    replica: nn.Module = module._replicate_for_data_parallel()
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(replica, name, parameter * 1)
+    for name, buffer in module.named_buffers(recurse=False):
+        replica._buffers[name] = buffer if first else buffer.clone()
+    for name, child in module.named_children():
+        replica._modules[name] = _replica(child, first)
+    return replica
+
+
+@pytest.fixture
+def apply_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's parallel_apply asks for the current stream of a GPU: here the replicas run one after the other."""
+
+    def in_turn(replicas: Sequence[nn.Module], inputs: Any, kwargs: Any, devices: Any) -> list[Any]:
+        return [replica(*arguments) for replica, arguments in zip(replicas, inputs, strict=True)]
+
+    monkeypatch.setattr(importlib.import_module("torch.nn.parallel.data_parallel"), "parallel_apply", in_turn)
+
+
+class CPUDP(DP):
+    def wrap(self, model: nn.Module) -> nn.Module:
+        self._replicated = OnCPU(model, 2)
+        return self._replicated
+
+
+def prepared_net() -> PreparedModel:
+    torch.manual_seed(3)
+    net = TinyNet().train()
+    return calibrate(PT2EBackend().prepare(net, torch.zeros(2, 3, 8, 8)), torch.rand(4, 3, 8, 8))
+
+
+def step(model: nn.Module, images: torch.Tensor, replicas: int) -> torch.Tensor:
+    """Forward and backward, as the strategy does them."""
+    strategy = DP(World(), "fp32")
+    strategy._replicated = OnCPU(model, replicas)
+    outputs: torch.Tensor = strategy._replicated(images)
+    strategy.backward(outputs.square().mean())
+    return outputs.detach()
+
+
+@pytest.mark.usefixtures("apply_in_turn")
+def test_ranges_under_dp_are_those_of_all_replicas_rows_and_not_the_first_gpus() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(6, 3, 8, 8)
+    images[4:] *= 10  # the last replica alone sees them
+    whole = prepared_net()
+    whole.freeze_batch_norm()  # statistics of a batch would make the activations differ
+    split, first = copy.deepcopy(whole), copy.deepcopy(whole)
+    expected = whole(images)
+    outputs = step(split, images, replicas=3)
+    first(images[:2])
+    assert torch.allclose(outputs, expected, atol=1e-6)
+    observed = Ranges(split).observed()
+    assert torch.isfinite(observed).all()
+    assert torch.allclose(observed, Ranges(whole).observed(), atol=1e-6)
+    assert float(observed.max()) > 5 * float(Ranges(first).observed().max())
+
+
+@pytest.mark.usefixtures("apply_in_turn")
+def test_batch_norm_under_dp_is_averaged_over_replicas_by_their_rows() -> None:
+    model = normed().train()
+    images = torch.rand(5, 1, 4, 4)
+    images[3:] += 4
+    before = copy.deepcopy(model.state_dict())
+    step(model, images, replicas=2)
+    alone = []
+    for rows in (images[:3], images[3:]):
+        one = normed().train()
+        one.load_state_dict(before)
+        one(rows)
+        alone.append(one.get_buffer("1.running_mean"))
+    mean = model.get_buffer("1.running_mean")
+    assert torch.allclose(mean, alone[0] * 0.6 + alone[1] * 0.4, atol=1e-6)
+    assert float((mean - alone[0]).abs().max()) > 0.01, "not the first replica's"
+    assert int(model.get_buffer("1.num_batches_tracked")) == 1
+
+
+@pytest.mark.usefixtures("apply_in_turn")
+def test_statistics_that_stand_still_are_not_rounded() -> None:
+    model = normed().eval()
+    with torch.no_grad():
+        model.get_buffer("1.running_mean").copy_(torch.tensor([0.1, 1 / 3, -2 / 7]))
+    before = model.get_buffer("1.running_mean").clone()
+    for _ in range(5):
+        step(model, torch.rand(7, 1, 4, 4), replicas=3)
+    assert torch.equal(model.get_buffer("1.running_mean"), before)
+
+
+@pytest.mark.usefixtures("apply_in_turn")
+def test_a_buffer_that_follows_each_replicas_own_data_is_refused_by_name() -> None:
+    model = nn.Sequential(Centre(), nn.Flatten(), nn.Linear(16, 4)).train()
+    with pytest.raises(SetupError, match=r"the buffer 0\.centre differs between the GPUs"):
+        step(model, torch.arange(4 * 16.0).view(4, 1, 4, 4), replicas=2)
+
+
+@pytest.mark.usefixtures("apply_in_turn")
+def test_training_under_dp_is_that_of_one_process_on_every_tail() -> None:
+    """37 rows in batches of 10, micro-batches of 4: the tails leave replicas with one row."""
+    weights = []
+    for strategy in (Single, CPUDP):
+        model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4))
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        fit(make(World(), model, micro=4, strategy_class=strategy).run, model, None)
+        weights.append(flat(model))
+    assert weights[1] == pytest.approx(weights[0], abs=1e-5)
+
+
+@pytest.mark.gpu
+def test_dp_on_gpus_trains_as_one_gpu_does_and_keeps_the_ranges_of_all() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("only on a machine with two CUDA devices")
+    world = World(device=torch.device("cuda", 0))
+    torch.manual_seed(0)
+    images = torch.rand(8, 3, 8, 8, device="cuda:0")
+    images[4:] *= 10
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for strategy in (Single(world, "fp32"), DP(world, "fp32")):
+        model = prepared_net().to("cuda:0").train()
+        model.freeze_batch_norm()
+        outputs = strategy.wrap(model)(images)
+        strategy.backward(outputs.square().mean())
+        gradients = [each.grad.flatten() for each in model.parameters() if each.grad is not None]
+        found.append((torch.cat(gradients), Ranges(model).observed()))
+    (gradient, observed), (dp_gradient, dp_observed) = found
+    assert torch.allclose(dp_gradient, gradient, rtol=1e-3, atol=1e-5)
+    assert torch.allclose(dp_observed, observed, rtol=1e-5)
