@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,18 +15,21 @@ from dist_train import registry
 from dist_train.checkpoint import CheckpointFolder
 from dist_train.choices import Choices
 from dist_train.config import Config
+from dist_train.config_data import is_weights_file
 from dist_train.data.arrays import Splits, open_splits
 from dist_train.data.datasets import cache_folder, check_args
 from dist_train.data.loader import seed_everything
 from dist_train.data.permutation import derive_key
 from dist_train.errors import ConfigError, DataError, Problem
 from dist_train.ledger import Ledger, NoLedger
-from dist_train.models.build import build_model, model_arguments
+from dist_train.models.build import build_model, check_model, initial_weights
+from dist_train.models.weights import digest, load_weights
 from dist_train.progress import Progress
 from dist_train.run_dir import RunDir
 from dist_train.stages.base import Context
 from dist_train.tasks import Task
 from dist_train.trackers.base import Trackers
+from dist_train.try_out import try_out
 from dist_train.world import World
 
 
@@ -38,8 +42,9 @@ def check_arguments(config: Config) -> None:
     problems: list[Problem] = []
     checks: list[Callable[[], object]] = [
         lambda: check_args(config.data),
-        lambda: model_arguments(config.model, num_classes=2, in_channels=1),
+        lambda: check_model(config.model),
         lambda: registry.tasks.get(config.task.name)(2, config.task.args),
+        lambda: _require_initial_weights(config),
     ]
     for check in checks:
         try:
@@ -63,13 +68,17 @@ def make_context(
     """Data, model, task and strategy as the config names them. Collective."""
     splits = _splits(config, world)
     model = _model(config, splits, world)
-    task: Task = registry.tasks.get(config.task.name)(splits.num_classes, config.task.args)
-    _try_out(model, splits, task, world)
+    folder = CheckpointFolder(run_dir.checkpoints)
+    weights = (
+        None if _holds_its_weights(config, folder) else _load_initial_weights(config, model, splits, world, progress)
+    )
+    task: Task = registry.tasks.get(config.task.name)(splits.num_outputs, config.task.args)
+    try_out(config, model, splits, task, world)
     return Context(
         config=config,
         world=world,
         run_dir=run_dir,
-        folder=CheckpointFolder(run_dir.checkpoints),
+        folder=folder,
         splits=splits,
         task=task,
         strategy=registry.strategies.get(choices.strategy)(world, choices.precision),
@@ -85,6 +94,7 @@ def make_context(
             "stages": {},
             "models": {},
             "gates": {},
+            **({} if weights is None else {"initial_weights": weights}),
         },
     )
 
@@ -98,20 +108,51 @@ def _model(config: Config, splits: Splits, world: World) -> nn.Module:
     """The model with its first weights, a function of the seed alone, on the device."""
     channels = splits.input_shape[0]  # may read a sample, which may draw random numbers: before the seed
     seed_everything(derive_key("weights", config.run.seed))
-    model = build_model(config.model, splits.num_classes, channels)
+    model = build_model(config.model, splits.num_outputs, channels)
     model = model.to(world.device)
     return model.to(memory_format=torch.channels_last) if config.model.channels_last else model
 
 
-@torch.no_grad()
-def _try_out(model: nn.Module, splits: Splits, task: Task, world: World) -> None:
-    """One forward of zeros, so that a head that does not fit the data is found now and not after an epoch."""
-    outputs = model.eval()(torch.zeros(2, *splits.input_shape, device=world.device))
-    if not isinstance(outputs, torch.Tensor):
-        raise DataError(
-            f"the model returns a {type(outputs).__name__}, not a tensor", "return the logits alone from its forward"
-        )
-    task.check_outputs(outputs)
+def _holds_its_weights(config: Config, folder: CheckpointFolder) -> bool:
+    """The checkpoints of a run that began with training hold the model: what it started from may be gone by now."""
+    return config.stages[0] == "train" and folder.latest is not None
+
+
+def _require_initial_weights(config: Config) -> None:
+    """Raises ConfigError where the file or the run that the model starts from is not there."""
+    weights, other = config.model.weights, config.model.init_from
+    if _holds_its_weights(config, CheckpointFolder(RunDir(config.run_dir).checkpoints)):
+        return
+    if weights is not None and is_weights_file(weights) and not Path(weights).is_file():
+        hint = "give a .safetensors, .pt or .pth file"
+        raise ConfigError([Problem("model.weights", f"the file {weights} does not exist", hint=hint)])
+    if other is not None and not RunDir(other).config.is_file():
+        hint = "give the directory of a run that was trained, as in runs/NAME"
+        raise ConfigError([Problem("model.init_from", f"{other} is not a run directory", hint=hint)])
+
+
+def _load_initial_weights(
+    config: Config, model: nn.Module, splits: Splits, world: World, progress: Progress
+) -> dict[str, str] | None:
+    """Loads model.weights or model.init_from; returns what they were. Collective.
+
+    Raises:
+        DataError: they cannot be read, do not fit, or differ between nodes.
+    """
+    found = initial_weights(config.model)
+    if found is None:
+        return None
+    source, read = found
+    made: list[Mapping[str, torch.Tensor]] = []
+    # Once on each node first: what has to be downloaded is in a cache of the node then.
+    world.first_on_node(lambda: made.append(read()), f"reading the weights from {source}")
+    state = made[0] if made else read()
+    sha256 = digest(state)
+    if len(set(world.gather(sha256))) > 1:
+        raise DataError(f"{source} is not the same on all nodes", "give a path on a file system that all nodes share")
+    notes = load_weights(model, state, source, splits.num_outputs)
+    progress.say(f"model: starts from {source}" + "".join(f"; {note}" for note in notes))
+    return {"source": source, "sha256": sha256}
 
 
 def configure_torch(config: Config, threads: int) -> None:

@@ -84,12 +84,24 @@ def _stages_complete(config: Config, environ: Mapping[str, str]) -> Iterator[Pro
 
 @_about("stages", "model")
 def _something_to_quantize(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
-    """PTQ does not train; a model of ours or torchvision's without arguments starts from random weights."""
+    """PTQ does not train; a model of ours or another library's starts from random weights unless the config gives some."""
     target = registry.models.entry(config.model.name).target
     ours = isinstance(target, str) and target.startswith("dist_train.")
-    if config.stages[0] == "ptq" and "qat" not in config.stages and ours and not config.model.args:
-        hint = "put train first, or register a model that brings trained weights"
+    given = config.model.weights or config.model.init_from or config.model.args
+    if config.stages[0] == "ptq" and "qat" not in config.stages and ours and not given:
+        hint = "put train first, or give trained ones: --model.weights FILE_OR_NAME, --model.init_from RUN_DIR"
         yield Problem("stages", f"'ptq' would quantize {config.model.name!r} with random weights", hint=hint)
+
+
+@_about("model.weights", "model.init_from")
+def _weights(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+    weights, other = config.model.weights, config.model.init_from
+    if weights is not None and other is not None:
+        message = "model.weights and model.init_from both say what to start from"
+        yield Problem("model.init_from", message, hint="remove one of them")
+    if other is not None and other.resolve() == config.run_dir.resolve():
+        message = f"{other} is the directory of this run itself"
+        yield Problem("model.init_from", message, hint="--run.name NEW, or the directory of another run")
 
 
 @_about("data.name")

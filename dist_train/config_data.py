@@ -104,11 +104,11 @@ class DataConfig(Settings):
 
 class ModelConfig(Settings):
     name: Annotated[str, Registered(registry.models)] = "small_resnet"
-    """Name of a registered model, or of a classification model of torchvision."""
+    """Name of a registered model, of a classification or segmentation model of torchvision, or timm/NAME."""
     args: dict[str, Any] = {}
-    """Arguments of the model's function; num_classes and in_channels are given by the data where the function takes them."""
+    """Arguments of the model's function; num_classes (the width of the outputs) and in_channels are given by the data where the function takes them."""
     weights: str | None = None
-    """Trained weights to start from: a name of torchvision's (DEFAULT, IMAGENET1K_V1) or timm's (pretrained), or a file (.safetensors, .pt)."""
+    """Trained weights to start from: a name of torchvision's (DEFAULT, IMAGENET1K_V1) or timm's (pretrained), or a file (.safetensors, .pt, .pth). A head of another width is new; a first convolution is fitted to the images' channels."""
     init_from: Path | None = None
     """Run directory of another run, whose trained float model this one starts from."""
     channels_last: bool = False
@@ -118,4 +118,9 @@ class ModelConfig(Settings):
 class TaskConfig(Settings):
     name: Annotated[str, Registered(registry.tasks)] = "classification"
     args: dict[str, Any] = {}
-    """Arguments of the task, for example label_smoothing."""
+    """Arguments of the task. classification: label_smoothing; multilabel: pos_weight; regression: loss (mse, l1, huber), tolerance; segmentation: ignore_index."""
+
+
+def is_weights_file(weights: str) -> bool:
+    """Whether `model.weights` is meant as a file: by its ending, or by being a path. Names of weights have neither."""
+    return weights.endswith((".safetensors", ".pt", ".pth")) or "/" in weights

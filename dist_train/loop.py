@@ -147,7 +147,7 @@ def _train(run: Fit, state: TrainState) -> None:
     wrapped = run.strategy.wrap(_compiled(model) if run.compile else model)
     rank = run.strategy.world.rank
     outlook = _Outlook(run)
-    run.progress.begin(run.stage, run.total_steps, state.step)
+    run.progress.begin(run.stage, run.total_steps, state.step, run.task.score_name)
     first_step = True
     while state.step < run.total_steps:
         epoch, first = divmod(state.step, run.steps_per_epoch)

@@ -197,6 +197,7 @@ def _run_stages(context: Context, attempt: int, status: Status) -> None:
     if latest is not None:
         interrupted = folder.load(latest)
         context.require_same_data(interrupted["data"])
+        context.require_same_weights(interrupted["results"])
         context.finished = dict(interrupted["finished_stages"])
         context.results = interrupted["results"]
         where = (

@@ -31,8 +31,9 @@ class Progress:
         else:
             print(text, file=self._stream, flush=True)
 
-    def begin(self, title: str, total: int, done: int) -> None:
-        """Starts counting the steps of a stage, `done` of which lie behind."""
+    def begin(self, title: str, total: int, done: int, score_name: str = "acc") -> None:
+        """Starts counting the steps of a stage, `done` of which lie behind; `score_name` stands before the score."""
+        self._score_name = score_name
         self._title, self._total = title, total
         self._meter = _Meter()
         self._last_line = time.monotonic()
@@ -49,16 +50,18 @@ class Progress:
         if self._bar is not None:
             self._bar.update(1)
             self._bar.set_postfix(
-                loss=f"{loss:.4f}",
-                acc=f"{score:.3f}",
-                samples_s=f"{self._meter.samples_per_second:,.0f}",
+                {
+                    "loss": f"{loss:.4f}",
+                    self._score_name: f"{score:.3f}",
+                    "samples_s": f"{self._meter.samples_per_second:,.0f}",
+                },
                 refresh=False,
             )
         elif time.monotonic() - self._last_line >= self._interval or step == self._total:
             self._last_line = time.monotonic()
             left = (self._total - step) * self._meter.seconds_per_step
             self.say(
-                f"{self._title}: step {step}/{self._total}  loss {loss:.4f}  acc {score:.3f}  lr {lr:.4g}  "
+                f"{self._title}: step {step}/{self._total}  loss {loss:.4f}  {self._score_name} {score:.3f}  lr {lr:.4g}  "
                 f"{self._meter.samples_per_second:,.0f} samples/s  {left:.0f} s left"
             )
 

@@ -23,11 +23,14 @@ class Entry:
         target: the thing itself, or "module:attr" for one that is imported when first used.
         settings: for a stage, the pydantic model of its section of the config, or "module:attr".
         requires: importable modules that it needs, with the pip requirement that brings each.
+        weights: for a model with trained weights by name, a function of (model name, weights name) or "module:attr"; it
+            checks them and returns what fetches the state_dict.
     """
 
     target: Any
     settings: Any = None
     requires: dict[str, str] = field(default_factory=dict)
+    weights: Any = None
 
     def missing(self) -> list[str]:
         """The pip requirements that are not installed. Imports nothing."""
@@ -37,10 +40,14 @@ class Entry:
 class Registry:
     """The names of one kind (models, datasets, ...), from us, from entry points and from `--import`ed modules."""
 
-    def __init__(self, kind: str, group: str, builtin: dict[str, Entry]) -> None:
+    def __init__(
+        self, kind: str, group: str, builtin: dict[str, Entry], prefixes: dict[str, Entry] | None = None
+    ) -> None:
+        """`prefixes` are beginnings of names that another library knows, such as "timm/"; an own entry comes first."""
         self.kind = kind
         self._group = group
         self._entries = dict(builtin)
+        self._prefixes = prefixes or {}
         self._entry_points_read = False
 
     def _read_entry_points(self) -> None:
@@ -75,12 +82,18 @@ class Registry:
 
     def __contains__(self, name: str) -> bool:
         self._read_entry_points()
-        return name in self._entries
+        return name in self._entries or self._prefix(name) is not None
+
+    def _prefix(self, name: str) -> Entry | None:
+        matches = (entry for prefix, entry in self._prefixes.items() if name.startswith(prefix) and name != prefix)
+        return next(matches, None)
 
     def entry(self, name: str) -> Entry:
-        if name not in self:
+        self._read_entry_points()
+        found = self._entries.get(name) or self._prefix(name)
+        if found is None:
             raise SetupError(f"unknown {self.kind} {name!r}", self.suggestion(name))
-        return self._entries[name]
+        return found
 
     def suggestion(self, name: str, also: Sequence[str] = ()) -> str:
         """What to type instead of an unknown name: the nearest names, else some of them, and how to add one.
@@ -215,15 +228,41 @@ TORCHVISION_MODELS: tuple[str, ...] = [
     "wide_resnet50_2",
 ]  # type: ignore[assignment]
 
+# torchvision.models.list_models(module=torchvision.models.segmentation) as of 0.29; a test holds them equal.
+TORCHVISION_SEGMENTATION_MODELS: tuple[str, ...] = (
+    "deeplabv3_mobilenet_v3_large",
+    "deeplabv3_resnet101",
+    "deeplabv3_resnet50",
+    "fcn_resnet101",
+    "fcn_resnet50",
+    "lraspp_mobilenet_v3_large",
+)
+
 _PT2E = {"torchao": "torchao"}
 
 models = Registry(
     "model",
     "dist_train.models",
-    {name: Entry("dist_train.models.torchvision:build") for name in TORCHVISION_MODELS}
+    {
+        name: Entry("dist_train.models.torchvision:build", weights="dist_train.models.torchvision:named_weights")
+        for name in TORCHVISION_MODELS
+    }
+    | {
+        name: Entry(
+            "dist_train.models.torchvision:segmentation",
+            weights="dist_train.models.torchvision:named_segmentation_weights",
+        )
+        for name in TORCHVISION_SEGMENTATION_MODELS
+    }
     | {
         "small_resnet": Entry("dist_train.models.small:small_resnet"),
+        "small_fcn": Entry("dist_train.models.small:small_fcn"),
         "mlp": Entry("dist_train.models.small:mlp"),
+    },
+    prefixes={
+        "timm/": Entry(
+            "dist_train.models.timm:build", requires={"timm": "timm"}, weights="dist_train.models.timm:named_weights"
+        )
     },
 )
 datasets = Registry(
@@ -235,7 +274,16 @@ datasets = Registry(
         "fake": Entry("dist_train.data.datasets:fake"),
     },
 )
-tasks = Registry("task", "dist_train.tasks", {"classification": Entry("dist_train.tasks:Classification")})
+tasks = Registry(
+    "task",
+    "dist_train.tasks",
+    {
+        "classification": Entry("dist_train.tasks.classification:Classification"),
+        "multilabel": Entry("dist_train.tasks.multilabel:Multilabel"),
+        "regression": Entry("dist_train.tasks.regression:Regression"),
+        "segmentation": Entry("dist_train.tasks.segmentation:Segmentation"),
+    },
+)
 strategies = Registry(
     "strategy",
     "dist_train.strategies",

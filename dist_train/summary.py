@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 _ORDER = ("fp32", "ptq", "fake_quant", "int8")
+_SHARES = ("exact_match", "map", "acc", "precision", "recall")
 
 
 def result_table(results: dict[str, Any]) -> Table:
@@ -54,4 +55,9 @@ def print_results(results: dict[str, Any]) -> None:
 def _metric(name: str, value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value * 100:.2f} %" if name.startswith("top") else f"{value:.4f}"
+    return f"{value * 100:.2f} %" if _is_share(name) else f"{value:.4f}"
+
+
+def _is_share(name: str) -> bool:
+    """Metrics that are a share of something, by their usual names: top1, accuracy, mean_iou, f1, exact_match, map."""
+    return name.startswith("top") or name in _SHARES or name.endswith(("accuracy", "iou", "f1"))

@@ -18,6 +18,7 @@ from dist_train.errors import DataError
 from dist_train.world import World
 
 _PARTS = ("images", "targets", "ids")
+_TARGETS = (torch.int64, torch.uint8, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class ImageArrays:
 
     Attributes:
         images: uint8 [N, C, H, W], contiguous; N >= 1.
-        targets: int64 [N], class indices.
+        targets: [N, ...], int64, uint8 or float32; as the task takes them, for example int64 [N] class indices, or uint8
+            [N, H, W] masks.
         ids: int64 [N], 0..N-1 unless given. A row keeps its id wherever it goes, so that a ledger can tell which rows
             entered forward.
 
@@ -46,9 +48,12 @@ class ImageArrays:
         ids = torch.arange(len(images)) if ids is None else ids
         if images.dtype != torch.uint8 or images.dim() != 4 or not images.numel():
             raise DataError(f"images must be uint8 [N, C, H, W] with N >= 1, not {images.dtype} {list(images.shape)}")
-        for name, values in (("targets", targets), ("ids", ids)):
-            if values.dtype != torch.int64 or values.shape != images.shape[:1]:
-                raise DataError(f"{name} must be int64 [{len(images)}], not {values.dtype} {list(values.shape)}")
+        if targets.dtype not in _TARGETS or targets.shape[:1] != images.shape[:1] or not targets.numel():
+            raise DataError(
+                f"targets must be int64, uint8 or float32 [{len(images)}, ...], not {targets.dtype} {list(targets.shape)}"
+            )
+        if ids.dtype != torch.int64 or ids.shape != images.shape[:1]:
+            raise DataError(f"ids must be int64 [{len(images)}], not {ids.dtype} {list(ids.shape)}")
         self.images, self.targets, self.ids = images.contiguous(), targets.contiguous(), ids.contiguous()
 
     def __len__(self) -> int:
@@ -129,10 +134,11 @@ class Splits:
     """A dataset: what to train on, what to evaluate on, and what a model must know about it.
 
     Attributes:
-        train, eval: image arrays, or map-style datasets of (input tensor, class index) pairs.
-        num_classes: classes; targets lie in range(num_classes).
-        classes: their names, in order.
+        train, eval: image arrays, or map-style datasets of (input tensor, target) pairs.
+        num_classes: classes or labels; class indices lie in range(num_classes). 0 where targets are numbers.
+        classes: their names, in order; empty where there are none.
         mean, std: of each channel, for pixels on the scale 0..1; what inputs are normalized with.
+        num_outputs: width of the model's outputs; num_classes unless given, as for regression.
         fingerprint: of the content, so that a run is not resumed on other data; set by `open_splits`.
 
     Raises:
@@ -141,28 +147,37 @@ class Splits:
 
     train: ImageArrays | Dataset[Any]
     eval: ImageArrays | Dataset[Any]
-    num_classes: int
-    classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    num_classes: int = 0
+    classes: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    num_outputs: int = 0
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
-        if self.num_classes < 2:
-            raise DataError(f"a dataset of {self.num_classes} classes has nothing to tell apart", "num_classes >= 2")
-        if len(self.classes) != self.num_classes:
+        if not self.num_outputs:
+            if self.num_classes < 1:
+                raise DataError("a dataset must say what a model puts out", "num_classes=..., or num_outputs=...")
+            object.__setattr__(self, "num_outputs", self.num_classes)
+        if self.classes and len(self.classes) != self.num_classes:
             raise DataError(f"a dataset of {self.num_classes} classes names {len(self.classes)} of them")
         for name in ("train", "eval"):
             split = getattr(self, name)
             if not isinstance(split, ImageArrays):
                 continue
-            low, high = int(split.targets.min()), int(split.targets.max())
-            if low < 0 or high >= self.num_classes:
-                raise DataError(f"{name} targets must lie in range({self.num_classes}), got {low}..{high}")
+            if not split.targets.is_floating_point() and split.targets.dim() == 1:
+                self._require_class_indices(name, split.targets)
             channels = split.images.shape[1]
             if not len(self.mean) == len(self.std) == channels:
                 stated = f"mean has {len(self.mean)}, std {len(self.std)}"
                 raise DataError(f"{name} images have {channels} channels, but {stated}")
+
+    def _require_class_indices(self, name: str, targets: Tensor) -> None:
+        if self.num_classes < 2:
+            raise DataError(f"a dataset of {self.num_classes} classes has nothing to tell apart", "num_classes >= 2")
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= self.num_classes:
+            raise DataError(f"{name} targets must lie in range({self.num_classes}), got {low}..{high}")
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -172,7 +187,7 @@ class Splits:
         sample = self.train[0]
         if not isinstance(sample, (tuple, list)) or not isinstance(sample[0], Tensor):
             hint = "end its transforms with torchvision.transforms.v2.ToImage()"
-            raise DataError(f"{type(self.train).__name__}[0] must be (tensor, class index), not {type(sample)}", hint)
+            raise DataError(f"{type(self.train).__name__}[0] must be (tensor, target), not {type(sample)}", hint)
         return tuple(sample[0].shape)
 
 
@@ -202,6 +217,7 @@ def open_splits(make: Callable[[], Splits], directory: Path, world: World) -> Sp
             "train": splits.train.write(directory),
             "eval": splits.eval.write(directory),
             "num_classes": splits.num_classes,
+            "num_outputs": splits.num_outputs,
             "classes": list(splits.classes),
             "mean": list(splits.mean),
             "std": list(splits.std),
@@ -215,6 +231,7 @@ def open_splits(make: Callable[[], Splits], directory: Path, world: World) -> Sp
         train=ImageArrays.open(directory / stored["train"]),
         eval=ImageArrays.open(directory / stored["eval"]),
         num_classes=stored["num_classes"],
+        num_outputs=stored["num_outputs"],
         classes=tuple(stored["classes"]),
         mean=tuple(stored["mean"]),
         std=tuple(stored["std"]),

@@ -4,7 +4,7 @@ import gzip
 import os
 import zlib
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 from urllib.error import URLError
 
 import numpy as np
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from dist_train.config_data import DataConfig
 from dist_train.data.arrays import ImageArrays, Splits
+from dist_train.data.fake_targets import fake_targets
 from dist_train.data.permutation import Permutation
 from dist_train.errors import ConfigError, DataError, Problem
 
@@ -29,6 +30,8 @@ class _NoArgs(BaseModel):
 class FakeArgs(_NoArgs):
     """Arguments of `fake`: sizes of the splits, of an image, and the seed of everything."""
 
+    kind: Literal["classification", "multilabel", "regression", "segmentation"] = "classification"
+    """What the targets are: the task of the same name learns them. For regression, num_classes is how many numbers they are."""
     num_train: PositiveInt = 512
     num_eval: PositiveInt = 128
     num_classes: PositiveInt = 10
@@ -108,9 +111,13 @@ def fashion_mnist(data: DataConfig) -> Splits:
 def fake(data: DataConfig) -> Splits:
     """Synthetic images that a small network learns: each class is a smooth random pattern, seen through noise.
 
+    With `kind`, targets of other tasks: see `fake_targets`.
+
     Deterministic in its arguments, see `FakeArgs`; classes take turns, so that each has its share of a split.
     """
     args = _args(data, FakeArgs)
+    if args.kind != "classification":
+        return fake_targets(args)
     generator = np.random.Generator(np.random.Philox(args.seed))
     shape = (args.channels, args.height, args.width)
     coarse = generator.random((args.num_classes, args.channels, 4, 4), dtype=np.float32)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dist_train import registry
-from dist_train.config_data import ModelConfig
+from dist_train.config_data import ModelConfig, is_weights_file
 from dist_train.errors import ConfigError, Problem
+from dist_train.models import timm
+from dist_train.models.weights import read_file, read_run
 
 
 def model_arguments(config: ModelConfig, num_classes: int, in_channels: int) -> dict[str, Any]:
@@ -47,3 +51,46 @@ def build_model(config: ModelConfig, num_classes: int, in_channels: int) -> nn.M
             raise
         raise _wrong(config, error, f"look at model.args: {config.args}") from error
     return model
+
+
+def check_model(config: ModelConfig) -> None:
+    """Checks name, arguments and weights as far as it goes without data, files and network.
+
+    Raises:
+        ConfigError: what `model_arguments` refuses, a name that timm does not know, weights that the model does not have.
+    """
+    if config.name.startswith(timm.PREFIX):
+        registry.models.get(config.name)  # says what to install
+        timm.check_name(config.name)
+    model_arguments(config, num_classes=2, in_channels=1)
+    if config.weights is not None and not is_weights_file(config.weights):
+        _named(config)
+
+
+def initial_weights(config: ModelConfig) -> tuple[str, Callable[[], Mapping[str, Tensor]]] | None:
+    """Where the trained weights to start from come from, in words, and what reads them; None for weights of its own.
+
+    Calling the second may download (torchvision, timm) and raises DataError where that, or reading, fails.
+
+    Raises:
+        ConfigError: the model has no weights of that name.
+    """
+    if config.init_from is not None:
+        run_dir = config.init_from
+        return f"the run {run_dir}", lambda: read_run(run_dir)
+    if config.weights is None:
+        return None
+    if is_weights_file(config.weights):
+        path = Path(config.weights)
+        return str(path), lambda: read_file(path)
+    return f"{config.weights} of {config.name}", _named(config)
+
+
+def _named(config: ModelConfig) -> Callable[[], dict[str, Tensor]]:
+    assert config.weights is not None
+    named = registry.models.entry(config.name).weights
+    if named is None:
+        message = f"the model {config.name} has no weights by name, and {config.weights!r} is no file"
+        raise ConfigError([Problem("model.weights", message, hint="give a .safetensors, .pt or .pth file")])
+    fetch: Callable[[], dict[str, Tensor]] = registry.resolve(named)(config.name, config.weights)
+    return fetch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -60,3 +61,31 @@ def mlp(num_classes: int, in_channels: int, size: int = 28, hidden: int = 64) ->
     return nn.Sequential(
         nn.Flatten(), nn.Linear(in_channels * size * size, hidden), nn.ReLU(), nn.Linear(hidden, num_classes)
     )
+
+
+class _SmallFCN(nn.Module):
+    def __init__(self, num_classes: int, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
+        self.down = nn.Sequential(_Block(width, 2 * width, stride=2), _Block(2 * width, 4 * width, stride=2))
+        self.skip = nn.Conv2d(width, width, 1)
+        self.up = nn.Conv2d(4 * width, width, 1)
+        self.head = nn.Conv2d(width, num_classes, 3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fine = self.stem(x)
+        coarse = F.interpolate(self.up(self.down(fine)), size=x.shape[-2:], mode="bilinear", align_corners=False)
+        return self.head(F.relu(coarse + self.skip(fine)))
+
+
+def small_fcn(num_classes: int, in_channels: int, width: int = 16) -> nn.Module:
+    """A fully convolutional network for small images: inputs float [B, in_channels, H, W], outputs [B, num_classes, H, W].
+
+    Features at a quarter of the size are upsampled and added to fine ones (Long et al. 2015, arXiv:1411.4038).
+
+    Args:
+        width: channels at full size; at a quarter of it there are four times as many.
+    """
+    return _SmallFCN(num_classes, in_channels, width)

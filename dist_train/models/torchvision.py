@@ -1,25 +1,87 @@
-"""torchvision's classification models by name."""
+"""torchvision's models by name: classification, and semantic segmentation."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from urllib.error import URLError
 
+import torch
 import torchvision.models
-from torch import nn
+from torch import Tensor, nn
 
-from dist_train.errors import DataError
+from dist_train.errors import ConfigError, DataError, Problem
+from dist_train.models.first_conv import replace_first_conv
+
+# Their auxiliary heads put out a second tensor while training; only the main one is trained here.
+_AUXILIARY = ("googlenet", "inception_v3")
 
 
 def build(name: str, num_classes: int, in_channels: int, **args: Any) -> nn.Module:
-    """`torchvision.models.get_model(name)` with a head of `num_classes`, untrained.
+    """`torchvision.models.get_model(name)` with a head of `num_classes`, untrained, without auxiliary heads.
+
+    For images with other than 3 channels the first convolution is a fresh one.
+    """
+    given: dict[str, Any] = {"weights": None, "num_classes": num_classes}
+    if name in _AUXILIARY:
+        given["aux_logits"] = False
+        # Trained weights want inputs in -1..1, which this makes of normalized ones; to fresh ones it is all the same.
+        given["transform_input"] = in_channels == 3
+        given["init_weights"] = True
+    model: nn.Module = torchvision.models.get_model(name, **(given | args))
+    if in_channels != 3:
+        replace_first_conv(model, in_channels)
+    return model
+
+
+def segmentation(name: str, num_classes: int, in_channels: int, **args: Any) -> nn.Module:
+    """torchvision's segmentation models, untrained: outputs [B, num_classes, H, W], the dictionary's "out"."""
+    given: dict[str, Any] = {"weights": None, "weights_backbone": None, "num_classes": num_classes}
+    model: nn.Module = torchvision.models.get_model(name, **(given | args))
+    if in_channels != 3:
+        replace_first_conv(model, in_channels)
+    return _Out(model)
+
+
+class _Out(nn.Module):
+    """The main output of a model that returns a dictionary."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)["out"]
+        return out
+
+
+def named_weights(name: str, weights: str) -> Callable[[], dict[str, Tensor]]:
+    """What fetches torchvision's weights of that name (DEFAULT, IMAGENET1K_V1), from torch.hub's cache or the network.
 
     Raises:
-        DataError: the data's images do not have three channels.
+        ConfigError: there are none of that name. Calling the result raises DataError where the download fails.
     """
-    if in_channels != 3:
-        raise DataError(
-            f"torchvision's {name} takes images with 3 channels, the dataset has {in_channels}",
-            "--model.name small_resnet, or a dataset of RGB images",
-        )
-    model: nn.Module = torchvision.models.get_model(name, **({"weights": None, "num_classes": num_classes} | args))
-    return model
+    known = torchvision.models.get_model_weights(name)
+    if weights not in known.__members__:
+        names = ", ".join(known.__members__) or "none; train it, or give a file"
+        raise ConfigError([Problem("model.weights", f"{name} has no weights {weights!r}", hint=f"it has: {names}")])
+    chosen: Any = known[weights]
+
+    def fetch() -> dict[str, Tensor]:
+        try:
+            state: dict[str, Tensor] = chosen.get_state_dict(progress=False, check_hash=True)
+        except (URLError, OSError, RuntimeError) as error:
+            raise DataError(
+                f"cannot download the weights of {name}: {error}",
+                f"fetch {chosen.url} where there is a network, then --model.weights FILE; "
+                f"or put it into {torch.hub.get_dir()}/checkpoints",
+            ) from error
+        return state
+
+    return fetch
+
+
+def named_segmentation_weights(name: str, weights: str) -> Callable[[], dict[str, Tensor]]:
+    """As `named_weights`, with the names that `segmentation` gives to the parameters."""
+    fetch = named_weights(name, weights)
+    return lambda: {f"net.{key}": value for key, value in fetch().items()}

@@ -105,6 +105,21 @@ class Context:
                 "give back the same data, or start anew with another --run.dir",
             )
 
+    def require_same_weights(self, recorded: dict[str, Any]) -> None:
+        """Refuses to resume from other trained weights than those that `recorded`, the results of an earlier attempt, names.
+
+        Where they were not read again, because checkpoints hold the model, there is nothing to compare.
+
+        Raises:
+            DataError: their content is not what it was.
+        """
+        before, now = (results.get("initial_weights") for results in (recorded, self.results))
+        if now is not None and before is not None and before["sha256"] != now["sha256"]:
+            raise DataError(
+                f"{now['source']} is not what it was when this run began",
+                "give back the same weights, or start anew with another --run.dir",
+            )
+
     def float_copy(self) -> nn.Module:
         """A copy of the float model on the CPU, in eval mode."""
         return copy.deepcopy(self.model).cpu().eval()

@@ -1,0 +1,68 @@
+"""timm's models: `timm/resnet18`, or any other name of timm's behind `timm/`. Needs the extra `timm`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from dist_train.errors import ConfigError, DataError, Problem
+
+PREFIX = "timm/"
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError, with the nearest names, where timm has no such model."""
+    import timm
+
+    bare = name.removeprefix(PREFIX)
+    if not timm.is_model(bare):
+        near = difflib.get_close_matches(bare.partition(".")[0], timm.list_models(), n=3, cutoff=0.5)
+        hint = (
+            "did you mean " + " or ".join(PREFIX + each for each in near) + "?"
+            if near
+            else "python -c 'import timm; print(*timm.list_models())' lists them all"
+        )
+        raise ConfigError([Problem("model.name", f"timm has no model {bare!r}", hint=hint)])
+
+
+def build(name: str, num_classes: int, in_channels: int, **args: Any) -> nn.Module:
+    """`timm.create_model` with a head of `num_classes` for images of `in_channels`, untrained."""
+    import timm
+
+    given: dict[str, Any] = {"pretrained": False, "num_classes": num_classes, "in_chans": in_channels}
+    model: nn.Module = timm.create_model(name.removeprefix(PREFIX), **(given | args))
+    return model
+
+
+def named_weights(name: str, weights: str) -> Callable[[], dict[str, Tensor]]:
+    """What fetches timm's trained weights; `weights` is "pretrained", and a tag belongs to the name (timm/resnet18.a1_in1k).
+
+    Raises:
+        ConfigError: another word, or timm has none. Calling the result raises DataError where the download fails.
+    """
+    import timm
+
+    bare = name.removeprefix(PREFIX)
+    if weights != "pretrained":
+        hint = f"--model.weights pretrained; a tag belongs to the name: --model.name {name.partition('.')[0]}.TAG"
+        raise ConfigError([Problem("model.weights", f"timm has no weights {weights!r}", hint=hint)])
+    check_name(name)
+    if not timm.models.is_model_pretrained(bare):
+        raise ConfigError([Problem("model.weights", f"timm has no trained weights of {bare}", hint="leave it out")])
+
+    def fetch() -> dict[str, Tensor]:
+        try:
+            state: dict[str, Tensor] = timm.create_model(bare, pretrained=True).state_dict()
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(
+                f"cannot download the weights of {name}: {reason}",
+                "fetch them where there is a network (timm.create_model(NAME, pretrained=True)), save the state_dict "
+                "as .safetensors, then --model.weights FILE",
+            ) from error
+        return state
+
+    return fetch

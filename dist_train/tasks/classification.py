@@ -1,0 +1,68 @@
+"""Single-label classification."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from pydantic import Field
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from dist_train.config_base import Settings
+from dist_train.errors import DataError
+from dist_train.tasks.base import Task, require_classes, task_args, wrong_targets
+
+
+class _Args(Settings):
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class Classification(Task):
+    """Single-label classification: outputs float [B, classes], targets int64 [B]."""
+
+    headline = "top1"
+
+    def __init__(self, num_classes: int, args: dict[str, Any]) -> None:
+        self._num_classes = num_classes
+        self._label_smoothing = task_args("classification", _Args, args).label_smoothing
+
+    def check_outputs(self, outputs: torch.Tensor) -> None:
+        if outputs.shape != (2, self._num_classes):
+            raise DataError(
+                f"the model's outputs for 2 images have shape {list(outputs.shape)}, but the data has {self._num_classes} classes",
+                "give the model a head of num_classes outputs; model.args must not set another number",
+            )
+
+    def check_targets(self, targets: torch.Tensor) -> None:
+        if targets.is_floating_point() or targets.dim() != 1:
+            raise wrong_targets("classification", "int64 [N]", targets)
+        require_classes(targets, self._num_classes)
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=self._label_smoothing)
+
+    def score(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (outputs.argmax(1) == targets).float()
+
+    def decide(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs.argmax(1)
+
+    def metrics(self) -> torchmetrics.MetricCollection:
+        chosen: dict[str, torchmetrics.Metric | torchmetrics.MetricCollection] = {
+            "top1": MulticlassAccuracy(self._num_classes, average="micro")
+        }
+        if self._num_classes > 5:
+            chosen["top5"] = MulticlassAccuracy(self._num_classes, top_k=5, average="micro")
+        return torchmetrics.MetricCollection(chosen, compute_groups=False)
+
+    def details(self) -> torchmetrics.MetricCollection:
+        """`confusion`: int64 [classes, classes], rows are the true classes; `per_class`: accuracy of each class, float [classes]."""
+        return torchmetrics.MetricCollection(
+            {
+                "confusion": MulticlassConfusionMatrix(self._num_classes),
+                "per_class": MulticlassAccuracy(self._num_classes, average="none"),
+            },
+            compute_groups=False,
+        )

@@ -1,0 +1,106 @@
+"""Multi-label classification: any number of the labels may hold at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from pydantic import Field
+from torchmetrics.classification import (
+    MultilabelAveragePrecision,
+    MultilabelConfusionMatrix,
+    MultilabelExactMatch,
+    MultilabelF1Score,
+)
+from torchmetrics.wrappers import LambdaInputTransformer
+
+from dist_train.config_base import Settings
+from dist_train.errors import DataError
+from dist_train.tasks.base import Task, task_args, wrong_targets
+
+# Average precision over fixed thresholds is a sum of counts, so that ranks add up and no score has to be kept.
+_THRESHOLDS = 201
+
+
+class _Args(Settings):
+    pos_weight: float = Field(1.0, gt=0)
+    """Weight of the labels that hold; above 1 where they are rare."""
+
+
+class Multilabel(Task):
+    """Multi-label classification: outputs float [B, labels], logits; targets [B, labels], 0 or 1, of any dtype.
+
+    Loss: binary cross-entropy with logits, the mean over the labels. A label is decided on where its logit is above 0.
+    Metrics: `map` (mean average precision over 201 thresholds), `f1` (macro), `exact_match` (all labels right).
+    """
+
+    headline = "map"
+    score_name = "label acc"
+
+    def __init__(self, num_labels: int, args: dict[str, Any]) -> None:
+        self._num_labels = num_labels
+        self._pos_weight = task_args("multilabel", _Args, args).pos_weight
+
+    def check_outputs(self, outputs: torch.Tensor) -> None:
+        if outputs.shape != (2, self._num_labels):
+            raise DataError(
+                f"the model's outputs for 2 images have shape {list(outputs.shape)}, but the data has {self._num_labels} labels",
+                "give the model a head of num_classes outputs; model.args must not set another number",
+            )
+
+    def check_targets(self, targets: torch.Tensor) -> None:
+        if targets.dim() != 2 or targets.shape[1] != self._num_labels:
+            raise wrong_targets("multilabel", f"[N, {self._num_labels}] of 0 and 1", targets)
+        if not bool(((targets == 0) | (targets == 1)).all()):
+            raise DataError(
+                f"multilabel targets must be 0 or 1, got {float(targets.min()):g}..{float(targets.max()):g}",
+                "--task.name regression for numbers, classification for one class index a sample",
+            )
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        weight = outputs.new_full((), self._pos_weight)
+        losses = F.binary_cross_entropy_with_logits(
+            outputs, targets.to(outputs.dtype), reduction="none", pos_weight=weight
+        )
+        return losses.mean(1)
+
+    def score(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (self.decide(outputs) == targets.bool()).float().mean(1)
+
+    def decide(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs > 0
+
+    def metrics(self) -> torchmetrics.MetricCollection:
+        # torchmetrics applies a sigmoid only to batches with a value outside 0..1: logits never go to it.
+        chosen: dict[str, torchmetrics.Metric | torchmetrics.MetricCollection] = {
+            "map": LambdaInputTransformer(
+                MultilabelAveragePrecision(self._num_labels, thresholds=_THRESHOLDS), torch.sigmoid, _integers
+            ),
+            "f1": LambdaInputTransformer(MultilabelF1Score(self._num_labels, average="macro"), _decided, _integers),
+            "exact_match": LambdaInputTransformer(MultilabelExactMatch(self._num_labels), _decided, _integers),
+        }
+        return torchmetrics.MetricCollection(chosen, compute_groups=False)
+
+    def details(self) -> torchmetrics.MetricCollection:
+        """`label_confusion`: int64 [labels, 2, 2], of each label [[true negatives, false positives], [false negatives, true positives]]; `label_f1`: float [labels]."""
+        return torchmetrics.MetricCollection(
+            {
+                "label_confusion": LambdaInputTransformer(
+                    MultilabelConfusionMatrix(self._num_labels), _decided, _integers
+                ),
+                "label_f1": LambdaInputTransformer(
+                    MultilabelF1Score(self._num_labels, average="none"), _decided, _integers
+                ),
+            },
+            compute_groups=False,
+        )
+
+
+def _integers(targets: torch.Tensor) -> torch.Tensor:
+    return targets.long()
+
+
+def _decided(outputs: torch.Tensor) -> torch.Tensor:
+    return (outputs > 0).long()

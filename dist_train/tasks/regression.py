@@ -1,0 +1,89 @@
+"""Regression: one or several numbers for each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from pydantic import Field
+from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
+from torchmetrics.wrappers import LambdaInputTransformer
+
+from dist_train.config_base import Settings
+from dist_train.errors import DataError
+from dist_train.tasks.base import Task, task_args, wrong_targets
+
+_LOSSES: dict[str, Callable[..., torch.Tensor]] = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
+
+
+class _Args(Settings):
+    loss: Literal["mse", "l1", "huber"] = "mse"
+    """huber: squared within 1, linear beyond."""
+    tolerance: float = Field(0.1, gt=0)
+    """Two models agree about a number where they differ by at most this many standard deviations of the outputs."""
+
+
+class Regression(Task):
+    """Regression: outputs float [B, K]; targets [B, K], or [B] where K is 1.
+
+    The loss of a sample is the mean over its numbers. Metrics: `mae`, `rmse`, `r2` (the mean over the K outputs).
+    Targets on a scale near 1 train best; scale them in the dataset.
+    """
+
+    headline = "rmse"
+    lower_is_better = frozenset({"loss", "mae", "rmse"})
+    score_name = "mae"
+
+    def __init__(self, num_outputs: int, args: dict[str, Any]) -> None:
+        settings = task_args("regression", _Args, args)
+        self._num_outputs = num_outputs
+        self._loss = _LOSSES[settings.loss]
+        self._tolerance = settings.tolerance
+
+    def check_outputs(self, outputs: torch.Tensor) -> None:
+        if outputs.shape != (2, self._num_outputs):
+            raise DataError(
+                f"the model's outputs for 2 images have shape {list(outputs.shape)}, but the data has {self._num_outputs} numbers a sample",
+                "give the model a head of num_classes outputs ([B, 1] for one number); model.args must not set another number",
+            )
+
+    def check_targets(self, targets: torch.Tensor) -> None:
+        width = targets.shape[1] if targets.dim() == 2 else 1
+        if not targets.is_floating_point() or targets.dim() > 2 or width != self._num_outputs:
+            wanted = "float [N]" if self._num_outputs == 1 else f"float [N, {self._num_outputs}]"
+            raise wrong_targets("regression", wanted, targets)
+        if not bool(torch.isfinite(targets).all()):
+            raise DataError("regression targets must be finite, and some are NaN or infinite", "leave such rows out")
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self._loss(outputs, _like(outputs, targets), reduction="none").mean(1)
+
+    def score(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (outputs - _like(outputs, targets)).abs().mean(1)
+
+    def decide(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs
+
+    def agree(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return ((left - right).abs() <= self._tolerance).float().mean(1)
+
+    def metrics(self) -> torchmetrics.MetricCollection:
+        # Sums of squares in float32 lose r2 where the mean is large against the spread.
+        numbers = self._numbers
+        chosen: dict[str, torchmetrics.Metric | torchmetrics.MetricCollection] = {
+            "mae": LambdaInputTransformer(MeanAbsoluteError().set_dtype(torch.float64), numbers, numbers),
+            "rmse": LambdaInputTransformer(MeanSquaredError(squared=False).set_dtype(torch.float64), numbers, numbers),
+            "r2": LambdaInputTransformer(R2Score().set_dtype(torch.float64), numbers, numbers),
+        }
+        return torchmetrics.MetricCollection(chosen, compute_groups=False)
+
+    def _numbers(self, values: torch.Tensor) -> torch.Tensor:
+        return values.double().flatten() if self._num_outputs == 1 else values.double()
+
+
+def _like(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Targets as [B, K] in the outputs' dtype: [B] against [B, 1] would broadcast to [B, B]."""
+    return targets.to(outputs.dtype).view(outputs.shape)

@@ -1,0 +1,84 @@
+"""Semantic segmentation: a class for each pixel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassJaccardIndex
+
+from dist_train.config_base import Settings
+from dist_train.errors import DataError
+from dist_train.tasks.base import Task, require_classes, task_args, wrong_targets
+
+
+class _Args(Settings):
+    ignore_index: int = 255
+    """Target of the pixels that do not count, neither in the loss nor in the metrics."""
+
+
+class Segmentation(Task):
+    """Semantic segmentation: outputs float [B, classes, H, W], targets uint8 or int64 [B, H, W].
+
+    The loss of a sample is the mean of cross-entropy over its pixels that count (0 where none does). Metrics: `mean_iou` (over the classes that
+    occur) and `pixel_accuracy`.
+    """
+
+    headline = "mean_iou"
+    score_name = "pixel acc"
+
+    def __init__(self, num_classes: int, args: dict[str, Any]) -> None:
+        self._num_classes = num_classes
+        self._ignore_index = task_args("segmentation", _Args, args).ignore_index
+
+    def check_outputs(self, outputs: torch.Tensor) -> None:
+        if outputs.dim() != 4 or outputs.shape[:2] != (2, self._num_classes):
+            raise DataError(
+                f"the model's outputs for 2 images have shape {list(outputs.shape)}, but segmentation into {self._num_classes} classes "
+                f"takes [2, {self._num_classes}, H, W]",
+                "--model.name small_fcn, or fcn_resnet50 for RGB images",
+            )
+
+    def check_targets(self, targets: torch.Tensor) -> None:
+        if targets.is_floating_point() or targets.dim() != 3:
+            raise wrong_targets("segmentation", "uint8 or int64 [N, H, W]", targets)
+        if targets.dtype != torch.uint8 or 0 <= self._ignore_index <= 255:
+            require_classes(targets, self._num_classes, self._ignore_index)
+        else:
+            require_classes(targets, self._num_classes)
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        losses = F.cross_entropy(outputs, targets.long(), reduction="none", ignore_index=self._ignore_index)
+        return losses.flatten(1).sum(1) / self._counted(targets)
+
+    def score(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        right = (outputs.argmax(1) == targets) & (targets.long() != self._ignore_index)
+        return right.flatten(1).sum(1) / self._counted(targets)
+
+    def _counted(self, targets: torch.Tensor) -> torch.Tensor:
+        return (targets.long() != self._ignore_index).flatten(1).sum(1).clamp(min=1)
+
+    def decide(self, outputs: torch.Tensor) -> torch.Tensor:
+        answer = outputs.argmax(1)
+        # The decisions on a whole evaluation set are kept until they are compared.
+        return answer.to(torch.uint8) if self._num_classes <= 256 else answer
+
+    def metrics(self) -> torchmetrics.MetricCollection:
+        chosen: dict[str, torchmetrics.Metric | torchmetrics.MetricCollection] = {
+            "mean_iou": MulticlassJaccardIndex(self._num_classes, average="macro", ignore_index=self._ignore_index),
+            "pixel_accuracy": MulticlassAccuracy(self._num_classes, average="micro", ignore_index=self._ignore_index),
+        }
+        return torchmetrics.MetricCollection(chosen, compute_groups=False)
+
+    def details(self) -> torchmetrics.MetricCollection:
+        """Of pixels: `confusion`, int64 [classes, classes], rows are the true classes; `per_class`: IoU of each class, float [classes]."""
+        ignored = self._ignore_index
+        return torchmetrics.MetricCollection(
+            {
+                "confusion": MulticlassConfusionMatrix(self._num_classes, ignore_index=ignored),
+                "per_class": MulticlassJaccardIndex(self._num_classes, average="none", ignore_index=ignored),
+            },
+            compute_groups=False,
+        )

@@ -1,0 +1,97 @@
+"""Do model, data and task fit each other? Asked before training: not after an epoch, and not in a message of cuDNN's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset, default_collate
+
+from dist_train import registry
+from dist_train.config import Config
+from dist_train.data.arrays import ImageArrays, Splits
+from dist_train.errors import DataError
+from dist_train.tasks import Task
+from dist_train.world import World
+
+
+@torch.no_grad()
+def try_out(config: Config, model: nn.Module, splits: Splits, task: Task, world: World) -> None:
+    """Looks at the targets, and sends two images of zeros through the model, in eval and in train mode. Changes nothing.
+
+    Raises:
+        DataError: targets are not the task's, or the model's outputs are not those of the data.
+    """
+    targets = _targets(splits)
+    for each in targets:
+        task.check_targets(each)
+    inputs = torch.zeros(2, *splits.input_shape, device=world.device)
+    outputs = _one_tensor(_forward(config, model.eval(), inputs))
+    task.check_outputs(outputs)
+    _require_fit(config, task, outputs.float(), targets)
+    # In train mode, on copies of the buffers: batch norms count what they see.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    _one_tensor(torch.func.functional_call(model.train(), buffers, (inputs,)), "while training, ")
+    model.eval()
+
+
+def _targets(splits: Splits) -> list[torch.Tensor]:
+    """All targets of image arrays; of a map-style dataset the first; each [N, ...]."""
+    found = []
+    for split in (splits.train, splits.eval):
+        if isinstance(split, ImageArrays):
+            found.append(split.targets)
+        elif not isinstance(split, IterableDataset) and len(split):  # type: ignore[arg-type]
+            item = split[0]
+            if isinstance(item, (tuple, list)) and len(item) == 2:
+                collated = default_collate([item[1]])
+                found += [collated] if isinstance(collated, torch.Tensor) else []
+    return found
+
+
+def _forward(config: Config, model: nn.Module, inputs: torch.Tensor) -> Any:
+    try:
+        return model(inputs)
+    except RuntimeError as error:
+        if not _ours(registry.models.entry(config.model.name)):
+            raise  # with its traceback: it is the user's own
+        raise DataError(
+            f"the model {config.model.name} cannot take images {list(inputs.shape[1:])}: {str(error).splitlines()[0]}",
+            "another --model.name (small_resnet takes images of 8 pixels and more), or larger images",
+        ) from error
+
+
+def _one_tensor(outputs: Any, when: str = "") -> torch.Tensor:
+    if not isinstance(outputs, torch.Tensor):
+        raise DataError(
+            f"{when}the model returns a {type(outputs).__name__}, not a tensor",
+            "return the logits alone from its forward, in train mode too: without auxiliary outputs",
+        )
+    return outputs
+
+
+def _require_fit(config: Config, task: Task, outputs: torch.Tensor, targets: list[torch.Tensor]) -> None:
+    """The loss of outputs and real targets can be computed: masks, for example, are of the outputs' size."""
+    rows = targets[0][:2].to(outputs.device) if targets else None
+    if rows is None:
+        return
+    try:
+        losses = task.loss(outputs[: len(rows)], rows)
+    except (RuntimeError, ValueError) as error:
+        if not _ours(registry.tasks.entry(config.task.name)):
+            raise
+        raise DataError(
+            f"outputs {list(outputs.shape)} of the model and targets {list(rows.shape)} of the data do not fit: "
+            f"{str(error).splitlines()[0]}",
+            "let the dataset give targets of the outputs' size, or choose another --task.name",
+        ) from error
+    if losses.shape != rows.shape[:1]:
+        raise DataError(
+            f"the loss of the task {config.task.name} has shape {list(losses.shape)} for {len(rows)} samples",
+            'return one loss a sample, float [B]: reduction="none", then the mean over what a sample has',
+        )
+
+
+def _ours(entry: registry.Entry) -> bool:
+    return isinstance(entry.target, str) and entry.target.startswith("dist_train.")
