@@ -6,12 +6,13 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_train.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DistTrainError, RunDirError, UsageError
+from dist_train.cli_artifact import ARTIFACT_VERBS
+from dist_train.cli_base import Verb, import_only, known_run_dir, positionals
+from dist_train.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DistTrainError, UsageError
 
 if TYPE_CHECKING:
     from dist_train.config_sources import Loaded
@@ -21,21 +22,6 @@ CONFIG is a YAML file, or the name of a shipped configuration (dist-train config
   --dotted.key VALUE     change a setting; VALUE is YAML: --train.optim.lr 1e-3, --data.augment.0.padding 2
   --import MODULE        import a module first that registers models, datasets, stages, ...; repeatable
   --fast-dev-run         two batches of every stage, in a run directory of its own"""
-
-
-@dataclass(frozen=True)
-class Verb:
-    """One verb: `call` gets what was typed after it, and returns the exit code."""
-
-    name: str
-    usage: str
-    summary: str
-    call: Callable[[list[str]], int]
-    details: str = ""
-
-    def help(self, prefix: str) -> str:
-        lines = [f"usage: dist-train {prefix}{self.name} {self.usage}".rstrip(), "", self.summary]
-        return "\n".join(lines + (["", self.details] if self.details else []))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,16 +73,6 @@ def _overview(verbs: dict[str, Verb], prefix: str) -> str:
     return "\n".join(lines)
 
 
-def _positionals(name: str, usage: str, arguments: list[str], least: int, most: int) -> list[str]:
-    for word in arguments:
-        if word.startswith("-"):
-            raise UsageError(f"{name} has no option {word}", f"usage: dist-train {name} {usage}")
-    if not least <= len(arguments) <= most:
-        wrong = "too few" if len(arguments) < least else "too many"
-        raise UsageError(f"{name}: {wrong} arguments", f"usage: dist-train {name} {usage}")
-    return arguments
-
-
 def _load(name: str, arguments: list[str]) -> Loaded:
     if not arguments or arguments[0].startswith("-"):
         hint = f"dist-train {name} CONFIG --dotted.key VALUE; dist-train config list shows the shipped ones"
@@ -114,19 +90,10 @@ def _train_verb(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
-def _evaluate_verb(arguments: list[str]) -> int:
-    run_dir = _run_dir("evaluate", arguments[:1])
-    _import_only("evaluate", arguments[1:])
-    from dist_train.evaluate_run import evaluate_run
-
-    evaluate_run(run_dir)
-    return EXIT_DONE
-
-
 def _ledger_verb(arguments: list[str]) -> int:
-    run_dir = Path(_positionals("ledger", "RUN_DIR", arguments, 1, 1)[0])
+    run_dir = Path(positionals("ledger", "RUN_DIR", arguments, 1, 1)[0])
     if not (run_dir / "ledger").is_dir():
-        _run_dir("ledger", arguments)
+        known_run_dir("ledger", arguments)
     from dist_train.ledger import check
 
     report = check(run_dir)
@@ -134,35 +101,12 @@ def _ledger_verb(arguments: list[str]) -> int:
     return EXIT_DONE if report.ok else EXIT_FAILED
 
 
-def _run_dir(name: str, arguments: list[str]) -> Path:
-    run_dir = Path(_positionals(name, "RUN_DIR", arguments, 1, 1)[0])
-    if not (run_dir / "config.yaml").is_file():
-        what = "has no config.yaml: it is no run directory" if run_dir.is_dir() else "does not exist"
-        known = [str(found.parent) for found in sorted(run_dir.parent.glob("*/config.yaml"))]
-        alike = difflib.get_close_matches(str(run_dir), known, n=2, cutoff=0.5)
-        hint = "did you mean " + " or ".join(alike) + "?" if alike else "give the directory of a run, runs/NAME"
-        raise RunDirError(f"{run_dir} {what}", hint)
-    return run_dir
-
-
-def _import_only(name: str, arguments: list[str]) -> None:
-    """For verbs whose only option is `--import MODULE`."""
-    from dist_train.config_sources import import_modules, split_options
-
-    options, modules, problems = split_options(arguments)
-    if options:
-        raise UsageError(f"{name} takes no settings: {options[0][0]}", f"dist-train {name} --help")
-    problems += import_modules(modules)
-    if problems:
-        raise ConfigError(problems)
-
-
 def _config_verb(arguments: list[str]) -> int:
     return _dispatch(CONFIG_VERBS, "config", arguments)
 
 
 def _config_list(arguments: list[str]) -> int:
-    _positionals("config list", "", arguments, 0, 0)
+    positionals("config list", "", arguments, 0, 0)
     from dist_train.config_sources import shipped
 
     files = shipped()
@@ -191,7 +135,7 @@ def _config_show(arguments: list[str]) -> int:
 
 
 def _config_copy(arguments: list[str]) -> int:
-    name, *given = _positionals("config copy", "NAME [DEST]", arguments, 1, 2)
+    name, *given = positionals("config copy", "NAME [DEST]", arguments, 1, 2)
     from dist_train.config_sources import configs_dir, shipped
 
     files = shipped()
@@ -216,7 +160,7 @@ def _config_copy(arguments: list[str]) -> int:
 
 
 def _config_schema(arguments: list[str]) -> int:
-    _import_only("config schema", arguments)
+    import_only("config schema", arguments)
     from dist_train.config_sources import json_schema
 
     print(json_schema(), end="")
@@ -235,13 +179,7 @@ VERBS = {
         Verb(
             "run", "CONFIG [--dotted.key VALUE ...]", "run the stages; the same command resumes", _train_verb, SETTINGS
         ),
-        Verb(
-            "evaluate",
-            "RUN_DIR [--import MODULE]",
-            "evaluate the models of a run again",
-            _evaluate_verb,
-            "RUN_DIR is the directory of a run, with its config.yaml.",
-        ),
+        *ARTIFACT_VERBS,
         Verb("config", "list|show|copy|schema|check ...", "look at configurations, without running them", _config_verb),
         Verb("ledger", "RUN_DIR", "check that every sample was consumed once an epoch", _ledger_verb),
     )

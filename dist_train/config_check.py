@@ -78,8 +78,6 @@ def _stages_in_order(config: Config, environ: Mapping[str, str]) -> Iterator[Pro
 def _stages_complete(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     if "convert" in config.stages and not {"ptq", "qat"} & set(config.stages):
         yield Problem("stages", "'convert' needs 'ptq' or 'qat' before it", hint="add qat, or ptq for no training")
-    if "export" in config.stages and "convert" not in config.stages:
-        yield Problem("stages", "'export' needs 'convert' before it", hint="add convert, or leave export out")
 
 
 @_about("stages", "model")
@@ -135,6 +133,36 @@ def _backend_installed(config: Config, environ: Mapping[str, str]) -> Iterator[P
 def _stages_installed(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     for name in dict.fromkeys(config.stages):
         yield from _installed("stages", registry.stages, name)
+
+
+@_about("stages", "export.models", "export.formats", "qat.backend")
+def _exports(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+    if "export" not in config.stages:
+        return
+    if config.export.models is None and {"ptq", "qat"} & set(config.stages) and "convert" not in config.stages:
+        hint = "add convert, or say that the float model is meant: --export.models '[fp32]'"
+        yield Problem("stages", "'export' without 'convert' would not export what was quantized", hint=hint)
+    needed = {"half": "half", "int8": "convert"}
+    for name in config.export.models or ():
+        stage = needed.get(name)
+        if stage is not None and stage not in config.stages:
+            hint = f"add {stage} to the stages, or leave {name} out of export.models"
+            yield Problem("export.models", f"{name!r} needs the stage {stage!r}", hint=hint)
+    int8 = "int8" in (config.export.models or ("int8",)) and "convert" in config.stages
+    for format in dict.fromkeys(config.export.formats):
+        if format == "pt2":
+            continue
+        yield from _installed("export.formats", registry.export_formats, format)
+        if int8 and config.qat.backend in ("fx", "eager"):
+            message = (
+                f"{name!r} cannot be written of the TorchScript that the backend {config.qat.backend!r} makes of int8"
+            )
+            hint = f"--qat.backend pt2e, or later, of the float model: dist-train export RUN_DIR --format {format} --model fp32"
+            yield Problem("export.formats", message, hint=hint)
+        elif int8 and format == "executorch":
+            message = "'executorch' cannot take int8 of uint8 activations, which is what the x86 quantizer makes; XNNPACK wants int8"
+            hint = "--export.models '[fp32]', or leave it out and: dist-train export RUN_DIR --format executorch --model fp32"
+            yield Problem("export.formats", message, hint=hint)
 
 
 @_about()

@@ -1,77 +1,117 @@
-"""Evaluates a finished run again, on any number of ranks."""
+"""Evaluates the models of a finished run, or of an artifact, on the run's data or on other data, on any number of ranks."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+import torch
 
 from dist_train.artifact import load_artifact
+from dist_train.artifact_store import verify_artifact
 from dist_train.assembly import configure_torch, make_context
-from dist_train.checkpoint import CheckpointFolder
 from dist_train.choices import choose, look
-from dist_train.config import config_model
 from dist_train.errors import RunDirError
 from dist_train.evaluate import evaluate
+from dist_train.half import HalfModel
 from dist_train.ledger import NoLedger
+from dist_train.program import open_program
 from dist_train.progress import Progress
-from dist_train.run_dir import RunDir, read_json, recorded_config
+from dist_train.reopen import FinishedRun, as_trained, described_by, reopen
+from dist_train.stages.base import Context
 from dist_train.summary import print_results
 from dist_train.trackers.base import Trackers
-from dist_train.world import join
+from dist_train.world import World, join
 
 
-def evaluate_run(run_dir: Path) -> dict[str, Any]:
-    """Evaluates the float model and the artifact of a run again, on all ranks; writes nothing.
+def evaluate_run(
+    run_dir: Path, model: str | None = None, overrides: Sequence[str] = (), as_json: bool = False
+) -> dict[str, Any]:
+    """Evaluates on all ranks; writes nothing.
+
+    run_dir: the run that gives the settings: model, task and data.
+    model: fp32, half, int8, or the path of an artifact or of a model's file in one; None: all that the run has.
+    overrides: of the section `data`, as on the command line: `["--data.name", "digits"]`. Images are normalised by the
+        mean and deviation of the data that the model was trained on.
+    as_json: rank 0 prints the results as JSON instead of a table.
 
     Raises:
-        RunDirError: there is no run, or it has no trained model yet.
+        RunDirError: there is no run, or it has not got that model.
+        DataError: the model does not fit the data.
     """
-    paths = RunDir(Path(run_dir))
-    recorded = recorded_config(paths)
-    try:
-        config = config_model(recorded["stages"]).model_validate(recorded)
-    except ValidationError as error:
-        raise RunDirError(
-            f"{paths.config} does not fit this version or what is registered: {error.errors()[0]['msg']}",
-            f"where the run used code of yours: dist-train evaluate {run_dir} --import MODULE",
-        ) from error
-    folder = CheckpointFolder(paths.checkpoints)
-    finished = folder.load(folder.latest)["finished_stages"] if folder.latest is not None else {}
-    if not {"train", "export"} & set(finished):
-        raise RunDirError(
-            f"{run_dir} has no trained model yet", "finish the run first: the same dist-train run command resumes it"
-        )
-    with join(config.run) as world:
-        known = read_json(paths.environment)
-        threads = known["threads_per_rank"]
-        configure_torch(config, threads)
-        choices = choose(config, look(world, threads, threads_kept=True), os.environ, known["precision"])
-        context = make_context(
-            config,
-            paths,
-            world,
-            threads,
-            Progress(world.is_main, config.log.interval),
-            Trackers([]),
-            NoLedger(),
-            choices,
-        )
+    run = reopen(run_dir, overrides)
+    with join(run.config.run) as world:
+        configure_torch(run.config, run.threads)
+        progress = Progress(world.is_main and not as_json, run.config.log.interval)
+        choices = choose(run.config, look(world, run.threads, threads_kept=True), os.environ, run.precision)
+        context = make_context(run.config, run.paths, world, run.threads, progress, Trackers([]), NoLedger(), choices)
         models = {}
-        if "train" in finished:
-            context.model.load_state_dict(folder.load(finished["train"])["payload"]["model"])
-            models["fp32"] = context.evaluate(context.model).metrics
-        if "export" in finished:
-            artifact, _ = load_artifact(paths.export)
-            models["int8"] = evaluate(
-                lambda x: artifact(x.cpu().contiguous()).to(world.device),
-                context.evaluation_batches(),
-                context.task,
-                world,
-            ).metrics
-        results = {"run": config.run.name, "world_size": world.world_size, "models": models, "gates": {}}
+        for name in [model] if model is not None else _of_run(run):
+            label, metrics = _evaluate(name, run, context, world)
+            models[label] = metrics
+        results = {
+            "run": run.config.run.name,
+            "world_size": world.world_size,
+            "data": run.config.data.name,
+            "models": models,
+            "gates": {},
+        }
         if world.is_main:
-            print_results(results)
+            if as_json:
+                print(json.dumps(results, indent=2))
+            else:
+                print_results(results)
     return results
+
+
+def _of_run(run: FinishedRun) -> list[str]:
+    stages = {"train": "fp32", "half": "half", "convert": "int8"}
+    return [name for stage, name in stages.items() if stage in run.stages]
+
+
+def _evaluate(name: str, run: FinishedRun, context: Context, world: World) -> tuple[str, dict[str, Any]]:
+    """The name to show, and the metrics."""
+    splits = context.splits
+    try:
+        if name == "int8" and "convert" in run.stages:
+            context.splits = as_trained(splits, run.described, whole_shape=True)
+            return name, _on_cpu(_int8(run), context, world)
+        if name in ("fp32", "half", run.half):
+            if name != "fp32" and run.half is None:
+                raise RunDirError(f"{run.paths.path} has no half model", "run it with half among its stages")
+            context.splits = as_trained(splits, run.described, whole_shape=False)
+            run.load_float(context.model)
+            if name == "fp32":
+                return name, context.evaluate(context.model).metrics
+            assert run.half is not None
+            half = HalfModel(context.model, run.half)
+            return run.half, evaluate(half, context.evaluation_batches(), context.task, world).metrics
+        if name == "int8" or not Path(name).exists():
+            raise RunDirError(
+                f"{run.paths.path} has no model {name!r}, and there is no such file",
+                f"one of: {', '.join(_of_run(run))}; or the path of an artifact",
+            )
+        call, manifest = load_artifact(name)
+        context.splits = as_trained(splits, described_by(manifest), whole_shape=True)
+        return name, _on_cpu(call, context, world)
+    finally:
+        context.splits = splits
+
+
+def _int8(run: FinishedRun) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What is deployed, where it was exported; else what was converted."""
+    if run.paths.export.is_dir() and "int8" in verify_artifact(run.paths.export)["models"]:
+        return load_artifact(run.paths.export, "int8")[0]
+    return open_program(run.int8_program())
+
+
+def _on_cpu(call: Callable[[torch.Tensor], torch.Tensor], context: Context, world: World) -> dict[str, Any]:
+    """Metrics of a model that runs on the CPU, whatever the device of the rank."""
+
+    def on_device(inputs: torch.Tensor) -> torch.Tensor:
+        return call(inputs.cpu().contiguous()).to(world.device)
+
+    return evaluate(on_device, context.evaluation_batches(), context.task, world).metrics

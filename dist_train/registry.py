@@ -300,11 +300,22 @@ quantization_backends = Registry(
     "dist_train.quantization_backends",
     {"pt2e": Entry("dist_train.quantization.pt2e:PT2EBackend", requires=_PT2E)},
 )
+_ONNX = {"onnx": "onnx", "onnxscript": "onnxscript"}
+export_formats = Registry(
+    "export format",
+    "dist_train.export_formats",
+    {
+        "onnx": Entry("dist_train.lowering.onnx:write", requires={**_ONNX, "onnxruntime": "onnxruntime"}),
+        "openvino": Entry("dist_train.lowering.openvino:write", requires={**_ONNX, "openvino": "openvino"}),
+        "executorch": Entry("dist_train.lowering.executorch:write", requires={"executorch": "executorch"}),
+    },
+)
 stages = Registry(
     "stage",
     "dist_train.stages",
     {
         "train": Entry("dist_train.stages.train:Train", settings="dist_train.config_fit:TrainConfig"),
+        "half": Entry("dist_train.stages.half:Half", settings="dist_train.config_fit:HalfConfig"),
         "ptq": Entry("dist_train.stages.ptq:PTQ", settings="dist_train.config_fit:PTQConfig"),
         "qat": Entry("dist_train.stages.qat:QAT", settings="dist_train.config_fit:QATConfig"),
         "convert": Entry("dist_train.stages.convert:Convert", settings="dist_train.config_fit:ConvertConfig"),

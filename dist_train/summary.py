@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-_ORDER = ("fp32", "ptq", "fake_quant", "int8")
+_ORDER = ("fp32", "bf16", "fp16", "ptq", "fake_quant", "int8")
 _SHARES = ("exact_match", "map", "acc", "precision", "recall")
 
 
@@ -43,13 +43,23 @@ def print_results(results: dict[str, Any]) -> None:
     console = Console()
     # A log file has no width: rather long lines there than words cut in two.
     (console if console.is_terminal else Console(width=120)).print(result_table(results))
-    models, gates = results["models"].values(), results["gates"].items()
-    runtimes = {figures["runtime"] for figures in models if "runtime" in figures}
-    if runtimes:
-        print(f"latency: {', '.join(sorted(runtimes))}, one process")
+    gates = results["gates"].items()
+    if runtimes := _runtimes(results["models"]):
+        print(f"latency: {runtimes}, one process")
     if gates:
         shown = (f"{name} {gate['value']:.3g} (bound {gate['bound']:g})" for name, gate in gates)
         print(f"gates passed: {', '.join(shown)}")
+
+
+def _runtimes(models: dict[str, dict[str, Any]]) -> str:
+    """Where the models were timed; where they ran in different runtimes, each with its models, as they cannot be compared."""
+    ran: dict[str, list[str]] = {}
+    for name, figures in models.items():
+        if "runtime" in figures:
+            ran.setdefault(figures["runtime"], []).append(name)
+    if len(ran) < 2:
+        return "".join(ran)
+    return "; ".join(f"{', '.join(sorted(names))} in {runtime}" for runtime, names in sorted(ran.items()))
 
 
 def _metric(name: str, value: Any) -> str:

@@ -21,21 +21,18 @@ import psutil
 import pytest
 import torch
 
-from dist_train.artifact import (
-    FORMAT,
-    MANIFEST,
-    PROGRAM,
-    load_artifact,
-    load_program,
-    program_bytes,
-    verify_artifact,
-    verify_in_fresh_process,
-    write_artifact,
-)
+from dist_train.artifact import load_artifact
+from dist_train.artifact_store import FIRST_FORMAT, FORMAT, MANIFEST, verify_artifact, write_artifact
+from dist_train.artifact_verify import verify_in_fresh_process
 from dist_train.errors import ArtifactError, DataError
+from dist_train.program import load_program, program_bytes
 from tests.converted_nets import converted_net, float_net, images, program_of
 
+PROGRAM, FLOAT = "model.pt2", "model.fp32.pt2"
 FIELDS: dict[str, Any] = {
+    "models": {"int8": {"file": PROGRAM, "kind": "pt2"}},
+    "default": "int8",
+    "task": "classification",
     "input": {"shape": [None, 3, 16, 16], "dtype": "float32"},
     "normalization": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
     "classes": [f"class {i}" for i in range(10)],
@@ -67,7 +64,7 @@ def program(converted) -> bytes:
 
 @pytest.fixture
 def artifact(tmp_path: Path, program: bytes) -> Path:
-    write_artifact(tmp_path / "export", program, FIELDS)
+    write_artifact(tmp_path / "export", {PROGRAM: program}, FIELDS)
     return tmp_path / "export"
 
 
@@ -85,8 +82,9 @@ import hashlib, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
+from dist_train.program import load_program, program_bytes
 from tests.converted_nets import converted_net, float_net, program_of
-from dist_train.artifact import program_bytes
+from dist_train.program import program_bytes
 clutter = [program_of(float_net()) for _ in range(int(sys.argv[2]))]  # object ids and name counters move on
 data = program_bytes(program_of(converted_net(float_net(channels_last=True))))
 sys.stdout.write(hashlib.sha256(data).hexdigest())
@@ -229,7 +227,7 @@ def test_a_flipped_byte_anywhere_in_the_program_is_refused_by_name(artifact):
 
 def test_every_flipped_byte_of_the_manifest_is_refused_by_name(tmp_path):
     artifact = tmp_path / "export"
-    write_artifact(artifact, b"a program", FIELDS)
+    write_artifact(artifact, {PROGRAM: b"a program"}, FIELDS)
     for position in range((artifact / MANIFEST).stat().st_size):
         flip(artifact / MANIFEST, position)
         with pytest.raises(ArtifactError, match=r"export/manifest\.json"):
@@ -295,14 +293,14 @@ def test_a_writer_killed_at_any_file_operation_leaves_a_whole_artifact(tmp_path,
         event += 1
         directory = tmp_path / str(event) / "export"
         if older:
-            write_artifact(directory, old, FIELDS)
-        killed = child_killed_at(event, lambda target=directory: write_artifact(target, new, FIELDS))
+            write_artifact(directory, {PROGRAM: old}, FIELDS)
+        killed = child_killed_at(event, lambda target=directory: write_artifact(target, {PROGRAM: new}, FIELDS))
         if any(path.exists() for path in (directory, directory.with_name(".export.old"))):
             seen.append(verify_artifact(directory)["files"][PROGRAM]["sha256"])
         else:
             assert not older
             seen.append("absent")
-        write_artifact(directory, new, FIELDS)  # the same command again
+        write_artifact(directory, {PROGRAM: new}, FIELDS)  # the same command again
         assert sorted(os.listdir(directory)) == [MANIFEST, PROGRAM]
         assert os.listdir(directory.parent) == ["export"]
         assert verify_artifact(directory)["files"][PROGRAM]["sha256"] == hashlib.sha256(new).hexdigest()
@@ -319,7 +317,7 @@ def test_a_full_disk_leaves_the_older_artifact_whole(artifact, program):
     def write_with_little_room() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that write() fails, as it does on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(program), len(program)))
-        write_artifact(artifact, program * 2, FIELDS)
+        write_artifact(artifact, {PROGRAM: program * 2}, FIELDS)
 
     pid = os.fork()
     if pid == 0:
@@ -338,8 +336,69 @@ def test_a_full_disk_leaves_the_older_artifact_whole(artifact, program):
 def test_a_directory_with_files_of_others_is_not_replaced(tmp_path, program):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ArtifactError, match=r"thesis\.tex"):
-        write_artifact(tmp_path, program, FIELDS)
+        write_artifact(tmp_path, {PROGRAM: program}, FIELDS)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+# ---- several models, and artifacts of the first version
+
+
+@pytest.fixture
+def two_models(tmp_path: Path, program: bytes) -> Path:
+    models = {**FIELDS["models"], "fp32": {"file": FLOAT, "kind": "pt2"}}
+    files = {PROGRAM: program, FLOAT: program_bytes(program_of(float_net()))}
+    write_artifact(tmp_path / "run" / "export", files, {**FIELDS, "models": models})
+    return tmp_path / "run" / "export"
+
+
+def test_a_model_is_chosen_by_name_or_by_its_file_and_the_default_otherwise(two_models, converted):
+    inputs = images(3)
+    with torch.no_grad():
+        int8, fp32 = converted(inputs), float_net()(inputs)
+    for path in (two_models, two_models.parent, two_models / PROGRAM):
+        assert torch.equal(load_artifact(path)[0](inputs), int8)
+    assert torch.equal(load_artifact(two_models, "fp32")[0](inputs), fp32)
+    assert torch.equal(load_artifact(two_models / FLOAT)[0](inputs), fp32)
+
+
+def test_a_model_that_is_not_there_is_refused_with_what_is(two_models):
+    with pytest.raises(ArtifactError, match=r"no model 'half'\n.*fp32, int8; or add it: dist-train export"):
+        load_artifact(two_models, "half")
+
+
+def test_half_is_whichever_half_precision_there_is(tmp_path, program):
+    models = {"fp32": {"file": PROGRAM, "kind": "pt2"}, "fp16": {"file": "model.fp16.pt2", "kind": "pt2"}}
+    files = {PROGRAM: b"not read", "model.fp16.pt2": program}
+    write_artifact(tmp_path / "export", files, {**FIELDS, "models": models, "default": "fp32"})
+    assert load_artifact(tmp_path / "export", "half")[0](images(2)).shape == (2, 10)
+
+
+def test_every_model_is_proved_in_one_fresh_process(two_models, converted):
+    inputs = images(4)
+    with torch.no_grad():
+        expected = {"int8": converted(inputs), "fp32": float_net()(inputs) + 0.5}
+    found = verify_in_fresh_process(two_models, inputs, expected, DEADLINE)
+    assert found == {"int8": 0.0, "fp32": pytest.approx(0.5, rel=1e-4)}
+
+
+def test_an_artifact_of_the_first_version_is_still_read(tmp_path, program, converted):
+    old = {key: value for key, value in FIELDS.items() if key not in ("models", "default", "task")}
+    files = {PROGRAM: {"sha256": hashlib.sha256(program).hexdigest(), "bytes": len(program)}}
+    fields = {**old, "format": FIRST_FORMAT, "versions": {}, "files": files}
+    own = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    text = json.dumps({**fields, "sha256": own}, indent=2, sort_keys=True) + "\n"
+    (tmp_path / PROGRAM).write_bytes(program)
+    (tmp_path / MANIFEST).write_text(text)
+    model, manifest = load_artifact(tmp_path)
+    assert torch.equal(model(images(2)), converted(images(2)).detach())
+    assert (manifest["default"], manifest["task"]) == ("int8", "classification")
+
+
+def test_a_format_of_a_later_version_is_refused_by_name(artifact):
+    text = (artifact / MANIFEST).read_text().replace(FORMAT, "dist_train/9")
+    (artifact / MANIFEST).write_text(text)
+    with pytest.raises(ArtifactError, match="format 'dist_train/9' is neither 'dist_train/2' nor"):
+        load_artifact(artifact)
 
 
 # ---- use
@@ -360,7 +419,7 @@ def test_a_fresh_isolated_process_gives_the_same_bits(artifact, converted):
     inputs = images(6)
     with torch.no_grad():
         expected = converted(inputs)
-    assert verify_in_fresh_process(artifact, inputs, expected, DEADLINE) == 0.0
+    assert verify_in_fresh_process(artifact, inputs, {"int8": expected}, DEADLINE) == {"int8": 0.0}
 
 
 def test_a_wrong_answer_is_measured_in_a_fresh_process(artifact, converted):
@@ -368,17 +427,19 @@ def test_a_wrong_answer_is_measured_in_a_fresh_process(artifact, converted):
     with torch.no_grad():
         planted = converted(inputs)
     planted[3, 2] += 0.25
-    assert verify_in_fresh_process(artifact, inputs, planted, DEADLINE) == pytest.approx(0.25, rel=1e-4)
+    assert verify_in_fresh_process(artifact, inputs, {"int8": planted}, DEADLINE)["int8"] == pytest.approx(
+        0.25, rel=1e-4
+    )
 
 
 def test_damage_seen_by_the_fresh_process_reaches_the_caller(artifact):
     flip(artifact / PROGRAM, 1000)
     with pytest.raises(ArtifactError, match=r"model\.pt2 is damaged"):
-        verify_in_fresh_process(artifact, images(1), torch.zeros(1, 10), DEADLINE)
+        verify_in_fresh_process(artifact, images(1), {"int8": torch.zeros(1, 10)}, DEADLINE)
 
 
 def test_a_late_process_is_killed(artifact):
     before = set(psutil.Process().children(recursive=True))
     with pytest.raises(ArtifactError, match=r"within 0\.05 s"):
-        verify_in_fresh_process(artifact, images(1), torch.zeros(1, 10), deadline=0.05)
+        verify_in_fresh_process(artifact, images(1), {"int8": torch.zeros(1, 10)}, deadline=0.05)
     assert set(psutil.Process().children(recursive=True)) <= before

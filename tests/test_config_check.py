@@ -39,6 +39,11 @@ def places(tree: dict[str, Any], environ: dict[str, str] | None = None) -> list[
         ({"stages": ["train", "qat", "export", "convert"]}, ["stages"]),
         ({"stages": ["train", "convert"]}, ["stages"]),
         ({"stages": ["train", "qat", "export"]}, ["stages"]),
+        ({"stages": ["train", "qat", "export"], "export": {"models": ["fp32"]}}, []),
+        *(({"stages": stages}, []) for stages in (["train", "export"], ["train", "half", "export"])),
+        ({"stages": ["train", "export"], "export": {"models": ["fp32", "half", "int8"]}}, ["export.models"] * 2),
+        ({"export": {"formats": ["executorch"]}}, ["export.formats"]),
+        ({"stages": ["train", "export"], "export": {"formats": ["executorch", "onnx"]}}, []),
         ({"stages": ["ptq", "convert"], "model": {"name": "resnet18"}}, ["stages"]),
         ({"stages": ["ptq", "convert"], "model": {"name": "resnet18", "args": {"weights": "DEFAULT"}}}, []),
         ({"train": {"optim": {"nesterov": True}}}, []),
@@ -111,6 +116,14 @@ def test_what_needs_a_package_that_is_not_installed(
     (problem,) = contradictions(Config.model_validate(tree), {})
     assert problem.place == place
     assert problem.hint == "pip install no-such-package"
+
+
+def test_a_format_that_needs_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = Entry("json:loads", requires={"no_such_module_at_all": "no-such-package"})
+    monkeypatch.setitem(registry.export_formats._entries, "onnx", entry)
+    (problem,) = contradictions(Config.model_validate({"export": {"formats": ["pt2", "onnx"]}}), {})
+    assert (problem.place, problem.hint) == ("export.formats", "pip install no-such-package")
+    assert places({"stages": ["train"], "export": {"formats": ["onnx"]}}) == []
 
 
 def test_a_backend_that_no_stage_uses_need_not_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:

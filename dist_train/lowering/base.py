@@ -23,12 +23,28 @@ class LoweringUnavailable(Exception):
 class Lowered:
     """A model in a fast runtime.
 
-    name: "openvino" or "inductor".
+    name: "openvino", "inductor", or "eager" and "torchscript" for a model that runs as it is.
     call: float32 [B, C, H, W] on the CPU, normalised -> float32 [B, classes], for any B >= 1.
     """
 
     name: str
     call: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A model in another format, and what was written read back in its runtime.
+
+    files: bytes by suffix, as {"xml": ..., "bin": ...}; the first is the one to open.
+    call: float32 [B, C, H, W] on the CPU, normalised -> float32, for any B >= 1.
+    runtime: name and version of the runtime that `call` uses.
+    usage: how a program opens the file.
+    """
+
+    files: dict[str, bytes]
+    call: Callable[[Tensor], Tensor]
+    runtime: str
+    usage: str
 
 
 @contextlib.contextmanager

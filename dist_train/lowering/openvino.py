@@ -6,16 +6,20 @@ import functools
 import importlib.util
 import io
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
-from dist_train.lowering.base import Lowered, LoweringUnavailable, quiet
+from dist_train.lowering.base import Lowered, LoweringUnavailable, Written, quiet
+from dist_train.lowering.onnx import onnx_bytes
 
+Precision = Literal["f32", "bf16", "f16"]
 _KEPT = 8  # compiled batch sizes; each holds its own packed weights
 _MODULES = ("openvino", "onnx", "onnxscript")
 
@@ -50,51 +54,67 @@ def _import_openvino() -> Any:
     return openvino
 
 
-def onnx_bytes(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
-    """The model as ONNX with a dynamic batch: QDQ for a converted model, float for a float one (in eval mode).
-
-    example: float32 [B, C, H, W]; only its shape [C, H, W] is used, the export sees zeros.
-    Raises LoweringUnavailable, with the first line of torch's reason, where the model cannot be exported.
-    """
-    # Two rows, because torch.export takes a batch of one for a constant.
-    zeros = torch.zeros(2, *example.shape[1:])
-    shapes: dict[str, Any] = (
-        {} if isinstance(model, ExportedProgram) else {"dynamic_shapes": ({0: Dim("batch", min=1)},)}
-    )
-    try:
-        with quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                model, (zeros,), dynamo=True, verbose=False, input_names=["input"], output_names=["logits"], **shapes
-            )
-            assert program is not None  # it is, with dynamo=True
-            return program.model_proto.SerializeToString()
-    except (torch.onnx.OnnxExporterError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise LoweringUnavailable(f"torch.onnx.export cannot export this model: {reason}") from error
+def computes_in(precision: Precision) -> bool:
+    """Whether OpenVINO computes in this precision on this CPU, and not in another one that it was not asked for."""
+    if precision == "f32":
+        return True
+    capability = {"bf16": "BF16", "f16": "FP16"}[precision]
+    return capability in _import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def lower(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> Lowered:
+def lower(model: nn.Module | ExportedProgram, example: Tensor, threads: int, precision: Precision = "f32") -> Lowered:
     """Compiles `model` by OpenVINO for the CPU with `threads` threads.
 
     model: a converted model (Q/DQ) or a float one in eval mode. example: float32 [B, C, H, W], for its shape.
+    precision: that of floating-point arithmetic. OpenVINO has no bf16 in its ONNX reader: a half model is the float one,
+        computed in half (where `computes_in` says so).
 
     Three choices besides the obvious:
     - One compiled model per batch size, made at its first call. OpenVINO 2026.4.1 answers wrongly for a batch of one where
       the int8 model was compiled with a dynamic batch (ResNet-18 at 32x32: off by three times the largest logit, while
       ONNX's reference evaluator agrees with torch to 4e-8); with a fixed batch it is right.
     - `read_model` instead of `convert_model`, which sends telemetry (and is slower).
-    - The precision f32: OpenVINO would otherwise run a float model in bf16 where the CPU has it, and the comparison of int8
-      with FP32 would be one with bf16 (2x faster here). int8 parts stay int8 (integer kernels).
+    - The precision, f32 unless asked otherwise: OpenVINO would run a float model in bf16 where the CPU has it, and the
+      comparison of int8 with FP32 would be one with bf16 (2x faster here). int8 parts stay int8 (integer kernels).
 
     Raises LoweringUnavailable where a module is missing or the model cannot be exported or compiled.
     """
+    return Lowered("openvino", _compiled_call(onnx_bytes(model, example), None, example, threads, precision))
+
+
+def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> Written:
+    """OpenVINO IR, by way of ONNX: `model.xml` with the graph and `model.bin` with the weights, batch size free.
+
+    Arguments and errors as of `lower`. `call` of the result is what was written, read back and compiled.
+    """
     openvino = _import_openvino()
-    onnx_model = onnx_bytes(model, example)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        try:
+            graph = openvino.Core().read_model(io.BytesIO(onnx_bytes(model, example)))
+        except RuntimeError as error:
+            raise LoweringUnavailable(f"OpenVINO cannot read this model: {_reason(error)}") from error
+        xml = Path(folder) / "model.xml"
+        openvino.serialize(graph, xml)
+        files = {"xml": xml.read_bytes(), "bin": xml.with_suffix(".bin").read_bytes()}
+    call = _compiled_call(files["xml"], files["bin"], example, threads, "f32")
+    usage = "openvino.Core().read_model(FILE), then reshape() to a fixed batch size: see lowering/openvino.py"
+    return Written(files, call, f"openvino {openvino.__version__.partition('-')[0]}", usage)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
+
+
+def _compiled_call(
+    graph: bytes, weights: bytes | None, example: Tensor, threads: int, precision: Precision
+) -> Callable[[Tensor], Tensor]:
+    """A model (ONNX, or IR with its weights) as a function for any batch size. The rest is as in `lower`."""
+    openvino = _import_openvino()
     settings = {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "ENABLE_CPU_PINNING": False,
     }
     core = openvino.Core()
@@ -103,16 +123,15 @@ def lower(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
     def compiled(batch: int) -> Any:
         try:
             with quiet():
-                fixed = core.read_model(io.BytesIO(onnx_model))
+                fixed = core.read_model(graph, weights) if weights else core.read_model(io.BytesIO(graph))
                 fixed.reshape([batch, *example.shape[1:]])
                 return core.compile_model(fixed, "CPU", settings)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise LoweringUnavailable(f"OpenVINO cannot compile this model: {reason}") from error
+            raise LoweringUnavailable(f"OpenVINO cannot compile this model: {_reason(error)}") from error
 
     def call(images: Tensor) -> Tensor:
         # share_inputs: no copy of the batch; the output is a copy, so that the next call does not overwrite it.
         return torch.from_numpy(compiled(len(images))(images.contiguous().numpy(), share_inputs=True)[0])
 
     compiled(1)  # so that a model that OpenVINO refuses is refused here, not in the midst of a measurement
-    return Lowered("openvino", call)
+    return call

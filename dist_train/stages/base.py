@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sized
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from dist_train.data.augment import Augmentation
 from dist_train.data.loader import EvaluationLoader, Source, TrainLoader
 from dist_train.data.permutation import derive_key
 from dist_train.data.sampler import ElasticDistributedSampler
+from dist_train.deployment import describe_data
 from dist_train.errors import DataError, GateError
 from dist_train.evaluate import Evaluation, evaluate
 from dist_train.ledger import Ledger, NoLedger
@@ -43,6 +45,7 @@ class Context:
     Attributes:
         model: the float model, on the device.
         quantized: state of the prepared model after ptq or qat; None before.
+        half: dtype of the half model, bf16 or fp16; None before half.
         program: the converted int8 program; None before convert.
         ranges_sha256: digest of the ranges that it was converted with.
         probe: on rank 0, `inputs` and the converted model's `outputs`, as it computed them in memory.
@@ -68,10 +71,16 @@ class Context:
     finished: dict[str, str] = field(default_factory=dict)
     resume: dict[str, Any] | None = None
     quantized: dict[str, Any] | None = None
+    half: str | None = None
     program: Program | None = None
     ranges_sha256: str = ""
     probe: dict[str, torch.Tensor] = field(default_factory=dict)
     _prepared: PreparedModel | None = None
+
+    @cached_property
+    def _described(self) -> dict[str, Any]:
+        """So that the models can be rebuilt without the data."""
+        return describe_data(self.splits)
 
     def example(self, rows: int) -> torch.Tensor:
         """A synthetic batch of zeros, float32 [rows, C, H, W], on the CPU."""
@@ -230,7 +239,13 @@ class Context:
             self.trackers.sync()
             self.folder.save(
                 name,
-                {**state, "data": self.splits.fingerprint, "results": self.results, "finished_stages": self.finished},
+                {
+                    **state,
+                    "data": self.splits.fingerprint,
+                    "described": self._described,
+                    "results": self.results,
+                    "finished_stages": self.finished,
+                },
             )
             steps = sorted(
                 entry for entry in self.folder.names() if entry.startswith(f"{state['stage']}-") and entry[-1].isdigit()

@@ -1,0 +1,197 @@
+"""What is deployed of a run: its models as programs, the formats beside them, and the manifest; all on the CPU, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from dist_train import registry
+from dist_train.artifact import HALF
+from dist_train.data.arrays import Splits
+from dist_train.errors import ArtifactError
+from dist_train.half import Dtype, HalfModel
+from dist_train.lowering.base import LoweringUnavailable, Written
+from dist_train.lowering.comparison import LARGEST_DIFFERENCE, Candidate, relative_difference
+from dist_train.program import Program, load_program, open_program, program_bytes
+
+_SUFFIXES = {"pt2": "pt2", "torchscript": "ts"}
+
+
+@dataclass(frozen=True)
+class Deployable:
+    """One model of a run.
+
+    Attributes:
+        name: fp32, bf16, fp16 or int8.
+        program: what is deployed.
+        outputs: the answer of the model in memory, before it became a program, to the probe; float32 [rows, ...].
+        candidate: the same for a runtime and for other formats.
+    """
+
+    name: str
+    program: Program
+    outputs: Tensor
+    candidate: Candidate
+
+
+def deploy_float(model: nn.Module, probe: Tensor) -> Deployable:
+    """model: the float one on the CPU, in eval mode. probe: float32 [rows, C, H, W], normalised."""
+    return _exported("fp32", model, probe, None)
+
+
+def deploy_half(model: nn.Module, dtype: str, probe: Tensor) -> Deployable:
+    """model: the float one on the CPU."""
+    return _exported(dtype, HalfModel(model, cast(Dtype, dtype)), probe, dtype)
+
+
+def deploy_int8(program: Program, outputs: Tensor) -> Deployable:
+    """program, outputs: what `convert` made, and what the converted model answered to the probe."""
+    if program.kind == "torchscript":
+        return Deployable("int8", program, outputs, Candidate(open_program(program), None))
+    exported = load_program(program.data)
+    return Deployable("int8", program, outputs, Candidate(exported.module(), exported))
+
+
+@torch.no_grad()
+def _exported(name: str, model: nn.Module, probe: Tensor, half: str | None) -> Deployable:
+    program = Program("pt2", program_bytes(export_module(model, probe[:2])))
+    return Deployable(name, program, model(probe), Candidate(model, model, half))
+
+
+def export_module(model: nn.Module, example: Tensor) -> ExportedProgram:
+    """A float or half model as a program whose batch size is free. Of `example` the shape counts; it has two rows or more.
+
+    Raises:
+        ArtifactError: torch.export cannot trace it.
+    """
+    try:
+        return torch.export.export(model, (torch.zeros_like(example),), dynamic_shapes=({0: Dim("batch", min=1)},))
+    except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ArtifactError(
+            f"torch.export cannot trace {type(model).__name__}: {reason}",
+            "make forward free of branches and shapes that depend on the data; see the cause above for the line",
+        ) from error
+
+
+class Bundle:
+    """The files of an artifact and what the manifest says of them, as models and formats are added.
+
+    Attributes:
+        default: name of the model that is `model.*`; the others are `model.NAME.*`.
+        models: the manifest's `models`.
+        files: by name.
+    """
+
+    def __init__(self, default: str, models: Mapping[str, Any] | None = None, files: Mapping[str, bytes] | None = None):
+        self.default = default
+        self.models: dict[str, Any] = dict(models or {})
+        self.files: dict[str, bytes] = dict(files or {})
+
+    def _stem(self, name: str) -> str:
+        return "model" if name == self.default else f"model.{name}"
+
+    def add(self, each: Deployable) -> None:
+        """The program and its extra files. Formats of an earlier export stay: the model is the same."""
+        program, known = each.program, self.models.get(each.name, {})
+        file = known.get("file", f"{self._stem(each.name)}.{_SUFFIXES[program.kind]}")
+        self.files |= {file: program.data, **program.extra}
+        self.models[each.name] = {**known, "file": file, "kind": program.kind}
+        if program.extra:
+            self.models[each.name]["extra"] = sorted(program.extra)
+
+    def add_format(self, each: Deployable, name: str, probe: Tensor, threads: int) -> str:
+        """Writes an added model in another format too, reads it back in its runtime, and holds its answers against the model's.
+
+        Returns a line for the user.
+
+        Raises:
+            ArtifactError: the format and the model do not go together, or its answers are wrong.
+        """
+        written = write_format(each, name, probe, threads)
+        difference = max(  # one row too: OpenVINO was seen to go wrong there alone
+            relative_difference(written.call, each.candidate.call, rows) for rows in (probe, probe[:1])
+        )
+        if not difference <= LARGEST_DIFFERENCE:
+            raise ArtifactError(
+                f"{each.name} as {name} is wrong: {written.runtime} answers differently "
+                f"({difference:.2g} of the largest output)",
+                "take another format, and report this with the model's name",
+            )
+        names = [f"{self._stem(each.name)}.{suffix}" for suffix in written.files]
+        self.files |= dict(zip(names, written.files.values(), strict=True))
+        self.models[each.name].setdefault("formats", {})[name] = {
+            "files": names,
+            "runtime": written.runtime,
+            "usage": written.usage,
+            "difference": difference,
+        }
+        return f"{each.name} as {name}: {names[0]}, {written.runtime} differs by {difference:.2g} of the largest output"
+
+
+def write_format(each: Deployable, name: str, probe: Tensor, threads: int) -> Written:
+    """See `Bundle.add_format`."""
+    if each.candidate.source is None:
+        raise ArtifactError(
+            f"{each.name} is TorchScript, of which {name} cannot be written: its integer weights are packed",
+            f"--qat.backend pt2e in a new run gives an int8 model that can be {name}; or export fp32",
+        )
+    write: Callable[..., Written] = registry.export_formats.get(name)
+    try:
+        return write(each.candidate.source, probe[:2], threads)
+    except LoweringUnavailable as reason:
+        hint = "take another format or model: --format onnx, --model fp32"
+        if each.name in HALF:
+            hint = "export fp32 (runtimes choose half themselves), or train with --half.dtype fp16, which more of them read"
+        raise ArtifactError(f"{each.name} cannot be written as {name}: {reason}", hint) from reason
+
+
+def describe_data(splits: Splits) -> dict[str, Any]:
+    """What a model must be told of the data that it was trained on; JSON."""
+    return {
+        "input_shape": list(splits.input_shape),
+        "resize": getattr(splits, "resize", None),
+        "mean": list(splits.mean),
+        "std": list(splits.std),
+        "classes": list(splits.classes),
+        "num_classes": splits.num_classes,
+    }
+
+
+def manifest(
+    bundle: Bundle, described: Mapping[str, Any], task: str, results: Mapping[str, Any], ranges_sha256: str | None
+) -> dict[str, Any]:
+    """What a user of the artifact must know; nothing that differs between a run and its repetition."""
+    return {
+        "models": bundle.models,
+        "default": bundle.default,
+        "task": task,
+        "input": {
+            "shape": [None, *described["input_shape"]],
+            "dtype": "float32",
+            "resize": described["resize"],
+        },
+        "normalization": {"mean": described["mean"], "std": described["std"]},
+        "classes": described["classes"],
+        "ranges_sha256": ranges_sha256,
+        "world_sizes": results["world_sizes"],
+        "metrics": {
+            name: {key: value for key, value in figures.items() if isinstance(value, (int, float)) and key != "bytes"}
+            for name, figures in results["models"].items()
+        },
+    }
+
+
+def chosen_models(wanted: Sequence[str] | None, half: str | None, converted: bool) -> list[str]:
+    """The models to export, the default first, by their names: half is bf16 or fp16.
+
+    wanted: `export.models`. half: the dtype where the run has a half model. converted: whether it has an int8 one.
+    """
+    if wanted is None:
+        return ["int8" if converted else half or "fp32"]
+    return [half or name if name == "half" else name for name in dict.fromkeys(wanted)]

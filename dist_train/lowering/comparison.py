@@ -1,0 +1,112 @@
+"""Are the answers right, and how long do they take: models side by side, each in the fastest runtime that is right for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from dist_train.lowering import inductor, openvino
+from dist_train.lowering.base import Lowered, LoweringUnavailable
+from dist_train.lowering.latency import compare_latency
+from dist_train.lowering.runtime import lower
+
+# Integer kernels round otherwise than the simulation does: up to 0.036 was seen where a runtime was right, 2 and more where it was not.
+LARGEST_DIFFERENCE = 0.2
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to be timed.
+
+    Attributes:
+        call: the model in memory, on the CPU: float32 [B, ...] to float32. What the runtime must answer, too.
+        source: what a runtime is given: a float module in eval mode or a PT2E program; None for TorchScript, which runs as it is.
+        half: bf16 or fp16 where that is the model's precision.
+    """
+
+    call: Callable[[Tensor], Tensor]
+    source: nn.Module | ExportedProgram | None
+    half: str | None = None
+
+
+@torch.no_grad()
+def relative_difference(
+    call: Callable[[Tensor], Tensor], expected: Callable[[Tensor], Tensor], images: Tensor
+) -> float:
+    """Largest difference of the outputs, in units of the largest expected output; NaN where an output is NaN."""
+    right = expected(images)
+    return float((call(images) - right).abs().max() / right.abs().max().clamp(min=1e-12))
+
+
+def time_models(
+    candidates: Mapping[str, Candidate], images: Callable[[int], Tensor], batch_sizes: Sequence[int], threads: int
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Median milliseconds of each model by batch size, and the name of the runtime that each ran in, all in turns.
+
+    candidates: by name, fp32, bf16, fp16 or int8. images: batch size -> float32 [B, C, H, W].
+    Without TorchScript: OpenVINO, else Inductor, for fp32 and int8 alike; a half model where that runtime computes in its
+    precision, else eager. TorchScript goes into neither: it is timed as it is, and the others in eager mode.
+
+    Raises LoweringUnavailable where fp32 or int8 have no runtime, or a runtime's answers are wrong.
+    """
+    lowered: dict[str, Lowered] = {}
+    script = any(each.source is None for each in candidates.values())
+    for name, each in candidates.items():
+        if each.source is None:
+            lowered[name] = Lowered("torchscript", each.call)
+        elif script:
+            lowered[name] = Lowered("eager", each.call)
+        elif each.half is None:
+            lowered[name] = lower(each.source, images(1), threads)
+            for rows in batch_sizes:
+                require_same_answers(name, lowered[name], each.call, images(rows))
+        else:
+            lowered[name] = _lower_half(each, candidates.get("fp32"), images, batch_sizes, threads)
+
+    def quietly(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def without_gradients(batch: Tensor) -> Tensor:
+            with torch.no_grad():
+                return call(batch)
+
+        return without_gradients
+
+    times = compare_latency({name: quietly(each.call) for name, each in lowered.items()}, images, batch_sizes)
+    return times, {name: each.name for name, each in lowered.items()}
+
+
+def _lower_half(
+    half: Candidate, fp32: Candidate | None, images: Callable[[int], Tensor], batch_sizes: Sequence[int], threads: int
+) -> Lowered:
+    """The half model in the runtime of the others where it is right there, else as it is."""
+    precision: openvino.Precision = "bf16" if half.half == "bf16" else "f16"
+    assert half.source is not None
+    try:
+        if not openvino.missing_modules():
+            if fp32 is None or fp32.source is None or not openvino.computes_in(precision):
+                return Lowered("eager", half.call)
+            lowered = openvino.lower(fp32.source, images(1), threads, precision)
+        else:
+            lowered = inductor.lower(half.source, images(1), threads)
+        for rows in batch_sizes:
+            require_same_answers(half.half or "half", lowered, half.call, images(rows))
+    except LoweringUnavailable:
+        return Lowered("eager", half.call)
+    return lowered
+
+
+def require_same_answers(name: str, lowered: Lowered, model: Callable[[Tensor], Tensor], images: Tensor) -> None:
+    """The speed of wrong answers is not a figure.
+
+    Raises:
+        LoweringUnavailable: the runtime's outputs differ by more than rounding, in units of the largest output.
+    """
+    difference = relative_difference(lowered.call, model, images)
+    if not difference <= LARGEST_DIFFERENCE:
+        raise LoweringUnavailable(
+            f"latency was not measured: {lowered.name} answers differently for {name} at batch {len(images)} "
+            f"({difference:.2g} of the largest output)"
+        )

@@ -1,0 +1,30 @@
+"""Half precision: the trained float model cast to bf16 or fp16, evaluated by all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dist_train.config_fit import HalfConfig
+from dist_train.evaluate import evaluate
+from dist_train.half import HalfModel, choose_dtype, require_half
+from dist_train.stages.base import Context, Stage
+
+
+class Half(Stage):
+    """Casts parameters and inputs; outputs stay float32. The metrics stand under the dtype's name."""
+
+    settings: HalfConfig
+
+    def run(self, context: Context) -> dict[str, Any]:
+        world = context.world
+        # Rank 0's device decides for all: nodes may differ.
+        dtype, why = world.on_rank_0(lambda: choose_dtype(self.settings.dtype, world.device), "choosing a dtype")
+        context.progress.say(f"{self.name}: {dtype}, {why}")
+        model = HalfModel(context.model, dtype)
+        require_half(model, context.example(2).to(world.device))
+        evaluation = evaluate(model, context.evaluation_batches(), context.task, world)
+        context.results["models"][dtype] = dict(evaluation.metrics)
+        return {"dtype": dtype}
+
+    def restore(self, context: Context, product: dict[str, Any]) -> None:
+        context.half = product["dtype"]
