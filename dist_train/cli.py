@@ -110,7 +110,7 @@ def _train_verb(arguments: list[str]) -> int:
     loaded = _load("run", arguments)
     from dist_train.pipeline import run
 
-    run(loaded.config)
+    run(loaded.config, loaded.warnings)
     return EXIT_DONE
 
 
@@ -223,8 +223,19 @@ def _config_schema(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
+def _config_reference(arguments: list[str]) -> int:
+    _import_only("config reference", arguments)
+    from dist_train.config_reference import reference
+
+    print(reference(), end="")
+    return EXIT_DONE
+
+
 def _config_check(arguments: list[str]) -> int:
-    config = _load("config check", arguments).config
+    loaded = _load("config check", arguments)
+    config = loaded.config
+    for warning in loaded.warnings:
+        print(f"warning: {warning}")
     print(f"{arguments[0]} is right: {', '.join(config.stages)} in {config.run_dir}")
     return EXIT_DONE
 
@@ -242,7 +253,12 @@ VERBS = {
             _evaluate_verb,
             "RUN_DIR is the directory of a run, with its config.yaml.",
         ),
-        Verb("config", "list|show|copy|schema|check ...", "look at configurations, without running them", _config_verb),
+        Verb(
+            "config",
+            "list|show|copy|schema|reference|check ...",
+            "look at configurations, without running them",
+            _config_verb,
+        ),
         Verb("ledger", "RUN_DIR", "check that every sample was consumed once an epoch", _ledger_verb),
     )
 }
@@ -255,6 +271,7 @@ CONFIG_VERBS = {
         ),
         Verb("copy", "NAME [DEST]", "copy a shipped configuration, to change it; never overwrites", _config_copy),
         Verb("schema", "[--import MODULE]", "the JSON schema that editors complete from", _config_schema),
+        Verb("reference", "[--import MODULE]", "every setting, as Markdown tables", _config_reference),
         Verb("check", "CONFIG [--dotted.key VALUE ...]", "report every mistake, run nothing", _config_check, SETTINGS),
     )
 }
