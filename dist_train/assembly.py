@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,16 @@ from dist_train import registry
 from dist_train.checkpoint import CheckpointFolder
 from dist_train.choices import Choices
 from dist_train.config import Config
+from dist_train.config_advice import too_many_workers
 from dist_train.config_data import is_weights_file
-from dist_train.data.arrays import Splits, open_splits
+from dist_train.config_fit import FitConfig
+from dist_train.data.arrays import ImageArrays, Splits, open_splits
 from dist_train.data.datasets import cache_folder, check_args
 from dist_train.data.loader import seed_everything
 from dist_train.data.permutation import derive_key
+from dist_train.epoch_line import check_epoch_format
 from dist_train.errors import ConfigError, DataError, Problem
+from dist_train.evaluate import metric_names
 from dist_train.ledger import Ledger, NoLedger
 from dist_train.models.build import build_model, check_model, initial_weights
 from dist_train.models.weights import digest, load_weights
@@ -45,12 +49,28 @@ def check_arguments(config: Config) -> None:
         lambda: check_model(config.model),
         lambda: registry.tasks.get(config.task.name)(2, config.task.args),
         lambda: _require_initial_weights(config),
+        # Some metrics want many classes (top5), so that here only names are refused that are never right.
+        lambda: _check_metrics(config, registry.tasks.get(config.task.name)(1000, config.task.args)),
     ]
     for check in checks:
         try:
             check()
         except ConfigError as error:
-            problems += error.problems
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_metrics(config: Config, task: Task) -> None:
+    """Raises ConfigError where a stage selects by a metric, or log.epoch_format shows one, that the task does not have."""
+    names = metric_names(task)
+    problems = [] if config.log.epoch_format is None else check_epoch_format(config.log.epoch_format, names)
+    for section in config.stages:
+        settings = getattr(config, section, None)
+        wanted = settings.select_by if isinstance(settings, FitConfig) else None
+        if wanted is not None and wanted not in names:
+            hint = f"the metrics are {', '.join(names)}"
+            problems.append(Problem(f"{section}.select_by", f"{config.task.name} has no metric {wanted!r}", hint=hint))
     if problems:
         raise ConfigError(problems)
 
@@ -67,12 +87,14 @@ def make_context(
 ) -> Context:
     """Data, model, task and strategy as the config names them. Collective."""
     splits = _splits(config, world)
+    _require_samples(config, splits)
     model = _model(config, splits, world)
     folder = CheckpointFolder(run_dir.checkpoints)
     weights = (
         None if _holds_its_weights(config, folder) else _load_initial_weights(config, model, splits, world, progress)
     )
     task: Task = registry.tasks.get(config.task.name)(splits.num_outputs, config.task.args)
+    _check_metrics(config, task)
     try_out(config, model, splits, task, world)
     return Context(
         config=config,
@@ -102,6 +124,26 @@ def make_context(
 def _splits(config: Config, world: World) -> Splits:
     make: Callable[[Any], Splits] = registry.datasets.get(config.data.name)
     return open_splits(lambda: make(config.data), cache_folder(config.data), world)
+
+
+def _require_samples(config: Config, splits: Splits) -> None:
+    for split, what in ((splits.train, "train on"), (splits.eval, "evaluate on")):
+        if isinstance(split, Sized) and len(split) == 0:
+            raise DataError(
+                f"the dataset {config.data.name} has no samples to {what}",
+                "give it some: an evaluation of nothing cannot choose or gate a model",
+            )
+
+
+def advise(context: Context, warnings: Sequence[Problem]) -> None:
+    """Says the warnings of the configuration, with those that need the data and the ranks; once, on rank 0."""
+    world = context.world
+    found = list(warnings)
+    if not isinstance(context.splits.train, ImageArrays):
+        cores = len(os.sched_getaffinity(0))
+        found += too_many_workers(context.config.data.workers, world.local_world_size, cores)
+    for problem in found:
+        context.progress.warn(str(problem))
 
 
 def _model(config: Config, splits: Splits, world: World) -> nn.Module:

@@ -16,7 +16,7 @@ from dist_train import codec
 from dist_train.errors import CheckpointError, RunDirError
 from dist_train.run_dir import read_json, replace_json, sync_directory
 
-_FORMAT = 1
+_FORMAT = 2
 _TENSORS, _TREE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 

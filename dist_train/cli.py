@@ -86,7 +86,7 @@ def _train_verb(arguments: list[str]) -> int:
     loaded = _load("run", arguments)
     from dist_train.pipeline import run
 
-    run(loaded.config)
+    run(loaded.config, loaded.warnings)
     return EXIT_DONE
 
 
@@ -167,8 +167,19 @@ def _config_schema(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
+def _config_reference(arguments: list[str]) -> int:
+    import_only("config reference", arguments)
+    from dist_train.config_reference import reference
+
+    print(reference(), end="")
+    return EXIT_DONE
+
+
 def _config_check(arguments: list[str]) -> int:
-    config = _load("config check", arguments).config
+    loaded = _load("config check", arguments)
+    config = loaded.config
+    for warning in loaded.warnings:
+        print(f"warning: {warning}")
     print(f"{arguments[0]} is right: {', '.join(config.stages)} in {config.run_dir}")
     return EXIT_DONE
 
@@ -180,7 +191,12 @@ VERBS = {
             "run", "CONFIG [--dotted.key VALUE ...]", "run the stages; the same command resumes", _train_verb, SETTINGS
         ),
         *ARTIFACT_VERBS,
-        Verb("config", "list|show|copy|schema|check ...", "look at configurations, without running them", _config_verb),
+        Verb(
+            "config",
+            "list|show|copy|schema|reference|check ...",
+            "look at configurations, without running them",
+            _config_verb,
+        ),
         Verb("ledger", "RUN_DIR", "check that every sample was consumed once an epoch", _ledger_verb),
     )
 }
@@ -193,6 +209,7 @@ CONFIG_VERBS = {
         ),
         Verb("copy", "NAME [DEST]", "copy a shipped configuration, to change it; never overwrites", _config_copy),
         Verb("schema", "[--import MODULE]", "the JSON schema that editors complete from", _config_schema),
+        Verb("reference", "[--import MODULE]", "every setting, as Markdown tables", _config_reference),
         Verb("check", "CONFIG [--dotted.key VALUE ...]", "report every mistake, run nothing", _config_check, SETTINGS),
     )
 }

@@ -52,6 +52,8 @@ class LogConfig(Settings):
     """Steps between two lines of metrics.jsonl."""
     interval: Annotated[PositiveFloat, Field(json_schema_extra=FREE)] = 5.0
     """Seconds between two printed lines where there is no terminal."""
+    epoch_format: Annotated[str | None, Field(json_schema_extra=FREE)] = None
+    """The line after each evaluation, of the fields stage, epoch, epochs and the metrics: "Epoch [{epoch}/{epochs}], Acc: {top1:.4%}"."""
 
 
 class ProfileConfig(Settings):

@@ -214,6 +214,14 @@ def _jitter_does_something(config: Config, environ: Mapping[str, str]) -> Iterat
             yield Problem("data.augment", message, hint="for example {name: color_jitter, brightness: 0.4}")
 
 
+@_about("profile")
+def _profile_increases(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+    if config.profile is not None and config.profile.steps[0] >= config.profile.steps[1]:
+        first, last = config.profile.steps
+        message = f"[{first}, {last}) holds no step: the first must be less than the last"
+        yield Problem("profile.steps", message, hint=f"--profile.steps '[{last}, {max(first, last + 1)}]'")
+
+
 def _check_fit(section: str) -> None:
     """The checks of a section that trains."""
 

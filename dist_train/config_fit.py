@@ -10,9 +10,16 @@ from dist_train import registry
 from dist_train.config_base import FREE, Fraction, Momentum, Registered, Settings
 
 
+def steps_in(fraction: float, total_steps: int) -> int:
+    """The whole steps in a fraction of a stage: of warm-up, or before something freezes."""
+    return round(fraction * total_steps)
+
+
 class OptimConfig(Settings):
     name: Literal["sgd", "adam", "adamw"] = "sgd"
+    """torch.optim's SGD, Adam or AdamW."""
     lr: PositiveFloat = 0.1
+    """Highest learning rate of the schedule."""
     base_batch_size: PositiveInt | None = None
     """Global batch size that `lr` is meant for: it is scaled by global_batch_size / base_batch_size (Goyal et al. 2017, arXiv:1706.02677). None: `lr` as it is."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -24,12 +31,20 @@ class OptimConfig(Settings):
     eps: PositiveFloat = 1e-8
     """Adam and AdamW only."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of the weights of two and more dimensions; Adam adds it to the gradient, AdamW takes it from the weight."""
     decay_norm_and_bias: bool = False
     """Decay one-dimensional parameters (norms, biases) too."""
+
+    def scaled(self, global_batch_size: int) -> OptimConfig:
+        """These settings with the `lr` that is right for this batch: the linear rule, where base_batch_size is given."""
+        if self.base_batch_size is None:
+            return self
+        return self.model_copy(update={"lr": self.lr * global_batch_size / self.base_batch_size})
 
 
 class QATOptimConfig(OptimConfig):
     lr: PositiveFloat = 0.001
+    """Highest learning rate of the schedule."""
 
 
 class ScheduleConfig(Settings):
@@ -56,6 +71,7 @@ class FitConfig(Settings):
     """What train and qat share: both run the same loop."""
 
     epochs: PositiveInt = 1
+    """Passes over the training set."""
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     clip_grad_norm: PositiveFloat | None = None
@@ -74,6 +90,7 @@ class FitConfig(Settings):
 
 class TrainConfig(FitConfig):
     epochs: PositiveInt = 10
+    """Passes over the training set."""
 
 
 class HalfConfig(Settings):
@@ -99,6 +116,7 @@ class QATConfig(FitConfig):
     engine: Literal["auto", "x86", "fbgemm", "onednn", "qnnpack"] = "auto"
     """Integer kernels that the fx and eager backends are made for; auto: x86 on x86-64, qnnpack on ARM. pt2e ignores it."""
     epochs: PositiveInt = 2
+    """Passes over the training set."""
     optim: QATOptimConfig = QATOptimConfig()
     averaging: Annotated[float, Field(gt=0, le=1)] = 0.05
     """Weight of a step's range in the moving average."""
@@ -109,6 +127,7 @@ class QATConfig(FitConfig):
     prepare_bound: Annotated[PositiveFloat, Field(json_schema_extra=FREE)] = 1e-4
     """Gate: largest relative difference of the prepared model, fake quantization off, from the float one."""
     rules: list[RuleConfig] = []
+    """Modules that are left in floating point."""
 
 
 class ConvertConfig(Settings):

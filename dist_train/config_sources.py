@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from dist_train import registry
 from dist_train.config import Config, config_model, leaves
+from dist_train.config_advice import unscaled_rates
 from dist_train.config_check import contradictions
 from dist_train.config_messages import mistakes
 from dist_train.config_yaml import Place, Tree, dotted, to_yaml
@@ -32,11 +33,13 @@ class Loaded:
         config: the typed tree.
         sources: dotted key -> "configs/quickstart.yaml:12", "--train.optim.lr", or "default"; several with ", ".
         path: the file that was read.
+        warnings: what is right and yet probably not meant.
     """
 
     config: Config
     sources: dict[str, str]
     path: Path
+    warnings: tuple[Problem, ...] = ()
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -62,6 +65,7 @@ def load(
     """
     tree = Tree()
     file = _read(path, tree)
+    batch_of_file = _at(tree.values, ["data", "global_batch_size"], Config().data.global_batch_size)
     options, modules, wrong = split_options(overrides)
     tree.problems += wrong + import_modules(modules)
     for option, text in options:
@@ -74,7 +78,7 @@ def load(
     if config is None or tree.problems:
         raise ConfigError(tree.problems)
     sources = {key: tree.sources_of_leaf(tuple(key.split("."))) for key, _, _ in leaves(config)}
-    return Loaded(config, sources, file)
+    return Loaded(config, sources, file, tuple(unscaled_rates(config, sources, batch_of_file)))
 
 
 def dump(config: BaseModel) -> str:

@@ -66,6 +66,11 @@ def evaluate(
     return Evaluation({**values, "loss": float(sums[0]) / max(count, 1), "count": count}, own)
 
 
+def metric_names(task: Task) -> list[str]:
+    """What an evaluation measures, beside `count`: the names that `select_by` may give."""
+    return [*(str(name) for name in task.metrics()), "loss"]
+
+
 def agreement(left: Evaluation, right: Evaluation, task: Task, world: World) -> float:
     """Share of the samples, over all ranks, on which two models decide the same. Collective.
 

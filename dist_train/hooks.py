@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from dist_train.config_fit import QATConfig
+from dist_train.config_fit import QATConfig, steps_in
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
 from dist_train.reduction import StepReduction
@@ -27,8 +27,8 @@ class FreezeSchedule:
     def __init__(
         self, config: QATConfig, total_steps: int, prepared: PreparedModel, ranges: Ranges, reduction: StepReduction
     ) -> None:
-        self._batch_norm_step = round(config.freeze_batch_norm * total_steps)
-        self._ranges_step = round(config.freeze_ranges * total_steps)
+        self._batch_norm_step = steps_in(config.freeze_batch_norm, total_steps)
+        self._ranges_step = steps_in(config.freeze_ranges, total_steps)
         self._prepared = prepared
         self._ranges = ranges
         self._reduction = reduction

@@ -5,10 +5,10 @@ Its order is law: seed, forward and backward, reduction, clip, optimizer, schedu
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,12 +17,16 @@ from torch import nn
 from dist_train.config_fit import FitConfig
 from dist_train.data.loader import StepBatch, TrainLoader, seed_everything
 from dist_train.data.permutation import derive_key
+from dist_train.epoch_line import epoch_line
 from dist_train.errors import NonFiniteLossError
 from dist_train.evaluate import Evaluation
 from dist_train.hooks import Hook
 from dist_train.ledger import Ledger, NoLedger
+from dist_train.outlook import Outlook
+from dist_train.profiling import NoProfile, Profile
 from dist_train.progress import Progress
-from dist_train.reduction import Pending, StepReduction, StepSums, require_same_buffers
+from dist_train.reduction import StepReduction, StepSums, require_same_buffers
+from dist_train.selection import Selection
 from dist_train.state import TrainState
 from dist_train.strategies.base import StepOutcome, Strategy
 from dist_train.tasks import Task
@@ -32,8 +36,10 @@ from dist_train.trackers.base import Trackers
 class Checkpoints(Protocol):
     """Where the loop's state goes. Collective: every rank calls it."""
 
-    def save_step(self, stage: str, step: int, state: dict[str, Any], best_step: int | None) -> None:
-        """Saves the state of `step`; the checkpoint of `best_step` is kept too."""
+    def save_step(
+        self, stage: str, step: int, state: dict[str, Any], best_first: Sequence[int], needed: int | None
+    ) -> None:
+        """Saves the state of `step`; that of `needed` is kept too, and of `best_first`, the evaluated ones, as many as retention says."""
 
     def load_step(self, stage: str, step: int) -> dict[str, Any]:
         """The state that was saved at `step`."""
@@ -61,6 +67,8 @@ class Fit:
     log_every: int
     progress: Progress
     compile: bool
+    epoch_format: str | None = None
+    profile: Profile | NoProfile = field(default_factory=NoProfile)
 
     @property
     def total_steps(self) -> int:
@@ -97,75 +105,52 @@ def fit(run: Fit, model: nn.Module, resume: dict[str, Any] | None) -> TrainState
     Raises:
         NonFiniteLossError: on all ranks; what was saved is finite.
     """
-    state = TrainState(model, run.config, run.total_steps, run.steps_per_epoch, run.strategy.begin())
+    selection = Selection(run.config, run.task.headline, run.task.lower_is_better)
+    state = TrainState(model, run.config, run.total_steps, run.steps_per_epoch, selection, run.strategy.begin())
     if resume is not None:
         state.load_state_dict(resume)
-    if state.step < run.total_steps:
-        _train(run, state)
-    if run.config.select == "best" and state.best is not None and state.best["step"] != run.total_steps:
-        state.load_state_dict(run.checkpoints.load_step(run.stage, state.best["step"]))
+    if state.step < run.total_steps and not selection.stop:
+        run.progress.begin(run.stage, run.total_steps, state.step, run.task.score_name)
+        run.profile.begin(state.step, run.total_steps)
+        try:
+            _train(run, state)
+        finally:
+            run.profile.end()
+        run.progress.end()
+    state.chosen_step = state.step
+    best = selection.best_step
+    if run.config.select == "best" and best is not None and best != state.step:
+        state.take_model(run.checkpoints.load_step(run.stage, best))
     state.chosen.eval()
     return state
-
-
-class _Outlook:
-    """Looks at what the reductions brought: at once on a CPU, a step later on CUDA, where waiting would idle the device.
-
-    Nothing is evaluated or saved before `drain`.
-    """
-
-    def __init__(self, run: Fit) -> None:
-        self._run = run
-        self._lag = 1 if run.strategy.world.device.type == "cuda" else 0
-        self._waiting: deque[tuple[Pending, int, int, float, int]] = deque()
-
-    def add(self, pending: Pending, step: int, epoch: int, lr: float, samples: int) -> None:
-        self._waiting.append((pending, step, epoch, lr, samples))
-        self._look(self._lag)
-
-    def drain(self) -> None:
-        self._look(0)
-
-    def _look(self, lag: int) -> None:
-        run = self._run
-        while len(self._waiting) > lag:
-            pending, step, epoch, lr, samples = self._waiting.popleft()
-            means = pending.means()
-            run.progress.step(step + 1, samples, means.loss, means.score, lr)
-            if step % run.log_every == 0 or step + 1 == run.total_steps:
-                speed = round(run.progress.samples_per_second, 1)
-                run.trackers.log(
-                    run.stage,
-                    epoch,
-                    step,
-                    {"loss": means.loss, "score": means.score, "lr": lr, "samples_per_second": speed},
-                )
 
 
 def _train(run: Fit, state: TrainState) -> None:
     model = state.model.train()
     wrapped = run.strategy.wrap(_compiled(model) if run.compile else model)
-    rank = run.strategy.world.rank
-    outlook = _Outlook(run)
-    run.progress.begin(run.stage, run.total_steps, state.step, run.task.score_name)
+    world = run.strategy.world
+    lag = 1 if world.device.type == "cuda" else 0
+    outlook = Outlook(run.stage, run.total_steps, run.log_every, run.progress, run.trackers, lag)
     first_step = True
-    while state.step < run.total_steps:
+    while state.step < run.total_steps and not state.selection.stop:
         epoch, first = divmod(state.step, run.steps_per_epoch)
-        for batch in run.loader.epoch(epoch, first, run.steps_per_epoch):
+        for batch in outlook.clock.timed(run.loader.epoch(epoch, first, run.steps_per_epoch)):
             step = state.step
             for hook in run.hooks:
                 hook.before_step(step)
             if first_step:
                 run.strategy.settle(wrapped, batch.micro_batches[0].inputs)
-            seed_everything(derive_key("step", run.seed, run.stage, step, rank))
+            run.profile.before_step(step)
+            seed_everything(derive_key("step", run.seed, run.stage, step, world.rank))
             sums = train_step(wrapped, batch, run.task, run.strategy)
             outlook.add(
                 run.reduction(sums, step), step, epoch, state.optimizer.param_groups[0]["lr"], batch.global_count
             )
-            outcome = _update(run, state)
+            outcome = _update(run, state, with_norm=outlook.logs(step))
+            outlook.updated(outcome.grad_norm)
             run.ledger.record(run.stage, epoch, step, batch.ids, skipped=outcome.skipped)
             if first_step:
-                require_same_buffers(run.strategy.world, model)
+                require_same_buffers(world, model)
                 first_step = False
             if run.checkpoint_every and state.step % run.checkpoint_every == 0 and state.step % run.steps_per_epoch:
                 outlook.drain()
@@ -174,7 +159,6 @@ def _train(run: Fit, state: TrainState) -> None:
         outlook.drain()
         _require_finite(state)
         _end_epoch(run, state, epoch)
-    run.progress.end()
 
 
 def _compiled(model: nn.Module) -> nn.Module:
@@ -189,9 +173,11 @@ def _compiled(model: nn.Module) -> nn.Module:
     return compiled
 
 
-def _update(run: Fit, state: TrainState) -> StepOutcome:
+def _update(run: Fit, state: TrainState, with_norm: bool) -> StepOutcome:
     """Clip, optimizer, schedule, average."""
-    outcome = run.strategy.step(state.optimizer, state.model, run.config.clip_grad_norm)
+    # To clip to infinity measures the norm, and multiplies the gradients by exactly 1.
+    unclipped = math.inf if with_norm else None
+    outcome = run.strategy.step(state.optimizer, state.model, run.config.clip_grad_norm or unclipped)
     state.optimizer.zero_grad(set_to_none=True)
     if outcome.skipped:
         # As torch's recipe has it: the schedule follows the optimizer's steps, of which this is none, and nothing new is to be averaged.
@@ -228,18 +214,33 @@ def _end_epoch(run: Fit, state: TrainState, epoch: int) -> None:
         run.trackers.log(
             run.stage, epoch, state.step - 1, {f"eval_{name}": value for name, value in state.metrics.items()}
         )
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in state.metrics.items() if name != "count")
-        run.progress.say(
-            f"{run.stage}: epoch {epoch + 1}/{run.epochs} evaluated: {shown} on {state.metrics['count']} samples"
-        )
-        value = state.metrics[run.task.headline]
-        if state.best is None or value > state.best["value"]:
-            state.best = {"value": value, "step": state.step}
+        state.selection.add(state.step, state.metrics)
+        run.progress.say(_evaluated(run, epoch + 1, state.metrics))
+    if state.selection.stop and not last:
+        run.progress.say(_stopped(run, state, epoch + 1))
     if not last:
-        # The end of a stage is saved by the pipeline, with the stage's result.
+        # The end of a stage is saved by the pipeline, with the stage's result. An early stop is saved, so that it is not trained again.
         _save(run, state)
 
 
+def _evaluated(run: Fit, epoch: int, metrics: Mapping[str, float | int]) -> str:
+    """The line after an evaluation."""
+    if run.epoch_format is not None:
+        return epoch_line(run.epoch_format, run.stage, epoch, run.epochs, metrics)
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "count")
+    return f"{run.stage}: epoch {epoch}/{run.epochs} evaluated: {shown} on {metrics['count']} samples"
+
+
+def _stopped(run: Fit, state: TrainState, epoch: int) -> str:
+    selection, best = state.selection, state.selection.best_step
+    known = "" if best is None else f" on {selection.value_at(best):.6g} of epoch {best // run.steps_per_epoch}"
+    return (
+        f"{run.stage}: stopped early after epoch {epoch}/{run.epochs}: {selection.metric} has not improved"
+        f"{known} for {selection.stale} evaluations"
+    )
+
+
 def _save(run: Fit, state: TrainState) -> None:
-    best_step = None if state.best is None or run.config.select == "last" else state.best["step"]
-    run.checkpoints.save_step(run.stage, state.step, state.state_dict(), best_step)
+    selection = state.selection
+    needed = selection.best_step if run.config.select == "best" else None
+    run.checkpoints.save_step(run.stage, state.step, state.state_dict(), selection.ranking, needed)

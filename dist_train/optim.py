@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR, StepLR
 
-from dist_train.config_fit import OptimConfig, ScheduleConfig
+from dist_train.config_fit import OptimConfig, ScheduleConfig, steps_in
 
 _WARMUP_START = 0.01
 
@@ -33,7 +33,7 @@ def build_schedule(
     optimizer: torch.optim.Optimizer, config: ScheduleConfig, total_steps: int, steps_per_epoch: int
 ) -> LRScheduler:
     """A schedule over `total_steps` optimizer steps: a linear rise over the first `warmup` of them, then constant, step, cosine or linear."""
-    warmup_steps = round(config.warmup * total_steps)
+    warmup_steps = steps_in(config.warmup, total_steps)
     rest = max(1, total_steps - warmup_steps)
     after: LRScheduler
     if config.name == "constant":

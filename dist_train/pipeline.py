@@ -6,16 +6,17 @@ import hashlib
 import os
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from dist_train import registry
-from dist_train.assembly import check_arguments, configure_torch, make_context
+from dist_train.assembly import advise, check_arguments, configure_torch, make_context
 from dist_train.choices import choose, look
 from dist_train.config import Config
 from dist_train.config_sources import differences, dump
 from dist_train.environment import describe
-from dist_train.errors import ConfigError, RunDirError, SetupError
+from dist_train.errors import ConfigError, Problem, RunDirError, SetupError
 from dist_train.ledger import Ledger, NoLedger, record_expectation
 from dist_train.progress import Progress
 from dist_train.run_dir import RunDir, read_json, recorded_config, replace_json, replace_text
@@ -26,8 +27,11 @@ from dist_train.trackers.base import Trackers
 from dist_train.world import World, join, resolve_threads
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
     """Runs or resumes what the config describes, on all ranks; every rank of the world calls it.
+
+    Args:
+        warnings: of the configuration's reading; said once, by rank 0, with those that are found here.
 
     Returns:
         what results.json holds.
@@ -51,7 +55,7 @@ def run(config: Config) -> dict[str, Any]:
             _agree_on_config(config, world)
             attempt = world.on_rank_0(lambda: _open(config, run_dir), "opening the run directory")
             _check_shared(run_dir, world)
-            return _run(config, run_dir, world, attempt)
+            return _run(config, run_dir, world, attempt, warnings)
     except BaseException as error:
         if attempt is not None:
             with suppress(OSError):  # a full disk must not hide the error that it caused
@@ -138,7 +142,7 @@ def _check_shared(run_dir: RunDir, world: World) -> None:
         )
 
 
-def _run(config: Config, run_dir: RunDir, world: World, attempt: int) -> dict[str, Any]:
+def _run(config: Config, run_dir: RunDir, world: World, attempt: int, warnings: Sequence[Problem]) -> dict[str, Any]:
     known = read_json(run_dir.environment) or {}
     threads = known.get("threads_per_rank") if config.run.threads_per_rank == "auto" else None
     threads_kept = threads is not None
@@ -161,6 +165,7 @@ def _run(config: Config, run_dir: RunDir, world: World, attempt: int) -> dict[st
     ledger = Ledger(run_dir, world.rank, world.world_size, attempt) if config.debug.ledger else NoLedger()
     try:
         context = make_context(config, run_dir, world, threads, progress, trackers, ledger, choices)
+        advise(context, warnings)
         if world.is_main and config.debug.ledger:
             _expect(context)
         _run_stages(context, attempt, status)
@@ -200,6 +205,7 @@ def _run_stages(context: Context, attempt: int, status: Status) -> None:
         context.require_same_weights(interrupted["results"])
         context.finished = dict(interrupted["finished_stages"])
         context.results = interrupted["results"]
+        context.retention.restore(interrupted["retention"])
         where = (
             f"after {interrupted['stage']}"
             if interrupted["finished"]

@@ -9,11 +9,19 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+_MUCH_WAITING = 0.2  # share of the time that the loop waits for data, above which it is said
+
 
 class Progress:
-    """Prints on rank 0 only; other ranks are silent."""
+    """Prints on rank 0 only; other ranks are silent.
+
+    Attributes:
+        data_hint: what to type where the loop waits for its data; said once, then forgotten.
+    """
 
     def __init__(self, enabled: bool, interval: float, stream: TextIO | None = None) -> None:
+        self.data_hint = ""
+        self._warned: set[str] = set()
         self._enabled = enabled
         self._interval = interval
         self._stream = stream or sys.stdout
@@ -31,6 +39,12 @@ class Progress:
         else:
             print(text, file=self._stream, flush=True)
 
+    def warn(self, text: str) -> None:
+        """A warning, once, however often it is given."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self.say(f"warning: {text}")
+
     def begin(self, title: str, total: int, done: int, score_name: str = "acc") -> None:
         """Starts counting the steps of a stage, `done` of which lie behind; `score_name` stands before the score."""
         self._score_name = score_name
@@ -42,28 +56,35 @@ class Progress:
                 total=total, initial=done, desc=title, unit="step", file=self._stream, leave=True, dynamic_ncols=True
             )
 
-    def step(self, step: int, samples: int, loss: float, score: float, lr: float) -> None:
-        """One more step was done: `step` steps in all."""
+    def step(self, step: int, samples: int, loss: float, score: float, lr: float, data_wait: float = 0.0) -> None:
+        """One more step was done: `step` steps in all; `data_wait` is the share of the time that was waited for data."""
         self._meter.add(step, samples)
         if not self._enabled:
             return
+        waiting = data_wait > _MUCH_WAITING
+        due = time.monotonic() - self._last_line >= self._interval
+        if due:
+            self._last_line = time.monotonic()
         if self._bar is not None:
             self._bar.update(1)
-            self._bar.set_postfix(
-                {
-                    "loss": f"{loss:.4f}",
-                    self._score_name: f"{score:.3f}",
-                    "samples_s": f"{self._meter.samples_per_second:,.0f}",
-                },
-                refresh=False,
-            )
-        elif time.monotonic() - self._last_line >= self._interval or step == self._total:
-            self._last_line = time.monotonic()
+            shown = {
+                "loss": f"{loss:.4f}",
+                self._score_name: f"{score:.3f}",
+                "samples_s": f"{self._meter.samples_per_second:,.0f}",
+            }
+            self._bar.set_postfix(shown | ({"data_wait": f"{data_wait:.0%}"} if waiting else {}), refresh=False)
+        elif due or step == self._total:
             left = (self._total - step) * self._meter.seconds_per_step
             self.say(
                 f"{self._title}: step {step}/{self._total}  loss {loss:.4f}  {self._score_name} {score:.3f}  lr {lr:.4g}  "
-                f"{self._meter.samples_per_second:,.0f} samples/s  {left:.0f} s left"
+                f"{self._meter.samples_per_second:,.0f} samples/s  "
+                + (f"waits for data {data_wait:.0%}  " if waiting else "")
+                + f"{left:.0f} s left"
             )
+        # A stage shorter than the interval is not worth advice.
+        if waiting and due and self.data_hint:
+            self.warn(f"{self._title} waits for data {data_wait:.0%} of the time\n  -> {self.data_hint}")
+            self.data_hint = ""
 
     @property
     def samples_per_second(self) -> float:

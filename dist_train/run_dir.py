@@ -47,6 +47,9 @@ class RunDir:
     def export(self) -> Path:
         return self.path / "export"
 
+    def profile_of(self, stage: str) -> Path:
+        return self.path / "logs" / f"profile-{stage}.json.gz"
+
     @property
     def ledger(self) -> Path:
         return self.path / "ledger"

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_train.config_fit import FitConfig
 from dist_train.optim import build_optimizer, build_schedule
+from dist_train.selection import Selection
 
 
 class TrainState:
@@ -18,9 +19,10 @@ class TrainState:
 
     Attributes:
         step: optimizer steps done in this stage.
-        metrics: of the newest evaluation.
-        best: highest `value` of the headline metric so far, and its `step`.
         skipped: how many of the steps changed nothing, as fp16 gradients overflowed.
+        metrics: of the newest evaluation; at the end those of the model that is handed on.
+        selection: the evaluations so far, ranked.
+        chosen_step: the steps after which the model was what is handed on.
     """
 
     def __init__(
@@ -29,9 +31,11 @@ class TrainState:
         config: FitConfig,
         total_steps: int,
         steps_per_epoch: int,
+        selection: Selection,
         scaler: torch.amp.GradScaler,
     ) -> None:
         self.model = model
+        self.selection = selection
         self._scaler = scaler
         self.skipped = 0
         self.optimizer: torch.optim.Optimizer = build_optimizer(model, config.optim)
@@ -41,7 +45,7 @@ class TrainState:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.step = 0
         self.metrics: dict[str, float | int] = {}
-        self.best: dict[str, Any] | None = None
+        self.chosen_step = 0
 
     @property
     def chosen(self) -> nn.Module:
@@ -58,17 +62,22 @@ class TrainState:
             "skipped": self.skipped,
             "step": self.step,
             "metrics": self.metrics,
-            "best": self.best,
+            "evaluations": self.selection.history,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        self.take_model(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
+        self.selection.restore(state["evaluations"])
         self._scaler.load_state_dict(state["scaler"])
         self.skipped = state["skipped"]
         self.step = state["step"]
+
+    def take_model(self, state: dict[str, Any]) -> None:
+        """Takes the model of another step, its average and its metrics; what was trained since stays counted."""
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.metrics = state["metrics"]
-        self.best = state["best"]
+        self.chosen_step = state["step"]

@@ -98,8 +98,10 @@ class Memory:
         self.states: dict[int, dict[str, Any]] = {}
         self.saved: list[int] = []
 
-    def save_step(self, stage: str, step: int, state: dict[str, Any], best_step: int | None) -> None:
-        self.states = {kept: value for kept, value in self.states.items() if kept == best_step}
+    def save_step(
+        self, stage: str, step: int, state: dict[str, Any], best_first: Sequence[int], needed: int | None
+    ) -> None:
+        self.states = {kept: value for kept, value in self.states.items() if kept == needed}
         self.states[step] = copy.deepcopy(state)
         self.saved.append(step)
 

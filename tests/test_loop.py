@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from dist_train import loop
 from dist_train.errors import NonFiniteLossError
 from dist_train.evaluate import Evaluation
 from dist_train.loop import fit
+from dist_train.outlook import Outlook
 from dist_train.tasks import Classification
 from dist_train.world import World
 from tests.fits import CLASSES, Watch, flat, make, mlp, normed
@@ -33,11 +35,11 @@ class Planted(Classification):
         return (outputs * 0).abs().sqrt().sum(1) if self._only_gradient else loss * math.nan
 
 
-class _Lagging(loop._Outlook):
+class _Lagging(Outlook):
     """Looks a step later, as on CUDA."""
 
-    def __init__(self, run: loop.Fit) -> None:
-        super().__init__(run)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._lag = 1
 
 
@@ -51,13 +53,13 @@ def test_training_learns() -> None:
 
 def test_looking_a_step_later_logs_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     logged = []
-    for outlook in (loop._Outlook, _Lagging):
-        monkeypatch.setattr(loop, "_Outlook", outlook)
+    for outlook in (Outlook, _Lagging):
+        monkeypatch.setattr(loop, "Outlook", outlook)
         model = mlp()
         made = make(World(), model, checkpoint_every=3)
         fit(made.run, model, None)
         lines = [
-            {name: value for name, value in line.items() if name != "samples_per_second"}
+            {name: value for name, value in line.items() if name not in ("samples_per_second", "data_wait")}
             for line in made.recorder.lines
         ]
         logged.append((lines, made.memory.saved, flat(model)))
@@ -65,12 +67,12 @@ def test_looking_a_step_later_logs_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     assert [line["step"] for line in logged[0][0] if "loss" in line] == list(range(8))
 
 
-@pytest.mark.parametrize("outlook", [loop._Outlook, _Lagging])
+@pytest.mark.parametrize("outlook", [Outlook, _Lagging])
 @pytest.mark.parametrize("step", [0, 4, 5, 7])
 def test_nothing_is_saved_after_a_loss_that_is_not_finite(
-    step: int, outlook: type[loop._Outlook], monkeypatch: pytest.MonkeyPatch
+    step: int, outlook: type[Outlook], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "_Outlook", outlook)
+    monkeypatch.setattr(loop, "Outlook", outlook)
     model = mlp()
     made = make(
         World(), model, checkpoint_every=1, task=Planted(step if step < 4 else step + 3)
@@ -199,8 +201,8 @@ def test_a_resumed_loop_ends_to_the_bit_like_an_undisturbed_one(stop: int) -> No
     states = {}
     keep = made.memory.save_step
 
-    def save_step(stage: str, step: int, state: dict[str, Any], best_step: int | None) -> None:
-        keep(stage, step, state, best_step)
+    def save_step(stage: str, step: int, state: dict[str, Any], best_first: Sequence[int], needed: int | None) -> None:
+        keep(stage, step, state, best_first, needed)
         states[step] = made.memory.load_step(stage, step)
 
     made.run.checkpoints.save_step = save_step

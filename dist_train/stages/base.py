@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -31,6 +32,7 @@ from dist_train.program import Program
 from dist_train.progress import Progress
 from dist_train.quantization.backend import QuantizationBackend
 from dist_train.quantization.prepared import PreparedModel
+from dist_train.retention import Retention
 from dist_train.run_dir import RunDir, replace_json
 from dist_train.strategies.base import Strategy
 from dist_train.tasks import Task
@@ -76,6 +78,10 @@ class Context:
     ranges_sha256: str = ""
     probe: dict[str, torch.Tensor] = field(default_factory=dict)
     _prepared: PreparedModel | None = None
+    retention: Retention = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.retention = Retention(self.config.checkpoint.keep)
 
     @cached_property
     def _described(self) -> dict[str, Any]:
@@ -210,9 +216,17 @@ class Context:
 
     # What follows is the loop's `Checkpoints`.
 
-    def save_step(self, stage: str, step: int, state: dict[str, Any], best_step: int | None) -> None:
-        kept = {self._step_name(stage, best_step)} if best_step is not None else set()
-        self._save(self._step_name(stage, step), {"stage": stage, "finished": False, "payload": state}, kept)
+    def save_step(
+        self, stage: str, step: int, state: dict[str, Any], best_first: Sequence[int], needed: int | None
+    ) -> None:
+        name, best = self._step_name(stage, step), [self._step_name(stage, each) for each in best_first]
+        kept = {name} if needed is None else {name, self._step_name(stage, needed)}
+
+        def choose(names: Sequence[str]) -> set[str]:
+            by_age = [each for each in names if re.fullmatch(rf"{re.escape(stage)}-\d+", each)]
+            return self.retention.choose(by_age, best, kept)
+
+        self._save(name, {"stage": stage, "finished": False, "payload": state}, choose)
 
     def load_step(self, stage: str, step: int) -> dict[str, Any]:
         payload: dict[str, Any] = self.folder.load(self._step_name(stage, step))["payload"]
@@ -223,13 +237,13 @@ class Context:
         name = f"{stage}-end"
         self.finished[stage] = name
         self.resume = None
-        self._save(name, {"stage": stage, "finished": True, "payload": product}, set())
+        self._save(name, {"stage": stage, "finished": True, "payload": product}, lambda names: {name})
 
     @staticmethod
     def _step_name(stage: str, step: int) -> str:
         return f"{stage}-{step:08d}"
 
-    def _save(self, name: str, state: dict[str, Any], kept: set[str]) -> None:
+    def _save(self, name: str, state: dict[str, Any], choose: Callable[[Sequence[str]], set[str]]) -> None:
         """The ledger first on every rank, then the checkpoint that covers it; rank 0 writes while the others wait on the store."""
         self.ledger.sync()
         if self.config.debug.ledger:
@@ -237,21 +251,15 @@ class Context:
 
         def write() -> None:
             self.trackers.sync()
-            self.folder.save(
-                name,
-                {
-                    **state,
-                    "data": self.splits.fingerprint,
-                    "described": self._described,
-                    "results": self.results,
-                    "finished_stages": self.finished,
-                },
-            )
-            steps = sorted(
-                entry for entry in self.folder.names() if entry.startswith(f"{state['stage']}-") and entry[-1].isdigit()
-            )
-            recent = set() if state["finished"] else set(steps[-self.config.checkpoint.keep.last :])
-            self.folder.keep_only({name, *recent, *kept, *self.finished.values()})
+            record = {
+                "data": self.splits.fingerprint,
+                "described": self._described,
+                "results": self.results,
+                "finished_stages": self.finished,
+                "retention": self.retention.note(state["stage"], name),
+            }
+            self.folder.save(name, {**state, **record})
+            self.folder.keep_only({*choose(self.folder.names()), *self.finished.values()})
 
         self.world.on_rank_0(write, f"saving the checkpoint {name}")
 

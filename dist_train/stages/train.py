@@ -7,11 +7,14 @@ from typing import Any
 
 from torch import nn
 
+from dist_train.config_advice import idle_settings
 from dist_train.config_fit import FitConfig, TrainConfig
+from dist_train.data.arrays import ImageArrays
 from dist_train.errors import DataError
 from dist_train.evaluate import Evaluation
 from dist_train.hooks import Hook
 from dist_train.loop import Fit, fit
+from dist_train.profiling import NoProfile, Profile
 from dist_train.reduction import StepReduction
 from dist_train.stages.base import Context, Stage
 from dist_train.state import TrainState
@@ -49,7 +52,8 @@ def run_loop(
     Raises:
         DataError: an epoch has no step.
     """
-    config = context.config
+    config, progress = context.config, context.progress
+    settings = _for_this_batch(context, stage, settings)
     loader = context.train_loader(stage)
     steps, epochs = loader.steps_per_epoch, settings.epochs
     if steps == 0:
@@ -59,6 +63,10 @@ def run_loop(
         )
     if config.debug.fast_dev_run:
         steps, epochs = min(steps, 2), 1
+    else:
+        for problem in idle_settings(stage, settings, epochs, steps):
+            progress.warn(str(problem))
+    progress.data_hint = _data_hint(context)
     run = Fit(
         stage=stage,
         seed=config.run.seed,
@@ -76,11 +84,56 @@ def run_loop(
         ledger=context.ledger,
         trackers=context.trackers,
         log_every=config.log.every_steps,
-        progress=context.progress,
+        progress=progress,
         compile=config.compile,
+        epoch_format=config.log.epoch_format,
+        profile=_profile(context, stage),
     )
     state = fit(run, model, context.resume)
-    context.results["stages"].setdefault(stage, {})["steps"] = run.total_steps
-    if state.skipped:
-        context.results["stages"][stage]["skipped_steps"] = state.skipped
+    context.results["stages"].setdefault(stage, {}).update(_outcome(run, state))
     return state
+
+
+def _for_this_batch(context: Context, stage: str, settings: FitConfig) -> FitConfig:
+    """The settings with the learning rate of this global batch, said in a line where it is scaled."""
+    batch, optim = context.config.data.global_batch_size, settings.optim
+    if optim.base_batch_size is None:
+        return settings
+    scaled = optim.scaled(batch)
+    context.progress.say(f"{stage}: lr {scaled.lr:.6g} = {optim.lr:g} x {batch} / {optim.base_batch_size}")
+    return settings.model_copy(update={"optim": scaled})
+
+
+def _profile(context: Context, stage: str) -> Profile | NoProfile:
+    wanted = context.config.profile
+    if wanted is None or not context.world.is_main:
+        return NoProfile()
+    first, last = wanted.steps
+    return Profile(stage, first, last, context.run_dir.profile_of(stage), context.progress.say)
+
+
+def _data_hint(context: Context) -> str:
+    """What to type where the loop waits for its data."""
+    if isinstance(context.splits.train, ImageArrays):
+        return "image arrays are augmented between the steps: fewer data.augment, or more --run.threads_per_rank"
+    share = context.world.share_of_cores()
+    if context.workers < share:
+        return f"--data.workers {share}, this rank's share of the cores; it is {context.workers}"
+    return f"--data.workers is {context.workers}, this rank's share of the cores: more cores, or samples that cost less to make"
+
+
+def _outcome(run: Fit, state: TrainState) -> dict[str, Any]:
+    """What results.json says of a stage that trained: steps and epochs done, and what was chosen, where there was a choice."""
+    outcome: dict[str, Any] = {"steps": state.step, "epochs": state.step // run.steps_per_epoch}
+    if state.skipped:
+        outcome["skipped_steps"] = state.skipped
+    if run.config.early_stopping is not None:
+        outcome["stopped_early"] = state.selection.stop and state.step < run.total_steps
+    if run.config.select == "best":
+        outcome["selected"] = {
+            "step": state.chosen_step,
+            "epoch": state.chosen_step // run.steps_per_epoch,
+            "by": state.selection.metric,
+            "value": state.metrics[state.selection.metric],
+        }
+    return outcome
