@@ -7,6 +7,7 @@ import os
 import time
 import uuid
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from dist_train import registry
@@ -146,11 +147,9 @@ def _run(config: Config, run_dir: RunDir, world: World, attempt: int) -> dict[st
         replace_json(run_dir.environment, describe(world, threads))
     progress = Progress(world.is_main, config.log.interval)
     status = Status(run_dir, config.run.name, attempt)
-    trackers = Trackers(
-        [status, *(registry.trackers.get(name)(run_dir, config.run.name, attempt) for name in config.trackers)]
-        if world.is_main
-        else []
-    )
+    trackers = Trackers([], [status] if world.is_main else [], progress.say)
+    for name in config.trackers if world.is_main else []:
+        trackers.add(name, partial(registry.trackers.get(name), run_dir, config.run.name, attempt), config)
     ledger = Ledger(run_dir, world.rank, world.world_size, attempt) if config.debug.ledger else NoLedger()
     try:
         context = make_context(config, run_dir, world, threads, progress, trackers, ledger)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from pydantic import Field, ValidationError
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from dist_train.config_base import Settings
 from dist_train.errors import ConfigError, DataError, Problem
@@ -109,3 +109,12 @@ class Classification(Task):
         if self._num_classes > 5:
             chosen["top5"] = MulticlassAccuracy(self._num_classes, top_k=5, average="micro")
         return torchmetrics.MetricCollection(chosen, compute_groups=False)
+
+    def details(self) -> torchmetrics.MetricCollection:
+        return torchmetrics.MetricCollection(
+            {
+                "confusion": MulticlassConfusionMatrix(self._num_classes),
+                "per_class": MulticlassAccuracy(self._num_classes, average="none"),
+            },
+            compute_groups=False,
+        )
