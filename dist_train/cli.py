@@ -101,6 +101,26 @@ def _ledger_verb(arguments: list[str]) -> int:
     return EXIT_DONE if report.ok else EXIT_FAILED
 
 
+def _report_verb(arguments: list[str]) -> int:
+    output, run_dirs = None, []
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != "--output":
+            run_dirs.append(known_run_dir("report", [word]))
+            continue
+        folder = value if equals else next(words, "")
+        if not folder or folder.startswith("-"):
+            raise UsageError("--output needs a folder", "dist-train report RUN_DIR --output DIR")
+        output = Path(folder)
+    if not run_dirs:
+        raise UsageError("report needs a run", "dist-train report runs/NAME")
+    from dist_train.report.write import write_report
+
+    print(write_report(list(dict.fromkeys(run_dirs)), output))
+    return EXIT_DONE
+
+
 def _config_verb(arguments: list[str]) -> int:
     return _dispatch(CONFIG_VERBS, "config", arguments)
 
@@ -196,6 +216,13 @@ VERBS = {
             "list|show|copy|schema|reference|check ...",
             "look at configurations, without running them",
             _config_verb,
+        ),
+        Verb(
+            "report",
+            "RUN_DIR... [--output DIR]",
+            "a page with the curves and results of one or several runs",
+            _report_verb,
+            "Writes report.html, plots/*.png and tables/*.csv to DIR; by default to RUN_DIR/report, for several runs to report.",
         ),
         Verb("ledger", "RUN_DIR", "check that every sample was consumed once an epoch", _ledger_verb),
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from dist_train.data.arrays import Batch
+from dist_train.details import Details
 from dist_train.errors import NonFiniteLossError
 from dist_train.tasks import Task
 from dist_train.world import World
@@ -18,10 +19,14 @@ from dist_train.world import World
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics over all ranks' samples, and this rank's own decisions, [samples of this rank], for comparing two models."""
+    """Metrics over all ranks' samples, and this rank's own decisions, [samples of this rank], for comparing two models.
+
+    `details` are this rank's part of what is no scalar.
+    """
 
     metrics: dict[str, float | int]
     decisions: torch.Tensor
+    details: Details | None = None
 
 
 @torch.no_grad()
@@ -42,15 +47,18 @@ def evaluate(
     """
     metrics = task.metrics().to(world.device)
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    details = Details(task, world.device)
     decisions = []
     for batch in batches:
         with autocast():
             outputs = call(batch.inputs)
         outputs = outputs.float()
-        sums[0] += task.loss(outputs, batch.targets).double().sum()
+        losses = task.loss(outputs, batch.targets)
+        sums[0] += losses.double().sum()
         sums[1] += len(batch.targets)
         metrics.update(outputs, batch.targets)
         decisions.append(task.decide(outputs))
+        details.update(batch, outputs, losses, decisions[-1])
     world.all_reduce(sums, "sum")
     with warnings.catch_warnings():
         # A rank without samples has nothing to add, which is right.
@@ -63,7 +71,7 @@ def evaluate(
             "lower the learning rate or set clip_grad_norm; the checkpoints of earlier epochs are whole",
         )
     own = torch.cat(decisions).cpu() if decisions else torch.empty(0, dtype=torch.int64)
-    return Evaluation({**values, "loss": float(sums[0]) / max(count, 1), "count": count}, own)
+    return Evaluation({**values, "loss": float(sums[0]) / max(count, 1), "count": count}, own, details)
 
 
 def metric_names(task: Task) -> list[str]:

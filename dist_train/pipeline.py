@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from dist_train import registry
@@ -157,11 +158,9 @@ def _run(config: Config, run_dir: RunDir, world: World, attempt: int, warnings: 
     for line in choices.lines:
         progress.say(line)
     status = Status(run_dir, config.run.name, attempt)
-    trackers = Trackers(
-        [status, *(registry.trackers.get(name)(run_dir, config.run.name, attempt) for name in config.trackers)]
-        if world.is_main
-        else []
-    )
+    trackers = Trackers([], [status] if world.is_main else [], progress.say)
+    for name in config.trackers if world.is_main else []:
+        trackers.add(name, partial(registry.trackers.get(name), run_dir, config.run.name, attempt), config)
     ledger = Ledger(run_dir, world.rank, world.world_size, attempt) if config.debug.ledger else NoLedger()
     try:
         context = make_context(config, run_dir, world, threads, progress, trackers, ledger, choices)

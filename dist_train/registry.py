@@ -294,7 +294,15 @@ strategies = Registry(
         "accelerate": Entry("dist_train.strategies.accelerate:Accelerate", requires={"accelerate": "accelerate"}),
     },
 )
-trackers = Registry("tracker", "dist_train.trackers", {"jsonl": Entry("dist_train.trackers.jsonl:JsonLines")})
+trackers = Registry(
+    "tracker",
+    "dist_train.trackers",
+    {
+        "jsonl": Entry("dist_train.trackers.jsonl:JsonLines"),
+        "tensorboard": Entry("dist_train.trackers.tensorboard:TensorBoard", requires={"tensorboard": "tensorboard"}),
+        "wandb": Entry("dist_train.trackers.wandb:Wandb", requires={"wandb": "wandb"}),
+    },
+)
 quantization_backends = Registry(
     "quantization_backend",
     "dist_train.quantization_backends",

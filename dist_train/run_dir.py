@@ -54,9 +54,29 @@ class RunDir:
     def ledger(self) -> Path:
         return self.path / "ledger"
 
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.logs / "tensorboard"
+
+    @property
+    def wandb(self) -> Path:
+        return self.logs / "wandb"
+
+    def details(self, model: str) -> Path:
+        """What the final evaluation of a model showed besides its scalars."""
+        return self.report / f"{model}.json"
+
     def clear(self) -> None:
         """Removes what a run left here, and nothing else."""
-        for path in (self.checkpoints, self.export, self.ledger):
+        for path in (self.checkpoints, self.export, self.ledger, self.report, self.tensorboard, self.wandb):
             if path.exists():
                 shutil.rmtree(path)
         for path in (self.environment, self.metrics, self.results, self.config, self.status):
@@ -67,11 +87,16 @@ class RunDir:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all: beside it, to the disk, renamed."""
+    """Writes a small file whole or not at all."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all: beside it, to the disk, renamed."""
     # Two ranks may write one file (status.json, at a failure), on two nodes even with one process id.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -196,6 +196,15 @@ class Context:
             quantizer.observing = before
         return evaluation
 
+    def keep_details(self, model: str, evaluation: Evaluation) -> None:
+        """Writes what the final evaluation of `model` showed besides its scalars, for reports. Collective."""
+        assert evaluation.details is not None
+        found = evaluation.details.gather(self.world, self.splits.mean, self.splits.std)
+        if self.world.is_main:
+            path = self.run_dir.details(model)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_json(path, {"model": model, "classes": list(self.splits.classes), **found})
+
     def gate(self, name: str, value: float, bound: float, passed: bool, hint: str) -> None:
         """Records a measured fidelity; rank 0 writes results.json before a failure ends the run.
 

@@ -46,6 +46,7 @@ class Convert(Stage):
         prepared.observe(False)
         prepared_evaluation = evaluate(prepared.eval(), context.evaluation_batches(), context.task, world)
         context.results["models"]["int8"] = dict(converted_evaluation.metrics)
+        context.keep_details("int8", converted_evaluation)
         agreed = agreement(converted_evaluation, prepared_evaluation, context.task, world)
         bound = self.settings.agreement_bound
         context.gate(

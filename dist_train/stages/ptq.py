@@ -25,7 +25,9 @@ class PTQ(Stage):
         prepared = context.prepared()
         gate_prepare(context, prepared)
         calibrate(context, prepared, self.settings)
-        context.results["models"]["ptq"] = context.evaluate_prepared(prepared).metrics
+        evaluation = context.evaluate_prepared(prepared)
+        context.results["models"]["ptq"] = evaluation.metrics
+        context.keep_details("ptq", evaluation)
         return {"quantized": prepared.state_dict()}
 
     def restore(self, context: Context, product: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from dist_train.quantization.ranges import Ranges
 from dist_train.reduction import StepReduction
 from dist_train.stages.base import Context, Stage
 from dist_train.stages.ptq import calibrate, gate_prepare
-from dist_train.stages.train import run_loop
+from dist_train.stages.train import LastEvaluation, run_loop
 
 
 class QAT(Stage):
@@ -31,8 +31,10 @@ class QAT(Stage):
         def hooks(total_steps: int) -> Sequence[Hook]:
             return [FreezeSchedule(self.settings, total_steps, prepared, ranges, reduction)]
 
-        state = run_loop(context, self.name, self.settings, prepared, reduction, hooks, context.evaluate_prepared)
+        evaluate = LastEvaluation(context.evaluate_prepared)
+        state = run_loop(context, self.name, self.settings, prepared, reduction, hooks, evaluate)
         context.results["models"]["fake_quant"] = dict(state.metrics)
+        context.keep_details("fake_quant", evaluate.of(state))
         return {"quantized": state.chosen.state_dict()}
 
     def restore(self, context: Context, product: dict[str, Any]) -> None:

@@ -27,15 +27,33 @@ class Train(Stage):
 
     def run(self, context: Context) -> dict[str, Any]:
         reduction = StepReduction(context.world, context.model)
-        state = run_loop(
-            context, self.name, self.settings, context.model, reduction, lambda total_steps: [], context.evaluate
-        )
+        evaluate = LastEvaluation(context.evaluate)
+        state = run_loop(context, self.name, self.settings, context.model, reduction, lambda total_steps: [], evaluate)
         context.results["models"]["fp32"] = dict(state.metrics)
+        context.keep_details("fp32", evaluate.of(state))
         return {"model": state.chosen.state_dict()}
 
     def restore(self, context: Context, product: dict[str, Any]) -> None:
         context.model.load_state_dict(product["model"])
         context.model.eval()
+
+
+class LastEvaluation:
+    """An evaluation that is remembered, because its details are wanted of the last one only."""
+
+    def __init__(self, evaluate: Callable[[nn.Module], Evaluation]) -> None:
+        self._evaluate = evaluate
+        self._last: Evaluation | None = None
+
+    def __call__(self, model: nn.Module) -> Evaluation:
+        self._last = self._evaluate(model)
+        return self._last
+
+    def of(self, state: TrainState) -> Evaluation:
+        """The evaluation of the chosen model; made again where the loop chose an earlier one. Collective."""
+        if self._last is None or self._last.metrics != state.metrics:
+            return self(state.chosen)
+        return self._last
 
 
 def run_loop(

@@ -1,11 +1,15 @@
-"""What the loop asks of a tracker."""
+"""What the loop asks of a tracker, and several trackers as one, none of which can stop a training."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from dist_train.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from dist_train.config import Config
 
 
 class Tracker(ABC):
@@ -15,6 +19,10 @@ class Tracker(ABC):
         self.run_dir = run_dir
         self.run_name = run_name
         self.attempt = attempt
+
+    def begin(self, config: Config) -> None:
+        """Called once, before anything is logged, with the settings of this attempt."""
+        return
 
     @abstractmethod
     def log(self, stage: str, epoch: int, step: int, scalars: Mapping[str, float]) -> None:
@@ -30,19 +38,50 @@ class Tracker(ABC):
 
 
 class Trackers:
-    """Several trackers as one; none on ranks other than 0."""
+    """Several trackers as one; none on ranks other than 0.
 
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
-        self._trackers = tuple(trackers)
+    Args:
+        trackers: those of the user. One that raises is left out from then on, and `say` is told why, once: hours of training are
+            worth more than a curve.
+        internal: ours, whose errors end the run.
+    """
+
+    def __init__(
+        self, trackers: Sequence[Tracker], internal: Sequence[Tracker] = (), say: Callable[[str], None] = print
+    ) -> None:
+        self._trackers = list(trackers)
+        self._internal = tuple(internal)
+        self._say = say
+
+    def add(self, name: str, make: Callable[[], Tracker], config: Config) -> None:
+        """Makes and begins one more tracker; where that fails, says so."""
+        try:
+            tracker = make()
+            tracker.begin(config)
+        except Exception as error:  # whatever a tracker raises: it is other people's code, often about a network
+            self._say(f"the tracker {name} does not start, and is left out: {_in_a_line(error)}")
+        else:
+            self._trackers.append(tracker)
 
     def log(self, stage: str, epoch: int, step: int, scalars: Mapping[str, float]) -> None:
-        for tracker in self._trackers:
-            tracker.log(stage, epoch, step, scalars)
+        self._each(lambda tracker: tracker.log(stage, epoch, step, scalars))
 
     def sync(self) -> None:
-        for tracker in self._trackers:
-            tracker.sync()
+        self._each(lambda tracker: tracker.sync())
 
     def close(self) -> None:
-        for tracker in self._trackers:
-            tracker.close()
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, act: Callable[[Tracker], None]) -> None:
+        for tracker in self._internal:
+            act(tracker)
+        for tracker in tuple(self._trackers):
+            try:
+                act(tracker)
+            except Exception as error:  # as in `add`
+                self._trackers.remove(tracker)
+                self._say(f"the tracker {type(tracker).__name__} failed, and is left out: {_in_a_line(error)}")
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

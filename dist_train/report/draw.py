@@ -1,0 +1,163 @@
+"""Charts as SVG, which follows the page's colours in light and dark, and as PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from dist_train.report.charts import Chart, Curve
+
+# Each colour is drawn as here, and in an SVG replaced by the variable that the style sheet sets for light and dark.
+SERIES = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
+_INK, _MUTED, _GRID = "#1c2330", "#667085", "#e4e7ec"
+_VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "line"} | {c: f"series-{n}" for n, c in enumerate(SERIES)}
+_LOGARITHMIC = 30.0  # a loss that spans more than this factor is drawn on a logarithmic axis
+_STYLE: Any = {
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "text.parse_math": False,  # a name may have a dollar sign
+    "svg.fonttype": "none",
+    "axes.edgecolor": _GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "text.color": _INK,
+    "axes.titlelocation": "left",
+}
+
+
+def chart_images(chart: Chart, runs: Sequence[str]) -> tuple[str, bytes]:
+    """A chart as an SVG element and as a PNG; `runs` are the runs' labels."""
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": chart.name}):
+        figure = Figure(figsize=(4.5, 2.5), layout="constrained")
+        _draw(figure, chart, runs)
+        return _svg(figure, f"{chart.stage}: {chart.title}"), _png(figure)
+
+
+def _draw(figure: Figure, chart: Chart, runs: Sequence[str]) -> None:
+    axes = figure.subplots()
+    kinds = list(dict.fromkeys(curve.kind for curve in chart.curves))
+    several = len(runs) > 1
+    for number, curve in enumerate(chart.curves):
+        colour = SERIES[(curve.run if several else kinds.index(curve.kind)) % len(SERIES)]
+        (line,) = axes.plot(
+            curve.steps,
+            [math.nan if value is None else value for value in curve.values],
+            color=colour,
+            **_look(curve, kinds, several),
+        )
+        line.set_gid(f"run{curve.run}-{chart.name}-{number}")
+    axes.set_title(chart.title, fontsize=10, fontweight="bold", color=_INK, pad=8)
+    axes.set_xlabel("step", color=_MUTED, fontsize=8)
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _scale(axes, chart)
+    _legend(figure, kinds, runs)
+
+
+def _look(curve: Curve, kinds: Sequence[str], several: bool) -> dict[str, Any]:
+    if not curve.evaluated:
+        faint = several and len(kinds) > 1
+        return {"linewidth": 1.2 if faint else 1.6, "alpha": 0.5 if faint else 1.0}
+    other = kinds.index(curve.kind) > 1
+    return {"linewidth": 1.6, "marker": "s" if other else "o", "markersize": 3.5, "linestyle": "--" if other else "-"}
+
+
+def _scale(axes: Axes, chart: Chart) -> None:
+    values = [value for curve in chart.curves for value in curve.values if value is not None]
+    if chart.title == "loss" and values and min(values) > 0 and max(values) / min(values) > _LOGARITHMIC:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) / min(values) < 1000 else (1,)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value * 100:g} %" if chart.percent else _short(value))
+    )
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _legend(figure: Figure, kinds: Sequence[str], runs: Sequence[str]) -> None:
+    several = len(runs) > 1
+    handles: list[Line2D] = []
+    if several:
+        for number, label in enumerate(runs):
+            handles.append(Line2D([], [], color=SERIES[number % len(SERIES)], linewidth=2, label=_cut(label)))
+    if kinds[1:]:
+        for place, kind in enumerate(kinds):
+            look = _look(Curve(0, kind, [], []), kinds, several)
+            handles.append(Line2D([], [], color=_MUTED if several else SERIES[place % len(SERIES)], label=kind, **look))
+    if handles:
+        figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=min(len(handles), 5),
+            frameon=False,
+            fontsize=8,
+            handlelength=1.6,
+            columnspacing=1.4,
+            labelcolor=_MUTED,
+        )
+
+
+def _cut(label: str) -> str:
+    return label if len(label) <= 18 else f"{label[:17]}…"
+
+
+def confusion_image(matrix: Sequence[Sequence[float]], classes: Sequence[str]) -> bytes:
+    """A confusion matrix as a PNG: rows are targets, shaded by the share of the row."""
+    shares = [[value / max(1, sum(row)) for value in row] for row in matrix]
+    with matplotlib.rc_context(_STYLE):
+        size = min(9.0, max(3.2, 0.34 * len(matrix)))
+        figure = Figure(figsize=(size + 0.6, size), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axes.set_xlabel("decision", color=_MUTED)
+        axes.set_ylabel("target", color=_MUTED)
+        if len(matrix) <= 24:
+            ticks = range(len(matrix))
+            axes.set_xticks(ticks, [_cut(name) for name in classes], rotation=90 if max(map(len, classes)) > 3 else 0)
+            axes.set_yticks(ticks, [_cut(name) for name in classes])
+            for row, values in enumerate(matrix):
+                for column, value in enumerate(values):
+                    if value:
+                        ink = "white" if shares[row][column] > 0.5 else _INK
+                        axes.text(column, row, f"{value:g}", ha="center", va="center", fontsize=7, color=ink)
+        return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=144, facecolor="white", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _svg(figure: Figure, title: str) -> str:
+    file = io.StringIO()
+    figure.savefig(
+        file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+    )
+    text = file.getvalue()
+    text = re.sub(r"<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
+    )
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, f"var(--{variable})")
+    label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

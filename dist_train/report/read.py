@@ -1,0 +1,128 @@
+"""What a report shows of a run, read from its directory, whatever is there yet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_train.errors import RunDirError
+from dist_train.run_dir import RunDir, read_json, recorded_config
+
+_NO_SCALARS = ("time", "stage", "epoch", "step", "attempt")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A scalar at an optimizer step, which counts within the stage; `value` is None where it was not finite."""
+
+    stage: str
+    epoch: int
+    step: int
+    attempt: int
+    name: str
+    value: float | None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as its directory tells it.
+
+    Attributes:
+        label: its name, or where several runs share it, its path.
+        details: what each model's final evaluation showed besides its scalars, by the model's name.
+    """
+
+    path: Path
+    label: str
+    config: dict[str, Any]
+    status: dict[str, Any]
+    environment: dict[str, Any]
+    results: dict[str, Any]
+    points: list[Point]
+    details: dict[str, dict[str, Any]]
+
+    @property
+    def state(self) -> str:
+        return str(self.status.get("state", "unknown"))
+
+    @property
+    def stages(self) -> list[str]:
+        """Stages with curves, in the order in which they ran."""
+        return list(dict.fromkeys(point.stage for point in self.points))
+
+    def curve(self, stage: str, name: str) -> list[Point]:
+        return [point for point in self.points if (point.stage, point.name) == (stage, name)]
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
+    """Reads runs that are finished, running or failed.
+
+    Raises:
+        RunDirError: a directory is no run's, or one of its files is damaged.
+    """
+    configs = [recorded_config(RunDir(path)) for path in paths]
+    names = [str(config.get("run", {}).get("name", path)) for config, path in zip(configs, paths, strict=True)]
+    return [
+        _read(RunDir(path), name if names.count(name) == 1 else str(path), config)
+        for path, name, config in zip(paths, names, configs, strict=True)
+    ]
+
+
+def _read(run_dir: RunDir, label: str, config: dict[str, Any]) -> RunRecord:
+    details = {path.stem: read_json(path) for path in sorted(run_dir.report.glob("[!.]*.json"))}
+    results = read_json(run_dir.results) or {}
+    order = dict.fromkeys([*results.get("models", {}), *details])
+    return RunRecord(
+        path=run_dir.path,
+        label=label,
+        config=config,
+        status=read_json(run_dir.status) or {},
+        environment=read_json(run_dir.environment) or {},
+        results=results,
+        points=join_attempts(read_points(run_dir.metrics)),
+        details={name: details[name] for name in order if name in details},
+    )
+
+
+def read_points(path: Path) -> list[Point]:
+    """The scalars of metrics.jsonl, in its order; a last line that is still being written is left out.
+
+    Raises:
+        RunDirError: another line is no such object.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [point for number, line in enumerate(lines, start=1) for point in _points(line, f"{path}, line {number}")]
+
+
+def _points(line: str, where: str) -> Iterator[Point]:
+    try:
+        entry = json.loads(line)
+        for name, value in entry.items():
+            if name not in _NO_SCALARS:
+                number = None if value is None else float(value)
+                yield Point(entry["stage"], entry["epoch"], entry["step"], entry["attempt"], name, number)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunDirError(f"{where} is damaged: {error}", "remove the line") from error
+
+
+def join_attempts(points: Sequence[Point]) -> list[Point]:
+    """One curve of several attempts: where a later attempt did the steps again, what the earlier ones logged of them is dropped."""
+    done: dict[tuple[str, int], tuple[int, int]] = {}
+    for point in points:
+        first, last = done.get((point.stage, point.attempt), (point.step, point.step))
+        done[point.stage, point.attempt] = (min(first, point.step), max(last, point.step))
+    kept = {
+        (point.stage, point.step, point.name): point
+        for point in sorted(points, key=lambda point: point.attempt)
+        if not any(
+            stage == point.stage and attempt > point.attempt and first <= point.step <= last
+            for (stage, attempt), (first, last) in done.items()
+        )
+    }
+    order = list(dict.fromkeys(point.stage for point in points))
+    return sorted(kept.values(), key=lambda point: (order.index(point.stage), point.step))

@@ -1,0 +1,154 @@
+"""The tables of a report: what the page shows, and what the CSV files hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dist_train.report.read import RunRecord
+from dist_train.summary import result_table
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headers, and rows of as many values; None where something was not measured."""
+
+    headers: list[str]
+    rows: list[list[Any]]
+
+
+def shown_results(runs: Sequence[RunRecord]) -> Table:
+    """The result tables of the runs as one, formatted as at the end of a run."""
+    tables = [result_table({"run": "", "world_size": 1, "models": {}, **run.results}) for run in runs]
+    columns = list(dict.fromkeys(str(column.header) for each in tables for column in each.columns))
+    rows: list[list[Any]] = []
+    for run, each in zip(runs, tables, strict=True):
+        cells = {str(column.header): list(column.cells) for column in each.columns}
+        for place in range(each.row_count):
+            rows.append([run.label, *(cells[name][place] if name in cells else "-" for name in columns)])
+    return Table(["run", *columns], rows)
+
+
+def results(runs: Sequence[RunRecord]) -> Table:
+    """A row for each figure of each model, with all its digits."""
+    return Table(
+        ["run", "model", "figure", "value"],
+        [
+            [run.label, model, *figure]
+            for run in runs
+            for model, figures in run.results.get("models", {}).items()
+            for figure in _flat(figures)
+        ],
+    )
+
+
+def _flat(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def curves(runs: Sequence[RunRecord]) -> Table:
+    rows = [[run.label, p.stage, p.epoch, p.step, p.attempt, p.name, p.value] for run in runs for p in run.points]
+    return Table(["run", "stage", "epoch", "step", "attempt", "name", "value"], rows)
+
+
+def gates(runs: Sequence[RunRecord]) -> Table:
+    return Table(
+        ["run", "gate", "value", "bound", "passed"],
+        [
+            [run.label, name, gate.get("value"), gate.get("bound"), gate.get("passed")]
+            for run in runs
+            for name, gate in run.results.get("gates", {}).items()
+        ],
+    )
+
+
+def stages(runs: Sequence[RunRecord]) -> Table:
+    return Table(
+        ["run", "stage", "steps", "seconds"],
+        [
+            [run.label, name, stage.get("steps"), stage.get("seconds")]
+            for run in runs
+            for name, stage in run.results.get("stages", {}).items()
+        ],
+    )
+
+
+def confusion(details: dict[str, Any]) -> list[list[float]] | None:
+    """The confusion matrix of a model, [target][decision], where its task has one."""
+    matrix = details["metrics"].get("confusion")
+    classes = len(details["classes"])
+    square = isinstance(matrix, list) and len(matrix) == classes and all(_has(row, classes) for row in matrix)
+    return matrix if square else None
+
+
+def per_class(run: RunRecord) -> Table | None:
+    """A row for each class, a column for each model's numbers of it; None where the task has no such metric."""
+    columns: dict[str, list[Any]] = {}
+    classes: list[str] = []
+    for model, details in run.details.items():
+        for name, values in details["metrics"].items():
+            if details["classes"] and _has(values, len(details["classes"])) and not isinstance(values[0], list):
+                columns[model if name == "per_class" else f"{model} {name}"] = values
+                classes = details["classes"]
+    if not columns:
+        return None
+    rows = [[label, *(column[place] for column in columns.values())] for place, label in enumerate(classes)]
+    return Table(["class", *columns], rows)
+
+
+def confused(matrix: Sequence[Sequence[float]], classes: Sequence[str], most: int = 10) -> Table:
+    """The pairs that were taken for each other most often."""
+    pairs = [
+        (value, row, column)
+        for row, values in enumerate(matrix)
+        for column, value in enumerate(values)
+        if row != column and value
+    ]
+    pairs.sort(key=lambda pair: (-pair[0], pair[1:]))
+    rows = [[classes[row], classes[column], value, value / sum(matrix[row])] for value, row, column in pairs[:most]]
+    return Table(["target", "decision", "samples", "of the class"], rows)
+
+
+def worst(details: dict[str, Any]) -> Table:
+    rows = [
+        [sample["id"], sample["loss"], name_of(sample["target"], details), name_of(sample["decision"], details)]
+        for sample in details["worst"]
+    ]
+    return Table(["id", "loss", "target", "decision"], rows)
+
+
+def name_of(value: Any, details: dict[str, Any]) -> str:
+    """A target or a decision in words: a class by its name, where the task decides between classes."""
+    if value is None:
+        return "-"
+    classes = details["classes"]
+    if isinstance(value, int) and not isinstance(value, bool) and confusion(details) and 0 <= value < len(classes):
+        return str(classes[value])
+    if isinstance(value, list):
+        return ", ".join(name_of(each, {"classes": [], "metrics": {}}) for each in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def settings(runs: Sequence[RunRecord]) -> Table:
+    """The settings that are not the same in all of these runs."""
+    flat = [dict(_flat(run.config)) for run in runs]
+    names = dict.fromkeys(name for each in flat for name in each)
+    different = [name for name in names if any(each.get(name) != flat[0].get(name) for each in flat)]
+    return Table(
+        ["setting", *(run.label for run in runs)], [[name, *(each.get(name) for each in flat)] for name in different]
+    )
+
+
+def environment(runs: Sequence[RunRecord]) -> Table:
+    flat = [dict(_flat(run.environment)) for run in runs]
+    names = dict.fromkeys(name for each in flat for name in each)
+    return Table(["", *(run.label for run in runs)], [[name, *(each.get(name) for each in flat)] for name in names])
+
+
+def _has(value: Any, size: int) -> bool:
+    return isinstance(value, list) and len(value) == size

@@ -1,0 +1,101 @@
+"""Weights & Biases: one run there for one run here, however often it is resumed; offline where there is no account.
+
+What an offline run wrote goes up later by `wandb sync --append RUN_DIR/logs/wandb/offline-run-*`.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
+
+import wandb
+
+from dist_train.errors import SetupError
+from dist_train.run_dir import RunDir, replace_text
+from dist_train.trackers.base import Tracker
+
+if TYPE_CHECKING:
+    from dist_train.config import Config
+
+_START_SECONDS = 30.0
+_FINISH_SECONDS = 20.0  # what is not uploaded by then stays on the disk, for `wandb sync`
+
+
+class Wandb(Tracker):
+    """Sends scalars and the configuration; not the command line, the environment's variables, the code or the machine."""
+
+    def __init__(self, run_dir: RunDir, run_name: str, attempt: int) -> None:
+        super().__init__(run_dir, run_name, attempt)
+        self._stages: set[str] = set()
+
+    def begin(self, config: Config) -> None:
+        run_dir, settings = self.run_dir, config.wandb
+        run_dir.wandb.mkdir(parents=True, exist_ok=True)
+        mode = (os.environ.get("WANDB_MODE") if settings.mode == "auto" else settings.mode) or _possible_mode()
+        if mode == "online" and _possible_mode() == "offline":
+            raise SetupError("wandb has no API key", "wandb login, or --wandb.mode offline")
+        self._run = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            name=self.run_name,
+            tags=settings.tags,
+            id=_run_id(run_dir.wandb / "run_id"),
+            resume="allow",
+            mode=mode,  # type: ignore[arg-type]
+            dir=run_dir.logs,
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(
+                allow_val_change=True,  # a resumed run may log elsewhere, or keep other checkpoints
+                console="off",
+                silent=True,
+                host="",
+                disable_code=True,
+                disable_git=True,
+                disable_job_creation=True,
+                save_code=False,
+                x_disable_machine_info=True,
+                x_disable_meta=True,
+                x_disable_stats=True,
+                x_save_requirements=False,
+                init_timeout=_START_SECONDS,
+                login_timeout=_START_SECONDS,
+                finish_timeout=_FINISH_SECONDS,
+            ),
+        )
+
+    def log(self, stage: str, epoch: int, step: int, scalars: Mapping[str, float]) -> None:
+        axis = f"{stage}/step"
+        if stage not in self._stages:
+            self._stages.add(stage)
+            self._run.define_metric(axis, hidden=True)
+            self._run.define_metric(f"{stage}/*", step_metric=axis)
+        self._run.log({axis: step, f"{stage}/epoch": epoch, **{f"{stage}/{name}": v for name, v in scalars.items()}})
+
+    def close(self) -> None:
+        # Closed while an error passes through: the run did not finish.
+        self._run.finish(exit_code=0 if sys.exc_info()[0] is None else 1)
+
+
+def _run_id(path: Path) -> str:
+    """Generated once, and kept with the run."""
+    if not path.exists():
+        replace_text(path, uuid.uuid4().hex[:12])
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _possible_mode() -> Literal["online", "offline"]:
+    """Online where an API key is configured; wandb itself would ask the user, and wait."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return "online"
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        known = netrc.netrc(os.environ.get("NETRC", Path.home() / ".netrc")).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        known = None
+    return "online" if known else "offline"
