@@ -208,6 +208,8 @@ def test_when_rank_0_fails_in_training_the_others_and_status_json_say_why(
         "tests.faulty_parts",
         "--data.name",
         "undecodable",
+        "--data.workers",
+        "0",
         "--data.args",
         f"{{planted: {planted}}}",
     ]
