@@ -47,7 +47,12 @@ class Accelerate(Strategy):
 
     def wrap(self, model: nn.Module) -> nn.Module:
         # In a shell, as prepare_model replaces `forward` of what it is given, and the model is evaluated, exported and saved bare.
-        wrapped: nn.Module = self._accelerator.prepare_model(_Shell(model))
+        # The model is on its device, and must not be moved from "cpu" to "cpu:0": that would make other buffers of it.
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "`broadcast_buffers` is deprecated"
+            )  # accelerate 1.15 knows no other name
+            wrapped: nn.Module = self._accelerator.prepare_model(_Shell(model), device_placement=False)
         self._accelerator._models.clear()  # a stage's model would live as long as the process
         return wrapped
 
