@@ -121,11 +121,13 @@ class Registry:
 
     def settings(self, name: str) -> Any:
         """The pydantic model of the settings of `name`, or None where it has none."""
-        entry = self.entry(name)
-        if entry.settings is not None:
-            return resolve(entry.settings)
-        # An entry point names only the thing: it carries its settings' model as an attribute.
-        return getattr(resolve(entry.target), "settings_model", None) if isinstance(entry.target, str) else None
+        if self.entry(name).settings is None and isinstance(self.entry(name).target, str):
+            # An entry point names only the thing: importing it may register it again, with its settings' model.
+            thing = resolve(self.entry(name).target)
+            if self.entry(name).settings is None:
+                return getattr(thing, "settings_model", None)
+        settings = self.entry(name).settings
+        return None if settings is None else resolve(settings)
 
 
 def resolve(target: Any) -> Any:

@@ -89,10 +89,10 @@ def task_args(task: str, settings: type[S], args: Mapping[str, Any]) -> S:
 
 def wrong_targets(task: str, wanted: str, targets: torch.Tensor) -> DataError:
     """The error for targets of another kind."""
+    shape = ", ".join(["N", *map(str, targets.shape[1:])])
+    found = f"{str(targets.dtype).removeprefix('torch.')} [{shape}]"
     return DataError(
-        f"{task} takes targets {wanted}, but the data's are {str(targets.dtype).removeprefix('torch.')} {['N', *targets.shape[1:]]}".replace(
-            "'", ""
-        ),
+        f"{task} takes targets {wanted}, but the data's are {found}",
         "--task.name with the data's own task (classification, multilabel, regression, segmentation), or other data",
     )
 

@@ -1,0 +1,107 @@
+"""Labels, numbers and masks go the whole way that classes go: nothing below a task knows about classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dist_train
+from dist_train.checkpoint import CheckpointFolder
+from dist_train.errors import DataError
+from tests.ranks import train_done
+
+TASKS = {
+    "multilabel": ("map", {"name": "small_resnet", "args": {"width": 8, "blocks": 1}}),
+    "regression": ("r2", {"name": "small_resnet", "args": {"width": 8, "blocks": 2}}),
+    "segmentation": ("mean_iou", {"name": "small_fcn", "args": {"width": 4}}),
+}
+
+
+def settings(kind: str, folder: Path, **more: Any) -> Path:
+    model = TASKS[kind][1]
+    args = {"kind": kind, "num_train": 240, "num_eval": 41, "num_classes": 3, "channels": 1, "height": 12, "width": 12}
+    config = {
+        "run": {"name": kind, "dir": str(folder / "run"), "threads_per_rank": 1, "device": "cpu"},
+        "data": {"name": "fake", "args": args, "cache_dir": str(folder / "cache"), "global_batch_size": 12},
+        "model": model,
+        "task": {"name": kind},
+        "train": {"epochs": 5, "optim": {"lr": 0.1}},
+        "qat": {"epochs": 1},
+        **more,
+    }
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_it_was() -> Iterator[None]:
+    """A run in this process sets threads and determinism for good."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("multilabel", marks=pytest.mark.slow), "regression", "segmentation"])
+def test_a_task_is_trained_and_converted_with_quantization_in_the_loop(kind: str, tmp_path: Path) -> None:
+    path = settings(kind, tmp_path, stages=["train", "qat", "convert"])
+    results = dist_train.run(dist_train.load_config(path))
+    metric = TASKS[kind][0]
+    models = results["models"]
+    assert {figures["count"] for figures in models.values()} == {41}
+    assert models["fp32"][metric] > 0.7
+    assert models["int8"][metric] > models["fp32"][metric] - 0.05
+    assert results["gates"]["convert"]["value"] >= 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TASKS)
+def test_two_ranks_deploy_a_task_and_evaluate_it_again(kind: str, tmp_path: Path) -> None:
+    path = settings(kind, tmp_path, export={"latency_batch_sizes": [1]})
+    metric = TASKS[kind][0]
+    printed = train_done(2, "run", str(path))
+    assert f"{metric} 0." in printed and "gates passed: prepare" in printed and "artifact 0 (" in printed
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["models"]["int8"][metric] > 0.7 and results["models"]["int8"]["count"] == 41
+    model, manifest = dist_train.load_artifact(tmp_path / "run" / "export")
+    shape = {"multilabel": (4, 3), "regression": (4, 3), "segmentation": (4, 3, 12, 12)}[kind]
+    assert model(torch.zeros(4, 1, 12, 12)).shape == shape
+    assert manifest["classes"] == ([] if kind == "regression" else ["class 0", "class 1", "class 2"])
+    assert manifest["metrics"]["int8"][metric] == results["models"]["int8"][metric]
+    again = train_done(1, "evaluate", str(tmp_path / "run"))
+    shown = results["models"]["int8"][metric]
+    assert (f"{shown:.4f}" if metric == "r2" else f"{shown * 100:.2f} %") in again
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--task.name", "classification"], "classification takes targets int64"),
+        (["--model.name", "small_resnet", "--model.args", "{}"], "segmentation into 3 classes takes"),
+        (["--data.args.height", "13", "--model.name", "shrinking"], "do not fit"),
+        (["--model.name", "two_headed"], "while training, the model returns a tuple"),
+    ],
+)
+def test_what_does_not_fit_is_found_before_training(options: list[str], said: str, tmp_path: Path) -> None:
+    path = settings("segmentation", tmp_path, model={"name": "small_fcn"})
+    config = dist_train.load_config(path, [*options, "--import", "tests.tasks.ill_fitting_models"])
+    with pytest.raises(DataError) as caught:
+        dist_train.run(config)
+    assert said in caught.value.message and caught.value.hint
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_trying_a_model_out_leaves_it_as_it_was(tmp_path: Path) -> None:
+    path = settings("regression", tmp_path, stages=["train"], train={"epochs": 1, "optim": {"lr": 1e-30}})
+    results = dist_train.run(
+        dist_train.load_config(path, ["--import", "tests.tasks.ill_fitting_models", "--model", "{name: counting}"])
+    )
+    # 240 samples in global batches of 12, and nothing more, went through the BatchNorm.
+    state = CheckpointFolder(tmp_path / "run" / "checkpoints").load("train-end")["payload"]["model"]
+    assert int(state["norm.num_batches_tracked"]) == 20 and results["models"]["fp32"]["count"] == 41
