@@ -159,7 +159,7 @@ def describe_data(splits: Splits) -> dict[str, Any]:
         "mean": list(splits.mean),
         "std": list(splits.std),
         "classes": list(splits.classes),
-        "num_classes": splits.num_classes,
+        "num_outputs": getattr(splits, "num_outputs", splits.num_classes),
     }
 
 

@@ -88,7 +88,7 @@ def _deployable(run: FinishedRun, name: str) -> tuple[Deployable, torch.Tensor]:
 
 def _float_model(run: FinishedRun) -> nn.Module:
     settings = run.config.model
-    model = build_model(settings, run.described["num_classes"], run.described["input_shape"][0])
+    model = build_model(settings, run.described["num_outputs"], run.described["input_shape"][0])
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
     run.load_float(model)

@@ -134,7 +134,7 @@ def described_by(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "mean": manifest["normalization"]["mean"],
         "std": manifest["normalization"]["std"],
         "classes": manifest["classes"],
-        "num_classes": len(manifest["classes"]),
+        "num_outputs": len(manifest["classes"]) or None,
     }
 
 
@@ -154,9 +154,10 @@ def as_trained(splits: Splits, described: Mapping[str, Any], whole_shape: bool) 
             f"the model takes inputs of shape {known}, but the data has {shape}",
             "give data of that shape: --data.name and --data.args",
         )
-    if splits.num_classes != described["num_classes"]:
+    outputs = getattr(splits, "num_outputs", splits.num_classes)
+    if described["num_outputs"] not in (None, outputs):
         raise DataError(
-            f"the model tells {described['num_classes']} classes apart, but the data has {splits.num_classes}",
+            f"the model has {described['num_outputs']} outputs, but the data asks for {outputs}",
             "give data of the same classes, in the same order",
         )
     return dataclasses.replace(splits, mean=tuple(described["mean"]), std=tuple(described["std"]))

@@ -320,7 +320,7 @@ def test_an_artifact_is_evaluated_on_several_ranks(run: Path, splits: Splits) ->
     ("arguments", "code", "said"),
     [
         (["--model", "int8"], 78, "has no model 'int8'"),
-        (["--data.args.num_classes", "7"], 1, "tells 6 classes apart, but the data has 7"),
+        (["--data.args.num_classes", "7"], 1, "the model has 6 outputs, but the data asks for 7"),
         (["--data.args.channels", "3"], 1, "takes inputs of shape [1, 8, 8], but the data has [3, 8, 8]"),
         (["--data.nam", "digits"], 78, "data.nam"),
         (["--train.epochs", "3"], 78, "evaluate has no option --train.epochs"),
