@@ -49,8 +49,7 @@ def check_arguments(config: Config) -> None:
         lambda: check_model(config.model),
         lambda: registry.tasks.get(config.task.name)(2, config.task.args),
         lambda: _require_initial_weights(config),
-        # Some metrics want many classes (top5), so that here only names are refused that are never right.
-        lambda: _check_metrics(config, registry.tasks.get(config.task.name)(1000, config.task.args)),
+        lambda: _check_metrics_without_data(config),
     ]
     for check in checks:
         try:
@@ -61,8 +60,21 @@ def check_arguments(config: Config) -> None:
         raise ConfigError(problems)
 
 
+def _check_metrics_without_data(config: Config) -> None:
+    """Refuses what is never right: some metrics (top5) want many classes, and how many there are is not known yet."""
+    make: Callable[[int, dict[str, Any]], Task] = registry.tasks.get(config.task.name)
+    if _metric_problems(config, make(2, config.task.args)):
+        _check_metrics(config, make(1000, config.task.args))
+
+
 def _check_metrics(config: Config, task: Task) -> None:
     """Raises ConfigError where a stage selects by a metric, or log.epoch_format shows one, that the task does not have."""
+    problems = _metric_problems(config, task)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _metric_problems(config: Config, task: Task) -> list[Problem]:
     names = metric_names(task)
     problems = [] if config.log.epoch_format is None else check_epoch_format(config.log.epoch_format, names)
     for section in config.stages:
@@ -71,8 +83,7 @@ def _check_metrics(config: Config, task: Task) -> None:
         if wanted is not None and wanted not in names:
             hint = f"the metrics are {', '.join(names)}"
             problems.append(Problem(f"{section}.select_by", f"{config.task.name} has no metric {wanted!r}", hint=hint))
-    if problems:
-        raise ConfigError(problems)
+    return problems
 
 
 def make_context(

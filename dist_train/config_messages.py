@@ -145,8 +145,11 @@ def _wording(error: Mapping[str, Any]) -> tuple[str, str]:
         return f"must have {words} {bound} item{'' if bound == 1 else 's'}, not {context['actual_length']}", ""
     expected = _EXPECTED.get(kind.rpartition("_")[0])
     if expected:
-        colon = kind == "string_type" and isinstance(error["input"], dict)
-        return f"must be {expected}, not {given}", """quote a text that has a colon: '"Acc: {top1}"'""" if colon else ""
+        structured = kind == "string_type" and isinstance(error["input"], dict | list)
+        return (
+            f"must be {expected}, not {given}",
+            """quote a text that looks like YAML: '"a: {b}"'""" if structured else "",
+        )
     return str(error["msg"])[:1].lower() + str(error["msg"])[1:], ""
 
 

@@ -76,7 +76,6 @@ class _Step:
     epoch: int
     lr: float
     samples: int
-    means: StepMeans | None = None
     norm: _Norm | None = None
 
 
@@ -93,7 +92,7 @@ class Outlook:
         self._progress, self._trackers = progress, trackers
         self._lag = lag
         self._waiting: deque[_Step] = deque()
-        self._looked: deque[_Step] = deque()
+        self._looked: deque[tuple[_Step, StepMeans]] = deque()
         self._data_wait = 0.0
         self.clock = DataClock()
 
@@ -112,7 +111,7 @@ class Outlook:
 
     def updated(self, grad_norm: torch.Tensor | None) -> None:
         """The update of the step that was added last is under way; `grad_norm` float32 [] on the device, before clipping."""
-        newest = self._waiting[-1] if self._waiting else self._looked[-1]
+        newest = self._waiting[-1] if self._waiting else self._looked[-1][0]
         if grad_norm is not None and self.logs(newest.step):
             newest.norm = _Norm(grad_norm)
         self._log()
@@ -124,22 +123,20 @@ class Outlook:
     def _look(self, lag: int) -> None:
         while len(self._waiting) > lag:
             found = self._waiting.popleft()
-            found.means = found.pending.means()
-            self._looked.append(found)
+            means = found.pending.means()
+            self._looked.append((found, means))
             if self.logs(found.step):
                 self._data_wait = self.clock.share()
-            self._progress.step(
-                found.step + 1, found.samples, found.means.loss, found.means.score, found.lr, self._data_wait
-            )
+            self._progress.step(found.step + 1, found.samples, means.loss, means.score, found.lr, self._data_wait)
 
     def _log(self) -> None:
         while self._looked:
-            found = self._looked.popleft()
-            if found.means is None or not self.logs(found.step):
+            found, means = self._looked.popleft()
+            if not self.logs(found.step):
                 continue
             scalars = {
-                "loss": found.means.loss,
-                "score": found.means.score,
+                "loss": means.loss,
+                "score": means.score,
                 "lr": found.lr,
                 "samples_per_second": round(self._progress.samples_per_second, 1),
                 "data_wait": round(self._data_wait, 4),

@@ -217,6 +217,35 @@ def test_a_resumed_loop_ends_to_the_bit_like_an_undisturbed_one(stop: int) -> No
     assert resumed_made.recorder.of("loss") == made.recorder.of("loss")[stop:]
 
 
+def test_a_loop_resumed_just_after_it_stopped_early_does_not_train_on() -> None:
+    def run(values: list[float]) -> tuple[nn.Module, Any]:
+        model = mlp()
+        evaluation, _ = _scored(values, model)
+        config = {"early_stopping": {"patience": 2}, "select": "best"}
+        return model, make(World(), model, epochs=9, config=config, evaluate_with=evaluation)
+
+    model, made = run([0.5, 0.7, 0.6, 0.7])
+    stopped = fit(made.run, model, None)
+    assert stopped.step == 16 and stopped.chosen_step == 8 and stopped.metrics["top1"] == 0.7
+    assert made.memory.saved == [4, 8, 12, 16]
+    resumed_model, resumed_made = run([])
+    resumed_made.memory.states = made.memory.states
+    resumed = fit(resumed_made.run, resumed_model, made.memory.load_step("train", 16))
+    assert resumed_made.memory.saved == [] and resumed_made.recorder.lines == []
+    assert (resumed.step, resumed.chosen_step) == (16, 8) and flat(resumed_model) == flat(model)
+
+
+def test_the_best_is_chosen_by_any_metric_in_its_own_direction() -> None:
+    losses = iter([0.9, 0.2, 0.4])
+
+    def evaluation(chosen: nn.Module) -> Evaluation:
+        return Evaluation({"top1": 1.0, "loss": next(losses), "count": 37}, torch.empty(0))
+
+    model = mlp()
+    made = make(World(), model, epochs=3, config={"select": "best", "select_by": "loss"}, evaluate_with=evaluation)
+    assert fit(made.run, model, None).metrics["loss"] == 0.2
+
+
 def test_bf16_autocast_trains_with_float32_parameters() -> None:
     losses = {}
     for precision in ("fp32", "bf16"):

@@ -65,6 +65,42 @@ def test_other_ranks_are_silent_and_still_know_their_speed() -> None:
     assert stream.getvalue() == "" and progress.samples_per_second > 0
 
 
+def test_much_waiting_for_data_is_shown_and_its_remedy_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr("dist_train.progress.time.monotonic", lambda: float(next(ticks)))
+    stream = io.StringIO()
+    progress = Progress(True, 1.0, stream)
+    progress.data_hint = "--data.workers 4"
+    progress.begin("train", 6, 0)
+    for step, share in enumerate([0.1, 0.2, 0.35, 0.5, 0.0, 0.9], start=1):
+        progress.step(step, 64, 1.0, 0.5, 0.1, data_wait=share)
+    lines = stream.getvalue().splitlines()
+    assert ["waits for data" in line for line in lines if line.startswith("train: step")] == [
+        share > 0.2 for share in (0.1, 0.2, 0.35, 0.5, 0.0, 0.9)
+    ]
+    assert [line for line in lines if "train: step" not in line] == [
+        "warning: train waits for data 35% of the time",
+        "  -> --data.workers 4",
+    ]
+
+
+def test_a_stage_shorter_than_the_interval_gets_no_advice() -> None:
+    stream = io.StringIO()
+    progress = Progress(True, 1e6, stream)
+    progress.data_hint = "--data.workers 4"
+    progress.begin("train", 1, 0)
+    progress.step(1, 64, 1.0, 0.5, 0.1, data_wait=0.9)
+    assert "warning" not in stream.getvalue()
+
+
+def test_a_warning_is_said_once() -> None:
+    stream = io.StringIO()
+    progress = Progress(True, 1.0, stream)
+    for text in ("a", "b", "a"):
+        progress.warn(text)
+    assert stream.getvalue() == "warning: a\nwarning: b\n"
+
+
 def on_terminal(columns: int) -> str:
     """What a terminal of this width is sent by some steps and two texts."""
     master, slave = pty.openpty()
