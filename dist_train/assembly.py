@@ -21,12 +21,15 @@ from dist_train.errors import ConfigError, DataError, Problem
 from dist_train.ledger import Ledger, NoLedger
 from dist_train.models.build import build_model, model_arguments
 from dist_train.progress import Progress
+from dist_train.quantization.backend import build_backend
 from dist_train.run_dir import RunDir
 from dist_train.stages.base import Context
 from dist_train.strategies.base import Strategy
 from dist_train.tasks import Task
 from dist_train.trackers.base import Trackers
 from dist_train.world import World
+
+_QUANTIZES = {"ptq", "qat", "convert"}
 
 
 def check_arguments(config: Config) -> None:
@@ -48,6 +51,8 @@ def check_arguments(config: Config) -> None:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
+    if _QUANTIZES & set(config.stages):
+        build_backend(config.qat)  # the libraries and integer kernels that it needs are there
 
 
 def make_context(
@@ -64,6 +69,8 @@ def make_context(
     model = _model(config, splits, world)
     task: Task = registry.tasks.get(config.task.name)(splits.num_classes, config.task.args)
     _try_out(model, splits, task, world)
+    if _QUANTIZES & set(config.stages):
+        build_backend(config.qat).check(model, config.qat.rules)
     return Context(
         config=config,
         world=world,

@@ -217,10 +217,27 @@ TORCHVISION_MODELS: tuple[str, ...] = [
 
 _PT2E = {"torchao": "torchao"}
 
+# torchvision.models.list_models(module=torchvision.models.quantization) as of 0.29; a test holds them equal.
+TORCHVISION_QUANTIZABLE_MODELS: tuple[str, ...] = (
+    "quantized_googlenet",
+    "quantized_inception_v3",
+    "quantized_mobilenet_v2",
+    "quantized_mobilenet_v3_large",
+    "quantized_resnet18",
+    "quantized_resnet50",
+    "quantized_resnext101_32x8d",
+    "quantized_resnext101_64x4d",
+    "quantized_shufflenet_v2_x0_5",
+    "quantized_shufflenet_v2_x1_0",
+    "quantized_shufflenet_v2_x1_5",
+    "quantized_shufflenet_v2_x2_0",
+)
+
 models = Registry(
     "model",
     "dist_train.models",
     {name: Entry("dist_train.models.torchvision:build") for name in TORCHVISION_MODELS}
+    | {name: Entry("dist_train.models.quantizable:build") for name in TORCHVISION_QUANTIZABLE_MODELS}
     | {
         "small_resnet": Entry("dist_train.models.small:small_resnet"),
         "mlp": Entry("dist_train.models.small:mlp"),
@@ -248,7 +265,11 @@ trackers = Registry("tracker", "dist_train.trackers", {"jsonl": Entry("dist_trai
 quantization_backends = Registry(
     "quantization_backend",
     "dist_train.quantization_backends",
-    {"pt2e": Entry("dist_train.quantization.pt2e:PT2EBackend", requires=_PT2E)},
+    {
+        "pt2e": Entry("dist_train.quantization.pt2e:PT2EBackend", requires=_PT2E),
+        "fx": Entry("dist_train.quantization.fx:FXBackend", requires=_PT2E),
+        "eager": Entry("dist_train.quantization.eager:EagerBackend", requires=_PT2E),
+    },
 )
 stages = Registry(
     "stage",

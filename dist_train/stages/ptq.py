@@ -67,21 +67,22 @@ def gate_prepare(context: Context, prepared: PreparedModel) -> None:
     prepared.fake_quantize(False)
     prepared.observe(False)
     statistics = [
-        (name, prepared.get_buffer(name)) for name, _ in prepared.named_buffers() if name.endswith("running_var")
+        (prepared.get_buffer(f"{name}.running_var"), context.model.get_buffer(f"{float_name}.running_var"))
+        for float_name, name in prepared.batch_norms.items()
     ]
-    originals = [buffer.clone() for _, buffer in statistics]
+    originals = [buffer.clone() for buffer, _ in statistics]
     differences = []
     for drawn in (False, True):
         if drawn:
             generator = torch.Generator().manual_seed(context.config.run.seed)
-            for name, buffer in statistics:
+            for buffer, float_buffer in statistics:
                 low, high = (torch.tensor(bound).log() for bound in _VARIANCES)
                 buffer.copy_(torch.exp(low + (high - low) * torch.rand(buffer.shape, generator=generator)))
-                context.model.get_buffer(name).copy_(buffer)
+                float_buffer.copy_(buffer)
         differences.append(_relative_difference(prepared.eval(), context.model.eval(), inputs))
-    for (name, buffer), original in zip(statistics, originals, strict=True):
+    for (buffer, float_buffer), original in zip(statistics, originals, strict=True):
         buffer.copy_(original)
-        context.model.get_buffer(name).copy_(original)
+        float_buffer.copy_(original)
     prepared.fake_quantize(True)
     prepared.observe(True)
     worst = float(torch.stack(differences).max())  # NaN if any is, which passes no bound
