@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dist_train.errors import ArtifactError, DataError
-from dist_train.program import load_program, program_bytes
+from dist_train.program import Program, load_program, open_program, program_bytes
 
 __all__ = [
     "load_artifact",
@@ -36,6 +36,7 @@ __all__ = [
 
 FORMAT = "dist_train.pt2/1"
 PROGRAM = "model.pt2"
+SCRIPT = "model.ts"
 MANIFEST = "manifest.json"
 _REQUIRED = ("input", "normalization", "classes", "ranges_sha256", "world_sizes", "metrics")
 _EXPORT_AGAIN = "copy it again from where it was exported, or train again into a new --run.dir"
@@ -77,7 +78,8 @@ def _sync_directory(path: Path) -> None:
 
 
 def _refuse_to_replace_foreign_files(directory: Path) -> None:
-    foreign = sorted(entry.name for entry in directory.iterdir() if entry.name not in (PROGRAM, MANIFEST))
+    ours = (PROGRAM, SCRIPT, "state_dict.pt", MANIFEST)
+    foreign = sorted(entry.name for entry in directory.iterdir() if entry.name not in ours)
     if foreign:
         raise ArtifactError(
             f"{directory} holds {foreign[0]!r}, which no export wrote: it would be deleted with the older artifact",
@@ -85,10 +87,10 @@ def _refuse_to_replace_foreign_files(directory: Path) -> None:
         )
 
 
-def write_artifact(directory: Path, program: bytes, manifest: Mapping[str, Any]) -> None:
+def write_artifact(directory: Path, program: bytes | Program, manifest: Mapping[str, Any]) -> None:
     """Writes the artifact into `directory`: whole or not at all, and an older one stays whole until the new one stands.
 
-    program: what `program_bytes` returned.
+    program: what `program_bytes` returned, or a Program of any kind, whose extra files are written beside it.
     manifest: `input` {"shape": [null, C, H, W], "dtype": "float32"}, `normalization` {"mean", "std"} (or null),
         `classes`, `ranges_sha256` (null for a float model), `world_sizes`, `metrics`, and any other JSON. Added here:
         `format`, `versions` (torch, torchao), `files` {name: {"sha256", "bytes"}} and the manifest's own `sha256`.
@@ -98,13 +100,15 @@ def write_artifact(directory: Path, program: bytes, manifest: Mapping[str, Any])
     """
     missing = [key for key in _REQUIRED if key not in manifest]
     assert not missing, f"the manifest lacks {missing}"
+    made = program if isinstance(program, Program) else Program("pt2", program)
+    written = {PROGRAM if made.kind == "pt2" else SCRIPT: made.data, **made.extra}
     content = {
         **manifest,
         "format": FORMAT,
         "versions": {**_versions(), **manifest.get("versions", {})},
-        "files": {PROGRAM: {"sha256": _digest(program), "bytes": len(program)}},
+        "files": {name: {"sha256": _digest(data), "bytes": len(data)} for name, data in written.items()},
     }
-    files = {PROGRAM: program, MANIFEST: _manifest_bytes(content)}
+    files = {**written, MANIFEST: _manifest_bytes(content)}
     directory = Path(directory).resolve()
     temporary = directory.with_name(f".{directory.name}.new")
     aside = _aside(directory)
@@ -164,7 +168,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             f"{path}: format {found!r} is not {FORMAT!r}, the one that this version reads",
             "pip install the dist-train that wrote it, or " + _EXPORT_AGAIN,
         )
-    if not whole or PROGRAM not in manifest.get("files", {}):
+    if not whole or not {PROGRAM, SCRIPT} & set(manifest.get("files", {})):
         raise ArtifactError(f"{path} is damaged or was edited: it does not match its own sha256", _EXPORT_AGAIN)
     return manifest
 
@@ -209,7 +213,8 @@ def load_artifact(path: Path | str) -> tuple[Callable[[Tensor], Tensor], dict[st
     Raises ArtifactError as `verify_artifact` and `load_program` do.
     """
     manifest, files = _verified(Path(path))
-    module = load_program(files[PROGRAM]).module()
+    program = Program("pt2", files[PROGRAM]) if PROGRAM in files else Program("torchscript", files[SCRIPT])
+    module = open_program(program)
     shape = tuple(manifest["input"]["shape"][1:])
 
     def model(images: Tensor) -> Tensor:

@@ -31,11 +31,15 @@ def integer_kernels(engine: str) -> Iterator[None]:
     engine: one of torch.backends.quantized.supported_engines.
     """
     before = torch.backends.quantized.engine
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.backends.quantized.engine = engine
+    # Integer kernels on the CPU are deterministic; torch would warn of memory that they resize before they write it.
+    torch.use_deterministic_algorithms(False)
     try:
         yield
     finally:
         torch.backends.quantized.engine = before
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
 
 
 @contextmanager
@@ -89,7 +93,9 @@ def script_bytes(script: torch.jit.ScriptModule, engine: str) -> bytes:
     with zipfile.ZipFile(buffer) as archive:
         records = {name: archive.read(name) for name in archive.namelist() if not name.endswith(_TRACES)}
     records[f"{next(iter(records)).partition('/')[0]}/extra/{_ENGINE}"] = engine.encode()
-    numbers = {int(number) for text in [*records.values(), *map(str.encode, records)] for number in _MANGLED.findall(text)}
+    numbers = {
+        int(number) for text in [*records.values(), *map(str.encode, records)] for number in _MANGLED.findall(text)
+    }
     order = {number: index for index, number in enumerate(sorted(numbers))}
 
     def renumbered(text: bytes) -> bytes:

@@ -65,6 +65,7 @@ class FXBackend:
         assert isinstance(prepared, PreparedModules)
         Ranges(prepared).require_known()
         model = copy.deepcopy(prepared.model).cpu().eval()
+        assert isinstance(model, GraphModule)
         with quietly(), integer_kernels(self.engine):
             return IntegerModel(torch_ao.convert_fx(model), self.engine)
 
@@ -80,9 +81,10 @@ def _mapping(engine: str) -> QConfigMapping:
     with weights, PReLU) stays in floating point.
     """
     default, mapping = get_default_qat_qconfig_mapping(engine), QConfigMapping().set_global(torch_ao.qconfig(engine))
+    assert default.global_qconfig is not None
     usual = default.global_qconfig.activation.p.func
     for kind, qconfig in default.object_type_qconfigs.items():
-        unsimulated = getattr(qconfig.activation, "p", None) is not None and qconfig.activation.p.func is usual
+        unsimulated = qconfig is not None and getattr(getattr(qconfig.activation, "p", None), "func", None) is usual
         mapping.set_object_type(kind, None if unsimulated or kind is nn.PReLU else qconfig)
     return mapping
 

@@ -24,8 +24,13 @@ from dist_train.quantization.fake_quantize import (
     ActivationFakeQuantize,
     WeightFakeQuantize,
 )
+from dist_train.quantization.float_model import (
+    keep_invertible,
+    quietly,
+    refuse_cumulative_average,
+    refuse_untracked_statistics,
+)
 from dist_train.quantization.graph_rewrite import aten, attribute, constant, layer_of
-from dist_train.quantization.float_model import keep_invertible, quietly, refuse_cumulative_average, refuse_untracked_statistics
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.prepared_graph import PreparedGraph
 from dist_train.quantization.ranges import Ranges

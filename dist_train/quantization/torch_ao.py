@@ -87,14 +87,14 @@ class _Bounds:
 
 def _activation(range_max: int, factory_kwargs: object = None) -> ActivationFakeQuantize:
     quantizer = ActivationFakeQuantize(dtype=torch.quint8, range_max=range_max)
-    quantizer.activation_post_process = _Bounds(quantizer.quant_min, quantizer.quant_max)  # type: ignore[assignment]
+    quantizer.activation_post_process = _Bounds(quantizer.quant_min, quantizer.quant_max)
     return quantizer
 
 
 def _weight(qscheme: torch.qscheme, factory_kwargs: object = None) -> WeightFakeQuantize:
     """factory_kwargs: device and dtype, which some of torch.ao's modules pass on; there are no tensors to make."""
     quantizer = WeightFakeQuantize(dtype=torch.qint8, qscheme=qscheme, settle_in_forward=True)
-    quantizer.activation_post_process = _Bounds(quantizer.quant_min, quantizer.quant_max)  # type: ignore[assignment]
+    quantizer.activation_post_process = _Bounds(quantizer.quant_min, quantizer.quant_max)
     return quantizer
 
 

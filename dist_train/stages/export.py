@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from dist_train.artifact import load_program, program_bytes, verify_in_fresh_process, write_artifact
+from dist_train.artifact import load_program, open_program, program_bytes, verify_in_fresh_process, write_artifact
 from dist_train.config_fit import ExportConfig
 from dist_train.lowering import Lowered, LoweringUnavailable, compare_latency, lower
 from dist_train.stages.base import Context, Stage
+from dist_train.torchscript import trace
 
 # Integer kernels round otherwise than the simulation does: up to 0.036 was seen where a runtime was right, 2 and more where it was not.
 _LOWERED_BOUND = 0.2
@@ -43,8 +44,7 @@ class Export(Stage):
 
     def _export(self, context: Context) -> dict[str, Any]:
         assert context.program is not None
-        write_artifact(context.run_dir.export, context.program.data, manifest(context))
-        program = load_program(context.program.data)
+        write_artifact(context.run_dir.export, context.program, manifest(context))
         difference = verify_in_fresh_process(
             context.run_dir.export, context.probe["inputs"], context.probe["outputs"], self.settings.deadline
         )
@@ -54,7 +54,10 @@ class Export(Stage):
             "int8": {"bytes": len(context.program.data)},
         }
         if self.settings.latency:
-            self._time(context, float_model, program, figures)
+            if context.program.kind == "pt2":
+                self._time(context, float_model, load_program(context.program.data), figures)
+            else:
+                self._time_scripts(context, float_model, open_program(context.program), figures)
         return {"models": figures, "difference": difference}
 
     def _time(
@@ -82,6 +85,22 @@ class Export(Stage):
             return
         for name, each in lowered.items():
             figures[name] |= {"latency_ms": times[name], "runtime": each.name}
+
+    def _time_scripts(
+        self,
+        context: Context,
+        float_model: nn.Module,
+        int8: Callable[[torch.Tensor], torch.Tensor],
+        figures: dict[str, dict[str, Any]],
+    ) -> None:
+        """torch.ao's integer models go into no other runtime (packed weights): both are timed as frozen TorchScript."""
+        rows = context.probe["inputs"]
+        calls: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"fp32": trace(float_model, context.example(2)), "int8": int8}
+        times = compare_latency(
+            calls, lambda count: rows[torch.arange(count) % len(rows)], self.settings.latency_batch_sizes
+        )
+        for name in calls:
+            figures[name] |= {"latency_ms": times[name], "runtime": "torchscript"}
 
 
 @torch.no_grad()
