@@ -29,12 +29,15 @@ from dist_train.ledger import Ledger, NoLedger
 from dist_train.models.build import build_model, check_model, initial_weights
 from dist_train.models.weights import digest, load_weights
 from dist_train.progress import Progress
+from dist_train.quantization.backend import build_backend
 from dist_train.run_dir import RunDir
 from dist_train.stages.base import Context
 from dist_train.tasks import Task
 from dist_train.trackers.base import Trackers
 from dist_train.try_out import try_out
 from dist_train.world import World
+
+_QUANTIZES = {"ptq", "qat", "convert"}
 
 
 def check_arguments(config: Config) -> None:
@@ -58,6 +61,8 @@ def check_arguments(config: Config) -> None:
             problems += [problem for problem in error.problems if problem not in problems]
     if problems:
         raise ConfigError(problems)
+    if _QUANTIZES & set(config.stages):
+        build_backend(config.qat)  # the libraries and integer kernels that it needs are there
 
 
 def _check_metrics_without_data(config: Config) -> None:
@@ -107,6 +112,8 @@ def make_context(
     task: Task = registry.tasks.get(config.task.name)(splits.num_outputs, config.task.args)
     _check_metrics(config, task)
     try_out(config, model, splits, task, world)
+    if _QUANTIZES & set(config.stages):
+        build_backend(config.qat).check(model, config.qat.rules)
     return Context(
         config=config,
         world=world,

@@ -26,6 +26,7 @@ from torch.ao.quantization.fx._decomposed import quantized_decomposed_lib  # noq
 from torch.export import ExportedProgram
 
 from dist_train.errors import ArtifactError
+from dist_train.torchscript import load_script
 
 # All that torch.export.save keeps of node.meta besides shapes. The first two hold object ids and addresses of the exporting
 # process, the third its file paths; none is needed to run the program.
@@ -182,7 +183,9 @@ class Program:
 def open_program(program: Program) -> Callable[[torch.Tensor], torch.Tensor]:
     """The model as a function on the CPU: float32 [B, ...], contiguous, to what the model returns.
 
-    Raises ArtifactError as `load_program` does.
+    Raises ArtifactError as `load_program` and `load_script` do. Only for bytes from where you trust.
     """
+    if program.kind == "torchscript":
+        return load_script(program.data)
     module: Callable[[torch.Tensor], torch.Tensor] = load_program(program.data).module()
     return module

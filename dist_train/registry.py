@@ -242,6 +242,22 @@ TORCHVISION_SEGMENTATION_MODELS: tuple[str, ...] = (
 
 _PT2E = {"torchao": "torchao"}
 
+# torchvision.models.list_models(module=torchvision.models.quantization) as of 0.29; a test holds them equal.
+TORCHVISION_QUANTIZABLE_MODELS: tuple[str, ...] = (
+    "quantized_googlenet",
+    "quantized_inception_v3",
+    "quantized_mobilenet_v2",
+    "quantized_mobilenet_v3_large",
+    "quantized_resnet18",
+    "quantized_resnet50",
+    "quantized_resnext101_32x8d",
+    "quantized_resnext101_64x4d",
+    "quantized_shufflenet_v2_x0_5",
+    "quantized_shufflenet_v2_x1_0",
+    "quantized_shufflenet_v2_x1_5",
+    "quantized_shufflenet_v2_x2_0",
+)
+
 models = Registry(
     "model",
     "dist_train.models",
@@ -256,6 +272,7 @@ models = Registry(
         )
         for name in TORCHVISION_SEGMENTATION_MODELS
     }
+    | {name: Entry("dist_train.models.quantizable:build") for name in TORCHVISION_QUANTIZABLE_MODELS}
     | {
         "small_resnet": Entry("dist_train.models.small:small_resnet"),
         "small_fcn": Entry("dist_train.models.small:small_fcn"),
@@ -308,7 +325,11 @@ trackers = Registry(
 quantization_backends = Registry(
     "quantization_backend",
     "dist_train.quantization_backends",
-    {"pt2e": Entry("dist_train.quantization.pt2e:PT2EBackend", requires=_PT2E)},
+    {
+        "pt2e": Entry("dist_train.quantization.pt2e:PT2EBackend", requires=_PT2E),
+        "fx": Entry("dist_train.quantization.fx:FXBackend", requires=_PT2E),
+        "eager": Entry("dist_train.quantization.eager:EagerBackend", requires=_PT2E),
+    },
 )
 _ONNX = {"onnx": "onnx", "onnxscript": "onnxscript"}
 export_formats = Registry(

@@ -13,6 +13,7 @@ from dist_train.lowering import inductor, openvino
 from dist_train.lowering.base import Lowered, LoweringUnavailable
 from dist_train.lowering.latency import compare_latency
 from dist_train.lowering.runtime import lower
+from dist_train.torchscript import trace
 
 # Integer kernels round otherwise than the simulation does: up to 0.036 was seen where a runtime was right, 2 and more where it was not.
 LARGEST_DIFFERENCE = 0.2
@@ -49,7 +50,7 @@ def time_models(
 
     candidates: by name, fp32, bf16, fp16 or int8. images: batch size -> float32 [B, C, H, W].
     Without TorchScript: OpenVINO, else Inductor, for fp32 and int8 alike; a half model where that runtime computes in its
-    precision, else eager. TorchScript goes into neither: it is timed as it is, and the others in eager mode.
+    precision, else eager. TorchScript goes into neither: it is timed as it is, fp32 traced and frozen beside it.
 
     Raises LoweringUnavailable where fp32 or int8 have no runtime, or a runtime's answers are wrong.
     """
@@ -58,6 +59,8 @@ def time_models(
     for name, each in candidates.items():
         if each.source is None:
             lowered[name] = Lowered("torchscript", each.call)
+        elif script and isinstance(each.source, nn.Module) and each.half is None:
+            lowered[name] = Lowered("torchscript", trace(each.source, images(2)))
         elif script:
             lowered[name] = Lowered("eager", each.call)
         elif each.half is None:

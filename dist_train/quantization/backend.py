@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from dist_train import registry
+from dist_train.config_fit import QATConfig
 from dist_train.program import Program
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.rules import Rule
@@ -15,6 +18,13 @@ from dist_train.quantization.rules import Rule
 @runtime_checkable
 class QuantizationBackend(Protocol):
     """No method changes what it is given, draws from the global random generator, or communicates."""
+
+    def check(self, model: nn.Module, rules: Sequence[Rule] = ()) -> None:
+        """What can be seen in the untrained model: called before the first stage, so that nobody trains for nothing.
+
+        Raises:
+            QuantizationError: as `prepare`.
+        """
 
     def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[Rule] = ()) -> PreparedModel:
         """Places fake-quantize modules.
@@ -33,3 +43,15 @@ class QuantizationBackend(Protocol):
 
     def serialize(self, converted: nn.Module, example: Tensor) -> Program:
         """What `convert` returned, as bytes that are equal in every process; the batch size stays free."""
+
+
+def build_backend(config: QATConfig) -> QuantizationBackend:
+    """The backend that a config names; it is given `engine` where its constructor takes it.
+
+    Raises:
+        QuantizationError: this torch or this machine does not have it.
+    """
+    factory = registry.quantization_backends.get(config.backend)
+    takes_engine = "engine" in inspect.signature(factory).parameters
+    backend: QuantizationBackend = factory(engine=config.engine) if takes_engine else factory()
+    return backend

@@ -58,6 +58,11 @@ class ActivationFakeQuantize(FakeQuantizeBase):
     Until a range is known, and while `enabled` is False, the input is returned itself.
 
     Buffers, float32 scalars: low, high, scale, zero_point (integral); `initialized` is a bool. The step's are not persistent.
+
+    Args:
+        range_max: the integer that the top of the range is mapped to, where that is below `quant_max`. x86's integer kernels add
+            pairs of products in int16, which saturates without VNNI unless activations stay within 0..127 ("reduce_range" in
+            torch.ao). The kernels themselves clamp at `quant_max`, and so does this module.
     """
 
     is_dynamic = False
@@ -76,9 +81,11 @@ class ActivationFakeQuantize(FakeQuantizeBase):
         quant_max: int = 255,
         qscheme: torch.qscheme = torch.per_tensor_affine,
         is_dynamic: bool = False,
+        range_max: int | None = None,
     ) -> None:
         nn.Module.__init__(self)  # the base would register two flags as buffers
         self.dtype, self.qscheme, self.quant_min, self.quant_max = dtype, qscheme, quant_min, quant_max
+        self.range_max = quant_max if range_max is None else range_max
         self.observing = True
         self.enabled = True
         # Mirrors `initialized` where Python branches: reading the buffer would synchronise the device and break the graph.
@@ -100,7 +107,7 @@ class ActivationFakeQuantize(FakeQuantizeBase):
         return _QuantizeDequantize.apply(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """What convert_pt2e asks for: scale float32 [1] and zero point int32 [1].
+        """What a converter asks for: scale float32 [1] and zero point int32 [1].
 
         Raises:
             QuantizationError: no range is known yet.
@@ -121,9 +128,13 @@ class ActivationFakeQuantize(FakeQuantizeBase):
 
 
 class WeightFakeQuantize(FakeQuantizeBase):
-    """Per-output-channel symmetric int8; the scale is max|w| / quant_max of the weight as it is now, so there is no state.
+    """Symmetric int8, per output channel or per tensor; the scale is max|w| / quant_max of the weight as it is now, so there is no state.
 
     -128 stays unused: with a symmetric grid the largest weight is then exactly representable and nothing is clipped.
+
+    Args:
+        qscheme: torch.per_channel_symmetric, or torch.per_tensor_symmetric.
+        settle_in_forward: each forward settles; torch.ao's converters call the module with the final weight, then ask it.
     """
 
     is_dynamic = False
@@ -136,19 +147,24 @@ class WeightFakeQuantize(FakeQuantizeBase):
         quant_max: int = 127,
         qscheme: torch.qscheme = torch.per_channel_symmetric,
         is_dynamic: bool = False,
+        settle_in_forward: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         self.dtype, self.qscheme, self.quant_min, self.quant_max = dtype, qscheme, quant_min, quant_max
+        self._settle_in_forward = settle_in_forward
         self.enabled = True
         self._final_scale: Tensor | None = None
 
     def scale(self, weight: Tensor) -> Tensor:
-        """weight: [out_channels, ...]. Returns float32 [out_channels, 1, ...]."""
-        largest = weight.detach().float().abs().amax(tuple(range(1, weight.dim())), keepdim=True)
+        """weight: [out_channels, ...]. Returns float32 [out_channels, 1, ...]; [1, 1, ...] per tensor."""
+        first = 0 if self.qscheme == torch.per_tensor_symmetric else 1
+        largest = weight.detach().float().abs().amax(tuple(range(first, weight.dim())), keepdim=True)
         return (largest / self.quant_max).clamp(min=SMALLEST_SCALE)
 
     def forward(self, weight: Tensor) -> Tensor:
         """weight: [out_channels, ...], a parameter or what batch normalization's folding makes of it. Same shape and dtype out."""
+        if self._settle_in_forward:
+            self.settle(weight)
         if not self.enabled:
             return weight
         return _QuantizeDequantizeWeight.apply(weight, self.scale(weight), self.quant_min, self.quant_max)
@@ -158,9 +174,10 @@ class WeightFakeQuantize(FakeQuantizeBase):
         self._final_scale = self.scale(weight).flatten()
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """What convert_pt2e asks for: scale float32 [out_channels] and zero point int64 [out_channels] of zeros."""
+        """What a converter asks for: scale float32 [out_channels] and zero point int64 [out_channels] of zeros; [1] per tensor."""
         assert self._final_scale is not None, "settle() comes before convert"
         return self._final_scale, torch.zeros_like(self._final_scale, dtype=torch.int64)
 
     def extra_repr(self) -> str:
-        return f"{self.quant_min}..{self.quant_max} per channel, enabled={self.enabled}"
+        granularity = "tensor" if self.qscheme == torch.per_tensor_symmetric else "channel"
+        return f"{self.quant_min}..{self.quant_max} per {granularity}, enabled={self.enabled}"

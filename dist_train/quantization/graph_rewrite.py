@@ -218,7 +218,7 @@ def use_batch_statistics(graph: Graph) -> None:
 def name_fake_quantizers(module: GraphModule) -> None:
     """Moves the fake-quantize modules to `quantizers.<layer>_<weight|input>`, each registered once.
 
-    PT2E calls them activation_post_process_<n>, and a shared one by several names: state of a changed model would load silently.
+    PT2E and FX call them activation_post_process_<n>, and a shared one by several names: state of a changed model would load silently.
     """
     found = dict(module.named_modules(remove_duplicate=False))
     quantizers, names = nn.Module(), dict[nn.Module, str]()
@@ -239,7 +239,7 @@ def name_fake_quantizers(module: GraphModule) -> None:
             "the model has an attribute named `quantizers`, which preparing it needs", "rename it in the model"
         )
     module.add_module("quantizers", quantizers)
-    for name, child in list(module.named_children()):
+    for name, child in list(module._modules.items()):  # named_children() names a shared one once
         if isinstance(child, (ActivationFakeQuantize, WeightFakeQuantize)):
             delattr(module, name)
     module.recompile()

@@ -1,92 +1,39 @@
-"""A model that trains with fake quantization: one set of tensors, one graph for training and one for evaluation."""
+"""A model that trains with fake quantization: what stages, hooks and the loop ask of it, whichever backend made it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from abc import ABC, abstractmethod
 
-from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
-from torch.fx.graph import CodeGen
+from torch import nn
 
-from dist_train.errors import QuantizationError
-from dist_train.quantization.fake_quantize import (
-    ActivationFakeQuantize,
-    WeightFakeQuantize,
-)
-from dist_train.quantization.graph_rewrite import (
-    batch_norm_tensors,
-    batch_norms,
-    use_batch_statistics,
-)
+from dist_train.quantization.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
 
 
-@dataclass(frozen=True)
-class Blueprint:
-    """What a prepared model computes, without its tensors. It is never modified, so that copies of a model share it.
-
-    `evaluate` and `train` are the code of the graph, functions of (the module that holds the tensors, x); `meta` is for convert.
-    """
-
-    graph: Graph
-    meta: dict[str, Any]
-    evaluate: Callable[[nn.Module, Tensor], Tensor]
-    train: Callable[[nn.Module, Tensor], Tensor]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Blueprint:
-        return self
-
-
-class PreparedModel(nn.Module):
-    """Float parameters and buffers under the float model's names, and fake-quantize modules under `quantizers`.
-
-    `train()` and `eval()` choose the graph; in training mode after `freeze_batch_norm()` it is the one for evaluation, which
-    normalises by the running statistics. Dropout is off in both, as the model was exported in evaluation mode.
+class PreparedModel(nn.Module, ABC):
+    """A module like any other: state, copies, modes. In training mode dropout is off.
 
     Attributes:
-        fake_quantizers: the activations' fake-quantize modules, in graph order.
-        batch_norms: names of the batch norms with running statistics, such as `bn1` (then `bn1.running_mean`), in graph order.
+        batch_norms: the batch norms with running statistics, in the model's order: the float model's name for each, such as `bn1`
+            (then `bn1.running_var`), and the name here.
         batch_norm_frozen: whether `freeze_batch_norm()` was called.
     """
 
+    batch_norms: dict[str, str]
     batch_norm_frozen: bool
 
-    def __init__(self, module: GraphModule) -> None:
-        """module: what prepare_qat_pt2e made, with its literals restored. Its tensors are taken over, not copied."""
+    def __init__(self) -> None:
         super().__init__()
         self.batch_norm_frozen = False
-        for name, child in module.named_children():
-            self._refuse_taken(name)
-            self.add_module(name, child)
-        for name, parameter in module.named_parameters(recurse=False):
-            self._refuse_taken(name)
-            self.register_parameter(name, parameter)
-        for name, buffer in module.named_buffers(recurse=False):
-            self._refuse_taken(name)
-            self.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
-        graph = _plain_signature(module)
-        train_graph = _copy(graph)
-        use_batch_statistics(train_graph)
-        self.blueprint = Blueprint(graph, dict(module.meta), _code(module, graph), _code(module, train_graph))
-        running = (batch_norm_tensors(node)[3] for node in batch_norms(graph) if node.args[4] is not None)
-        self.batch_norms = list(dict.fromkeys(str(target).rpartition(".")[0] for target in running))
-
-    def _refuse_taken(self, name: str) -> None:
-        if hasattr(self, name):
-            raise QuantizationError(
-                f"the model has an attribute named `{name}`, which a prepared model needs itself", "rename it"
-            )
 
     @property
     def fake_quantizers(self) -> list[ActivationFakeQuantize]:
+        """The activations' fake-quantize modules, in the model's order."""
         return [module for module in self.modules() if isinstance(module, ActivationFakeQuantize)]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: shaped as the example, with any batch size. What the float model returns."""
-        if self.training and not self.batch_norm_frozen:
-            return self.blueprint.train(self, x)
-        return self.blueprint.evaluate(self, x)
+    @property
+    @abstractmethod
+    def fixed_fake_quantizers(self) -> list[nn.Module]:
+        """Those of outputs whose range is known beforehand, such as a sigmoid's: torch.ao's FixedQParamsFakeQuantize."""
 
     def observe(self, on: bool) -> None:
         """Whether forward passes record the ranges of activations, in either mode: turn it off around an evaluation."""
@@ -98,50 +45,10 @@ class PreparedModel(nn.Module):
         for module in self.modules():
             if isinstance(module, (ActivationFakeQuantize, WeightFakeQuantize)):
                 module.enabled = on
+        for fixed in self.fixed_fake_quantizers:
+            fixed.enable_fake_quant(on)  # type: ignore[operator]
 
     def freeze_batch_norm(self) -> None:
         """From now on training, too, normalises by the running statistics and leaves them alone. Gradients still flow."""
         self.batch_norm_frozen = True
-
-    def graph_module(self) -> GraphModule:
-        """A new GraphModule of the evaluation graph over this model's own tensors (not copies)."""
-        module = GraphModule(self, _copy(self.blueprint.graph))
-        module.meta.update(self.blueprint.meta)
-        return module
-
-
-def _copy(graph: Graph) -> Graph:
-    copied = Graph()
-    copied.output(copied.graph_copy(graph, {}))
-    return copied
-
-
-def _plain_signature(module: GraphModule) -> Graph:
-    """A copy of the module's graph that takes a tensor and returns a tensor, without flattening of structures around it.
-
-    Raises:
-        QuantizationError: the model takes or returns anything else.
-    """
-    graph = _copy(module.graph)
-    graph.set_codegen(CodeGen())
-    inputs = graph.find_nodes(op="placeholder")
-    output = graph.output_node()
-    values = output.args[0]
-    if (
-        len(inputs) != 1
-        or not isinstance(values, (tuple, list))
-        or len(values) != 1
-        or module._out_spec is None
-        or not module._out_spec.is_leaf()
-    ):
-        raise QuantizationError(
-            f"the model takes {len(inputs)} inputs and returns {len(values) if isinstance(values, (tuple, list)) else 1} values",
-            "wrap it in a module whose forward takes one tensor and returns one tensor",
-        )
-    output.args = (values[0],)
-    return graph
-
-
-def _code(root: nn.Module, graph: Graph) -> Callable[[nn.Module, Tensor], Tensor]:
-    """The function that a graph generates, unbound: it reads its tensors from whatever module it is given."""
-    return type(GraphModule(root, graph)).forward
+        self.train(self.training)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,8 +24,15 @@ from dist_train.quantization.fake_quantize import (
     ActivationFakeQuantize,
     WeightFakeQuantize,
 )
+from dist_train.quantization.float_model import (
+    keep_invertible,
+    quietly,
+    refuse_cumulative_average,
+    refuse_untracked_statistics,
+)
 from dist_train.quantization.graph_rewrite import aten, attribute, constant, layer_of
 from dist_train.quantization.prepared import PreparedModel
+from dist_train.quantization.prepared_graph import PreparedGraph
 from dist_train.quantization.ranges import Ranges
 from dist_train.quantization.rules import Rule, skipped_modules
 from dist_train.quantization.versions import check_versions
@@ -36,25 +41,29 @@ from dist_train.quantization.versions import check_versions
 class PT2EBackend:
     """Implements `dist_train.quantization.backend.QuantizationBackend`."""
 
-    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[Rule] = ()) -> PreparedModel:
-        """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
+    def check(self, model: nn.Module, rules: Sequence[Rule] = ()) -> None:
+        """See QuantizationBackend.check."""
         check_versions()
-        names = [name for name, _ in model.named_modules()]
-        skipped = skipped_modules(names, rules)
-        _refuse_cumulative_average(model)
-        with _quietly():
+        skipped_modules([name for name, _ in model.named_modules()], rules)
+        refuse_cumulative_average(model)
+
+    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[Rule] = ()) -> PreparedGraph:
+        """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
+        self.check(model, rules)
+        skipped = skipped_modules([name for name, _ in model.named_modules()], rules)
+        with quietly():
             float_copy = copy.deepcopy(model).eval()
             _make_affine(float_copy)
             graph = _export(float_copy, example)
             _refuse_known_failures(graph.graph)
-            _give_dead_channels_a_weight(graph)
+            _keep_batch_norms_invertible(graph)
             literals = graph_rewrite.batch_norm_literals(graph.graph)
             quantized = prepare_qat_pt2e(graph, _Quantizer(skipped))
         graph_rewrite.restore_batch_norms(quantized.graph, literals)
         graph_rewrite.undo_needless_folding(quantized.graph)
         graph_rewrite.name_fake_quantizers(quantized)
         _keep_unused_buffers(quantized, float_copy)
-        prepared = PreparedModel(quantized)
+        prepared = PreparedGraph(quantized)
         if not prepared.fake_quantizers:
             raise QuantizationError(
                 f"{type(model).__name__} has nothing that can be quantized: no Conv2d, Linear or matmul that is not skipped",
@@ -64,6 +73,7 @@ class PT2EBackend:
 
     def convert(self, prepared: PreparedModel) -> GraphModule:
         """See QuantizationBackend.convert. Its state holds what its graph reads and nothing else."""
+        assert isinstance(prepared, PreparedGraph)
         check_versions()
         Ranges(prepared).require_known()
         module = copy.deepcopy(prepared).cpu().requires_grad_(False).graph_module()
@@ -74,7 +84,7 @@ class PT2EBackend:
                 quantizer.settle(constant(module, node.args[0]))
         for node in list(graph_rewrite.batch_norms(module.graph)):
             node.target = _batch_norm
-        with _quietly():
+        with quietly():
             converted = convert_pt2e(module)
         for node in converted.graph.find_nodes(op="call_function", target=_batch_norm):
             node.target = graph_rewrite.BATCH_NORM
@@ -101,7 +111,7 @@ def _batch_norm(*args: Any) -> Tensor:
 
 def export_converted(converted: GraphModule, example: Tensor) -> ExportedProgram:
     """The converted model as a program whose batch dimension is dynamic. Of `example` only the shape without batch and the dtype count."""
-    with _quietly():
+    with quietly():
         return torch.export.export(converted, (_synthetic(example).cpu(),), dynamic_shapes=({0: _batch()},))
 
 
@@ -112,17 +122,6 @@ def _batch() -> Dim:
 def _synthetic(example: Tensor) -> Tensor:
     """Two rows of zeros: one row would make the batch size a constant."""
     return torch.zeros((2, *example.shape[1:]), dtype=example.dtype, device=example.device)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without warnings of prototype APIs, and without touching the global random state, which torchao's patterns draw from."""
-    with (
-        warnings.catch_warnings(),
-        torch.random.fork_rng(devices=[]),
-    ):  # the draws are on the CPU, whatever the model's device
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _export(model: nn.Module, example: Tensor) -> GraphModule:
@@ -146,19 +145,6 @@ def _export(model: nn.Module, example: Tensor) -> GraphModule:
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     return module
-
-
-def _refuse_cumulative_average(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.modules.batchnorm._BatchNorm)
-            and module.track_running_stats
-            and module.momentum is None
-        ):
-            raise QuantizationError(
-                f"{name}: a batch norm with momentum=None (a cumulative average) cannot be exported for training",
-                f"set {name}.momentum to a number, such as 0.1",
-            )
 
 
 def _make_affine(model: nn.Module) -> None:
@@ -186,10 +172,7 @@ def _refuse_known_failures(graph: Graph) -> None:
             )
     for node in graph_rewrite.batch_norms(graph):
         if node.args[3] is None:
-            raise QuantizationError(
-                f"{layer_of(node)}: a batch norm without running statistics cannot be folded: its output depends on the whole batch",
-                "build it with track_running_stats=True, or use nn.GroupNorm, and train again",
-            )
+            raise refuse_untracked_statistics(layer_of(node))
         if node.args[1] is None:
             raise QuantizationError(
                 f"{layer_of(node)}: F.batch_norm without a weight cannot be folded", "use nn.BatchNorm2d"
@@ -210,15 +193,10 @@ def _keep_unused_buffers(graph: GraphModule, model: nn.Module) -> None:
             holder.register_buffer(attribute, value.clone())
 
 
-def _give_dead_channels_a_weight(graph: GraphModule, smallest: float = 1e-8) -> None:
-    """QAT divides by the batch norm's weight: one that is exactly zero (a zero-initialised residual branch) would make NaN."""
+def _keep_batch_norms_invertible(graph: GraphModule) -> None:
     for node in graph_rewrite.batch_norms(graph.graph):
         if isinstance(node.args[1], Node) and node.args[1].op == "get_attr":
-            weight = attribute(graph, str(node.args[1].target))
-            with torch.no_grad():
-                weight.copy_(
-                    torch.where(weight.abs() < smallest, torch.full_like(weight, smallest).copysign(weight), weight)
-                )
+            keep_invertible(attribute(graph, str(node.args[1].target)))
 
 
 class _Quantizer(X86InductorQuantizer):

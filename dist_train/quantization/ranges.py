@@ -106,10 +106,10 @@ class Ranges:
         return torch.stack([getattr(module, name) for module in self.modules]) if self.modules else torch.empty(0)
 
     def _quant_bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """float32 [len(self)] each: the modules' quant_min and quant_max, copied to the device once."""
+        """float32 [len(self)] each: the integers that the ends of the modules' ranges are mapped to, copied to the device once."""
         if self._bounds is None or self._bounds[0].device != device:
             low = torch.tensor([float(module.quant_min) for module in self.modules], device=device)
-            high = torch.tensor([float(module.quant_max) for module in self.modules], device=device)
+            high = torch.tensor([float(module.range_max) for module in self.modules], device=device)
             self._bounds = low, high
         return self._bounds
 

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from dist_train import registry
 from dist_train.checkpoint import CheckpointFolder
 from dist_train.config import Config
 from dist_train.data.arrays import ImageArrays, Splits
@@ -30,7 +29,7 @@ from dist_train.evaluate import Evaluation, evaluate
 from dist_train.ledger import Ledger, NoLedger
 from dist_train.program import Program
 from dist_train.progress import Progress
-from dist_train.quantization.backend import QuantizationBackend
+from dist_train.quantization.backend import QuantizationBackend, build_backend
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.retention import Retention
 from dist_train.run_dir import RunDir, replace_json
@@ -94,8 +93,7 @@ class Context:
 
     @property
     def backend(self) -> QuantizationBackend:
-        backend: QuantizationBackend = registry.quantization_backends.get(self.config.qat.backend)()
-        return backend
+        return build_backend(self.config.qat)
 
     def prepared(self) -> PreparedModel:
         """The float model with fake quantization, in the state that `quantized` gives; made once."""

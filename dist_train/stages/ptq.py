@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.config_fit import PTQConfig
 from dist_train.data.loader import EvaluationLoader
@@ -68,22 +70,23 @@ def gate_prepare(context: Context, prepared: PreparedModel) -> None:
     inputs = next(iter(EvaluationLoader(context.source(context.splits.train, 0), 16, 1, 0, 16))).inputs
     prepared.fake_quantize(False)
     prepared.observe(False)
-    statistics = [
-        (name, prepared.get_buffer(name)) for name, _ in prepared.named_buffers() if name.endswith("running_var")
+    pairs = [
+        (prepared.get_submodule(name), context.model.get_submodule(float_name))
+        for float_name, name in prepared.batch_norms.items()
     ]
-    originals = [buffer.clone() for _, buffer in statistics]
-    differences = []
-    for drawn in (False, True):
-        if drawn:
-            generator = torch.Generator().manual_seed(context.config.run.seed)
-            for name, buffer in statistics:
-                low, high = (torch.tensor(bound).log() for bound in _VARIANCES)
-                buffer.copy_(torch.exp(low + (high - low) * torch.rand(buffer.shape, generator=generator)))
-                context.model.get_buffer(name).copy_(buffer)
-        differences.append(_relative_difference(prepared.eval(), context.model.eval(), inputs))
-    for (name, buffer), original in zip(statistics, originals, strict=True):
-        buffer.copy_(original)
-        context.model.get_buffer(name).copy_(original)
+    tensors = [
+        getattr(module, kind)
+        for pair in pairs
+        for module in pair
+        for kind in ("running_var", "weight")
+        if getattr(module, kind) is not None
+    ]
+    originals = [tensor.clone() for tensor in tensors]
+    differences = [_relative_difference(prepared.eval(), context.model.eval(), inputs)]
+    _draw_variances(pairs, context.config.run.seed)
+    differences.append(_relative_difference(prepared, context.model, inputs))
+    for tensor, original in zip(tensors, originals, strict=True):
+        tensor.copy_(original)
     prepared.fake_quantize(True)
     prepared.observe(True)
     worst = float(torch.stack(differences).max())  # NaN if any is, which passes no bound
@@ -95,6 +98,23 @@ def gate_prepare(context: Context, prepared: PreparedModel) -> None:
         worst <= bound,
         "the backend changed the model; report it with the model's name, or loosen --qat.prepare_bound",
     )
+
+
+def _draw_variances(pairs: Sequence[tuple[nn.Module, nn.Module]], seed: int) -> None:
+    """The same variances in both batch norms of a pair; their weight grows with the deviation, or deep networks would overflow.
+
+    A backend that takes another eps for the float model's is then off by its square root, as much as ever.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    low, high = (torch.tensor(bound).log() for bound in _VARIANCES)
+    for module, float_module in pairs:
+        assert isinstance(float_module, _BatchNorm) and float_module.running_var is not None
+        drawn = torch.rand(float_module.running_var.shape, generator=generator)
+        variance = torch.exp(low + (high - low) * drawn)
+        for each in (module, float_module):
+            each.get_buffer("running_var").copy_(variance)
+            if float_module.weight is not None:
+                each.get_parameter("weight").copy_(torch.sqrt(variance + float_module.eps))
 
 
 def _relative_difference(left: nn.Module, right: nn.Module, inputs: torch.Tensor) -> torch.Tensor:

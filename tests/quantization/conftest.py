@@ -13,7 +13,7 @@ pytest.importorskip("torchao")
 
 from tiny_nets import TinyNet, draw_statistics
 
-from dist_train.quantization.prepared import PreparedModel
+from dist_train.quantization.prepared_graph import PreparedGraph
 from dist_train.quantization.pt2e import PT2EBackend
 
 
@@ -27,20 +27,20 @@ def _one_thread_and_a_seed() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def _float_and_prepared() -> tuple[nn.Module, PreparedModel]:
+def _float_and_prepared() -> tuple[nn.Module, PreparedGraph]:
     torch.manual_seed(0)
     model = draw_statistics(TinyNet()).eval()
     return model, PT2EBackend().prepare(model, torch.zeros(1, 3, 16, 16))
 
 
 @pytest.fixture
-def tiny(_float_and_prepared: tuple[nn.Module, PreparedModel]) -> nn.Module:
+def tiny(_float_and_prepared: tuple[nn.Module, PreparedGraph]) -> nn.Module:
     """A TinyNet in evaluation mode, with drawn statistics."""
     return copy.deepcopy(_float_and_prepared[0])
 
 
 @pytest.fixture
-def prepared(_float_and_prepared: tuple[nn.Module, PreparedModel]) -> PreparedModel:
+def prepared(_float_and_prepared: tuple[nn.Module, PreparedGraph]) -> PreparedGraph:
     """`tiny`, prepared but without ranges; in evaluation mode."""
     return copy.deepcopy(_float_and_prepared[1])
 

@@ -134,7 +134,7 @@ def test_observing_and_quantizing_switch_all_modules(prepared: PreparedModel, im
     prepared(images)
     assert torch.isfinite(ranges.observed()).all()
     assert len(prepared.fake_quantizers) == len(ranges)
-    assert prepared.batch_norms == ["bn1", "bn2"]
+    assert prepared.batch_norms == {"bn1": "bn1", "bn2": "bn2"}
 
 
 def test_bfloat16_autocast_trains(prepared: PreparedModel, images: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dist_train.errors import QuantizationError
 from dist_train.quantization import graph_rewrite, versions
 from dist_train.quantization.backend import QuantizationBackend
-from dist_train.quantization.prepared import Blueprint, PreparedModel
+from dist_train.quantization.prepared_graph import Blueprint, PreparedGraph
 from dist_train.quantization.pt2e import PT2EBackend, export_converted
 
 BOUND = 1e-4
@@ -26,7 +26,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
-def float_error(prepared: PreparedModel, model: nn.Module, x: Tensor) -> float:
+def float_error(prepared: PreparedGraph, model: nn.Module, x: Tensor) -> float:
     prepared.fake_quantize(False)
     with torch.no_grad():
         error = relative(prepared.eval()(x), model.eval()(x))
@@ -46,7 +46,7 @@ def test_the_backend_keeps_the_protocol() -> None:
     assert isinstance(PT2EBackend(), QuantizationBackend)
 
 
-def test_every_literal_is_the_float_models(prepared: PreparedModel) -> None:
+def test_every_literal_is_the_float_models(prepared: PreparedGraph) -> None:
     graph = prepared.graph_module().graph
     settings = {graph_rewrite.batch_norm_tensors(node)[3]: node.args[5:8] for node in graph_rewrite.batch_norms(graph)}
     assert settings == {"bn1.running_var": (False, 0.01, 1e-3), "bn2.running_var": (False, 0.3, 1e-2)}
@@ -56,7 +56,7 @@ def test_every_literal_is_the_float_models(prepared: PreparedModel) -> None:
 
 
 def test_prepared_equals_float_and_a_planted_eps_does_not(
-    tiny: nn.Module, prepared: PreparedModel, images: Tensor
+    tiny: nn.Module, prepared: PreparedGraph, images: Tensor
 ) -> None:
     assert float_error(prepared, tiny, images) < BOUND
     graph = prepared.graph_module()
@@ -86,7 +86,7 @@ def test_the_float_model_and_the_global_generator_are_left_alone(tiny: nn.Module
     assert tiny.training and prepared.training
 
 
-def test_conversion_agrees_with_fake_quantization_on_a_trained_net(prepared: PreparedModel) -> None:
+def test_conversion_agrees_with_fake_quantization_on_a_trained_net(prepared: PreparedGraph) -> None:
     x = torch.rand(512, 3, 16, 16)
     labels = (x.mean((2, 3)) @ torch.randn(3, 5)).argmax(1)
     calibrate(prepared, x[:64]).train()
@@ -104,7 +104,7 @@ def test_conversion_agrees_with_fake_quantization_on_a_trained_net(prepared: Pre
 
 
 def test_converting_twice_gives_the_same_bits_and_leaves_the_prepared_model(
-    prepared: PreparedModel, images: Tensor
+    prepared: PreparedGraph, images: Tensor
 ) -> None:
     calibrate(prepared, images).observe(False)
     expected = prepared(images)
@@ -116,7 +116,7 @@ def test_converting_twice_gives_the_same_bits_and_leaves_the_prepared_model(
     assert torch.equal(first(images), first.eval()(images)), "the mode of a converted model changes nothing"
 
 
-def test_weights_are_int8_and_convert_needs_no_forward(prepared: PreparedModel, images: Tensor) -> None:
+def test_weights_are_int8_and_convert_needs_no_forward(prepared: PreparedGraph, images: Tensor) -> None:
     ranges = {
         name: value
         for name, value in calibrate(copy.deepcopy(prepared), images).state_dict().items()
@@ -128,7 +128,7 @@ def test_weights_are_int8_and_convert_needs_no_forward(prepared: PreparedModel, 
     assert sorted(value.numel() for value in integers) == sorted([8 * 3 * 9, 8 * 8 * 9, 5 * 8])
 
 
-def test_convert_without_ranges_names_what_lacks_them(prepared: PreparedModel) -> None:
+def test_convert_without_ranges_names_what_lacks_them(prepared: PreparedGraph) -> None:
     with pytest.raises(QuantizationError, match="conv1_input"):
         PT2EBackend().convert(prepared)
 
@@ -266,6 +266,6 @@ def test_untested_versions_are_refused_with_the_command(monkeypatch: pytest.Monk
     assert error.value.hint == "pip install 'torch==1.0.*'"
 
 
-def test_copies_share_the_blueprint(prepared: PreparedModel) -> None:
+def test_copies_share_the_blueprint(prepared: PreparedGraph) -> None:
     assert isinstance(prepared.blueprint, Blueprint)
     assert copy.deepcopy(prepared).blueprint is prepared.blueprint

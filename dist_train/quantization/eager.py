@@ -1,0 +1,93 @@
+"""The eager backend, the classic flow: fuse, qconfig, prepare_qat, train, convert, on a model that says itself where it is quantized.
+
+Deprecated in torch. The model holds a QuantStub and a DeQuantStub, its additions are FloatFunctional modules, and its method
+`fuse_model(is_qat)` fuses convolutions with what follows them: torchvision.models.quantization has such models.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization import DeQuantStub, QuantStub
+
+from dist_train.errors import QuantizationError
+from dist_train.program import Program
+from dist_train.quantization import torch_ao
+from dist_train.quantization.fake_quantize import ActivationFakeQuantize
+from dist_train.quantization.float_model import quietly
+from dist_train.quantization.integer import IntegerModel, integer_program
+from dist_train.quantization.prepared import PreparedModel
+from dist_train.quantization.prepared_modules import PreparedModules, statistics_names
+from dist_train.quantization.ranges import Ranges
+from dist_train.quantization.rules import Rule, skipped_modules
+from dist_train.torchscript import integer_kernels
+
+
+class EagerBackend:
+    """Implements `dist_train.quantization.backend.QuantizationBackend`."""
+
+    def __init__(self, engine: str = "auto") -> None:
+        """engine: as `qat.engine`.
+
+        Raises:
+            QuantizationError: this torch does not have its kernels.
+        """
+        self.engine = torch_ao.choose_engine(engine)
+
+    def check(self, model: nn.Module, rules: Sequence[Rule] = ()) -> None:
+        """See QuantizationBackend.check. Rules are refused: only the model's author can put stubs around a module."""
+        if skipped_modules([name for name, _ in model.named_modules()], rules):
+            raise QuantizationError(
+                "the eager backend cannot leave a module in floating point by a rule: the model itself says where integers begin and end",
+                "--qat.rules '[]' with stubs around the module in the model, or --qat.backend fx",
+            )
+        kinds = {type(module) for module in model.modules()}
+        missing = [kind.__name__ for kind in (QuantStub, DeQuantStub) if kind not in kinds]
+        if not callable(getattr(model, "fuse_model", None)):
+            missing.append("method fuse_model(is_qat)")
+        if missing:
+            raise QuantizationError(
+                f"{type(model).__name__} has no {', no '.join(missing)}, which the eager backend needs",
+                "--qat.backend pt2e or fx, which take any model; or one made for it, such as --model.name quantized_resnet18",
+            )
+        torch_ao.check_model(model)
+
+    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[Rule] = ()) -> PreparedModules:
+        """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
+        self.check(model, rules)
+        with quietly():
+            prepared = torch_ao.make_ready(copy.deepcopy(model)).train()
+            names = statistics_names(prepared)
+            prepared.fuse_model(is_qat=True)  # type: ignore[operator]
+            prepared.qconfig = torch_ao.qconfig(self.engine)  # type: ignore[assignment]
+            torch_ao.prepare_qat(prepared, inplace=True)
+        result = PreparedModules(prepared, names).eval()
+        _drop_unused(result, example)
+        return result.train(model.training)
+
+    def convert(self, prepared: PreparedModel) -> IntegerModel:
+        """See QuantizationBackend.convert."""
+        assert isinstance(prepared, PreparedModules)
+        Ranges(prepared).require_known()
+        model = copy.deepcopy(prepared.model).cpu().eval()
+        with quietly(), integer_kernels(self.engine):
+            return IntegerModel(torch_ao.convert(model, inplace=True), self.engine)
+
+    def serialize(self, converted: nn.Module, example: Tensor) -> Program:
+        """See QuantizationBackend.serialize."""
+        return integer_program(converted, example)
+
+
+@torch.no_grad()
+def _drop_unused(prepared: PreparedModules, example: Tensor) -> None:
+    """Takes fake quantization from modules that forward never calls: torch.ao gives it to all, and theirs would never get a range."""
+    prepared(example)
+    for owner in list(prepared.modules()):
+        quantizer = getattr(owner, "activation_post_process", None)
+        if isinstance(quantizer, ActivationFakeQuantize) and torch.isinf(quantizer.step_low):
+            owner.activation_post_process = nn.Identity()
+            owner.qconfig = None  # type: ignore[assignment]
+    Ranges(prepared).drop()

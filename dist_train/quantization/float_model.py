@@ -1,0 +1,50 @@
+"""What any backend does to its copy of the float model, or refuses in it, before it places fake quantization."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dist_train.errors import QuantizationError
+
+# QAT divides by the batch norm's weight: one that is exactly zero (a zero-initialised residual branch) would make NaN.
+_SMALLEST_WEIGHT = 1e-8
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without warnings of prototype and deprecated APIs, and without touching the global random state, which they draw from."""
+    # The draws are on the CPU, whatever the model's device.
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def refuse_untracked_statistics(name: str) -> QuantizationError:
+    """The error for the batch norm `name`, which always normalises by its batch."""
+    return QuantizationError(
+        f"{name}: a batch norm without running statistics cannot be folded: its output depends on the whole batch",
+        "build it with track_running_stats=True, or use nn.GroupNorm, and train again",
+    )
+
+
+def refuse_cumulative_average(model: nn.Module) -> None:
+    """Raises QuantizationError that names a batch norm with momentum=None."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats and module.momentum is None:
+            raise QuantizationError(
+                f"{name}: a batch norm with momentum=None (a cumulative average) cannot be folded for training",
+                f"set {name}.momentum to a number, such as 0.1",
+            )
+
+
+@torch.no_grad()
+def keep_invertible(weight: Tensor) -> None:
+    """Moves entries of a batch norm's weight away from zero, in place."""
+    smallest = torch.full_like(weight, _SMALLEST_WEIGHT).copysign(weight)
+    weight.copy_(torch.where(weight.abs() < _SMALLEST_WEIGHT, smallest, weight))

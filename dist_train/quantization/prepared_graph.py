@@ -1,0 +1,121 @@
+"""The prepared model of an exported graph: one set of tensors, one graph for training and one for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+from torch.fx.graph import CodeGen
+
+from dist_train.errors import QuantizationError
+from dist_train.quantization.graph_rewrite import (
+    batch_norm_tensors,
+    batch_norms,
+    use_batch_statistics,
+)
+from dist_train.quantization.prepared import PreparedModel
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a prepared model computes, without its tensors. It is never modified, so that copies of a model share it.
+
+    `evaluate` and `train` are the code of the graph, functions of (the module that holds the tensors, x); `meta` is for convert.
+    """
+
+    graph: Graph
+    meta: dict[str, Any]
+    evaluate: Callable[[nn.Module, Tensor], Tensor]
+    train: Callable[[nn.Module, Tensor], Tensor]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Blueprint:
+        return self
+
+
+class PreparedGraph(PreparedModel):
+    """What pt2e makes: float parameters and buffers under the float model's names, and fake-quantize modules under `quantizers`.
+
+    `train()` and `eval()` choose the graph; in training mode after `freeze_batch_norm()` it is the one for evaluation, which
+    normalises by the running statistics. Dropout is off in both, as the model was exported in evaluation mode.
+    """
+
+    def __init__(self, module: GraphModule) -> None:
+        """module: what prepare_qat_pt2e made, with its literals restored. Its tensors are taken over, not copied."""
+        super().__init__()
+        for name, child in module.named_children():
+            self._refuse_taken(name)
+            self.add_module(name, child)
+        for name, parameter in module.named_parameters(recurse=False):
+            self._refuse_taken(name)
+            self.register_parameter(name, parameter)
+        for name, buffer in module.named_buffers(recurse=False):
+            self._refuse_taken(name)
+            self.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
+        graph = _plain_signature(module)
+        train_graph = _copy(graph)
+        use_batch_statistics(train_graph)
+        self.blueprint = Blueprint(graph, dict(module.meta), _code(module, graph), _code(module, train_graph))
+        running = (batch_norm_tensors(node)[3] for node in batch_norms(graph) if node.args[4] is not None)
+        self.batch_norms = {name: name for name in (str(target).rpartition(".")[0] for target in running)}
+
+    def _refuse_taken(self, name: str) -> None:
+        if hasattr(self, name):
+            raise QuantizationError(
+                f"the model has an attribute named `{name}`, which a prepared model needs itself", "rename it"
+            )
+
+    @property
+    def fixed_fake_quantizers(self) -> list[nn.Module]:
+        return []  # X86InductorQuantizer places none
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: shaped as the example, with any batch size. What the float model returns."""
+        if self.training and not self.batch_norm_frozen:
+            return self.blueprint.train(self, x)
+        return self.blueprint.evaluate(self, x)
+
+    def graph_module(self) -> GraphModule:
+        """A new GraphModule of the evaluation graph over this model's own tensors (not copies)."""
+        module = GraphModule(self, _copy(self.blueprint.graph))
+        module.meta.update(self.blueprint.meta)
+        return module
+
+
+def _copy(graph: Graph) -> Graph:
+    copied = Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    return copied
+
+
+def _plain_signature(module: GraphModule) -> Graph:
+    """A copy of the module's graph that takes a tensor and returns a tensor, without flattening of structures around it.
+
+    Raises:
+        QuantizationError: the model takes or returns anything else.
+    """
+    graph = _copy(module.graph)
+    graph.set_codegen(CodeGen())
+    inputs = graph.find_nodes(op="placeholder")
+    output = graph.output_node()
+    values = output.args[0]
+    if (
+        len(inputs) != 1
+        or not isinstance(values, (tuple, list))
+        or len(values) != 1
+        or module._out_spec is None
+        or not module._out_spec.is_leaf()
+    ):
+        raise QuantizationError(
+            f"the model takes {len(inputs)} inputs and returns {len(values) if isinstance(values, (tuple, list)) else 1} values",
+            "wrap it in a module whose forward takes one tensor and returns one tensor",
+        )
+    output.args = (values[0],)
+    return graph
+
+
+def _code(root: nn.Module, graph: Graph) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The function that a graph generates, unbound: it reads its tensors from whatever module it is given."""
+    return type(GraphModule(root, graph)).forward

@@ -1,0 +1,48 @@
+"""The prepared model of torch.ao: its modules, fused for training, with our fake quantization inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.ao.quantization import FixedQParamsFakeQuantize
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from dist_train.quantization.prepared import PreparedModel
+
+
+def statistics_names(model: nn.Module) -> dict[int, str]:
+    """The address of each batch norm's running variance, and the batch norm's name. Fusing moves the tensors and keeps them."""
+    return {
+        module.running_var.data_ptr(): name
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_var is not None
+    }
+
+
+class PreparedModules(PreparedModel):
+    """What fx and eager make. Names are those of the fused modules, behind `model.`: `bn1` is `model.conv1.bn`."""
+
+    def __init__(self, model: nn.Module, float_names: Mapping[int, str]) -> None:
+        """model: what torch.ao prepared. float_names: `statistics_names` of the float model that it was made of."""
+        super().__init__()
+        self.model = model
+        self.batch_norms = {float_names[address]: name for address, name in statistics_names(self).items()}
+
+    @property
+    def fixed_fake_quantizers(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, FixedQParamsFakeQuantize)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: shaped as the example, with any batch size. What the float model returns."""
+        outputs: Tensor = self.model(x)
+        return outputs
+
+    def train(self, mode: bool = True) -> PreparedModules:
+        """As any module's, but dropout stays off, and so do the statistics of batch norms once they are frozen."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _DropoutNd) or (self.batch_norm_frozen and isinstance(module, _BatchNorm)):
+                module.training = False
+        return self

@@ -1,0 +1,143 @@
+"""A traced model as bytes (a TorchScript archive): equal in every process, and loaded with the integer kernels it was made for.
+
+What TorchScript runs is a program: it may read and write files, and its archive is unpickled. It cannot be made safe against
+malice, and nothing here tries to: load such files only from where you trust.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.errors import ArtifactError, QuantizationError
+
+_MANGLED = re.compile(rb"___torch_mangle_(\d+)")  # a counter of the process makes the names of classes unique
+_TRACES = (".debug_pkl", ".data/serialization_id")  # the tracing process's file paths; a hash of the file names
+_ENGINE = "engine"
+_WHEN = (1980, 1, 1, 0, 0, 0)
+
+
+@contextmanager
+def integer_kernels(engine: str) -> Iterator[None]:
+    """The process's engine for the time of the block: weights are packed for it, and some operators ask for it at each call.
+
+    engine: one of torch.backends.quantized.supported_engines.
+    """
+    before = torch.backends.quantized.engine
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.backends.quantized.engine = engine
+    # Integer kernels on the CPU are deterministic; torch would warn of memory that they resize before they write it.
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+
+
+@contextmanager
+def _without_deprecation() -> Iterator[None]:
+    """torch.jit is deprecated in favour of torch.export, which cannot take packed integer weights."""
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", "`torch.jit", category)
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
+        yield
+
+
+@torch.no_grad()
+def trace(model: nn.Module, example: Tensor) -> torch.jit.ScriptModule:
+    """`model`, in eval mode, traced and frozen: its parameters become constants, its modules one function.
+
+    example: [B, ...]; only its shape without batch and its dtype count.
+
+    Raises:
+        QuantizationError: the traced model answers differently for other batch sizes than it was traced with.
+    """
+    shape, generator = example.shape[1:], torch.Generator().manual_seed(0)
+    with _without_deprecation(), warnings.catch_warnings():
+        # Of branches on shapes; whether they matter is measured below.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(model, torch.zeros(2, *shape, dtype=example.dtype), check_trace=False)
+        # Without numeric optimisation: folding batch norms here would change the answers.
+        frozen = torch.jit.freeze(traced, optimize_numerics=False)
+    for rows in (1, 3):
+        inputs = torch.rand(rows, *shape, generator=generator).to(example.dtype)
+        try:
+            same = torch.equal(frozen(inputs), model(inputs))
+        except RuntimeError:  # a shape that does not fit
+            same = False
+        if not same:
+            raise QuantizationError(
+                f"the traced model answers differently from {type(model).__name__} for a batch of {rows}",
+                "make forward free of branches and shapes that depend on the data or the batch size",
+            )
+    return frozen
+
+
+def script_bytes(script: torch.jit.ScriptModule, engine: str) -> bytes:
+    """The archive of what `trace` gave: equal bytes for equal models, in every process.
+
+    engine: the integer kernels that `load_script` sets around loading and around each call.
+    """
+    buffer = io.BytesIO()
+    with _without_deprecation():
+        torch.jit.save(script, buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        records = {name: archive.read(name) for name in archive.namelist() if not name.endswith(_TRACES)}
+    records[f"{next(iter(records)).partition('/')[0]}/extra/{_ENGINE}"] = engine.encode()
+    numbers = {
+        int(number) for text in [*records.values(), *map(str.encode, records)] for number in _MANGLED.findall(text)
+    }
+    order = {number: index for index, number in enumerate(sorted(numbers))}
+
+    def renumbered(text: bytes) -> bytes:
+        return _MANGLED.sub(lambda match: b"___torch_mangle_%d" % order[int(match[1])], text)
+
+    result = io.BytesIO()
+    with zipfile.ZipFile(result, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in records.items():
+            text = "/constants/" not in name and "/data/" not in name  # the others are the bytes of tensors
+            archive.writestr(
+                zipfile.ZipInfo(renumbered(name.encode()).decode(), _WHEN), renumbered(data) if text else data
+            )
+    return result.getvalue()
+
+
+def load_script(data: bytes) -> Callable[[Tensor], Tensor]:
+    """The model in the bytes that `script_bytes` gave, as a function on the CPU. Only from where you trust (see the module's head).
+
+    Raises:
+        ArtifactError: it is no such archive, or this torch cannot read it or lacks its integer kernels.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            name = next((name for name in archive.namelist() if name.endswith(f"/extra/{_ENGINE}")), "")
+            engine = archive.read(name).decode()
+        if engine not in torch.backends.quantized.supported_engines:
+            raise ArtifactError(
+                f"the model needs the integer kernels {engine!r}, which this torch does not have",
+                f"convert it again with --qat.engine {' or '.join(torch.backends.quantized.supported_engines)}",
+            )
+        with integer_kernels(engine), _without_deprecation():
+            script = torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
+    except (zipfile.BadZipFile, KeyError, RuntimeError, UnicodeDecodeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ArtifactError(
+            f"torch {torch.__version__} cannot read the TorchScript model: {reason}",
+            "copy it again from where it was exported; compare with `versions` in manifest.json",
+        ) from error
+
+    def call(inputs: Tensor) -> Tensor:
+        with integer_kernels(engine):
+            outputs: Tensor = script(inputs)
+        return outputs
+
+    return call
