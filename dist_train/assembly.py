@@ -13,8 +13,9 @@ from torch import nn
 from dist_train import registry
 from dist_train.checkpoint import CheckpointFolder
 from dist_train.config import Config
+from dist_train.data.arguments import cache_folder
 from dist_train.data.arrays import Splits, open_splits
-from dist_train.data.datasets import cache_folder, check_args
+from dist_train.data.datasets import check_args
 from dist_train.data.loader import seed_everything
 from dist_train.data.permutation import derive_key
 from dist_train.errors import ConfigError, DataError, Problem

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dist_train.config_fit import FitConfig
-from dist_train.data.loader import StepBatch, TrainLoader, seed_everything
+from dist_train.data.loader import MicroBatch, StepBatch, TrainLoader, seed_everything
 from dist_train.data.permutation import derive_key
 from dist_train.errors import NonFiniteLossError
 from dist_train.evaluate import Evaluation
@@ -27,6 +27,8 @@ from dist_train.state import TrainState
 from dist_train.strategies.base import StepOutcome, Strategy
 from dist_train.tasks import Task
 from dist_train.trackers.base import Trackers
+
+_COUNTS = ("count", "skipped_samples")  # metrics that count samples
 
 
 class Checkpoints(Protocol):
@@ -80,12 +82,20 @@ def train_step(model: nn.Module, batch: StepBatch, task: Task, strategy: Strateg
                 outputs = model(micro.inputs)
             real = outputs[: micro.rows].float()
             # A rank without rows takes part in the gradients' all-reduce with zeros.
-            loss = task.loss(real, micro.targets).sum() if micro.rows else outputs.float().sum() * 0
+            loss = _losses(task, real, micro).sum() if micro.rows else outputs.float().sum() * 0
             strategy.backward(loss * scale)
         loss_sum = loss_sum + loss.detach()
         if micro.rows:
             score_sum = score_sum + task.score(real.detach(), micro.targets).sum()
     return StepSums(loss_sum, score_sum, batch.rows, batch.global_count)
+
+
+def _losses(task: Task, outputs: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
+    """Loss of each row, float [rows]; of a mixed one that of its own target and its partner's, by their shares."""
+    losses = task.loss(outputs, micro.targets)
+    if micro.partner_targets is None:
+        return losses
+    return micro.weight * losses + (1 - micro.weight) * task.loss(outputs, micro.partner_targets)
 
 
 def fit(run: Fit, model: nn.Module, resume: dict[str, Any] | None) -> TrainState:
@@ -116,6 +126,7 @@ class _Outlook:
 
     def __init__(self, run: Fit) -> None:
         self._run = run
+        self._left_out = 0
         self._lag = 1 if run.strategy.world.device.type == "cuda" else 0
         self._waiting: deque[tuple[Pending, int, int, float, int]] = deque()
 
@@ -123,15 +134,19 @@ class _Outlook:
         self._waiting.append((pending, step, epoch, lr, samples))
         self._look(self._lag)
 
-    def drain(self) -> None:
+    def drain(self) -> int:
+        """Looks at all; returns how many samples were left out since it was called last."""
         self._look(0)
+        left_out, self._left_out = self._left_out, 0
+        return left_out
 
     def _look(self, lag: int) -> None:
         run = self._run
         while len(self._waiting) > lag:
             pending, step, epoch, lr, samples = self._waiting.popleft()
             means = pending.means()
-            run.progress.step(step + 1, samples, means.loss, means.score, lr)
+            self._left_out += samples - means.count
+            run.progress.step(step + 1, means.count, means.loss, means.score, lr)
             if step % run.log_every == 0 or step + 1 == run.total_steps:
                 speed = round(run.progress.samples_per_second, 1)
                 run.trackers.log(
@@ -159,19 +174,20 @@ def _train(run: Fit, state: TrainState) -> None:
                 run.strategy.settle(wrapped, batch.micro_batches[0].inputs)
             seed_everything(derive_key("step", run.seed, run.stage, step, rank))
             sums = train_step(wrapped, batch, run.task, run.strategy)
-            outlook.add(
-                run.reduction(sums, step), step, epoch, state.optimizer.param_groups[0]["lr"], batch.global_count
-            )
+            pending = run.reduction(sums, step)
+            outlook.add(pending, step, epoch, state.optimizer.param_groups[0]["lr"], batch.global_count)
+            if run.loader.may_leave_out:
+                pending.rescale(state.model)
             outcome = _update(run, state)
-            run.ledger.record(run.stage, epoch, step, batch.ids, skipped=outcome.skipped)
+            run.ledger.record(run.stage, epoch, step, batch.ids, skipped=outcome.skipped, left_out=batch.left_out)
             if first_step:
                 require_same_buffers(run.strategy.world, model)
                 first_step = False
             if run.checkpoint_every and state.step % run.checkpoint_every == 0 and state.step % run.steps_per_epoch:
-                outlook.drain()
+                state.left_out += outlook.drain()
                 _require_finite(state)
                 _save(run, state)
-        outlook.drain()
+        state.left_out += outlook.drain()
         _require_finite(state)
         _end_epoch(run, state, epoch)
     run.progress.end()
@@ -215,7 +231,18 @@ def _require_finite(state: TrainState) -> None:
         )
 
 
+def _report_left_out(run: Fit, state: TrainState, epoch: int) -> None:
+    if run.loader.may_leave_out:
+        run.trackers.log(run.stage, epoch, state.step - 1, {"skipped_samples": state.left_out})
+    if state.left_out:
+        run.progress.say(
+            f"{run.stage}: epoch {epoch + 1}/{run.epochs} left out {state.left_out} samples that cannot be decoded"
+        )
+    state.left_out = 0
+
+
 def _end_epoch(run: Fit, state: TrainState, epoch: int) -> None:
+    _report_left_out(run, state, epoch)
     last = state.step == run.total_steps
     if last or (epoch + 1) % run.config.evaluate_every == 0:
         state.chosen.eval()
@@ -224,9 +251,11 @@ def _end_epoch(run: Fit, state: TrainState, epoch: int) -> None:
         run.trackers.log(
             run.stage, epoch, state.step - 1, {f"eval_{name}": value for name, value in state.metrics.items()}
         )
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in state.metrics.items() if name != "count")
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in state.metrics.items() if name not in _COUNTS)
+        without = state.metrics.get("skipped_samples")
         run.progress.say(
             f"{run.stage}: epoch {epoch + 1}/{run.epochs} evaluated: {shown} on {state.metrics['count']} samples"
+            + (f", without {without} that cannot be decoded" if without else "")
         )
         value = state.metrics[run.task.headline]
         if state.best is None or value > state.best["value"]:

@@ -19,6 +19,7 @@ class TrainState:
     Attributes:
         step: optimizer steps done in this stage.
         metrics: of the newest evaluation.
+        left_out: samples of the epoch so far, of all ranks, that could not be decoded.
         best: highest `value` of the headline metric so far, and its `step`.
     """
 
@@ -30,6 +31,7 @@ class TrainState:
         if config.ema_decay is not None:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.step = 0
+        self.left_out = 0
         self.metrics: dict[str, float | int] = {}
         self.best: dict[str, Any] | None = None
 
@@ -45,6 +47,7 @@ class TrainState:
             "schedule": self.schedule.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "step": self.step,
+            "left_out": self.left_out,
             "metrics": self.metrics,
             "best": self.best,
         }
@@ -56,5 +59,6 @@ class TrainState:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.step = state["step"]
+        self.left_out = state["left_out"]
         self.metrics = state["metrics"]
         self.best = state["best"]
