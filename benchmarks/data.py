@@ -29,7 +29,8 @@ from torchvision import transforms
 from dist_train.config_data import DataConfig, RandomCrop, RandomHorizontalFlip
 from dist_train.data.arrays import ImageArrays, Splits, open_splits
 from dist_train.data.augment import Augmentation
-from dist_train.data.datasets import fake, fashion_mnist
+from dist_train.data.datasets import fake
+from dist_train.data.idx import fashion_mnist
 from dist_train.data.sampler import ElasticDistributedSampler
 from dist_train.errors import DataError
 from dist_train.world import World

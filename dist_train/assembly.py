@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from dist_train.config import Config
 from dist_train.config_advice import too_many_workers
 from dist_train.config_data import is_weights_file
 from dist_train.config_fit import FitConfig
+from dist_train.data.arguments import cache_folder
 from dist_train.data.arrays import ImageArrays, Splits, open_splits
-from dist_train.data.datasets import cache_folder, check_args
+from dist_train.data.datasets import check_args
 from dist_train.data.loader import seed_everything
 from dist_train.data.permutation import derive_key
 from dist_train.epoch_line import check_epoch_format
@@ -103,7 +104,6 @@ def make_context(
 ) -> Context:
     """Data, model, task and strategy as the config names them. Collective."""
     splits = _splits(config, world)
-    _require_samples(config, splits)
     model = _model(config, splits, world)
     folder = CheckpointFolder(run_dir.checkpoints)
     weights = (
@@ -142,15 +142,6 @@ def make_context(
 def _splits(config: Config, world: World) -> Splits:
     make: Callable[[Any], Splits] = registry.datasets.get(config.data.name)
     return open_splits(lambda: make(config.data), cache_folder(config.data), world)
-
-
-def _require_samples(config: Config, splits: Splits) -> None:
-    for split, what in ((splits.train, "train on"), (splits.eval, "evaluate on")):
-        if isinstance(split, Sized) and len(split) == 0:
-            raise DataError(
-                f"the dataset {config.data.name} has no samples to {what}",
-                "give it some: an evaluation of nothing cannot choose or gate a model",
-            )
 
 
 def advise(context: Context, warnings: Sequence[Problem]) -> None:

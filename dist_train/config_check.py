@@ -9,7 +9,7 @@ from typing import Any
 
 from dist_train import registry
 from dist_train.config import Config
-from dist_train.config_data import ColorJitter
+from dist_train.config_data import ColorJitter, RandAugment, RandomErasing, RandomHorizontalFlip, RandomResizedCrop
 from dist_train.config_fit import FitConfig
 from dist_train.config_strategy import strategy_problems
 from dist_train.errors import Problem
@@ -220,6 +220,48 @@ def _profile_increases(config: Config, environ: Mapping[str, str]) -> Iterator[P
         first, last = config.profile.steps
         message = f"[{first}, {last}) holds no step: the first must be less than the last"
         yield Problem("profile.steps", message, hint=f"--profile.steps '[{last}, {max(first, last + 1)}]'")
+
+
+_BY_WORKERS = (RandomResizedCrop, RandAugment)
+
+
+@_about("data.name")
+def _augment_of_workers(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+    """What the workers of image_folder make, and only they, comes before what is made of whole batches."""
+    first_batched = ""
+    for place, item in enumerate(config.data.augment):
+        if isinstance(item, _BY_WORKERS):
+            key = f"data.augment.{place}"
+            if config.data.name != "image_folder":
+                message = f"{item.name} is made by the workers that decode image_folder, and not for {config.data.name}"
+                yield Problem(
+                    key, message, hint="remove it, or use random_crop, random_horizontal_flip, random_erasing"
+                )
+            elif first_batched:
+                message = f"{item.name} comes behind {first_batched}, which is made of whole batches after decoding"
+                hint = "the order is random_resized_crop, random_horizontal_flip, rand_augment, then the others"
+                yield Problem(key, message, hint=hint)
+            elif isinstance(item, RandomResizedCrop) and place:
+                yield Problem(key, "random_resized_crop can only be the first entry", hint="move it to the beginning")
+        elif not isinstance(item, RandomHorizontalFlip):
+            first_batched = first_batched or item.name
+
+
+@_about()
+def _bounds_of_augment(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+    for place, item in enumerate(config.data.augment):
+        if isinstance(item, (RandomErasing, RandomResizedCrop)):
+            for name, (low, high) in (("scale", item.scale), ("ratio", item.ratio)):
+                if low > high:
+                    key = f"data.augment.{place}.{name}"
+                    yield Problem(key, f"the least, {low}, is above the most, {high}", hint=f"[{high}, {low}]")
+
+
+@_about("data.mix")
+def _mix_does_something(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+    mix = config.data.mix
+    if mix.p != 1 and not (mix.mixup or mix.cutmix):
+        yield Problem("data.mix.p", "is ignored: mixup and cutmix are 0", hint="--data.mix.mixup 0.2, or remove it")
 
 
 def _check_fit(section: str) -> None:

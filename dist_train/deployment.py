@@ -155,7 +155,7 @@ def describe_data(splits: Splits) -> dict[str, Any]:
     """What a model must be told of the data that it was trained on; JSON."""
     return {
         "input_shape": list(splits.input_shape),
-        "resize": getattr(splits, "resize", None),
+        "resize": splits.resize,
         "mean": list(splits.mean),
         "std": list(splits.std),
         "classes": list(splits.classes),

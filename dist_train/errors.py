@@ -76,6 +76,10 @@ class DataError(DistTrainError):
     """A dataset is missing, corrupt or not what the model expects."""
 
 
+class CorruptSampleError(DataError):
+    """An item of a dataset that cannot be decoded; `data.on_corrupt: skip` leaves it out."""
+
+
 class CheckpointError(DistTrainError):
     """A checkpoint is damaged or does not fit."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,15 @@ class Ledger:
         self._file = LineFile(run_dir.ledger_of(rank))
         self._fixed = {"attempt": attempt, "world_size": world_size}
 
-    def record(self, stage: str, epoch: int, step: int, ids: list[int], skipped: bool) -> None:
-        """Adds an optimizer step: `ids` are those that came out of the dataset with the tensors that entered forward."""
-        self._file.append({**self._fixed, "stage": stage, "epoch": epoch, "step": step, "ids": ids, "skipped": skipped})
+    def record(
+        self, stage: str, epoch: int, step: int, ids: list[int], skipped: bool, left_out: Sequence[int] = ()
+    ) -> None:
+        """Adds an optimizer step: `ids` are those that came out of the dataset with the tensors that entered forward.
+
+        `left_out` are those that were asked for and could not be decoded.
+        """
+        line = {**self._fixed, "stage": stage, "epoch": epoch, "step": step, "ids": ids, "skipped": skipped}
+        self._file.append({**line, "left_out": list(left_out)} if left_out else line)
 
     def sync(self) -> None:
         """Puts the lines on the disk; called before the checkpoint that covers them commits."""
@@ -34,7 +41,9 @@ class Ledger:
 class NoLedger:
     """Records nothing."""
 
-    def record(self, stage: str, epoch: int, step: int, ids: list[int], skipped: bool) -> None:
+    def record(
+        self, stage: str, epoch: int, step: int, ids: list[int], skipped: bool, left_out: Sequence[int] = ()
+    ) -> None:
         return
 
     def sync(self) -> None:
@@ -56,6 +65,7 @@ class LedgerReport:
 
     Attributes:
         epochs: (stage, epoch) -> samples consumed.
+        left_out: (stage, epoch) -> ids of samples that could not be decoded, where there were any.
         problems: what is wrong, in words; empty for a perfect ledger.
         unfinished: last epochs of stages that are still under way, in words.
         skipped: stage -> steps whose fp16 gradients overflowed, and their samples. These were consumed: they came out of the
@@ -64,6 +74,7 @@ class LedgerReport:
     """
 
     epochs: dict[tuple[str, int], int] = field(default_factory=dict)
+    left_out: dict[tuple[str, int], set[int]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
     skipped: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -78,11 +89,15 @@ class LedgerReport:
             f"{stage}: {steps} steps were skipped, as fp16 gradients overflowed; nothing was learned from their {samples} samples"
             for stage, (steps, samples) in self.skipped.items()
         ]
+        lines += [
+            f"{stage} epoch {epoch}: {len(ids)} samples left out, which cannot be decoded, such as {sorted(ids)[:5]}"
+            for (stage, epoch), ids in self.left_out.items()
+        ]
         lines += [f"PROBLEM: {problem}" for problem in self.problems] + [
             f"not finished: {text}" for text in self.unfinished
         ]
         verdict = (
-            "each sample was consumed exactly once an epoch"
+            f"each sample {'that can be decoded ' if self.left_out else ''}was consumed exactly once an epoch"
             if self.ok
             else "this ledger does not show that each sample was consumed exactly once an epoch"
         )
@@ -129,7 +144,9 @@ def check(run_dir: Path) -> LedgerReport:
     expected = read_json(RunDir(run_dir).ledger / "expected.json")
     if expected is None:
         # A ledger apart from its run is compared with itself: each epoch must hold what any of them holds.
-        seen = {number for lines in steps.values() for line in lines for number in line["ids"]}
+        seen = {
+            number for lines in steps.values() for line in lines for number in [*line["ids"], *line.get("left_out", [])]
+        }
         expected = {"train_samples": max(seen, default=-1) + 1, "per_epoch": len(seen)}
     report = LedgerReport()
     epochs: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
@@ -148,6 +165,8 @@ def check(run_dir: Path) -> LedgerReport:
             report.skipped[stage] = before + 1, samples + sum(len(line["ids"]) for line in lines)
         for line in lines:
             epochs[stage, line["epoch"]].update(line["ids"])
+            if line.get("left_out"):
+                report.left_out.setdefault((stage, line["epoch"]), set()).update(line["left_out"])
     for (stage, epoch), ids in epochs.items():
         report.epochs[stage, epoch] = ids.total()
         repeated = [number for number, times in ids.items() if times > 1]
@@ -160,7 +179,11 @@ def check(run_dir: Path) -> LedgerReport:
             report.problems.append(
                 f"{stage} epoch {epoch}: ids that the training set does not have, such as {foreign[:5]}"
             )
-        if len(ids) < expected["per_epoch"]:
+        left_out = report.left_out.get((stage, epoch), set())
+        both = sorted(left_out & ids.keys())
+        if both:
+            report.problems.append(f"{stage} epoch {epoch}: consumed and left out, such as {both[:5]}")
+        if len(ids) + len(left_out) < expected["per_epoch"]:
             later = (stage, epoch + 1) in epochs
             text = f"{stage} epoch {epoch}: {len(ids)} of {expected['per_epoch']} samples"
             (report.problems if later else report.unfinished).append(text)

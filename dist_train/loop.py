@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dist_train.config_fit import FitConfig
-from dist_train.data.loader import StepBatch, TrainLoader, seed_everything
+from dist_train.data.loader import MicroBatch, StepBatch, TrainLoader, seed_everything
 from dist_train.data.permutation import derive_key
 from dist_train.epoch_line import epoch_line
 from dist_train.errors import NonFiniteLossError
@@ -31,6 +31,8 @@ from dist_train.state import TrainState
 from dist_train.strategies.base import StepOutcome, Strategy
 from dist_train.tasks import Task
 from dist_train.trackers.base import Trackers
+
+_COUNTS = ("count", "skipped_samples")  # metrics that count samples
 
 
 class Checkpoints(Protocol):
@@ -88,12 +90,20 @@ def train_step(model: nn.Module, batch: StepBatch, task: Task, strategy: Strateg
                 outputs = model(micro.inputs)
             real = outputs[: micro.rows].float()
             # A rank without rows takes part in the gradients' all-reduce with zeros.
-            loss = task.loss(real, micro.targets).sum() if micro.rows else outputs.float().sum() * 0
+            loss = _losses(task, real, micro).sum() if micro.rows else outputs.float().sum() * 0
             strategy.backward(loss * scale)
         loss_sum = loss_sum + loss.detach()
         if micro.rows:
             score_sum = score_sum + task.score(real.detach(), micro.targets).sum()
     return StepSums(loss_sum, score_sum, batch.rows, batch.global_count)
+
+
+def _losses(task: Task, outputs: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
+    """Loss of each row, float [rows]; of a mixed one that of its own target and its partner's, by their shares."""
+    losses = task.loss(outputs, micro.targets)
+    if micro.partner_targets is None:
+        return losses
+    return micro.weight * losses + (1 - micro.weight) * task.loss(outputs, micro.partner_targets)
 
 
 def fit(run: Fit, model: nn.Module, resume: dict[str, Any] | None) -> TrainState:
@@ -143,20 +153,21 @@ def _train(run: Fit, state: TrainState) -> None:
             run.profile.before_step(step)
             seed_everything(derive_key("step", run.seed, run.stage, step, world.rank))
             sums = train_step(wrapped, batch, run.task, run.strategy)
-            outlook.add(
-                run.reduction(sums, step), step, epoch, state.optimizer.param_groups[0]["lr"], batch.global_count
-            )
+            pending = run.reduction(sums, step)
+            outlook.add(pending, step, epoch, state.optimizer.param_groups[0]["lr"], batch.global_count)
+            if run.loader.may_leave_out:
+                pending.rescale(state.model)
             outcome = _update(run, state, with_norm=outlook.logs(step))
             outlook.updated(outcome.grad_norm)
-            run.ledger.record(run.stage, epoch, step, batch.ids, skipped=outcome.skipped)
+            run.ledger.record(run.stage, epoch, step, batch.ids, skipped=outcome.skipped, left_out=batch.left_out)
             if first_step:
                 require_same_buffers(world, model)
                 first_step = False
             if run.checkpoint_every and state.step % run.checkpoint_every == 0 and state.step % run.steps_per_epoch:
-                outlook.drain()
+                state.left_out += outlook.drain()
                 _require_finite(state)
                 _save(run, state)
-        outlook.drain()
+        state.left_out += outlook.drain()
         _require_finite(state)
         _end_epoch(run, state, epoch)
 
@@ -205,7 +216,18 @@ def _require_finite(state: TrainState) -> None:
         )
 
 
+def _report_left_out(run: Fit, state: TrainState, epoch: int) -> None:
+    if run.loader.may_leave_out:
+        run.trackers.log(run.stage, epoch, state.step - 1, {"skipped_samples": state.left_out})
+    if state.left_out:
+        run.progress.say(
+            f"{run.stage}: epoch {epoch + 1}/{run.epochs} left out {state.left_out} samples that cannot be decoded"
+        )
+    state.left_out = 0
+
+
 def _end_epoch(run: Fit, state: TrainState, epoch: int) -> None:
+    _report_left_out(run, state, epoch)
     last = state.step == run.total_steps
     if last or (epoch + 1) % run.config.evaluate_every == 0:
         state.chosen.eval()
@@ -227,8 +249,11 @@ def _evaluated(run: Fit, epoch: int, metrics: Mapping[str, float | int]) -> str:
     """The line after an evaluation."""
     if run.epoch_format is not None:
         return epoch_line(run.epoch_format, run.stage, epoch, run.epochs, metrics)
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "count")
-    return f"{run.stage}: epoch {epoch}/{run.epochs} evaluated: {shown} on {metrics['count']} samples"
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name not in _COUNTS)
+    without = metrics.get("skipped_samples")
+    return f"{run.stage}: epoch {epoch}/{run.epochs} evaluated: {shown} on {metrics['count']} samples" + (
+        f", without {without} that cannot be decoded" if without else ""
+    )
 
 
 def _stopped(run: Fit, state: TrainState, epoch: int) -> str:

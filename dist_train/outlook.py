@@ -94,6 +94,7 @@ class Outlook:
         self._waiting: deque[_Step] = deque()
         self._looked: deque[tuple[_Step, StepMeans]] = deque()
         self._data_wait = 0.0
+        self._left_out = 0
         self.clock = DataClock()
 
     def logs(self, step: int) -> bool:
@@ -116,18 +117,22 @@ class Outlook:
             newest.norm = _Norm(grad_norm)
         self._log()
 
-    def drain(self) -> None:
+    def drain(self) -> int:
+        """Looks at all; returns how many samples were left out since it was called last."""
         self._look(0)
         self._log()
+        left_out, self._left_out = self._left_out, 0
+        return left_out
 
     def _look(self, lag: int) -> None:
         while len(self._waiting) > lag:
             found = self._waiting.popleft()
             means = found.pending.means()
             self._looked.append((found, means))
+            self._left_out += found.samples - means.count
             if self.logs(found.step):
                 self._data_wait = self.clock.share()
-            self._progress.step(found.step + 1, found.samples, means.loss, means.score, found.lr, self._data_wait)
+            self._progress.step(found.step + 1, means.count, means.loss, means.score, found.lr, self._data_wait)
 
     def _log(self) -> None:
         while self._looked:

@@ -187,7 +187,7 @@ def _run(config: Config, run_dir: RunDir, world: World, attempt: int, warnings: 
 
 def _expect(context: Context) -> None:
     """Tells the ledger what an epoch consumes."""
-    data, size = context.config.data, len(context.splits.train)  # type: ignore[arg-type]
+    data, size = context.config.data, context.train_samples
     per_epoch = size - size % data.global_batch_size if data.drop_last else size
     if context.config.debug.fast_dev_run:
         per_epoch = min(per_epoch, 2 * data.global_batch_size)

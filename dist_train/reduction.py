@@ -10,14 +10,17 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dist_train.errors import NonFiniteLossError, SetupError
+from dist_train.errors import DataError, NonFiniteLossError, SetupError
 from dist_train.quantization.ranges import Ranges
 from dist_train.world import World
 
 
 @dataclass(frozen=True)
 class StepSums:
-    """Sums over this rank's real samples of a step: `loss` and `score` are float32 tensors [] on the device."""
+    """Sums over this rank's real samples of a step: `loss` and `score` are float32 tensors [] on the device.
+
+    `global_count` is the number of samples that were planned for all ranks; those that could not be decoded are in no rank's `rows`.
+    """
 
     loss: torch.Tensor
     score: torch.Tensor
@@ -27,10 +30,11 @@ class StepSums:
 
 @dataclass(frozen=True)
 class StepMeans:
-    """Means over the real samples of all ranks."""
+    """Means over the real samples of all ranks, `count` of them."""
 
     loss: float
     score: float
+    count: int
 
 
 class Pending:
@@ -43,6 +47,7 @@ class Pending:
         self._step = step
         self._world = world
         self._own_loss = own_loss
+        self._rows = totals[2]
         self._host = totals.to("cpu", non_blocking=True)
         self._event: torch.cuda.Event | None = None
         if totals.is_cuda:
@@ -54,10 +59,11 @@ class Pending:
 
         Raises:
             NonFiniteLossError: on every rank, if the loss of any is NaN or infinite; names the step and the ranks.
+            DataError: on every rank, if no rank had a sample.
         """
         if self._event is not None:
             self._event.synchronize()
-        loss, score = self._host.tolist()
+        loss, score, count = self._host.tolist()
         if not math.isfinite(loss):
             guilty = [
                 rank for rank, own in enumerate(self._world.gather(float(self._own_loss))) if not math.isfinite(own)
@@ -73,7 +79,17 @@ class Pending:
                 f"the loss of step {self._step} is not finite on {where}",
                 "lower the learning rate, set clip_grad_norm, or look for bad samples: --debug.ledger true writes each step's ids",
             )
-        return StepMeans(loss / self._global_count, score / self._global_count)
+        if count == 0:
+            raise DataError(
+                f"none of the {self._global_count} samples of step {self._step} can be decoded",
+                "look at the files and at the disk; --data.on_corrupt error names the first one",
+            )
+        return StepMeans(loss / count, score / count, int(count))
+
+    def rescale(self, model: nn.Module) -> None:
+        """Makes gradients of the sum over the planned count those of the mean over the real one; exact where they are equal."""
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        torch._foreach_mul_(gradients, self._global_count / self._rows)
 
 
 def require_same_buffers(world: World, model: nn.Module) -> None:
@@ -143,7 +159,8 @@ class StepReduction:
     @torch.no_grad()
     def __call__(self, sums: StepSums, step: int) -> Pending:
         """Reduces one step; leaves the averaged statistics and ranges in the model."""
-        totals = torch.stack([sums.loss, sums.score]).float()
+        rows = torch.full((), float(sums.rows), device=sums.loss.device)
+        totals = torch.stack([sums.loss.float(), sums.score.float(), rows])
         if self._world.world_size > 1:
             totals = self._sum(totals, sums)
         if self._ranges is not None:
@@ -160,12 +177,14 @@ class StepReduction:
         flat = self._world.all_reduce(torch.cat([scalars, *own]), "sum")
         self.collectives += 1
         if self._statistics:
-            pieces = flat[2:].split([buffer.numel() for buffer in self._statistics])
+            # The weights add up to 1, unless samples were left out: which, only this reduction tells. By 1 it is exact.
+            averages = flat[3:] * (sums.global_count / flat[2])
+            pieces = averages.split([buffer.numel() for buffer in self._statistics])
             torch._foreach_copy_(
                 self._statistics,
                 [piece.view_as(buffer) for piece, buffer in zip(pieces, self._statistics, strict=True)],
             )
-        return flat[:2]
+        return flat[:3]
 
     def _merge(self, ranges: Ranges, rows: int) -> None:
         if rows == 0:

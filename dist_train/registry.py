@@ -289,7 +289,11 @@ datasets = Registry(
     "dist_train.datasets",
     {
         "digits": Entry("dist_train.data.datasets:digits", requires={"sklearn": "scikit-learn"}),
-        "fashion_mnist": Entry("dist_train.data.datasets:fashion_mnist"),
+        "mnist": Entry("dist_train.data.idx:mnist"),
+        "fashion_mnist": Entry("dist_train.data.idx:fashion_mnist"),
+        "cifar10": Entry("dist_train.data.cifar:cifar10"),
+        "cifar100": Entry("dist_train.data.cifar:cifar100"),
+        "image_folder": Entry("dist_train.data.image_folder:image_folder"),
         "fake": Entry("dist_train.data.datasets:fake"),
     },
 )

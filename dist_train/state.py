@@ -20,6 +20,7 @@ class TrainState:
     Attributes:
         step: optimizer steps done in this stage.
         skipped: how many of the steps changed nothing, as fp16 gradients overflowed.
+        left_out: samples of the epoch so far, of all ranks, that could not be decoded.
         metrics: of the newest evaluation; at the end those of the model that is handed on.
         selection: the evaluations so far, ranked.
         chosen_step: the steps after which the model was what is handed on.
@@ -44,6 +45,7 @@ class TrainState:
         if config.ema_decay is not None:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.step = 0
+        self.left_out = 0
         self.metrics: dict[str, float | int] = {}
         self.chosen_step = 0
 
@@ -61,6 +63,7 @@ class TrainState:
             "scaler": self._scaler.state_dict(),
             "skipped": self.skipped,
             "step": self.step,
+            "left_out": self.left_out,
             "metrics": self.metrics,
             "evaluations": self.selection.history,
         }
@@ -72,6 +75,7 @@ class TrainState:
         self.selection.restore(state["evaluations"])
         self._scaler.load_state_dict(state["scaler"])
         self.skipped = state["skipped"]
+        self.left_out = state["left_out"]
         self.step = state["step"]
 
     def take_model(self, state: dict[str, Any]) -> None:

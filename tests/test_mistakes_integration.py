@@ -77,12 +77,15 @@ def test_a_metric_that_only_more_classes_have_is_refused_before_training(
     assert not runs.metrics("run")
 
 
-@pytest.mark.parametrize(("train", "evaluation", "what"), [(40, 0, "evaluate on"), (0, 40, "train on")])
+@pytest.mark.parametrize(
+    ("train", "evaluation", "what"),
+    [(40, 0, "evaluate: Splits.eval is empty"), (0, 40, "train on: Splits.train is empty")],
+)
 def test_an_empty_split_is_an_error(
     train: int, evaluation: int, what: str, runs: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert runs("run", *dataset(train, evaluation)) == 1
-    assert f"the dataset zeros has no samples to {what}" in capsys.readouterr().err
+    assert f"the dataset has nothing to {what}" in capsys.readouterr().err
 
 
 def test_a_head_of_other_classes_than_the_data_is_an_error(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:

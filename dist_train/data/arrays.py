@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from dist_train.errors import DataError
 from dist_train.world import World
@@ -23,11 +23,15 @@ _TARGETS = (torch.int64, torch.uint8, torch.float32)
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of a dataset: `ids` int64 [B] as they are stored with the rows, `inputs` [B, ...], `targets` [B, ...]."""
+    """Rows of a dataset: `ids` int64 [B] as they are stored with the rows, `inputs` [B, ...], `targets` [B, ...].
+
+    `missing`: places, among the rows that were asked for, of those that could not be decoded and are not here.
+    """
 
     ids: Tensor
     inputs: Tensor
     targets: Tensor
+    missing: tuple[int, ...] = ()
 
 
 class ImageArrays:
@@ -134,11 +138,14 @@ class Splits:
     """A dataset: what to train on, what to evaluate on, and what a model must know about it.
 
     Attributes:
-        train, eval: image arrays, or map-style datasets of (input tensor, target) pairs.
+        train, eval: image arrays, or map-style datasets of (input tensor, target) pairs; `train` may be an iterable dataset of
+            such pairs, with what data/stream.py promises.
         num_classes: classes or labels; class indices lie in range(num_classes). 0 where targets are numbers.
         classes: their names, in order; empty where there are none.
         mean, std: of each channel, for pixels on the scale 0..1; what inputs are normalized with.
         num_outputs: width of the model's outputs; num_classes unless given, as for regression.
+        resize: to how many pixels the shorter edge of an image file is scaled before the centre is cut out; None: it is not.
+        steps_per_epoch: global batches of an epoch, for an iterable dataset; a map-style one knows its length.
         fingerprint: of the content, so that a run is not resumed on other data; set by `open_splits`.
 
     Raises:
@@ -152,9 +159,12 @@ class Splits:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     num_outputs: int = 0
+    resize: int | None = None
+    steps_per_epoch: int | None = None
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
+        _check_lengths(self)
         if not self.num_outputs:
             if self.num_classes < 1:
                 raise DataError("a dataset must say what a model puts out", "num_classes=..., or num_outputs=...")
@@ -181,14 +191,36 @@ class Splits:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """(C, H, W), read from the data; raises DataError where a map-style dataset does not give (tensor, target)."""
+        """(C, H, W), as the training dataset's `input_shape` or its first item says; raises DataError where a map-style dataset does not give (tensor, target)."""
         if isinstance(self.train, ImageArrays):
             return tuple(self.train.images.shape[1:])
-        sample = self.train[0]
+        stated = getattr(self.train, "input_shape", None)
+        if stated is not None:
+            return tuple(stated)
+        sample = next(iter(self.train)) if isinstance(self.train, IterableDataset) else self.train[0]
         if not isinstance(sample, (tuple, list)) or not isinstance(sample[0], Tensor):
             hint = "end its transforms with torchvision.transforms.v2.ToImage()"
             raise DataError(f"{type(self.train).__name__}[0] must be (tensor, target), not {type(sample)}", hint)
         return tuple(sample[0].shape)
+
+
+def _check_lengths(splits: Splits) -> None:
+    """Raises DataError where there is nothing to train on or to evaluate, or where a length is not known."""
+    streamed = isinstance(splits.train, IterableDataset)
+    if isinstance(splits.eval, IterableDataset):
+        raise DataError(
+            "the evaluation set is an iterable dataset: whether each sample was counted once could not be told",
+            "give a map-style dataset or ImageArrays as Splits.eval",
+        )
+    if streamed != (splits.steps_per_epoch is not None) or (streamed and not splits.steps_per_epoch):
+        raise DataError(
+            "an iterable training set needs Splits.steps_per_epoch, at least 1, and only such a one takes it",
+            "Splits(..., steps_per_epoch=1000)",
+        )
+    for name, what in (("train", "train on"), ("eval", "evaluate")):
+        split = getattr(splits, name)
+        if not isinstance(split, IterableDataset) and len(split) == 0:
+            raise DataError(f"the dataset has nothing to {what}: Splits.{name} is empty", "give it at least one sample")
 
 
 def open_splits(make: Callable[[], Splits], directory: Path, world: World) -> Splits:
@@ -221,12 +253,13 @@ def open_splits(make: Callable[[], Splits], directory: Path, world: World) -> Sp
             "classes": list(splits.classes),
             "mean": list(splits.mean),
             "std": list(splits.std),
+            "resize": splits.resize,
         }
 
     stored = world.first_on_node(write, "loading the dataset")
     if stored is None:
         splits = made[0] if made else make()
-        return replace(splits, fingerprint=f"{len(cast(Sized, splits.train))} {len(cast(Sized, splits.eval))}")
+        return replace(splits, fingerprint=" ".join(_fingerprint(split) for split in (splits.train, splits.eval)))
     return Splits(
         train=ImageArrays.open(directory / stored["train"]),
         eval=ImageArrays.open(directory / stored["eval"]),
@@ -235,5 +268,14 @@ def open_splits(make: Callable[[], Splits], directory: Path, world: World) -> Sp
         classes=tuple(stored["classes"]),
         mean=tuple(stored["mean"]),
         std=tuple(stored["std"]),
+        resize=stored["resize"],
         fingerprint=f"{stored['train']} {stored['eval']}",
     )
+
+
+def _fingerprint(split: ImageArrays | Dataset[Any]) -> str:
+    """What a dataset says of its content by an attribute `fingerprint`, else its length; "stream" where it has none."""
+    stated = getattr(split, "fingerprint", None)
+    if stated is not None:
+        return str(stated)
+    return "stream" if isinstance(split, IterableDataset) else str(len(cast(Sized, split)))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_train.data.erasing import RandomErasing
 from dist_train.data.permutation import derive_key
 from dist_train.errors import DataError
 
@@ -153,7 +154,7 @@ STEPS: dict[str, Callable[[Any], Step]] = {
     "random_horizontal_flip": RandomHorizontalFlip,
     "color_jitter": ColorJitter,
 }
-"""Step of each name of settings; a step is built from its settings."""
+"""Step of each name of settings; a step is built from its settings. Random erasing is built from the data's mean too."""
 
 
 class Augmentation:
@@ -178,7 +179,8 @@ class Augmentation:
         self._keys: tuple[tuple[int, torch.device], Tensor] | None = None
         seen: Counter[str] = Counter()
         for settings in steps:
-            step = STEPS[settings.name](settings)
+            erases = settings.name == "random_erasing"
+            step: Step = RandomErasing(settings, mean) if erases else STEPS[settings.name](settings)
             self._steps.append(step)
             # Two steps of one name draw different numbers; adding a step leaves the draws of the others as they are.
             self._salts += [f"{settings.name}.{seen[settings.name]}.{draw}" for draw in step.draws]

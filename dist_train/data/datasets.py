@@ -1,33 +1,21 @@
-"""The built-in datasets. Each takes the config's data section and returns its splits."""
+"""The built-in datasets that need no files, and the arguments of all. Each takes the config's data section and returns its splits."""
 
-import gzip
-import os
-import zlib
-from pathlib import Path
-from typing import Literal, TypeVar
-from urllib.error import URLError
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, PositiveInt
 
 from dist_train.config_data import DataConfig
+from dist_train.data.arguments import NoArgs, read_args
 from dist_train.data.arrays import ImageArrays, Splits
 from dist_train.data.fake_targets import fake_targets
+from dist_train.data.image_folder import ImageFolderArgs
 from dist_train.data.permutation import Permutation
-from dist_train.errors import ConfigError, DataError, Problem
-
-# Where Debian's package dataset-fashion-mnist puts the four files.
-_DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
-class _NoArgs(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class FakeArgs(_NoArgs):
+class FakeArgs(NoArgs):
     """Arguments of `fake`: sizes of the splits, of an image, and the seed of everything."""
 
     kind: Literal["classification", "multilabel", "regression", "segmentation"] = "classification"
@@ -41,17 +29,12 @@ class FakeArgs(_NoArgs):
     seed: int = 0
 
 
-ARGS: dict[str, type[BaseModel]] = {"digits": _NoArgs, "fashion_mnist": _NoArgs, "fake": FakeArgs}
+ARGS: dict[str, type[BaseModel]] = {
+    **dict.fromkeys(("digits", "mnist", "fashion_mnist", "cifar10", "cifar100"), NoArgs),
+    "fake": FakeArgs,
+    "image_folder": ImageFolderArgs,
+}
 """What data.args of each built-in dataset may hold."""
-
-Args = TypeVar("Args", bound=BaseModel)
-
-
-def cache_folder(data: DataConfig) -> Path:
-    """Node-local folder for downloads and memory-mapped arrays: data.cache_dir, or dist_train in the user's cache."""
-    if data.cache_dir is not None:
-        return data.cache_dir
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_train"
 
 
 def digits(data: DataConfig) -> Splits:
@@ -62,7 +45,7 @@ def digits(data: DataConfig) -> Splits:
     """
     from sklearn.datasets import load_digits
 
-    _args(data, _NoArgs)
+    read_args(data, NoArgs)
     bunch = load_digits()
     targets = torch.from_numpy(bunch.target).to(torch.int64)
     # 0..16 to 0..255: 255 / 16 is no integer, so values are rounded.
@@ -83,31 +66,6 @@ def digits(data: DataConfig) -> Splits:
     )
 
 
-def fashion_mnist(data: DataConfig) -> Splits:
-    """Fashion-MNIST: 60,000 images to train on and 10,000 to evaluate on, uint8 [N, 1, 28, 28], 10 classes.
-
-    Read from data.root where it is set (the four IDX files, gzipped or not, or a folder that torchvision filled), else
-    from Debian's package dataset-fashion-mnist, else downloaded by torchvision into the cache folder. Source: Xiao,
-    Rasul, Vollgraf, 2017, https://arxiv.org/abs/1708.07747.
-
-    Raises:
-        DataError: a file is missing or damaged, or the download failed.
-    """
-    from torchvision.datasets import FashionMNIST
-
-    _args(data, _NoArgs)
-    folder = _fashion_mnist_folder(data)
-    return Splits(
-        train=_read_split(folder, "train"),
-        eval=_read_split(folder, "t10k"),
-        num_classes=10,
-        classes=tuple(FashionMNIST.classes),
-        # Computed as those of the digits; a test computes them again.
-        mean=(0.2860,),
-        std=(0.3530,),
-    )
-
-
 def fake(data: DataConfig) -> Splits:
     """Synthetic images that a small network learns: each class is a smooth random pattern, seen through noise.
 
@@ -115,7 +73,7 @@ def fake(data: DataConfig) -> Splits:
 
     Deterministic in its arguments, see `FakeArgs`; classes take turns, so that each has its share of a split.
     """
-    args = _args(data, FakeArgs)
+    args = read_args(data, FakeArgs)
     if args.kind != "classification":
         return fake_targets(args)
     generator = np.random.Generator(np.random.Philox(args.seed))
@@ -138,71 +96,4 @@ def fake(data: DataConfig) -> Splits:
 def check_args(data: DataConfig) -> None:
     """Checks data.args of a built-in dataset without loading it; raises ConfigError with each mistake."""
     if data.name in ARGS:
-        _args(data, ARGS[data.name])
-
-
-def _args(data: DataConfig, model: type[Args]) -> Args:
-    """data.args, checked; raises ConfigError with each mistake."""
-    try:
-        return model.model_validate(data.args)
-    except ValidationError as error:
-        known = ", ".join(model.model_fields) or "none"
-        problems = [
-            Problem(
-                ".".join(["data", "args", *map(str, mistake["loc"])]),
-                mistake["msg"],
-                hint=f"known arguments of {data.name}: {known}",
-            )
-            for mistake in error.errors()
-        ]
-        raise ConfigError(problems) from error
-
-
-def _fashion_mnist_folder(data: DataConfig) -> Path:
-    if data.root is not None:
-        nested = data.root / "FashionMNIST" / "raw"
-        return nested if nested.is_dir() else data.root
-    if _DEBIAN_FASHION_MNIST.is_dir():
-        return _DEBIAN_FASHION_MNIST
-    from torchvision.datasets import FashionMNIST
-
-    root = cache_folder(data) / "downloads"
-    try:
-        return Path(FashionMNIST(root, download=True).raw_folder)
-    except (RuntimeError, URLError, OSError) as error:
-        hint = "--data.root FOLDER with the four files, or apt-get install dataset-fashion-mnist"
-        raise DataError(f"cannot download Fashion-MNIST to {root}: {error}", hint) from error
-
-
-def _read_split(folder: Path, prefix: str) -> ImageArrays:
-    images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", dimensions=3)
-    targets = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", dimensions=1)
-    if len(images) != len(targets):
-        raise DataError(f"{folder} has {len(images)} {prefix} images, but {len(targets)} labels")
-    return ImageArrays(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(targets.astype(np.int64)))
-
-
-def _read_idx(folder: Path, name: str, dimensions: int) -> npt.NDArray[np.uint8]:
-    """An IDX file of unsigned bytes, gzipped or not.
-
-    The format: two zero bytes, type (8: unsigned byte), number of dimensions, then each dimension as a big-endian
-    int32, then the values. http://yann.lecun.com/exdb/mnist/
-    """
-    zipped, plain = folder / f"{name}.gz", folder / name
-    try:
-        content = gzip.decompress(zipped.read_bytes()) if zipped.exists() else plain.read_bytes()
-    except FileNotFoundError as error:
-        hint = "--data.root FOLDER with the four files, or leave data.root out to download them"
-        raise DataError(f"neither {zipped} nor {plain.name} exists", hint) from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{zipped if zipped.exists() else plain} is damaged: {error}", "fetch the file again"
-        ) from error
-    header = 4 + 4 * dimensions
-    if len(content) < header:
-        raise DataError(f"{folder / name}: cut short after {len(content)} bytes", "fetch the file again")
-    shape = tuple(int(size) for size in np.frombuffer(content[4:header], ">i4"))
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != header + int(np.prod(shape, dtype=np.int64)):
-        message = f"{folder / name}: no IDX file of unsigned bytes with {dimensions} dimensions, or cut short"
-        raise DataError(message, "fetch the file again")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
+        read_args(data, ARGS[data.name])

@@ -53,11 +53,13 @@ class RankSlice:
         filler: int64 [max(0, 2 - rows)]; copies of rows of the global batch, to be run at weight 0 so that the rank has
             at least two rows.
         global_count: rows of the global batch.
+        predecessor: int64 [1]; the row before this rank's first one in the global batch, in which the last is before the first.
     """
 
     ids: Int64Array
     filler: Int64Array
     global_count: int
+    predecessor: Int64Array
 
 
 class ElasticDistributedSampler(torch.utils.data.DistributedSampler[int]):
@@ -132,8 +134,9 @@ class ElasticDistributedSampler(torch.utils.data.DistributedSampler[int]):
         sizes = shares(rows, self.num_replicas)
         before, own = sum(sizes[: self.rank]), sizes[self.rank]
         copies = np.arange(max(0, 2 - own)) % rows
-        taken = self._at(start + np.concatenate([np.arange(before, before + own), copies]))
-        return RankSlice(taken[:own], taken[own:], rows)
+        places = np.concatenate([np.arange(before, before + own), copies, [(before - 1) % rows]])
+        taken = self._at(start + places)
+        return RankSlice(taken[:own], taken[own:-1], rows, taken[-1:])
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, which the order is a function of; all ranks must set the same."""

@@ -14,13 +14,14 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from dist_train.checkpoint import CheckpointFolder
 from dist_train.config import Config
 from dist_train.data.arrays import ImageArrays, Splits
 from dist_train.data.augment import Augmentation
 from dist_train.data.loader import EvaluationLoader, Source, TrainLoader
+from dist_train.data.mix import Mix, NoMix
 from dist_train.data.permutation import derive_key
 from dist_train.data.sampler import ElasticDistributedSampler
 from dist_train.deployment import describe_data
@@ -78,6 +79,7 @@ class Context:
     probe: dict[str, torch.Tensor] = field(default_factory=dict)
     _prepared: PreparedModel | None = None
     retention: Retention = field(init=False)
+    _kept_source: Source | None = None
 
     def __post_init__(self) -> None:
         self.retention = Retention(self.config.checkpoint.keep)
@@ -144,8 +146,32 @@ class Context:
             self._prepared.load_state_dict(state)
 
     def source(self, split: ImageArrays | Dataset[Any], seed: int) -> Source:
-        augmentation = Augmentation(self.config.data.augment, seed=seed, mean=self.splits.mean, std=self.splits.std)
-        return Source(split, augmentation, self.world.device, self.config.model.channels_last, self.workers, seed)
+        """Rows of a split; its worker processes, where it has any, live as long as it does."""
+        data = self.config.data
+        augment = data.augment[getattr(split, "own_steps", 0) :]
+        return Source(
+            split,
+            Augmentation(augment, seed=seed, mean=self.splits.mean, std=self.splits.std),
+            self.world.device,
+            self.config.model.channels_last,
+            self.workers,
+            seed,
+            skip_corrupt=data.on_corrupt == "skip",
+            size=self.train_samples if isinstance(split, IterableDataset) else None,
+        )
+
+    @property
+    def _evaluation_source(self) -> Source:
+        if self._kept_source is None:
+            self._kept_source = self.source(self.splits.eval, self.config.run.seed)
+        return self._kept_source
+
+    @property
+    def train_samples(self) -> int:
+        """Samples to train on; of an iterable dataset those that an epoch takes."""
+        if self.splits.steps_per_epoch is not None:
+            return self.splits.steps_per_epoch * self.config.data.global_batch_size
+        return len(cast(Sized, self.splits.train))
 
     @property
     def workers(self) -> int:
@@ -157,32 +183,36 @@ class Context:
         """This rank's share of each global batch; order and augmentation are functions of (seed, stage, epoch, sample id)."""
         data, seed = self.config.data, derive_key("stage", self.config.run.seed, stage)
         sampler = ElasticDistributedSampler(
-            cast(Sized, self.splits.train),
+            range(self.train_samples),
             self.world.world_size,
             self.world.rank,
+            shuffle=self.splits.steps_per_epoch is None,
             seed=seed,
             drop_last=data.drop_last,
             global_batch_size=data.global_batch_size,
         )
-        return TrainLoader(self.source(self.splits.train, seed), sampler, data.micro_batch_size)
+        mix = Mix(data.mix, seed) if stage == "train" and (data.mix.mixup or data.mix.cutmix) else NoMix()
+        return TrainLoader(self.source(self.splits.train, seed), sampler, data.micro_batch_size, mix)
 
     def probe_inputs(self, rows: int = 16) -> torch.Tensor:
         """The first rows of the evaluation set, as a model takes them: float32 [rows, C, H, W], on the CPU, contiguous."""
-        batches = EvaluationLoader(self.source(self.splits.eval, self.config.run.seed), rows, 1, 0, rows)
+        batches = EvaluationLoader(self._evaluation_source, rows, 1, 0, rows)
         return next(iter(batches)).inputs.cpu().contiguous()
 
     def evaluation_batches(self) -> EvaluationLoader:
         """This rank's part of the evaluation set."""
         size = self.config.data.eval_batch_size
         limit = 2 * size * self.world.world_size if self.config.debug.fast_dev_run else None
-        return EvaluationLoader(
-            self.source(self.splits.eval, self.config.run.seed), size, self.world.world_size, self.world.rank, limit
-        )
+        return EvaluationLoader(self._evaluation_source, size, self.world.world_size, self.world.rank, limit)
 
     def evaluate(self, model: nn.Module) -> Evaluation:
-        """Evaluates a model in the config's precision. Collective."""
+        """Evaluates a model in the config's precision; samples that were left out are counted as `skipped_samples`. Collective."""
         model.eval()
-        return evaluate(model, self.evaluation_batches(), self.task, self.world, self.strategy.autocast)
+        batches = self.evaluation_batches()
+        found = evaluate(model, batches, self.task, self.world, self.strategy.autocast)
+        if found.metrics["count"] < batches.total:
+            found.metrics["skipped_samples"] = batches.total - int(found.metrics["count"])
+        return found
 
     def evaluate_prepared(self, prepared: nn.Module) -> Evaluation:
         """Like `evaluate`, without letting the evaluation set into the ranges."""

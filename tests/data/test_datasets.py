@@ -13,9 +13,11 @@ import torchvision
 
 from dist_train import registry
 from dist_train.config_data import DataConfig
-from dist_train.data import datasets
+from dist_train.data import idx as idx_files
+from dist_train.data.arguments import cache_folder
 from dist_train.data.arrays import ImageArrays, Splits
-from dist_train.data.datasets import cache_folder, digits, fake, fashion_mnist
+from dist_train.data.datasets import digits, fake
+from dist_train.data.idx import fashion_mnist
 from dist_train.errors import ConfigError, DataError
 
 
@@ -73,7 +75,7 @@ def test_digits_constants_are_those_of_the_training_split() -> None:
     assert splits.mean == pytest.approx(mean, abs=5e-5) and splits.std == pytest.approx(std, abs=5e-5)
 
 
-@pytest.mark.skipif(not datasets._DEBIAN_FASHION_MNIST.is_dir(), reason="apt-get install dataset-fashion-mnist")
+@pytest.mark.skipif(not idx_files._DEBIAN_FASHION_MNIST.is_dir(), reason="apt-get install dataset-fashion-mnist")
 def test_fashion_mnist_of_debian() -> None:
     splits = fashion_mnist(DataConfig(name="fashion_mnist"))
     train, evaluation = image_arrays(splits)
@@ -144,7 +146,7 @@ def test_a_missing_file_and_files_that_do_not_fit_are_named(tmp_path: Path) -> N
 def test_a_download_goes_to_the_cache_and_its_failure_says_what_to_type(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets, "_DEBIAN_FASHION_MNIST", tmp_path / "absent")
+    monkeypatch.setattr(idx_files, "_DEBIAN_FASHION_MNIST", tmp_path / "absent")
     data = DataConfig(name="fashion_mnist", cache_dir=tmp_path)
 
     def unreachable(*_: Any, **__: Any) -> None:
