@@ -272,7 +272,10 @@ models = Registry(
         )
         for name in TORCHVISION_SEGMENTATION_MODELS
     }
-    | {name: Entry("dist_train.models.quantizable:build") for name in TORCHVISION_QUANTIZABLE_MODELS}
+    | {
+        name: Entry("dist_train.models.quantizable:build", weights="dist_train.models.quantizable:float_weights")
+        for name in TORCHVISION_QUANTIZABLE_MODELS
+    }
     | {
         "small_resnet": Entry("dist_train.models.small:small_resnet"),
         "small_fcn": Entry("dist_train.models.small:small_fcn"),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torchvision.models
-from torch import nn
+from torch import Tensor, nn
+
+from dist_train.models.first_conv import replace_first_conv
+from dist_train.models.torchvision import named_weights
+
+_PREFIX = "quantized_"
 
 
 def build(name: str, num_classes: int, in_channels: int, **args: Any) -> nn.Module:
@@ -19,15 +24,10 @@ def build(name: str, num_classes: int, in_channels: int, **args: Any) -> nn.Modu
         settings |= {"aux_logits": False, "init_weights": True}
     model: nn.Module = torchvision.models.get_model(name, **(settings | args))
     if in_channels != 3:
-        _replace_first_convolution(model, in_channels)
+        replace_first_conv(model, in_channels)
     return model
 
 
-def _replace_first_convolution(model: nn.Module, in_channels: int) -> None:
-    """The first Conv2d, in the order of the modules, gets another number of input channels and new weights."""
-    name, old = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
-    owner, _, attribute = name.rpartition(".")
-    names = set(inspect.signature(nn.Conv2d).parameters) - {"in_channels", "bias", "device", "dtype"}
-    settings = {key: getattr(old, key) for key in names}
-    new = nn.Conv2d(in_channels=in_channels, bias=old.bias is not None, **settings)
-    setattr(model.get_submodule(owner), attribute, new)
+def float_weights(name: str, weights: str) -> Callable[[], dict[str, Tensor]]:
+    """As `torchvision.named_weights`, of the plain model: the quantizable one has the same parameters under the same names."""
+    return named_weights(name.removeprefix(_PREFIX), weights)
