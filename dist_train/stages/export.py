@@ -95,7 +95,10 @@ class Export(Stage):
     ) -> None:
         """torch.ao's integer models go into no other runtime (packed weights): both are timed as frozen TorchScript."""
         rows = context.probe["inputs"]
-        calls: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"fp32": trace(float_model, context.example(2)), "int8": int8}
+        calls: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+            "fp32": trace(float_model, context.example(2)),
+            "int8": int8,
+        }
         times = compare_latency(
             calls, lambda count: rows[torch.arange(count) % len(rows)], self.settings.latency_batch_sizes
         )
