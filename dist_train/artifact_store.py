@@ -182,7 +182,10 @@ def find_artifact(path: Path) -> Path:
         for each in (candidate, _aside(candidate)):  # the older one, where a replacement was killed between its renames
             if (each / MANIFEST).is_file() or (candidate == folder and (each / "model.pt2").is_file()):
                 return each
-    raise ArtifactError(f"there is no artifact at {path}", "name the export directory, as in runs/NAME/export")
+    raise ArtifactError(
+        f"there is no artifact at {path}",
+        "name an export directory, as in runs/NAME/export; to write one: dist-train export runs/NAME",
+    )
 
 
 def read_artifact(directory: Path) -> tuple[dict[str, Any], dict[str, bytes]]:

@@ -135,7 +135,7 @@ def _stages_installed(config: Config, environ: Mapping[str, str]) -> Iterator[Pr
         yield from _installed("stages", registry.stages, name)
 
 
-@_about("stages", "export.models", "export.formats", "qat.backend")
+@_about("stages", "export.models", "export.formats", "qat.backend", "half.dtype")
 def _exports(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     if "export" not in config.stages:
         return
@@ -149,10 +149,14 @@ def _exports(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
             hint = f"add {stage} to the stages, or leave {name} out of export.models"
             yield Problem("export.models", f"{name!r} needs the stage {stage!r}", hint=hint)
     int8 = "int8" in (config.export.models or ("int8",)) and "convert" in config.stages
+    half = "half" in (config.export.models or ([] if int8 else config.stages))
     for format in dict.fromkeys(config.export.formats):
         if format == "pt2":
             continue
         yield from _installed("export.formats", registry.export_formats, format)
+        if half and format in ("onnx", "openvino") and config.half.dtype != "fp16":
+            message = f"{format!r} cannot be written of bf16, which half.dtype {config.half.dtype!r} is or may be"
+            yield Problem("export.formats", message, hint="--half.dtype fp16, or --export.models '[fp32]'")
         if int8 and config.qat.backend in ("fx", "eager"):
             message = (
                 f"{name!r} cannot be written of the TorchScript that the backend {config.qat.backend!r} makes of int8"

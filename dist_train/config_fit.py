@@ -145,9 +145,9 @@ class ExportConfig(Settings):
     models: Annotated[list[Literal["fp32", "half", "int8"]], Field(json_schema_extra=FREE)] | None = None
     """Models to export, the first one as `model.*`; None: int8 where `convert` ran, else half, else fp32."""
     latency: bool = True
-    """Time the FP32 and the int8 model in the same runtime on rank 0."""
+    """Time the FP32, the half and the int8 model on rank 0, in the same runtime where it is right for them."""
     latency_batch_sizes: list[PositiveInt] = [1, 32]
     deadline: Annotated[PositiveFloat, Field(json_schema_extra=FREE)] = 900.0
     """Seconds that the ranks wait for rank 0 to export."""
     artifact_bound: Annotated[float, Field(ge=0, json_schema_extra=FREE)] = 1e-5
-    """Gate: largest difference of the artifact's outputs, loaded in a fresh process, from the converted model's."""
+    """Gate: largest difference of the artifact's outputs, loaded in a fresh process, from those of the models in memory."""

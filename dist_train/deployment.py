@@ -59,18 +59,19 @@ def deploy_int8(program: Program, outputs: Tensor) -> Deployable:
 
 @torch.no_grad()
 def _exported(name: str, model: nn.Module, probe: Tensor, half: str | None) -> Deployable:
-    program = Program("pt2", program_bytes(export_module(model, probe[:2])))
+    program = Program("pt2", program_bytes(export_module(model, probe)))
     return Deployable(name, program, model(probe), Candidate(model, model, half))
 
 
 def export_module(model: nn.Module, example: Tensor) -> ExportedProgram:
-    """A float or half model as a program whose batch size is free. Of `example` the shape counts; it has two rows or more.
+    """A float or half model as a program whose batch size is free. Of `example`, [B, C, H, W], the shape without B counts.
 
     Raises:
         ArtifactError: torch.export cannot trace it.
     """
     try:
-        return torch.export.export(model, (torch.zeros_like(example),), dynamic_shapes=({0: Dim("batch", min=1)},))
+        zeros = torch.zeros(2, *example.shape[1:])  # one row would make the batch size a constant
+        return torch.export.export(model, (zeros,), dynamic_shapes=({0: Dim("batch", min=1)},))
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ArtifactError(
@@ -143,7 +144,7 @@ def write_format(each: Deployable, name: str, probe: Tensor, threads: int) -> Wr
         )
     write: Callable[..., Written] = registry.export_formats.get(name)
     try:
-        return write(each.candidate.source, probe[:2], threads)
+        return write(each.candidate.source, probe, threads)
     except LoweringUnavailable as reason:
         hint = "take another format or model: --format onnx, --model fp32"
         if each.name in HALF:

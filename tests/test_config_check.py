@@ -43,6 +43,11 @@ def places(tree: dict[str, Any], environ: dict[str, str] | None = None) -> list[
         *(({"stages": stages}, []) for stages in (["train", "export"], ["train", "half", "export"])),
         ({"stages": ["train", "export"], "export": {"models": ["fp32", "half", "int8"]}}, ["export.models"] * 2),
         ({"export": {"formats": ["executorch"]}}, ["export.formats"]),
+        ({"stages": ["train", "half", "export"], "export": {"formats": ["onnx", "executorch"]}}, ["export.formats"]),
+        (
+            {"stages": ["train", "half", "export"], "export": {"formats": ["onnx"]}, "half": {"dtype": "fp16"}},
+            [],
+        ),
         ({"stages": ["train", "export"], "export": {"formats": ["executorch", "onnx"]}}, []),
         ({"stages": ["ptq", "convert"], "model": {"name": "resnet18"}}, ["stages"]),
         ({"stages": ["ptq", "convert"], "model": {"name": "resnet18", "args": {"weights": "DEFAULT"}}}, []),

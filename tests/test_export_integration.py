@@ -24,7 +24,7 @@ from dist_train.data.datasets import fake
 from dist_train.half import HalfModel
 from dist_train.models.small import mlp
 from dist_train.run_dir import RunDir, read_json
-from tests.ranks import Ranks, train_done
+from tests.ranks import Ranks, train, train_done
 
 ARGS: dict[str, Any] = {"num_train": 203, "num_eval": 61, "num_classes": 6, "channels": 1, "height": 8, "width": 8}
 CONFIG = f"""
@@ -333,7 +333,22 @@ def test_mistakes_of_evaluate_say_what_is_wrong(
     assert said in capsys.readouterr().err
 
 
-# ---- the int8 artifact with everything
+# ---- interrupted, and with everything
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_killed_in_export_resumes_with_what_half_had_chosen(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    command = ["run", str(config(tmp_path, "[train, half, export]")), "--run.dir", str(directory)]
+    with train(1, *command, "--half.dtype", "fp16") as ranks:
+        assert ranks.until(lambda: CheckpointFolder(RunDir(directory).checkpoints).latest == "half-end")
+        ranks.kill()
+    assert read_json(RunDir(directory).status)["state"] == "running"
+    printed = train_done(1, *command, "--half.dtype", "fp16")
+    assert "after half" in printed
+    assert verify_artifact(directory)["default"] == "fp16"
+    assert set(read_json(RunDir(directory).results)["models"]) == {"fp32", "fp16"}
 
 
 @pytest.mark.slow

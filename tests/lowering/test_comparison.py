@@ -1,0 +1,43 @@
+"""Models side by side: each in a runtime that is right for it, and no time for a wrong answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dist_train.half import HalfModel
+from dist_train.lowering import Lowered, LoweringUnavailable
+from dist_train.lowering.comparison import Candidate, relative_difference, require_same_answers, time_models
+from dist_train.lowering.openvino import computes_in, missing_modules
+from tests.converted_nets import float_net, images
+
+needs_openvino = pytest.mark.skipif(bool(missing_modules()), reason=f"not installed: {', '.join(missing_modules())}")
+
+
+@needs_openvino
+@pytest.mark.parametrize(("name", "precision"), [("bf16", "bf16"), ("fp16", "f16")])
+def test_half_is_timed_in_the_runtime_of_the_others_where_it_computes_in_half(name, precision, program, converted):
+    net = float_net()
+    half = HalfModel(net, name)
+    candidates = {
+        "fp32": Candidate(net, net),
+        name: Candidate(half, half, name),
+        "int8": Candidate(converted, program),
+    }
+    times, runtimes = time_models(candidates, images, [1], 1)
+    expected = "openvino" if computes_in(precision) else "eager"
+    assert runtimes == {"fp32": "openvino", name: expected, "int8": "openvino"}
+    assert all(each["1"] > 0 for each in times.values())
+
+
+def test_wrong_answers_are_not_timed():
+    wrong = Lowered("swift", lambda batch: -float_net()(batch))
+    with pytest.raises(LoweringUnavailable, match=r"swift answers differently for fp32 at batch 3 \(2 of the largest"):
+        require_same_answers("fp32", wrong, float_net(), images(3))
+    nan = Lowered("swift", lambda batch: float_net()(batch) * float("nan"))
+    with pytest.raises(LoweringUnavailable, match="nan of the largest"):
+        require_same_answers("fp32", nan, float_net(), images(3))
+
+
+def test_a_difference_is_in_units_of_the_largest_output():
+    assert relative_difference(lambda x: x + 1, lambda x: x, torch.tensor([2.0, -4.0])) == 0.25
