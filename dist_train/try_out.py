@@ -10,10 +10,13 @@ from torch.utils.data import IterableDataset, default_collate
 
 from dist_train import registry
 from dist_train.config import Config
+from dist_train.config_data import DataConfig
 from dist_train.data.arrays import ImageArrays, Splits
-from dist_train.errors import DataError
+from dist_train.errors import ConfigError, DataError, Problem
 from dist_train.tasks import Task
 from dist_train.world import World
+
+_MOVING = ("random_crop", "random_horizontal_flip", "random_resized_crop", "rand_augment")
 
 
 @torch.no_grad()
@@ -21,11 +24,14 @@ def try_out(config: Config, model: nn.Module, splits: Splits, task: Task, world:
     """Looks at the targets, and sends two images of zeros through the model, in eval and in train mode. Changes nothing.
 
     Raises:
+        ConfigError: an augmentation would move the images and leave their masks.
         DataError: targets are not the task's, or the model's outputs are not those of the data.
     """
     targets = _targets(splits)
     for each in targets:
         task.check_targets(each)
+        if each.dim() > 2 and each.shape[-2:] == splits.input_shape[-2:]:
+            _require_masks_follow(config.data)
     inputs = torch.zeros(2, *splits.input_shape, device=world.device)
     outputs = _one_tensor(_forward(config, model.eval(), inputs))
     task.check_outputs(outputs)
@@ -48,6 +54,17 @@ def _targets(splits: Splits) -> list[torch.Tensor]:
                 collated = default_collate([item[1]])
                 found += [collated] if isinstance(collated, torch.Tensor) else []
     return found
+
+
+def _require_masks_follow(data: DataConfig) -> None:
+    """Targets that are images themselves stay where they are: what moves pixels is refused."""
+    moving = [step.name for step in data.augment if step.name in _MOVING] + (["cutmix"] if data.mix.cutmix else [])
+    if moving:
+        message = (
+            f"{', '.join(moving)} would move the images' pixels, and the targets, which are masks, stay as they are"
+        )
+        hint = "remove it; color_jitter and random_erasing are safe, or move both in a map-style dataset's __getitem__"
+        raise ConfigError([Problem("data.augment" if data.augment else "data.mix.cutmix", message, hint=hint)])
 
 
 def _forward(config: Config, model: nn.Module, inputs: torch.Tensor) -> Any:

@@ -37,6 +37,14 @@ def test_lines_come_at_an_interval_and_at_the_last_step(monkeypatch: pytest.Monk
     assert 3 <= len(stream.getvalue().splitlines()) <= 20
 
 
+def test_the_score_goes_by_the_tasks_name() -> None:
+    stream = io.StringIO()
+    progress = Progress(True, 1e6, stream)
+    progress.begin("train", 1, 0, "mae")
+    progress.step(1, 64, loss=0.5, score=0.25, lr=0.1)
+    assert "  mae 0.250  " in stream.getvalue() and "acc" not in stream.getvalue()
+
+
 def test_a_resumed_stage_counts_on_from_where_it_was() -> None:
     stream = io.StringIO()
     steps(Progress(True, 1e-9, stream), 40, 43)

@@ -145,6 +145,39 @@ def test_wrong_arrays_are_refused() -> None:
             wrong()
 
 
+@pytest.mark.parametrize(
+    "targets",
+    [
+        torch.rand(20),
+        torch.rand(20, 4),
+        torch.randint(0, 2, (20, 3)),
+        torch.randint(0, 9, (20, 5, 4), dtype=torch.uint8),
+    ],
+)
+def test_targets_of_any_shape_are_stored_and_hashed(targets: torch.Tensor, tmp_path: Path) -> None:
+    images = arrays_of().images
+
+    def make() -> Splits:
+        made = ImageArrays(images, targets)
+        return Splits(made, made, mean=(0.5,) * 3, std=(0.5,) * 3, num_outputs=4)
+
+    splits = open_splits(make, tmp_path, World())
+    assert isinstance(splits.train, ImageArrays) and splits.train.targets.dtype == targets.dtype
+    assert torch.equal(splits.train.gather(np.array([7, 3])).targets, targets[[7, 3]])
+    assert (splits.num_outputs, splits.num_classes, splits.classes) == (4, 0, ())
+    changed = targets.clone()
+    changed.view(-1)[0] += 1
+    assert ImageArrays(images, changed).write(tmp_path) not in splits.fingerprint
+
+
+def test_a_dataset_says_what_a_model_puts_out() -> None:
+    assert splits_of(arrays_of(), arrays_of()).num_outputs == 7
+    with pytest.raises(DataError, match="what a model puts out"):
+        Splits(arrays_of(), arrays_of(), mean=(0.5,) * 3, std=(0.5,) * 3)
+    with pytest.raises(DataError, match="nothing to tell apart"):
+        Splits(arrays_of(), arrays_of(), mean=(0.5,) * 3, std=(0.5,) * 3, num_outputs=7)
+
+
 def test_the_input_shape_is_read_from_the_data() -> None:
     assert splits_of(arrays_of(), arrays_of()).input_shape == (3, 5, 4)
     pairs = TensorDataset(torch.zeros(2, 1, 6, 7), torch.zeros(2))

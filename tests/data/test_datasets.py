@@ -192,6 +192,22 @@ def test_fake_images_can_be_learned_and_are_normalized_by_their_constants() -> N
     assert splits.mean == pytest.approx(mean, abs=0.05) and splits.std == pytest.approx(std, abs=0.03)
 
 
+@pytest.mark.parametrize("kind", ["multilabel", "regression", "segmentation"])
+def test_fake_images_have_targets_of_other_tasks(kind: str) -> None:
+    args = {"kind": kind, "num_train": 40, "num_eval": 10, "num_classes": 3, "channels": 2, "height": 9, "width": 7}
+    splits, again = (fake(DataConfig(name="fake", args=args)) for _ in range(2))
+    targets = image_arrays(splits)[0].targets
+    assert splits.num_outputs == 3 and splits.input_shape == (2, 9, 7)
+    assert torch.equal(targets, image_arrays(again)[0].targets)
+    if kind == "segmentation":
+        assert targets.shape == (40, 9, 7) and targets.unique().tolist() == [0, 1, 2, 255]
+        assert (targets[:, 0] == 255).all() and (targets[:, 1:-1, 1:-1] != 255).all()
+    else:
+        assert targets.shape == (40, 3) and targets.dtype == torch.float32
+        assert splits.num_classes == (3 if kind == "multilabel" else 0)
+        assert targets.unique().tolist() == [0, 1] if kind == "multilabel" else float(targets.min()) < 0
+
+
 def test_wrong_arguments_are_all_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         fake(DataConfig(name="fake", args={"num_train": 0, "hight": 8}))
