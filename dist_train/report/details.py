@@ -25,16 +25,12 @@ def details_section(run: RunRecord, several: bool) -> Html:
 
 
 def _title(name: str, run: RunRecord) -> Html:
-    wrong = [sample for sample in run.details[name]["worst"] if sample["target"] != sample["decision"]]
     matrix = tables.confusion(run.details[name])
     if matrix is None:
         return element("b", name)
-    errors = sum(map(sum, matrix)) - sum(row[place] for place, row in enumerate(matrix))
-    return (
-        Html(element("b", name) + element("span", f" {errors:g} of {sum(map(sum, matrix)):g} wrong", class_="facts"))
-        if wrong or errors
-        else Html(element("b", name) + element("span", " none wrong", class_="facts"))
-    )
+    count = sum(map(sum, matrix))
+    wrong = count - sum(row[place] for place, row in enumerate(matrix))
+    return Html(element("b", name) + element("span", f" {wrong:g} of {count:g} wrong", class_="facts"))
 
 
 def _per_class(run: RunRecord) -> Html:

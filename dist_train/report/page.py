@@ -90,9 +90,9 @@ def _tiles(run: RunRecord) -> Html:
     models, gates = run.results.get("models", {}), run.results.get("gates", {})
     shown = tables.shown_results([run])
     made = []
-    for row in shown.rows:
+    for row in {row[1]: row for row in (*shown.rows[:1], *shown.rows[-1:])}.values():
         figures = dict(zip(shown.headers, row, strict=True))
-        if figures["model"] in ("fp32", "int8") and len(shown.headers) > 2:
+        if figures["samples"] != "-":
             made.append((shown.headers[2] + ", " + figures["model"], row[2], f"{figures['samples']} samples"))
     sizes = [models.get(name, {}).get("bytes") for name in ("fp32", "int8")]
     if all(sizes):

@@ -72,7 +72,11 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
 
 
 def _read(run_dir: RunDir, label: str, config: dict[str, Any]) -> RunRecord:
-    details = {path.stem: read_json(path) for path in sorted(run_dir.report.glob("[!.]*.json"))}
+    found = {path.stem: read_json(path) for path in sorted(run_dir.report.glob("[!.]*.json"))}
+    # What else a user keeps there is not ours to read.
+    details = {
+        name: each for name, each in found.items() if isinstance(each, dict) and {"metrics", "worst"} <= set(each)
+    }
     results = read_json(run_dir.results) or {}
     order = dict.fromkeys([*results.get("models", {}), *details])
     return RunRecord(

@@ -231,7 +231,7 @@ class Context:
         if self.world.is_main:
             path = self.run_dir.details(model)
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_json(path, {"model": model, "classes": list(self.splits.classes), **found})
+            replace_json(path, {"model": model, "classes": list(self.splits.classes or ()), **found})
 
     def gate(self, name: str, value: float, bound: float, passed: bool, hint: str) -> None:
         """Records a measured fidelity; rank 0 writes results.json before a failure ends the run.
