@@ -68,7 +68,7 @@ def evaluate(
 
 def metric_names(task: Task) -> list[str]:
     """What an evaluation measures, beside `count`: the names that `select_by` may give."""
-    return [*task.metrics().keys(keep_base=False), "loss"]
+    return [*(str(name) for name in task.metrics().keys(keep_base=False)), "loss"]
 
 
 def agreement(left: Evaluation, right: Evaluation, task: Task, world: World) -> float:
