@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dist_train.cli import main
 from dist_train.config import Config
 from dist_train.config_advice import idle_settings, too_many_workers
 from dist_train.config_sources import load
@@ -101,3 +102,12 @@ def test_what_does_nothing_in_so_few_steps_is_said(
     config = Config.model_validate({section: settings})
     found = list(idle_settings(section, getattr(config, section), epochs, steps))
     assert [problem.place for problem in found] == places and all(problem.hint for problem in found)
+
+
+def test_config_check_says_the_warnings_and_that_the_configuration_is_right(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(FILE)
+    assert main(["config", "check", str(tmp_path / "c.yaml"), *BATCH]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("warning: train.optim.lr") and "c.yaml is right: train in " in printed

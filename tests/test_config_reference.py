@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
+from dist_train.cli import main
 from dist_train.config import Config, leaves
 from dist_train.config_base import Settings
 from dist_train.config_reference import reference
@@ -56,7 +59,7 @@ def test_meanings_are_those_of_the_docstrings_in_one_line() -> None:
     assert _tables()["data"]["global_batch_size"][3] == meaning
 
 
-def test_a_third_partys_stage_has_a_table(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_third_partys_stage_has_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     from dist_train import registry
     from dist_train.registry import Entry
 
@@ -68,3 +71,8 @@ def test_a_third_partys_stage_has_a_table(monkeypatch) -> None:  # type: ignore[
         registry.stages, "_entries", {**registry.stages._entries, "prune": Entry("json:loads", settings=Prune)}
     )
     assert _tables()["prune"]["share"] == ["float", "`0.5`", "fixed", r"Weights \| channels to remove."]
+
+
+def test_the_command_prints_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "reference"]) == 0
+    assert capsys.readouterr().out == reference()
