@@ -21,9 +21,10 @@ data:
   args: {num_train: 203, num_eval: 61, num_classes: 6, channels: 1, height: 8, width: 8}
   global_batch_size: 20
 model: {name: stub_net}
-train: {epochs: 2, optim: {lr: 0.05}}
+train: {epochs: 5, optim: {lr: 0.2}}
 ptq: {samples: 64}
 qat: {epochs: 3, optim: {lr: 0.01}, ema_decay: 0.9}
+convert: {agreement_bound: 0.95}
 export: {latency_batch_sizes: [1]}
 checkpoint: {every_steps: 4}
 """
