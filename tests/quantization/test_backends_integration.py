@@ -84,10 +84,10 @@ def test_killed_in_qat_a_run_ends_with_the_bytes_of_an_undisturbed_one(
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     train_done(2, *command(config, undisturbed, backend))
     with train(2, *command(config, killed, backend)) as ranks:
-        folder = CheckpointFolder(RunDir(killed).checkpoints)
-        assert ranks.until(lambda: "qat-00000016" in folder.names()), ranks.printed()
+        checkpoints = RunDir(killed).checkpoints
+        assert ranks.until((checkpoints / "qat-00000016").exists), ranks.printed()
         ranks.kill()
-    assert "qat-end" not in folder.names()
+    assert "qat-end" not in CheckpointFolder(checkpoints).names()
     train_done(2, *command(config, killed, backend))
     expected, found = tensors(undisturbed), tensors(killed)
     assert found.keys() == expected.keys()
