@@ -20,11 +20,11 @@ from dist_train.world import World
 class StubNet(nn.Module):
     """Two convolutions with different batch norms, one with a bias, a residual addition, dropout, a head; and a part never called."""
 
-    def __init__(self, num_classes: int = 5, in_channels: int = 3) -> None:
+    def __init__(self, num_classes: int = 5, in_channels: int = 3, momentum: float = 0.01) -> None:
         super().__init__()
         self.quant, self.dequant = QuantStub(), DeQuantStub()
         self.conv1 = nn.Conv2d(in_channels, 8, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(8, eps=1e-3, momentum=0.01)
+        self.bn1 = nn.BatchNorm2d(8, eps=1e-3, momentum=momentum)
         self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
         self.bn2 = nn.BatchNorm2d(8, eps=1e-2, momentum=0.3)
@@ -44,7 +44,7 @@ class StubNet(nn.Module):
 
 @dist_train.register_model("stub_net")
 def stub_net(num_classes: int, in_channels: int) -> nn.Module:
-    return StubNet(num_classes, in_channels)
+    return StubNet(num_classes, in_channels, momentum=0.2)  # so that a run of few steps has statistics
 
 
 def backend(name: str, engine: str = "auto") -> QuantizationBackend:

@@ -13,6 +13,10 @@ version is refused. To move to a new one, look at what is listed here, run tests
     node.meta["nn_module_stack"]                the module path of a node, for names and messages
     nn.Module._load_from_state_dict             overridden by ActivationFakeQuantize to follow its `initialized` buffer
     torch._dynamo.exc                           the errors of a strict export
+    torch.ao.quantization                       deprecated; torch_ao.py imports all that fx and eager use, and says so where it is gone
+    torch.ao.quantization.observer._with_args   how its qconfigs are compared; `activation_post_process` of a fake-quantize module
+    torch.ao.nn.intrinsic.qat                   that fusing keeps the tensors of batch norms (`statistics_names`)
+    ___torch_mangle_<n>, .debug_pkl             what torchscript.py takes out of an archive
 """
 
 from __future__ import annotations

@@ -21,9 +21,10 @@ data:
   args: {num_train: 203, num_eval: 61, num_classes: 6, channels: 1, height: 8, width: 8}
   global_batch_size: 20
 model: {name: stub_net}
-train: {epochs: 2, optim: {lr: 0.05}}
+train: {epochs: 5, optim: {lr: 0.2}}
 ptq: {samples: 64}
 qat: {epochs: 3, optim: {lr: 0.01}, ema_decay: 0.9}
+convert: {agreement_bound: 0.95}
 export: {latency_batch_sizes: [1]}
 checkpoint: {every_steps: 4}
 """
@@ -83,10 +84,10 @@ def test_killed_in_qat_a_run_ends_with_the_bytes_of_an_undisturbed_one(
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     train_done(2, *command(config, undisturbed, backend))
     with train(2, *command(config, killed, backend)) as ranks:
-        folder = CheckpointFolder(RunDir(killed).checkpoints)
-        assert ranks.until(lambda: "qat-00000016" in folder.names()), ranks.printed()
+        checkpoints = RunDir(killed).checkpoints
+        assert ranks.until((checkpoints / "qat-00000016").exists), ranks.printed()
         ranks.kill()
-    assert "qat-end" not in folder.names()
+    assert "qat-end" not in CheckpointFolder(checkpoints).names()
     train_done(2, *command(config, killed, backend))
     expected, found = tensors(undisturbed), tensors(killed)
     assert found.keys() == expected.keys()

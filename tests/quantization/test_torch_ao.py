@@ -341,7 +341,7 @@ for name in ("fx", "eager"):
     try:
         registry.quantization_backends.get(name)
     except QuantizationError as error:
-        print(name, error, "|", error.hint)
+        print(name, str(error).splitlines()[0], "|", error.hint)
 registry.quantization_backends.get("pt2e")
 """)
     assert [line.split()[0] for line in printed.splitlines()] == BACKENDS
