@@ -19,7 +19,6 @@ from dist_train.quantization.ranges import Ranges
 from dist_train.strategies.data_parallel import DP, Replicated
 from dist_train.strategies.single import Single
 from dist_train.world import World
-from tests.faulty_parts import Centre
 from tests.fits import flat, make, normed
 from tests.quantization.tiny_nets import TinyNet, calibrate
 
@@ -63,6 +62,20 @@ def apply_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         return [replica(*arguments) for replica, arguments in zip(replicas, inputs, strict=True)]
 
     monkeypatch.setattr(importlib.import_module("torch.nn.parallel.data_parallel"), "parallel_apply", in_turn)
+
+
+class Centre(nn.Module):
+    """Subtracts a mean that it learns from the rows that it is given."""
+
+    centre: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.centre.lerp_(x.detach().mean().view(1), 0.1)
+        return x - self.centre
 
 
 class CPUDP(DP):

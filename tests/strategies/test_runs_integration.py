@@ -16,7 +16,7 @@ from tests.ranks import train_done
 
 SMALL = {
     "data": {"name": "digits", "global_batch_size": 256, "workers": 0},
-    "model": {"name": "mlp"},
+    "model": {"name": "mlp", "args": {"size": 8}},
     "train": {"epochs": 1},
     "qat": {"epochs": 1},
 }
@@ -65,6 +65,7 @@ def test_quantization_aware_training_and_conversion_run_under_autocast(precision
         precision=precision,
         stages=["train", "ptq", "qat", "convert"],
         model={"name": "small_resnet", "args": {"width": 4, "blocks": 1}},
+        data={"name": "digits", "global_batch_size": 64, "workers": 0},
         train={"epochs": 4},
         debug={"ledger": True},
     )
@@ -89,7 +90,7 @@ def test_two_nccl_ranks_train_what_one_gpu_trains(tmp_path: Path) -> None:
             "run.device": "cuda",
             "data.name": "digits",
             "data.global_batch_size": "256",
-            "model.name": "mlp",
+            "model": "{name: mlp, args: {size: 8}}",
             "stages": "[train, ptq, qat]",
             "train.epochs": "2",
             "log.every_steps": "1",
