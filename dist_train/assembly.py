@@ -18,6 +18,7 @@ from dist_train.data.arrays import Splits, open_splits
 from dist_train.data.datasets import check_args
 from dist_train.data.loader import seed_everything
 from dist_train.data.permutation import derive_key
+from dist_train.data.stream import PROMISE
 from dist_train.errors import ConfigError, DataError, Problem
 from dist_train.ledger import Ledger, NoLedger
 from dist_train.models.build import build_model, model_arguments
@@ -62,6 +63,13 @@ def make_context(
 ) -> Context:
     """Data, model, task and strategy as the config names them. Collective."""
     splits = _splits(config, world)
+    if splits.steps_per_epoch is not None:
+        if config.debug.ledger:
+            raise DataError(
+                "the training data is a stream, whose items have no ids that a ledger could hold",
+                "--debug.ledger false, or a map-style dataset",
+            )
+        progress.say(PROMISE)
     model = _model(config, splits, world)
     task: Task = registry.tasks.get(config.task.name)(splits.num_classes, config.task.args)
     _try_out(model, splits, task, world)

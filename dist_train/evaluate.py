@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from dist_train.data.arrays import Batch
+from dist_train.data.loader import EvaluationLoader
 from dist_train.errors import NonFiniteLossError
 from dist_train.tasks import Task
 from dist_train.world import World
@@ -35,7 +36,8 @@ def evaluate(
     """Evaluates a model that is in eval mode already. Collective: every rank calls it, with its own part of the data.
 
     Returns:
-        metrics: the task's, plus `loss` (mean) and `count`, the samples evaluated over all ranks.
+        metrics: the task's, plus `loss` (mean) and `count`, the samples evaluated over all ranks; `skipped_samples` where some of an
+            evaluation set cannot be decoded, which `count` leaves out.
 
     Raises:
         NonFiniteLossError: on every rank.
@@ -63,7 +65,10 @@ def evaluate(
             "lower the learning rate or set clip_grad_norm; the checkpoints of earlier epochs are whole",
         )
     own = torch.cat(decisions).cpu() if decisions else torch.empty(0, dtype=torch.int64)
-    return Evaluation({**values, "loss": float(sums[0]) / max(count, 1), "count": count}, own)
+    counts = {"count": count}
+    if isinstance(batches, EvaluationLoader) and count < batches.total:
+        counts["skipped_samples"] = batches.total - count
+    return Evaluation({**values, "loss": float(sums[0]) / max(count, 1), **counts}, own)
 
 
 def agreement(left: Evaluation, right: Evaluation, task: Task, world: World) -> float:

@@ -54,4 +54,6 @@ def print_results(results: dict[str, Any]) -> None:
 def _metric(name: str, value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, int):
+        return str(value)
     return f"{value * 100:.2f} %" if name.startswith("top") else f"{value:.4f}"
