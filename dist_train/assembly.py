@@ -23,6 +23,7 @@ from dist_train.data.arrays import ImageArrays, Splits, open_splits
 from dist_train.data.datasets import check_args
 from dist_train.data.loader import seed_everything
 from dist_train.data.permutation import derive_key
+from dist_train.data.stream import PROMISE
 from dist_train.epoch_line import check_epoch_format
 from dist_train.errors import ConfigError, DataError, Problem
 from dist_train.evaluate import metric_names
@@ -104,6 +105,13 @@ def make_context(
 ) -> Context:
     """Data, model, task and strategy as the config names them. Collective."""
     splits = _splits(config, world)
+    if splits.steps_per_epoch is not None:
+        if config.debug.ledger:
+            raise DataError(
+                "the training data is a stream, whose items have no ids that a ledger could hold",
+                "--debug.ledger false, or a map-style dataset",
+            )
+        progress.say(PROMISE)
     model = _model(config, splits, world)
     folder = CheckpointFolder(run_dir.checkpoints)
     weights = (

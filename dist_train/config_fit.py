@@ -142,7 +142,7 @@ class ExportConfig(Settings):
         list[Literal["pt2", "onnx", "openvino", "executorch"]], Field(min_length=1, json_schema_extra=FREE)
     ] = ["pt2"]
     """Files to write beside the program itself, which is always there (pt2; TorchScript for the fx and eager backends)."""
-    models: Annotated[list[Literal["fp32", "half", "int8"]], Field(json_schema_extra=FREE)] | None = None
+    models: Annotated[list[Literal["fp32", "half", "int8"]] | None, Field(json_schema_extra=FREE)] = None
     """Models to export, the first one as `model.*`; None: int8 where `convert` ran, else half, else fp32."""
     latency: bool = True
     """Time the FP32, the half and the int8 model on rank 0, in the same runtime where it is right for them."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from dist_train.data.arrays import Batch
+from dist_train.data.loader import EvaluationLoader
 from dist_train.details import Details
 from dist_train.errors import NonFiniteLossError
 from dist_train.tasks import Task
@@ -40,7 +41,8 @@ def evaluate(
     """Evaluates a model that is in eval mode already. Collective: every rank calls it, with its own part of the data.
 
     Returns:
-        metrics: the task's, plus `loss` (mean) and `count`, the samples evaluated over all ranks.
+        metrics: the task's, plus `loss` (mean) and `count`, the samples evaluated over all ranks; `skipped_samples` where some of an
+            evaluation set cannot be decoded, which `count` leaves out.
 
     Raises:
         NonFiniteLossError: on every rank.
@@ -71,12 +73,15 @@ def evaluate(
             "lower the learning rate or set clip_grad_norm; the checkpoints of earlier epochs are whole",
         )
     own = torch.cat(decisions).cpu() if decisions else torch.empty(0, dtype=torch.int64)
-    return Evaluation({**values, "loss": float(sums[0]) / max(count, 1), "count": count}, own, details)
+    counts = {"count": count}
+    if isinstance(batches, EvaluationLoader) and count < batches.total:
+        counts["skipped_samples"] = batches.total - count
+    return Evaluation({**values, "loss": float(sums[0]) / max(count, 1), **counts}, own, details)
 
 
 def metric_names(task: Task) -> list[str]:
     """What an evaluation measures, beside `count`: the names that `select_by` may give."""
-    return [*map(str, task.metrics().keys(keep_base=False)), "loss"]
+    return [*(str(name) for name in task.metrics().keys(keep_base=False)), "loss"]
 
 
 def agreement(left: Evaluation, right: Evaluation, task: Task, world: World) -> float:

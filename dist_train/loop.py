@@ -221,7 +221,7 @@ def _report_left_out(run: Fit, state: TrainState, epoch: int) -> None:
         run.trackers.log(run.stage, epoch, state.step - 1, {"skipped_samples": state.left_out})
     if state.left_out:
         run.progress.say(
-            f"{run.stage}: epoch {epoch + 1}/{run.epochs} left out {state.left_out} samples that cannot be decoded"
+            f"{run.stage}: epoch {epoch + 1}/{run.epochs}: samples left out because they cannot be decoded: {state.left_out}"
         )
     state.left_out = 0
 

@@ -65,6 +65,8 @@ def _runtimes(models: dict[str, dict[str, Any]]) -> str:
 def _metric(name: str, value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, int):
+        return str(value)
     return f"{value * 100:.2f} %" if _is_share(name) else f"{value:.4f}"
 
 

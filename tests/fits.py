@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset, IterableDataset
 
+from dist_train.config_data import MixConfig
 from dist_train.config_fit import FitConfig
 from dist_train.config_strategy import Precision
 from dist_train.data.arrays import ImageArrays
 from dist_train.data.augment import Augmentation
 from dist_train.data.loader import EvaluationLoader, Source, TrainLoader
+from dist_train.data.mix import Mix
 from dist_train.data.sampler import ElasticDistributedSampler
 from dist_train.evaluate import Evaluation, evaluate
 from dist_train.hooks import Hook
@@ -144,12 +147,20 @@ def make(
     compile: bool = False,
     checkpoint_every: int | None = None,
     evaluate_with: Callable[[nn.Module], Evaluation] | None = None,
+    dataset: Dataset[Any] | None = None,
+    mix: MixConfig | None = None,
 ) -> Made:
     """A run of the loop over `size` samples; SGD at 0.1 with momentum unless `config` (of FitConfig) says otherwise."""
-    data, augmentation = arrays(size), Augmentation([], seed=0, mean=(0.5,), std=(0.25,))
-    source = Source(data, augmentation, world.device, False, 0, 0)
-    sampler = ElasticDistributedSampler(data, world.world_size, world.rank, seed=5, global_batch_size=batch)
-    loader = TrainLoader(source, sampler, micro)
+    data, augmentation = (
+        arrays(size) if dataset is None else dataset,
+        Augmentation([], seed=0, mean=(0.5,), std=(0.25,)),
+    )
+    streamed = isinstance(data, IterableDataset)
+    source = Source(data, augmentation, world.device, False, 0, 0, skip_corrupt=True, size=size if streamed else None)
+    sampler = ElasticDistributedSampler(
+        range(size), world.world_size, world.rank, shuffle=not streamed, seed=5, global_batch_size=batch
+    )
+    loader = TrainLoader(source, sampler, micro, Mix(mix, 5) if mix else None)
     strategy = (strategy_class or (DDP if world.world_size > 1 else Single))(world, precision)
     chosen_task = task or Classification(CLASSES, {})
     ranges = Ranges(model)

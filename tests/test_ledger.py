@@ -110,6 +110,22 @@ def test_ranks_that_disagree_about_a_skipped_step_are_a_problem(tmp_path: Path) 
     assert check(tmp_path).problems == ["train step 0: some ranks skipped it and some did not"]
 
 
+def test_samples_that_were_left_out_are_accounted_for_and_said(tmp_path: Path) -> None:
+    write(tmp_path, 2, 0, range(6))
+    lines = [json.loads(text) for text in RunDir(tmp_path).ledger_of(1).read_text().splitlines()]
+    gone = lines[1]["ids"]
+    edit(tmp_path, 1, 1, ids=[], left_out=gone)
+    report = check(tmp_path)
+    assert report.ok and report.left_out == {("train", 0): set(gone)}
+    assert report.epochs == {("train", 0): SAMPLES - len(gone), ("train", 1): SAMPLES}
+    assert f"train epoch 0: {len(gone)} samples left out" in str(report)
+    assert "each sample that can be decoded was consumed" in str(report)
+    edit(tmp_path, 1, 1, ids=gone)
+    assert any("consumed and left out" in problem for problem in check(tmp_path).problems)
+    edit(tmp_path, 1, 1, ids=[], left_out=gone[1:])
+    assert not check(tmp_path).ok, "one is neither here nor there"
+
+
 def test_of_a_repeated_step_the_highest_attempt_counts(tmp_path: Path) -> None:
     write(tmp_path, 2, 0, range(5))
     write(tmp_path, 2, 1, range(3, 6))

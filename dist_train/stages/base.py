@@ -206,13 +206,9 @@ class Context:
         return EvaluationLoader(self._evaluation_source, size, self.world.world_size, self.world.rank, limit)
 
     def evaluate(self, model: nn.Module) -> Evaluation:
-        """Evaluates a model in the config's precision; samples that were left out are counted as `skipped_samples`. Collective."""
+        """Evaluates a model in the config's precision. Collective."""
         model.eval()
-        batches = self.evaluation_batches()
-        found = evaluate(model, batches, self.task, self.world, self.strategy.autocast)
-        if found.metrics["count"] < batches.total:
-            found.metrics["skipped_samples"] = batches.total - int(found.metrics["count"])
-        return found
+        return evaluate(model, self.evaluation_batches(), self.task, self.world, self.strategy.autocast)
 
     def evaluate_prepared(self, prepared: nn.Module) -> Evaluation:
         """Like `evaluate`, without letting the evaluation set into the ranges."""

@@ -24,6 +24,7 @@ class Half(Stage):
         require_half(model, context.example(2).to(world.device))
         evaluation = evaluate(model, context.evaluation_batches(), context.task, world)
         context.results["models"][dtype] = dict(evaluation.metrics)
+        context.keep_details(dtype, evaluation)
         return {"dtype": dtype}
 
     def restore(self, context: Context, product: dict[str, Any]) -> None:

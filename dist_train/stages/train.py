@@ -76,7 +76,8 @@ def run_loop(
     steps, epochs = loader.steps_per_epoch, settings.epochs
     if steps == 0:
         raise DataError(
-            "an epoch has no complete global batch, and data.drop_last is true",
+            f"{context.train_samples} samples to train on make no complete global batch of {config.data.global_batch_size}, "
+            "and data.drop_last is true",
             "--data.drop_last false, or a smaller --data.global_batch_size",
         )
     if config.debug.fast_dev_run:

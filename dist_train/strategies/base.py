@@ -23,7 +23,7 @@ class StepOutcome:
     """What became of an optimizer step.
 
     Attributes:
-        grad_norm: L2 norm of all gradients before clipping, float32 [] on the device; None where nothing was clipped.
+        grad_norm: L2 norm of all gradients before clipping, float32 [] on the device; None where it was not asked for.
         skipped: the gradients were not finite and the loss scale was lowered instead (fp16).
     """
 

@@ -9,11 +9,11 @@ import torch
 from scipy import stats
 from torchvision.transforms.v2 import functional as reference
 
-from dist_train.config_data import AugmentConfig, ColorJitter, RandomCrop, RandomHorizontalFlip
+from dist_train.config_data import AugmentConfig, ColorJitter, RandomCrop, RandomErasing, RandomHorizontalFlip
 from dist_train.data.augment import STEPS, Augmentation, uniform
 
 JITTER = ColorJitter(brightness=0.4, contrast=0.5, saturation=0.6)
-ALL: list[Any] = [RandomCrop(padding=3), RandomHorizontalFlip(), JITTER]
+ALL: list[Any] = [RandomCrop(padding=3), RandomHorizontalFlip(), JITTER, RandomErasing(p=0.7)]
 
 
 def images_of(batch: int, channels: int = 3, height: int = 12, width: int = 9) -> torch.Tensor:

@@ -17,7 +17,7 @@ from dist_train.data import idx as idx_files
 from dist_train.data.arguments import cache_folder
 from dist_train.data.arrays import ImageArrays, Splits
 from dist_train.data.datasets import digits, fake
-from dist_train.data.idx import fashion_mnist
+from dist_train.data.idx import fashion_mnist, mnist
 from dist_train.errors import ConfigError, DataError
 
 
@@ -94,6 +94,16 @@ def test_fashion_mnist_is_read_from_root(tmp_path: Path, below: str, zipped: boo
         assert np.array_equal(split.images[:, 0].numpy(), content[f"{prefix}-images-idx3-ubyte"])
         assert np.array_equal(split.targets.numpy(), content[f"{prefix}-labels-idx1-ubyte"])
         assert split.ids.tolist() == list(range(len(split)))
+
+
+@pytest.mark.parametrize("below", [".", "MNIST/raw"])
+def test_mnist_is_read_from_root(tmp_path: Path, below: str) -> None:
+    content = write_fashion_mnist(tmp_path / below)
+    splits = mnist(DataConfig(name="mnist", root=tmp_path))
+    assert registry.datasets.get("mnist") is mnist and splits.classes == tuple("0123456789")
+    train, evaluation = image_arrays(splits)
+    assert np.array_equal(train.images[:, 0].numpy(), content["train-images-idx3-ubyte"])
+    assert evaluation.targets.tolist() == content["t10k-labels-idx1-ubyte"].tolist()
 
 
 def _cut(content: bytes) -> bytes:
