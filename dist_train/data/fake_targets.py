@@ -22,7 +22,8 @@ def fake_targets(args: FakeArgs) -> Splits:
 
     - multilabel: float32 [N, num_classes]; an image is the mean of the patterns of the labels that hold, through noise.
     - regression: float32 [N, num_classes]; each number in -1..1 is how much of its pattern is in the image.
-    - segmentation: uint8 [N, H, W]; a rectangle of one of the classes 1.. on a background, class 0; pixels of the outermost border are 255, ignored.
+    - segmentation: uint8 [N, H, W]; a rectangle of one of the classes 1.. on a background, class 0; the outermost pixels
+      are 255, ignored.
     """
     generator = np.random.Generator(np.random.Philox(args.seed))
     coarse = generator.random((args.num_classes, args.channels, 4, 4), dtype=np.float32)

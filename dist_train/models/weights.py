@@ -89,7 +89,8 @@ def digest(state: Mapping[str, Tensor]) -> str:
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str, num_outputs: int) -> list[str]:
     """Loads `state` into `model`, in place.
 
-    A head of another number of outputs stays as it was initialised, and a first convolution for another number of channels is fitted (`fit_channels`); each is said in a line of the result.
+    A head of another number of outputs stays as it was initialised, and a first convolution for another number of channels
+    is fitted (`fit_channels`); each is said in a line of the result.
 
     Args:
         source: where `state` comes from, for the messages.

@@ -42,7 +42,10 @@ class Task(ABC):
 
     @abstractmethod
     def decide(self, outputs: torch.Tensor) -> torch.Tensor:
-        """The model's answer, [B, ...]: what the int8 and the fake-quantized model must agree on. Numbers come as floats, which `agree` gets scaled."""
+        """The model's answer, [B, ...]: what the int8 and the fake-quantized model must agree on.
+
+        Numbers are given as floats: `agree` gets them in units of their spread.
+        """
 
     def agree(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """How far two models' decisions about the same samples agree: float [B], 1 where they are the same.

@@ -84,7 +84,7 @@ class Multilabel(Task):
         return torchmetrics.MetricCollection(chosen, compute_groups=False)
 
     def details(self) -> torchmetrics.MetricCollection:
-        """`label_confusion`: int64 [labels, 2, 2], of each label [[true negatives, false positives], [false negatives, true positives]]; `label_f1`: float [labels]."""
+        """`label_confusion`: int64 [labels, 2, 2], rows are the truth, columns the answer; `label_f1`: float [labels]."""
         return torchmetrics.MetricCollection(
             {
                 "label_confusion": LambdaInputTransformer(
