@@ -9,9 +9,9 @@ from pathlib import Path
 from dist_train.cli_base import Typed, Verb, import_user_modules, known_run_dir, one_of, positionals, typed
 from dist_train.errors import EXIT_DONE, EXIT_FAILED, UsageError
 
-_EVALUATE = "RUN_DIR [--model fp32|half|int8|PATH] [--data.KEY VALUE ...] [--json] [--import MODULE]"
-_EXPORT = "RUN_DIR [--format pt2|onnx|openvino|executorch] [--model fp32|half|int8] [--import MODULE]"
-_PREDICT = "ARTIFACT IMAGE... [--model MODEL] [--format csv|json] [--top K]"
+_EVALUATE = "RUN_DIR [--model M] [--data.KEY VALUE ...] [--json]"
+_EXPORT = "RUN_DIR [--format F] [--model M]"
+_PREDICT = "ARTIFACT IMAGE... [--model M] [--format csv|json] [--top K]"
 
 
 def _evaluate(arguments: list[str]) -> int:
@@ -96,9 +96,10 @@ On several ranks: torchrun --nproc_per_node N -m dist_train evaluate RUN_DIR""",
     Verb(
         "export",
         _EXPORT,
-        "write a model of a finished run in another format, beside the others in RUN_DIR/export",
+        "write a model of a finished run in another format",
         _export,
         """\
+Files go to RUN_DIR/export, beside those that are there; the artifact is replaced whole or not at all.
 Neither the data nor the device of the run is needed. What is written is read back in its runtime, and held against the model.
   --format FORMAT        pt2 (the default), onnx, openvino, executorch; repeatable
   --model MODEL          fp32, half, int8; default: the artifact's own, or the first of int8, half, fp32

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_train import registry
 from dist_train.artifact_store import read_artifact, write_artifact
 from dist_train.artifact_verify import verify_in_fresh_process
 from dist_train.assembly import configure_torch
@@ -38,17 +39,18 @@ def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | No
     run = reopen(run_dir)
     if not run.described:
         raise RunDirError(f"{run_dir} was made by a version that did not record its data", "run it anew")
+    wanted = [each for each in dict.fromkeys(formats) if each != "pt2"]
+    for each in wanted:
+        registry.export_formats.get(each)  # a missing package is found before anything is made
     configure_torch(run.config, run.threads)
     folder = run.paths.export
     kept, files = read_artifact(folder) if folder.is_dir() else ({}, {})
     name = _name(run, model or kept.get("default"))
     bundle = Bundle(kept.get("default", name), kept.get("models"), files)
-    each, probe = _deployable(run, name)
-    bundle.add(each)
+    deployable, probe = _deployable(run, name)
+    bundle.add(deployable)
     lines = [f"{name}: {bundle.models[name]['file']}"]
-    lines += [
-        bundle.add_format(each, format, probe, run.threads) for format in dict.fromkeys(formats) if format != "pt2"
-    ]
+    lines += [bundle.add_format(deployable, each, probe, run.threads) for each in wanted]
     ranges = run.product("convert")["ranges_sha256"] if "convert" in run.stages else None
     content = manifest(bundle, run.described, run.config.task.name, run.results, ranges)
     # Proved before it takes the place of an artifact that may be in use.
@@ -56,7 +58,7 @@ def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | No
         trial = Path(beside) / "export"
         write_artifact(trial, bundle.files, content)
         settings = run.config.export
-        difference = verify_in_fresh_process(trial, probe, {name: each.outputs}, settings.deadline)[name]
+        difference = verify_in_fresh_process(trial, probe, {name: deployable.outputs}, settings.deadline)[name]
     if not difference <= settings.artifact_bound:
         raise GateError(
             f"{name} was not exported: in a fresh process it differs by {difference:.6g}, bound {settings.artifact_bound:g}",

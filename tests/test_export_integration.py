@@ -191,6 +191,23 @@ def test_mistakes_of_export_say_what_to_type(
     assert said in capsys.readouterr().err
 
 
+def test_a_missing_package_is_named_with_what_to_type(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = registry.Entry("dist_train.lowering.onnx:write", requires={"no_such_module_at_all": "no-such-package"})
+    monkeypatch.setitem(registry.export_formats._entries, "onnx", entry)
+    assert main(["export", str(run), "--format", "onnx"]) == 78
+    assert "pip install no-such-package" in capsys.readouterr().err
+
+
+def test_export_is_for_one_process(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["export", str(run)]) == 78
+    assert "without torchrun" in capsys.readouterr().err
+
+
 # ---- predict
 
 

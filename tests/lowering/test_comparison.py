@@ -15,7 +15,7 @@ needs_openvino = pytest.mark.skipif(bool(missing_modules()), reason=f"not instal
 
 
 @needs_openvino
-@pytest.mark.parametrize(("name", "precision"), [("bf16", "bf16"), ("fp16", "f16")])
+@pytest.mark.parametrize(("name", "precision"), [("bf16", "bf16"), pytest.param("fp16", "f16", marks=pytest.mark.slow)])
 def test_half_is_timed_in_the_runtime_of_the_others_where_it_computes_in_half(name, precision, program, converted):
     net = float_net()
     half = HalfModel(net, name)

@@ -29,6 +29,7 @@ def test_int8_goes_to_the_runtimes_of_qdq_with_any_batch(name, program, converte
     assert written.runtime.startswith({"onnx": "onnxruntime ", "openvino": "openvino "}[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
 def test_fp16_goes_to_both_and_bf16_is_refused_with_the_runtime_s_reason(name):
     half = HalfModel(float_net(), "fp16")
