@@ -80,7 +80,9 @@ def _model(details: dict[str, Any]) -> list[Html]:
 
 
 def _matrix(matrix: Sequence[Sequence[float]], classes: Sequence[str]) -> Html:
-    lines = [element("tr", element("th", "target"), *(element("th", name, scope="col") for name in classes))]
+    lines = [
+        element("tr", element("th", "target \\ decision"), *(element("th", name, scope="col") for name in classes))
+    ]
     for row, values in enumerate(matrix):
         total = sum(values) or 1
         cells = [
