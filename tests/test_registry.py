@@ -6,9 +6,9 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from dist_train import registry
+from dist_train import registry, torchvision_names
 from dist_train.errors import SetupError
-from dist_train.registry import TORCHVISION_MODELS, Entry, Registry, resolve
+from dist_train.registry import Entry, Registry, resolve
 
 REGISTRIES = [
     *(registry.models, registry.datasets, registry.tasks, registry.strategies, registry.trackers),
@@ -40,8 +40,8 @@ def test_every_built_in_name_leads_to_something(target: str) -> None:
 def test_the_names_of_torchvision_are_all_there() -> None:
     import torchvision
 
-    assert sorted(TORCHVISION_MODELS) == torchvision.models.list_models(module=torchvision.models)
-    assert set(TORCHVISION_MODELS) < set(registry.models.names())
+    assert sorted(torchvision_names.CLASSIFICATION) == torchvision.models.list_models(module=torchvision.models)
+    assert set(torchvision_names.CLASSIFICATION) < set(registry.models.names())
 
 
 def test_a_registered_function_is_returned_unchanged_and_found(things: Registry) -> None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from dist_train import registry
+from dist_train import registry, torchvision_names
 from dist_train.config import Config
 from dist_train.config_check import contradictions
 from dist_train.config_data import ModelConfig
@@ -47,7 +47,7 @@ def test_the_names_of_torchvisions_segmentation_models_are_all_there() -> None:
     import torchvision
 
     listed = torchvision.models.list_models(module=torchvision.models.segmentation)
-    assert sorted(registry.TORCHVISION_SEGMENTATION_MODELS) == listed
+    assert sorted(torchvision_names.SEGMENTATION) == listed
     assert set(listed) < set(registry.models.names())
 
 

@@ -17,7 +17,7 @@ from tiny_nets import calibrate, draw_statistics
 from torch import Tensor, nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 
-from dist_train import registry
+from dist_train import torchvision_names
 from dist_train.errors import ArtifactError, QuantizationError
 from dist_train.models.quantizable import build
 from dist_train.program import Program, open_program
@@ -278,7 +278,7 @@ def test_torchvision_s_quantizable_models_the_whole_way(kind: str) -> None:
 
 def test_every_quantizable_model_of_torchvision_has_its_name() -> None:
     names = torchvision.models.list_models(module=torchvision.models.quantization)
-    assert sorted(names) == sorted(registry.TORCHVISION_QUANTIZABLE_MODELS)
+    assert sorted(names) == sorted(torchvision_names.QUANTIZABLE)
 
 
 @pytest.mark.parametrize("kind", ["quantized_googlenet", "quantized_shufflenet_v2_x0_5"])
