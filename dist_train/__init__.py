@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dist_train.config_sources import load_config
     from dist_train.data.arrays import ImageArrays, Splits
     from dist_train.data.sampler import ElasticDistributedSampler
-    from dist_train.errors import ConfigError, DistTrainError
+    from dist_train.errors import ConfigError, CorruptSampleError, DistTrainError
     from dist_train.pipeline import run
     from dist_train.registry import (
         register_dataset,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Config",
     "ConfigError",
+    "CorruptSampleError",
     "DataConfig",
     "DistTrainError",
     "ElasticDistributedSampler",
@@ -61,6 +62,7 @@ __all__ = [
 _HOME = {
     "Config": "config",
     "ConfigError": "errors",
+    "CorruptSampleError": "errors",
     "DataConfig": "config_data",
     "DistTrainError": "errors",
     "ElasticDistributedSampler": "data.sampler",

@@ -93,13 +93,13 @@ class DataConfig(Settings):
     drop_last: bool = False
     """Leave out the last, partial global batch of an epoch."""
     augment: list[AugmentConfig] = []
-    """Augmentation of image arrays, in order; normalization follows always."""
+    """Augmentation of uint8 images, in order; normalization follows always. Of image_folder the first entries, as far as they are random_resized_crop, random_horizontal_flip and rand_augment, are made by the workers."""
     mix: MixConfig = MixConfig()
     """Mixup and cutmix in `train`; never in `qat`."""
     workers: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], Field(json_schema_extra=FREE)] = "auto"
     """Worker processes of each rank for map-style datasets; image arrays need none. auto: the node's cores shared out among its ranks."""
     on_corrupt: Literal["error", "skip"] = "error"
-    """What to do with an image that cannot be decoded: end the run with the file's name, or leave it out, count and report it."""
+    """What to do with an image that cannot be decoded (a map-style dataset says so by raising CorruptSampleError): end the run with the file's name, or leave it out, count and report it."""
 
 
 class ModelConfig(Settings):

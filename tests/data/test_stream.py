@@ -142,7 +142,7 @@ def test_a_stream_trains_and_calibrates_on_two_ranks_and_states_its_promise(tmp_
     (tmp_path / "streams.py").write_text(_MINE)
     options = ["run", "configs/quickstart.yaml", "--import", "streams", "--data.name", "stream", "--run.device", "cpu"]
     options += ["--run.dir", str(tmp_path / "run"), "--stages", "[train, ptq, convert]", "--train.epochs", "2"]
-    options += ["--data.augment", "[]", "--data.global_batch_size", "9"]
+    options += ["--data.augment", "[]", "--data.global_batch_size", "9", "--debug.ledger", "false"]
     path = {"PYTHONPATH": f"{Path.cwd()}:{tmp_path}"}
     with train(2, *options, environ=path) as ranks:
         assert ranks.wait() == [0, 0], ranks.printed()
