@@ -17,6 +17,7 @@ from dist_train.environment import describe
 from dist_train.errors import ConfigError, RunDirError, SetupError
 from dist_train.ledger import Ledger, NoLedger, record_expectation
 from dist_train.progress import Progress
+from dist_train.ranks import detect
 from dist_train.run_dir import RunDir, read_json, recorded_config, replace_json, replace_text
 from dist_train.stages.base import Context, Stage, Stopwatch
 from dist_train.status import Status, fail
@@ -40,7 +41,7 @@ def run(config: Config) -> dict[str, Any]:
     run_dir = RunDir(config.run_dir)
     done = _earlier_results(config, run_dir)
     if done is not None:
-        if os.environ.get("RANK", "0") == "0":
+        if detect(os.environ).rank == 0:
             print(f"this run is done: {run_dir.path}; for another one choose another --run.name or --run.dir")
             print_results(done)
         return done
