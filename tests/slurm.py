@@ -22,8 +22,19 @@ NODES = 4
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "scancel")
 DEADLINE = 240.0
 
+SMALL = """\
+run: {name: small, threads_per_rank: 1, device: cpu}
+data:
+  name: fake
+  cache_dir: cache
+  args: {num_train: 203, num_eval: 61, num_classes: 6, channels: 1, height: 8, width: 8}
+  global_batch_size: 20
+model: {name: mlp, args: {size: 8, hidden: 32}}
+stages: [train]
+train: {epochs: 2, optim: {lr: 0.02}}
+"""
+
 _CONF = """\
-CgroupPlugin=cgroup/v1
 ClusterName=t
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
@@ -103,7 +114,7 @@ class Cluster:
         while not all(_free(first + offset) for offset in range(NODES)):
             first += NODES
         text = _CONF.format(dir=folder, host=host, port=free_port(), ports=f"{first}-{first + NODES - 1}")
-        (folder / "slurm.conf").write_text(text.replace("CgroupPlugin=cgroup/v1\n", "", 1))
+        (folder / "slurm.conf").write_text(text)
         key = folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
