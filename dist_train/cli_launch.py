@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from dist_train.launchers import accelerate, batch, slurm, torchrun
 from dist_train.launchers.job import Command, Job, outcome
 from dist_train.launchers.options import details, split
 from dist_train.ports import is_free
+from dist_train.run_dir import RunDir, read_json, refuse_foreign
 
 USAGE = "{torchrun,accelerate,slurm} [OPTION ...] CONFIG [--dotted.key VALUE ...]"
 _ACTIONS = ("dry_run", "submit", "follow")
@@ -89,20 +91,29 @@ def _check(launcher: str, job: Job) -> None:
 
 def run(job: Job, command: Command) -> int:
     """Starts the command in the foreground, with our terminal, and waits for it."""
-    from dist_train.run_dir import RunDir, read_json
-
+    if shutil.which(command.words[0]) is None:
+        raise SetupError(f"{command.words[0]} is no program", "--python PATH, or nothing for the one that runs this")
     home = RunDir(Path(job.home))
-    before = read_json(home.status)
+    before = _status_before(home)
     Path(job.logs).mkdir(parents=True, exist_ok=True)
     for path, text in command.files.items():
         Path(path).write_text(text, encoding="utf-8")
-    try:
-        process = subprocess.Popen(command.words, env=os.environ | command.environ)
-    except OSError as error:
-        raise SetupError(f"{command.words[0]} cannot be started: {error.strerror}", "--python PATH") from error
+    process = subprocess.Popen(command.words, env=os.environ | command.environ)
     with _passing_on(process.send_signal):
         code = process.wait()
     return outcome(before, read_json(home.status), code)
+
+
+def _status_before(home: RunDir) -> Any:
+    """status.json of an earlier attempt, or None.
+
+    Raises:
+        RunDirError: the directory belongs to something else.
+    """
+    status = read_json(home.status)
+    if status is None:
+        refuse_foreign(home)
+    return status
 
 
 @contextmanager
@@ -135,10 +146,8 @@ def _batch(job: Job, dry_run: bool, submit: bool, follow: bool) -> int:
         return EXIT_DONE
     if follow and any(name == "array" for name, _ in job.sbatch):
         raise UsageError("--follow shows one job, and an array is several", "--submit, then tail -F slurm-JOB_TASK.out")
-    from dist_train.run_dir import RunDir, read_json
-
     home = RunDir(Path(job.home))
-    before = read_json(home.status)
+    before = _status_before(home)
     number = batch.submit(text)
     print(number, flush=True)
     if not follow:

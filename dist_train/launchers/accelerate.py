@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dist_train.launchers.job import Command, Job, environment
 from dist_train.ports import candidates, ephemeral_range
+from dist_train.ranks import ASKED
 
 
 def command(job: Job) -> Command:
@@ -21,8 +22,12 @@ def command(job: Job) -> Command:
     if job.nodes[1] > 1:
         words += ["--machine_rank", str(job.node_rank), "--main_process_ip", job.endpoint]
     words += ["--main_process_port", str(port(job))]
-    # accelerate hands what it has no option for from torchrun's own variables to torchrun.
+    # PET_*: torchrun's own variables, for what accelerate has no option for.
     environ = environment(job, PET_LOCAL_RANKS_FILTER="0", PET_SHUTDOWN_TIMEOUT=str(job.shutdown_timeout))
+    if job.config_file and processes(job) == 1:
+        del environ[ASKED]  # the user's file says how many
+    elif job.config_file:
+        words += ["--num_processes", str(processes(job))]
     files = {} if job.config_file else {file: config_file(job)}
     return Command((*words, "-m", "dist_train", "run", *job.arguments), environ, files)
 
@@ -32,17 +37,21 @@ def config_file(job: Job) -> str:
     nodes = job.nodes[1]
     settings = {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "MULTI_GPU",
+        "distributed_type": "MULTI_GPU" if processes(job) > 1 else "'NO'",
         "machine_rank": 0,
         "main_training_function": "main",
         "mixed_precision": "'no'",  # the configuration's `precision` decides
         "num_machines": nodes,
-        "num_processes": nodes * job.nproc_per_node,
+        "num_processes": processes(job),
         "rdzv_backend": "static" if nodes == 1 else "c10d",
         "same_network": "true",
         "use_cpu": str(job.gpus_per_process == 0).lower(),
     }
     return "".join(f"{name}: {value}\n" for name, value in settings.items())
+
+
+def processes(job: Job) -> int:
+    return job.nodes[1] * job.nproc_per_node
 
 
 def port(job: Job) -> int:

@@ -84,7 +84,13 @@ OPTIONS = (
         "is_host", "true|false", _boolean, "whether this node is the endpoint, where names cannot tell", ("torchrun",)
     ),
     Option("node_rank", "K", _count(0), "several nodes: this one's number, from 0", ("accelerate",)),
-    Option("config_file", "FILE", str, "your own accelerate config file, instead of a generated one", ("accelerate",)),
+    Option(
+        "config_file",
+        "FILE",
+        str,
+        "your own accelerate config file; its number of processes, or --nproc-per-node above 1",
+        ("accelerate",),
+    ),
     Option("submit", "", None, "give the script to sbatch, and print the job's id", _SLURM),
     Option("follow", "", None, "submit, show the job's output until it ends, and return its exit code", _SLURM),
     Option("task_per_rank", "", None, "srun starts every rank, instead of one torchrun a node", _SLURM),

@@ -79,6 +79,16 @@ def test_accelerate_gets_the_one_kind_of_config_file_with_which_it_starts_severa
     assert (gpus["use_cpu"], gpus["num_machines"], gpus["num_processes"]) == (False, 2, 16)
 
 
+def test_a_user_s_own_accelerate_config_decides_the_number_of_processes_unless_one_is_asked_for() -> None:
+    own = replace(JOB, config_file="mine.yaml")
+    command = accelerate.command(own)
+    assert not command.files and "mine.yaml" in command.words and "--num_processes" not in command.words
+    assert "DIST_TRAIN_NUM_PROCESSES" not in command.environ
+    asked = accelerate.command(replace(own, nproc_per_node=4))
+    assert asked.words[asked.words.index("--num_processes") + 1] == asked.environ["DIST_TRAIN_NUM_PROCESSES"] == "4"
+    assert yaml.safe_load(accelerate.config_file(JOB))["distributed_type"] == "NO"
+
+
 def test_a_batch_job_asks_for_the_cores_of_all_its_processes() -> None:
     job = replace(JOB, nodes=(2, 2), nproc_per_node=4, cpus_per_process=3, gpus_per_process=1)
     agents, tasks = slurm.options(job), slurm.options(replace(job, task_per_rank=True))
@@ -177,8 +187,8 @@ def test_the_ready_config_files_of_accelerate_are_those_that_launch_writes(
         (["accelerate", "--nodes", "1:2", "small.yaml"], "fixed number", "--nodes 2"),
         (["slurm", "--task-per-rank", "--restarts", "1", "small.yaml"], "--restarts is for torchrun", "leave one"),
         (["slurm", "--follow", "--sbatch.array", "0-1", "small.yaml"], "shows one job", "--submit"),
-        (["torchrun", "small.yaml", "--train.epochs", "0"], "train.epochs", "->"),
-        (["torchrun", "--python", "no/such/python", "small.yaml"], "cannot be started", "--python PATH"),
+        (["torchrun", "small.yaml", "--train.epochs", "0"], "train.epochs", "greater than 0"),
+        (["torchrun", "--python", "no/such/python", "small.yaml"], "is no program", "--python PATH"),
     ],
 )
 def test_wrong_words_end_with_78_and_what_to_type(
@@ -206,3 +216,16 @@ def test_a_wrong_configuration_starts_nothing_and_leaves_no_file(tmp_path: Path)
     )
     assert done.returncode == EXIT_CONFIG, done.stderr
     assert list(tmp_path.iterdir()) == [config]
+
+
+def test_a_folder_of_somebody_else_is_refused_before_anything_is_written_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.yaml").write_text("run: {name: small}\nstages: [train]\n")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "thesis.tex").write_text("years of work")
+    monkeypatch.chdir(tmp_path)
+    for words in (["torchrun"], ["slurm", "--submit"]):
+        assert main(["launch", *words, "small.yaml", "--run.dir", "own"]) == EXIT_CONFIG
+        assert "not a run directory" in capsys.readouterr().err
+    assert [entry.name for entry in (tmp_path / "own").iterdir()] == ["thesis.tex"]

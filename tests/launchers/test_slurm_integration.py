@@ -30,7 +30,7 @@ def status(run: Path) -> dict[str, object]:
 
 
 def test_host_lists_are_read_as_this_slurm_reads_them(cluster: Cluster) -> None:
-    for text in ("gpu[01-03,7],login1", "r[1-2]n[01-02]", "n[008-010]-ib,a.b.c", "127.0.0.[1-4]"):
+    for text in ("gpu[01-03,7],login1", "r[1-2]n[01-02]", "n[008-010],a.b.c", "127.0.0.[1-4]"):
         assert cluster.run("scontrol", "show", "hostnames", text).stdout.split() == parse_hostlist(text)
 
 
@@ -74,10 +74,12 @@ def test_a_job_with_a_wrong_configuration_ends_with_78_and_is_not_requeued(clust
     assert not (folder / "runs").exists()
 
 
-def planned(cluster: Cluster, folder: Path, plan: str, *options: str) -> str:
+def planned(cluster: Cluster, folder: Path, plan: str, *options: str, run: str = "runs/small") -> str:
     """The script of a job that goes as `plan` says."""
     settings = ("--env", f"PLANNED={plan}", "--env", f"REAL_PYTHON={sys.executable}", "--python", STAND_IN)
-    launched = cluster.launch("--task-per-rank", *settings, *options, "--dry-run", "small.yaml", cwd=folder)
+    launched = cluster.launch(
+        "--task-per-rank", *settings, *options, "--dry-run", "small.yaml", "--run.dir", run, cwd=folder
+    )
     assert launched.returncode == 0, launched.stderr
     return launched.stdout
 
@@ -86,27 +88,24 @@ def attempts(run: Path) -> list[str]:
     return (run / "attempts").read_text().splitlines()
 
 
-@pytest.mark.parametrize(
-    ("plan", "requeues", "made", "said"),
-    [
+def test_a_preempted_job_is_requeued_while_it_makes_progress_and_not_too_often(cluster: Cluster, folder: Path) -> None:
+    cases = [
         ("saved,saved,done", "3", 3, "done, srun returned 0"),
         ("saved,lost,done", "3", 2, "not requeued: no checkpoint since"),
         ("saved,saved,done", "1", 2, "not requeued: it was 1 times already"),
-    ],
-)
-def test_a_preempted_job_is_requeued_while_it_makes_progress_and_not_too_often(
-    plan: str, requeues: str, made: int, said: str, cluster: Cluster, folder: Path
-) -> None:
-    number = cluster.submit(planned(cluster, folder, plan, "--requeues", requeues), folder)
-    job = cluster.ended(number)
-    run = folder / "runs" / "small"
-    assert [line.split()[0] for line in attempts(run)] == plan.split(",")[:made], cluster.output(number)
-    output = cluster.output(number)
-    assert said in output
-    assert all(f"attempt {attempt} was" in output for attempt in range(made)), "the output is appended"
-    assert job["Restarts"] == str(made - 1)
-    finished = status(run)["state"] == "done"
-    assert (job["JobState"], job["ExitCode"]) == (("COMPLETED", "0:0") if finished else ("FAILED", "75:0"))
+    ]
+    numbers = []
+    for case, (plan, requeues, _, _) in enumerate(cases):
+        script = planned(cluster, folder, plan, "--requeues", requeues, run=f"run{case}")
+        numbers.append(cluster.submit(script, folder))
+    for case, (plan, _, made, said) in enumerate(cases):
+        job = cluster.ended(numbers[case])
+        run, output = folder / f"run{case}", cluster.output(numbers[case])
+        assert [line.split()[0] for line in attempts(run)] == plan.split(",")[:made], output
+        assert said in output
+        assert all(f"attempt {attempt} was" in output for attempt in range(made)), "the output is appended"
+        finished = ("COMPLETED", "0:0") if status(run)["state"] == "done" else ("FAILED", "75:0")
+        assert (job["JobState"], job["ExitCode"], job["Restarts"]) == (*finished, str(made - 1))
 
 
 def test_a_signal_before_the_end_becomes_a_stop_file_that_the_next_attempt_does_not_see(
@@ -121,6 +120,7 @@ def test_a_signal_before_the_end_becomes_a_stop_file_that_the_next_attempt_does_
     assert attempts(run) == ["stopping no STOP", "done no STOP"]
 
 
+@pytest.mark.slow
 def test_one_task_of_an_array_is_requeued_and_its_sibling_is_left_alone(cluster: Cluster, folder: Path) -> None:
     script = planned(cluster, folder, "saved,done", "--sbatch.array", "0-1")
     run = folder / "runs"
@@ -146,6 +146,7 @@ def test_scancel_during_a_save_does_not_bring_the_job_back(cluster: Cluster, fol
     cluster.run("scancel", number)
     assert cluster.ended(number)["JobState"] == "CANCELLED"
     assert len(attempts(run)) == 1
+    assert "not requeued: the job was cancelled" in cluster.output(number)
     assert cluster.processes("stand_in_python") == {}
 
 
