@@ -232,7 +232,7 @@ def _accelerate_problems(environ: Mapping[str, str]) -> Iterator[Problem]:
         )
         hint = (
             "on CPUs it starts several only with distributed_type: MULTI_GPU and use_cpu: true in its config file: "
-            "dist-train launch accelerate --nproc-per-node N CONFIG"
+            "dist-train launch accelerate --nproc-per-node N CONFIG; for one process unset MASTER_PORT"
         )
         yield Problem("WORLD_SIZE", message, "environment", hint)
 

@@ -15,21 +15,33 @@ from tests.slurm import SMALL, Cluster
 OPTIONS = ("small.yaml", "--strategy", "ddp")
 
 
-def launch(folder: Path, *words: str) -> str:
-    """`dist-train launch ...` on this machine, expected to succeed; returns what it printed."""
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    """`dist-train launch ...` on this machine."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TORCHELASTIC"))}
-    command = [sys.executable, "-m", "dist_train", "launch", *words]
-    done = subprocess.run(
-        command,
+    return subprocess.Popen(
+        [sys.executable, "-m", "dist_train", "launch", *words],
         env=clean | {"PYTHONPATH": str(ROOT)},
         cwd=folder,
-        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
-        check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+
+
+def finish(process: subprocess.Popen[str], expected: int = 0) -> str:
+    """Waits for the launch, expects this exit code, and returns what it printed."""
+    try:
+        printed, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # goes on to the agent, which ends the ranks
+        raise
+    assert process.returncode == expected, printed
+    return printed
+
+
+def launch(folder: Path, *words: str) -> str:
+    return finish(start(folder, *words))
 
 
 def weights(run: Path) -> bytes:
@@ -48,6 +60,16 @@ def test_the_weights_are_the_same_under_torchrun_accelerate_srun_and_sbatch(clus
     printed = launch(tmp_path, "accelerate", "--nproc-per-node", "2", *OPTIONS, "--run.dir", "accelerate")
     assert "small: 2 ranks" in printed and "[default1]" not in printed
 
+    here, there = (
+        ("--local-addr", "127.0.0.1", "--is-host", "true"),
+        ("--local-addr", "127.0.0.2", "--is-host", "false"),
+    )
+    words = (*OPTIONS, "--run.dir", "agents")
+    agents = [
+        start(tmp_path, "torchrun", "--nodes", "2", "--endpoint", "127.0.0.1", *node, *words) for node in (here, there)
+    ]
+    assert sum("small: 2 ranks" in finish(agent) for agent in agents) == 1
+
     command = ("srun", "-N1", "-n2", sys.executable, "-m", "dist_train", "run", *OPTIONS, "--run.dir", "srun")
     answer = cluster.run(*command, cwd=tmp_path)
     assert answer.returncode == 0, answer.stdout + answer.stderr
@@ -58,22 +80,12 @@ def test_the_weights_are_the_same_under_torchrun_accelerate_srun_and_sbatch(clus
         assert "small: 2 ranks" in done.stdout
         assert done.stdout.count("epoch 2/2") == 1, "rank 0 is shown, once"
 
-    runs = ("torchrun", "accelerate", "srun", "sbatch", "sbatch-tasks")
+    runs = ("torchrun", "accelerate", "agents", "srun", "sbatch", "sbatch-tasks")
     assert len({weights(tmp_path / run) for run in runs}) == 1
 
 
 @pytest.mark.slow
 def test_a_failure_of_the_ranks_is_the_exit_code_of_launch(tmp_path: Path) -> None:
     (tmp_path / "small.yaml").write_text(SMALL)
-    command = [sys.executable, "-m", "dist_train", "launch", "torchrun", "--nproc-per-node", "2", *OPTIONS]
-    done = subprocess.run(
-        [*command, "--train.optim.lr", "1e30"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "not finite" in done.stderr + done.stdout
+    words = ("torchrun", "--nproc-per-node", "2", *OPTIONS, "--train.optim.lr", "1e30")
+    assert "not finite" in finish(start(tmp_path, *words), expected=1)
