@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.hostlist import parse_hostlist
+from tests.ranks import ROOT
 from tests.slurm import SMALL, Cluster
 
 STAND_IN = str(Path(__file__).parent / "stand_in_python")
@@ -171,3 +172,15 @@ def test_a_job_that_fails_at_once_is_not_requeued(cluster: Cluster, folder: Path
     assert "model.args" in output and "dist-train: failed" in output
     job = cluster.ended(number)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "1:0", "0")
+
+
+@pytest.mark.slow
+def test_the_ready_batch_file_trains_on_two_nodes_with_two_ranks_each(cluster: Cluster, folder: Path) -> None:
+    ready = (ROOT / "launch" / "slurm.sbatch").read_text()
+    number = cluster.submit(ready.replace("configs/quickstart.yaml", "small.yaml"), folder)
+    job = cluster.ended(number)
+    assert (job["JobState"], job["NumNodes"]) == ("COMPLETED", "2"), cluster.output(number)
+    run = folder / "runs" / "quickstart"
+    assert status(run)["state"] == "done"
+    assert json.loads((run / "results.json").read_text())["world_size"] == 4
+    assert json.loads((run / "environment.json").read_text())["local_world_size"] == 2
