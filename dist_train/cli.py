@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dist_train import cli_launch
 from dist_train.cli_artifact import ARTIFACT_VERBS
 from dist_train.cli_base import Verb, import_only, known_run_dir, positionals
 from dist_train.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DistTrainError, UsageError
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _another_rank_shows_it(environ: Mapping[str, str]) -> bool:
     """All ranks of a node find the same mistakes: one shows them. Another node may have others (a missing folder)."""
-    if environ.get("WORLD_SIZE", "1") == "1":
+    if environ.get("WORLD_SIZE", environ.get("SLURM_STEP_NUM_TASKS", "1")) == "1":
         return False
     rank = environ.get("LOCAL_RANK", environ.get("SLURM_LOCALID", environ.get("RANK", "0")))
     return rank.isdecimal() and int(rank) > 0
@@ -68,7 +69,7 @@ def _overview(verbs: dict[str, Verb], prefix: str) -> str:
     width = max(len(left) for left, _ in rows)
     lines = [f"usage: dist-train {prefix}COMMAND ...", "", *(f"  {left:<{width}}  {right}" for left, right in rows)]
     if not prefix:
-        lines += ["", SETTINGS, "", "several processes: torchrun --nproc_per_node N -m dist_train run CONFIG ..."]
+        lines += ["", SETTINGS, "", "several processes: dist-train launch torchrun --nproc-per-node N CONFIG ..."]
         lines += ["exit codes: 0 done, 1 failed, 75 preempted (run the same command again), 78 wrong configuration"]
     return "\n".join(lines)
 
@@ -211,6 +212,13 @@ VERBS = {
             "run", "CONFIG [--dotted.key VALUE ...]", "run the stages; the same command resumes", _train_verb, SETTINGS
         ),
         *ARTIFACT_VERBS,
+        Verb(
+            "launch",
+            cli_launch.USAGE,
+            "start the ranks of a run, here or as a batch job",
+            cli_launch.launch,
+            cli_launch.help_text(SETTINGS),
+        ),
         Verb(
             "config",
             "list|show|copy|schema|reference|check ...",

@@ -15,6 +15,7 @@ from dist_train.config_check_data import DATA_CHECKS
 from dist_train.config_fit import FitConfig
 from dist_train.config_strategy import strategy_problems
 from dist_train.errors import Problem
+from dist_train.ranks import rank_problems
 
 _CHECKS: Checks = [*DATA_CHECKS]
 _about = partial(about, _CHECKS)
@@ -26,7 +27,7 @@ def contradictions(config: Config, environ: Mapping[str, str], bad: AbstractSet[
 
     Args:
         config: a valid configuration.
-        environ: `os.environ`; RANK and WORLD_SIZE are looked at, as torchrun sets them.
+        environ: `os.environ`; what launchers set is looked at (see `dist_train.ranks`).
         bad: dotted keys that were given wrongly and stand at their defaults: checks that rest on them are left out.
     """
     return [
@@ -166,22 +167,7 @@ def _strategy(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
 
 @_about()
 def _ranks(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
-    hint = "start ranks with torchrun, which sets RANK, WORLD_SIZE, LOCAL_RANK; or unset these for one process"
-    numbers: dict[str, int] = {}
-    for name, least in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)):
-        text = environ.get(name, "")
-        if text.isascii() and text.isdecimal() and int(text) >= least:
-            numbers[name] = int(text)
-        elif name in environ:
-            yield Problem(name, f"must be a whole number, at least {least}, not {text!r}", "environment", hint)
-    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
-        if rank in numbers and numbers[rank] >= numbers.get(size, numbers[rank] + 1):
-            message = f"is {numbers[rank]}, but {size} is {numbers[size]}: ranks are counted from 0"
-            yield Problem(rank, message, "environment", hint)
-    if "RANK" in environ and "WORLD_SIZE" not in environ:
-        yield Problem("RANK", "is set, but WORLD_SIZE is not", "environment", hint)
-    if "RANK" not in environ and numbers.get("WORLD_SIZE", 1) > 1:
-        yield Problem("WORLD_SIZE", f"is {numbers['WORLD_SIZE']}, but RANK is not set", "environment", hint)
+    return iter(rank_problems(environ))
 
 
 @_about("profile")

@@ -7,6 +7,7 @@ from typing import Literal
 
 from dist_train.config import Config
 from dist_train.errors import Problem
+from dist_train.ranks import source_of
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -27,14 +28,15 @@ def accelerate_precision(environ: Mapping[str, str]) -> Precision | None:
 
 def strategy_problems(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     """The contradictions of `strategy` with `precision`, `compile`, the number of ranks, and accelerate's variables."""
-    ranks = environ.get("WORLD_SIZE", "1")
+    name = {"torchrun": "WORLD_SIZE", "slurm": "SLURM_STEP_NUM_TASKS", "single": ""}[source_of(environ)]
+    ranks = environ.get(name, "1")
     several = ranks.isdecimal() and int(ranks) > 1
     if config.strategy == "single" and several:
-        message = f"'single' is for one process, but this is one of {ranks} (WORLD_SIZE)"
+        message = f"'single' is for one process, but this is one of {ranks} ({name})"
         yield Problem("strategy", message, hint="--strategy auto, or start one process: dist-train run CONFIG")
     if config.strategy == "dp":
         if several:
-            message = f"'dp' drives all GPUs from one process, but this is one of {ranks} (WORLD_SIZE)"
+            message = f"'dp' drives all GPUs from one process, but this is one of {ranks} ({name})"
             yield Problem("strategy", message, hint="--strategy ddp, or start one process: dist-train run CONFIG")
         if config.compile:
             message = "'dp' copies the model to the GPUs at each step, which torch.compile cannot follow"

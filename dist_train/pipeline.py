@@ -20,7 +20,8 @@ from dist_train.environment import describe
 from dist_train.errors import ConfigError, Problem, RunDirError, SetupError
 from dist_train.ledger import Ledger, NoLedger, record_expectation
 from dist_train.progress import Progress
-from dist_train.run_dir import RunDir, read_json, recorded_config, replace_json, replace_text
+from dist_train.ranks import detect
+from dist_train.run_dir import RunDir, read_json, recorded_config, refuse_foreign, replace_json, replace_text
 from dist_train.stages.base import Context, Stage, Stopwatch
 from dist_train.status import Status, fail
 from dist_train.summary import print_results
@@ -46,7 +47,7 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
     run_dir = RunDir(config.run_dir)
     done = _earlier_results(config, run_dir)
     if done is not None:
-        if os.environ.get("RANK", "0") == "0":
+        if detect(os.environ).rank == 0:
             print(f"this run is done: {run_dir.path}; for another one choose another --run.name or --run.dir")
             print_results(done)
         return done
@@ -67,14 +68,7 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
 def _earlier_results(config: Config, run_dir: RunDir) -> dict[str, Any] | None:
     """The results of a finished run; refuses a directory that belongs to something else. Reads only."""
     if not run_dir.status.exists():
-        # Every attempt begins by writing status.json: without it, even a config.yaml is somebody else's, perhaps the user's own.
-        if run_dir.path.is_dir() and any(
-            entry.name != "logs" and not entry.name.startswith(".") for entry in run_dir.path.iterdir()
-        ):
-            raise RunDirError(
-                f"{run_dir.path} is not empty, and is not a run directory",
-                "--run.dir DIR, with a new or an empty folder",
-            )
+        refuse_foreign(run_dir)
         return None
     if not run_dir.config.exists():
         return None  # killed between the two

@@ -121,6 +121,22 @@ def read_json(path: Path) -> Any:
         raise RunDirError(f"{path} is damaged: {error}", "restore it, or start anew with another --run.dir") from error
 
 
+def refuse_foreign(run_dir: RunDir) -> None:
+    """For a directory without status.json, which every attempt begins by writing: even a config.yaml is then the user's own.
+
+    Raises:
+        RunDirError: it holds something that a launcher does not put there before a run.
+    """
+    before_a_run = ("logs", "STOP")
+    if run_dir.path.is_dir() and any(
+        entry.name not in before_a_run and not entry.name.startswith(".") for entry in run_dir.path.iterdir()
+    ):
+        raise RunDirError(
+            f"{run_dir.path} is not empty, and is not a run directory",
+            "--run.dir DIR, with a new or an empty folder",
+        )
+
+
 def recorded_config(run_dir: RunDir) -> dict[str, Any]:
     """The settings that a run was started with.
 

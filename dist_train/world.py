@@ -22,6 +22,8 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from dist_train.collectives import collectives_checked, mismatch
 from dist_train.config import RunConfig
 from dist_train.errors import PeerError, SetupError
+from dist_train.hostlist import show_hostnames
+from dist_train.ranks import detect
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.2  # longest slice between two looks at the store; law 4 allows a second
@@ -268,19 +270,6 @@ def _echo_of_peer(world: World, error: BaseException) -> PeerError | None:
     return None
 
 
-def _environment_integer(name: str, default: int) -> int:
-    text = os.environ.get(name)
-    if text is None:
-        return default
-    try:
-        return int(text)
-    except ValueError:
-        raise SetupError(
-            f"the environment variable {name} is {text!r}, not a number",
-            f"unset {name}, or start with torchrun --nproc_per_node N -m dist_train run CONFIG",
-        ) from None
-
-
 def _device(requested: str, local_rank: int, local_world_size: int) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if requested == "cuda" and count < local_world_size:
@@ -294,23 +283,11 @@ def _device(requested: str, local_rank: int, local_world_size: int) -> torch.dev
 
 
 def _form(run: RunConfig) -> World:
-    world_size = _environment_integer("WORLD_SIZE", 1)
-    rank = _environment_integer("RANK", 0)
-    local_rank = _environment_integer("LOCAL_RANK", rank)
-    local_world_size = _environment_integer("LOCAL_WORLD_SIZE", world_size)
-    if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
-        raise SetupError(
-            f"RANK={rank}, WORLD_SIZE={world_size}, LOCAL_RANK={local_rank}, LOCAL_WORLD_SIZE={local_world_size} contradict each other",
-            "start with torchrun --nproc_per_node N -m dist_train run CONFIG, or unset them for one process",
-        )
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if world_size > 1 and missing:
-        raise SetupError(
-            f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set",
-            "start with torchrun --nproc_per_node N -m dist_train run CONFIG, or unset WORLD_SIZE",
-        )
-    if world_size > 1:
-        _environment_integer("MASTER_PORT", 0)
+    plan = detect(os.environ, show_hostnames)
+    os.environ.update(plan.variables())
+    plan.require_free_port()
+    rank, local_rank = plan.rank, plan.local_rank
+    world_size, local_world_size = plan.world_size, plan.local_world_size
     device = _device(run.device, local_rank, local_world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)

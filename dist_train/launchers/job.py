@@ -1,0 +1,111 @@
+"""A job as data: what is to be started, where, and on how much; and what became of it, as an exit code."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dist_train.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
+from dist_train.ranks import ASKED
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all launchers need, then what some do.
+
+    Attributes:
+        arguments: what follows `dist-train run`: the configuration, then its options, `--run.dir` among them.
+        run_dir: the value of `--run.dir`.
+        home: the run directory itself; another one for a fast development run.
+        nodes: least and most nodes; torchrun and Slurm start with any number between.
+        restarts: how often an agent starts failed ranks again on the same nodes.
+        port: where the ranks meet; None: derived from the job.
+        endpoint: host where the ranks of several nodes meet.
+        rdzv_id: what tells this job's nodes from another's at the same endpoint.
+        is_host: whether this node is the endpoint; None: found out by host names.
+        node_rank: 0 .. nodes - 1, for accelerate on several nodes.
+        shutdown_timeout: seconds that an agent gives its ranks after SIGTERM: time for a checkpoint.
+        stop_before: seconds before the end of its time at which a Slurm job is told to stop.
+        requeues: how often a preempted Slurm job is put back into the queue.
+        sbatch: further options of sbatch, by their long names; they replace ours.
+    """
+
+    arguments: tuple[str, ...]
+    run_dir: str
+    home: str
+    name: str = "run"
+    python: str = "python"
+    nodes: tuple[int, int] = (1, 1)
+    nproc_per_node: int = 1
+    restarts: int = 0
+    port: int | None = None
+    environment: tuple[tuple[str, str], ...] = ()
+    endpoint: str = ""
+    rdzv_id: str = ""
+    local_addr: str = ""
+    is_host: bool | None = None
+    node_rank: int | None = None
+    shutdown_timeout: int = 30
+    config_file: str = ""
+    cpus_per_process: int = 1
+    gpus_per_process: int = 0
+    task_per_rank: bool = False
+    time: str = ""
+    partition: str = ""
+    account: str = ""
+    stop_before: int = 180
+    requeues: int = 3
+    sbatch: tuple[tuple[str, str], ...] = ()
+    made_by: str = ""
+
+    @property
+    def processes(self) -> str:
+        """N, or MIN:MAX where the number of nodes may vary: what `dist_train.ranks` compares with what came."""
+        least, most = (nodes * self.nproc_per_node for nodes in self.nodes)
+        return str(least) if least == most else f"{least}:{most}"
+
+    @property
+    def logs(self) -> str:
+        return f"{self.home}/logs"
+
+
+@dataclass(frozen=True)
+class Command:
+    """What starts a job on this machine: variables added to the environment, words, and files to write first."""
+
+    words: tuple[str, ...]
+    environ: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    def shell(self) -> str:
+        """The same as text for a shell, to read or to paste."""
+        lines = []
+        for path, text in self.files.items():
+            lines += [f"mkdir -p {shlex.quote(str(Path(path).parent))}"]
+            lines += [f"cat > {shlex.quote(path)} <<'EOF'", text.rstrip("\n"), "EOF"]
+        variables = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.environ.items())]
+        return "\n".join([*lines, " ".join([*variables, shlex.join(self.words)])]) + "\n"
+
+
+def environment(job: Job, **more: str) -> dict[str, str]:
+    """What the ranks of `job` find in their environment besides the launcher's own variables."""
+    return {ASKED: job.processes, **more, **dict(job.environment)}
+
+
+def outcome(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, code: int) -> int:
+    """The exit code of a launch (law 7): agents turn 75 into 1, so status.json decides.
+
+    Args:
+        before, after: status.json before and after the launch; None where there was none.
+        code: what the launcher returned.
+    """
+    ours = after is not None and (before is None or after["restarts"] != before["restarts"])
+    state = after["state"] if after is not None and (ours or code == 0) else "failed"  # else an earlier attempt's
+    if state == "done":
+        return EXIT_DONE
+    if state == "preempted":
+        return EXIT_PREEMPTED
+    return EXIT_CONFIG if code == EXIT_CONFIG else EXIT_FAILED

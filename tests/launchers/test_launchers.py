@@ -1,0 +1,231 @@
+"""From a Job to commands and scripts; `launch/` holds what the functions give."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dist_train.cli import main
+from dist_train.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
+from dist_train.launchers import accelerate, slurm, torchrun
+from dist_train.launchers.job import Job, outcome
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "launch"
+JOB = Job(
+    arguments=("my config.yaml", "--run.seed", "3", "--run.dir", "runs/a"), run_dir="runs/a", home="runs/a", rdzv_id="a"
+)
+
+
+def text_of(job: Job) -> str:
+    return " ".join(torchrun.command(job).words)
+
+
+def test_one_node_stands_alone_and_several_meet_at_an_endpoint() -> None:
+    one = text_of(replace(JOB, nproc_per_node=2))
+    assert "--standalone" in one and "--nproc-per-node 2" in one and "--rdzv" not in one
+    several = replace(JOB, nodes=(2, 4), endpoint="gpu1", port=29400, is_host=True, local_addr="10.0.0.1", restarts=3)
+    words = text_of(replace(several, shutdown_timeout=90))
+    for part in (
+        "--nnodes 2:4",
+        "--rdzv-backend c10d",
+        "--rdzv-endpoint gpu1:29400",
+        "--rdzv-id a",
+        "--rdzv-conf is_host=true",
+        "--local-addr 10.0.0.1",
+        "--max-restarts 3",
+        "--shutdown-timeout 90",
+    ):
+        assert part in words
+    assert "--standalone" not in words
+    assert words.endswith("-m dist_train run my config.yaml --run.seed 3 --run.dir runs/a")
+
+
+def test_nodes_that_are_given_no_port_find_the_same_one_and_another_job_s_find_another() -> None:
+    several = replace(JOB, nodes=(2, 2), endpoint="gpu1")
+    assert torchrun.port(several) == torchrun.port(replace(several, is_host=True, local_addr="10.0.0.2"))
+    assert torchrun.port(several) != torchrun.port(replace(several, rdzv_id="b"))
+
+
+def test_the_number_of_processes_asked_for_is_passed_on() -> None:
+    assert torchrun.command(replace(JOB, nproc_per_node=2)).environ["DIST_TRAIN_NUM_PROCESSES"] == "2"
+    assert replace(JOB, nodes=(2, 4), nproc_per_node=3).processes == "6:12"
+
+
+def test_a_command_as_text_is_what_a_shell_makes_the_same_words_of() -> None:
+    command = accelerate.command(replace(JOB, environment=(("NOTE", "it's 1"),)))
+    *_, last = command.shell().splitlines()
+    words = shlex.split(last)
+    variables = [word for word in words if re.match(r"[A-Z_]+=", word)]
+    assert "NOTE=it's 1" in variables
+    assert tuple(words[len(variables) :]) == command.words
+
+
+def test_accelerate_gets_the_one_kind_of_config_file_with_which_it_starts_several_processes() -> None:
+    command = accelerate.command(replace(JOB, nproc_per_node=2))
+    ((path, text),) = command.files.items()
+    assert path == "runs/a/logs/accelerate.yaml" and path in command.words
+    settings = yaml.safe_load(text)
+    assert settings["distributed_type"] == "MULTI_GPU" and settings["use_cpu"] is True
+    assert settings["num_processes"] == 2 and settings["num_machines"] == 1
+    gpus = yaml.safe_load(accelerate.config_file(replace(JOB, nodes=(2, 2), nproc_per_node=8, gpus_per_process=1)))
+    assert (gpus["use_cpu"], gpus["num_machines"], gpus["num_processes"]) == (False, 2, 16)
+
+
+def test_a_user_s_own_accelerate_config_decides_the_number_of_processes_unless_one_is_asked_for() -> None:
+    own = replace(JOB, config_file="mine.yaml")
+    command = accelerate.command(own)
+    assert not command.files and "mine.yaml" in command.words and "--num_processes" not in command.words
+    assert "DIST_TRAIN_NUM_PROCESSES" not in command.environ
+    asked = accelerate.command(replace(own, nproc_per_node=4))
+    assert asked.words[asked.words.index("--num_processes") + 1] == asked.environ["DIST_TRAIN_NUM_PROCESSES"] == "4"
+    assert yaml.safe_load(accelerate.config_file(JOB))["distributed_type"] == "NO"
+
+
+def test_a_batch_job_asks_for_the_cores_of_all_its_processes() -> None:
+    job = replace(JOB, nodes=(2, 2), nproc_per_node=4, cpus_per_process=3, gpus_per_process=1)
+    agents, tasks = slurm.options(job), slurm.options(replace(job, task_per_rank=True))
+    assert (agents["ntasks-per-node"], agents["cpus-per-task"], agents["gpus-per-node"]) == ("1", "12", "4")
+    assert (tasks["ntasks-per-node"], tasks["cpus-per-task"], tasks["gpus-per-node"]) == ("4", "3", "4")
+
+
+def test_options_of_sbatch_that_we_do_not_know_go_through_and_replace_ours() -> None:
+    given = (("qos", "long"), ("exclusive", "true"), ("requeue", "false"), ("signal", "B:USR2@60"))
+    head = [line for line in slurm.script(replace(JOB, sbatch=given)).splitlines() if line.startswith("#SBATCH")]
+    assert "#SBATCH --qos=long" in head and "#SBATCH --exclusive" in head and "#SBATCH --signal=B:USR2@60" in head
+    assert not any("requeue" in line for line in head)
+    assert len(head) == len({line.partition("=")[0] for line in head})
+
+
+@pytest.mark.parametrize("task_per_rank", [False, True])
+def test_a_batch_script_is_right_bash(task_per_rank: bool) -> None:
+    job = replace(JOB, nodes=(1, 3), nproc_per_node=2, task_per_rank=task_per_rank, environment=(("A", "it's"),))
+    script = slurm.script(job)
+    done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("torch.distributed.run" in script) != task_per_rank
+
+
+RUNNING = {"state": "running", "restarts": 0}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "code", "expected"),
+    [
+        (None, {"state": "done", "restarts": 0}, 0, EXIT_DONE),
+        ({"state": "done", "restarts": 0}, {"state": "done", "restarts": 0}, 0, EXIT_DONE),
+        (None, {"state": "preempted", "restarts": 0}, 0, EXIT_PREEMPTED),
+        (RUNNING, {"state": "preempted", "restarts": 1}, 1, EXIT_PREEMPTED),
+        ({"state": "preempted", "restarts": 0}, {"state": "preempted", "restarts": 0}, 1, EXIT_FAILED),
+        (RUNNING, {"state": "failed", "restarts": 1}, 1, EXIT_FAILED),
+        (RUNNING, {"state": "running", "restarts": 1}, -9, EXIT_FAILED),
+        (None, None, 1, EXIT_FAILED),
+        (None, None, 0, EXIT_FAILED),
+        (None, None, 78, EXIT_CONFIG),
+        (RUNNING, {"state": "failed", "restarts": 1}, 78, EXIT_CONFIG),
+    ],
+)
+def test_status_json_decides_the_exit_code(
+    before: dict[str, object] | None, after: dict[str, object] | None, code: int, expected: int
+) -> None:
+    assert outcome(before, after, code) == expected
+
+
+def made_by(file: Path) -> list[str]:
+    """The words after `dist-train` in a file's line "Made by"."""
+    (line,) = re.findall(r"^# Made by: dist-train (launch .*)$", file.read_text(), re.MULTILINE)
+    return shlex.split(line)
+
+
+@pytest.mark.parametrize("name", ["torchrun.sh", "accelerate.sh", "slurm.sbatch"])
+def test_the_ready_files_are_what_launch_prints(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(made_by(LAUNCH / name)) == EXIT_DONE
+    printed = capsys.readouterr().out
+    ready = (LAUNCH / name).read_text()
+    if not name.endswith(".sbatch"):
+        ready = "".join(line for line in ready.splitlines(keepends=True) if not line.startswith("#"))
+    assert printed == ready, f"dist-train {shlex.join(made_by(LAUNCH / name))}"
+
+
+@pytest.mark.parametrize("file", sorted((LAUNCH / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_ready_config_files_of_accelerate_are_those_that_launch_writes(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(made_by(file)) == EXIT_DONE
+    _, _, rest = capsys.readouterr().out.partition("<<'EOF'\n")
+    assert rest.partition("EOF\n")[0] == re.sub(r"(?m)^#.*\n", "", file.read_text())
+
+
+@pytest.mark.parametrize(
+    ("words", "wrong", "hint"),
+    [
+        ([], "launch needs a launcher", "torchrun,accelerate,slurm"),
+        (["mpirun", "small.yaml"], "unknown launcher mpirun", "torchrun,accelerate,slurm"),
+        (["torchrun"], "needs a configuration", "CONFIG"),
+        (["torchrun", "--nproc-per-nod", "2", "small.yaml"], "no option --nproc-per-nod", "--nproc-per-node"),
+        (["torchrun", "--train.epochs", "2", "small.yaml"], "no option --train.epochs", "come after it"),
+        (["torchrun", "--submit", "small.yaml"], "--submit is not for torchrun", "slurm"),
+        (["torchrun", "--nproc-per-node", "0", "small.yaml"], "at least 1", "--nproc-per-node P"),
+        (["torchrun", "--nodes", "3:2", "small.yaml"], "MIN:MAX", "--nodes N"),
+        (["torchrun", "--port", "70000", "small.yaml"], "1 to 65535", "--port PORT"),
+        (["torchrun", "--env", "A", "small.yaml"], "NAME=VALUE", "--env NAME=VALUE"),
+        (["torchrun", "--dry-run=1", "small.yaml"], "takes no value", "--dry-run"),
+        (["torchrun", "--nodes", "--dry-run", "small.yaml"], "--nodes has no value", "--nodes N"),
+        (["torchrun", "--nodes", "2", "small.yaml"], "need --endpoint", "on every node"),
+        (["accelerate", "--nodes", "2", "--endpoint", "a", "small.yaml"], "need --node-rank", "--node-rank K"),
+        (["accelerate", "--nodes", "1:2", "small.yaml"], "fixed number", "--nodes 2"),
+        (["slurm", "--task-per-rank", "--restarts", "1", "small.yaml"], "--restarts is for torchrun", "leave one"),
+        (["slurm", "--follow", "--sbatch.array", "0-1", "small.yaml"], "shows one job", "--submit"),
+        (["torchrun", "small.yaml", "--train.epochs", "0"], "train.epochs", "greater than 0"),
+        (["torchrun", "--python", "no/such/python", "small.yaml"], "is no program", "--python PATH"),
+    ],
+)
+def test_wrong_words_end_with_78_and_what_to_type(
+    words: list[str],
+    wrong: str,
+    hint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "small.yaml").write_text("run: {name: small}\nstages: [train]\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["launch", *words]) == EXIT_CONFIG
+    said = capsys.readouterr().err
+    assert wrong in said and hint in said and "Traceback" not in said
+
+
+def test_a_wrong_configuration_starts_nothing_and_leaves_no_file(tmp_path: Path) -> None:
+    config = tmp_path / "small.yaml"
+    config.write_text("run: {name: small}\nstages: [train]\n")
+    program = "import sys; from dist_train.cli import main; code = main(sys.argv[1:]); sys.exit(code if 'torch' not in sys.modules else 'torch')"
+    command = [sys.executable, "-c", program, "launch", "torchrun", "--nproc-per-node", "2", "small.yaml"]
+    done = subprocess.run(
+        [*command, "--train.epochs", "0"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == EXIT_CONFIG, done.stderr
+    assert list(tmp_path.iterdir()) == [config]
+
+
+def test_a_folder_of_somebody_else_is_refused_before_anything_is_written_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.yaml").write_text("run: {name: small}\nstages: [train]\n")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "thesis.tex").write_text("years of work")
+    monkeypatch.chdir(tmp_path)
+    for words in (["torchrun"], ["slurm", "--submit"]):
+        assert main(["launch", *words, "small.yaml", "--run.dir", "own"]) == EXIT_CONFIG
+        assert "not a run directory" in capsys.readouterr().err
+    assert [entry.name for entry in (tmp_path / "own").iterdir()] == ["thesis.tex"]
