@@ -65,9 +65,11 @@ def _dispatch(verbs: dict[str, Verb], group: str, arguments: list[str]) -> int:
 
 
 def _overview(verbs: dict[str, Verb], prefix: str) -> str:
-    rows = [(f"{verb.name} {verb.usage}", verb.summary) for verb in verbs.values()]
-    width = max(len(left) for left, _ in rows)
-    lines = [f"usage: dist-train {prefix}COMMAND ...", "", *(f"  {left:<{width}}  {right}" for left, right in rows)]
+    width = max(len(name) for name in verbs)
+    lines = [f"usage: dist-train {prefix}COMMAND ...", ""]
+    for verb in verbs.values():
+        lines += [f"  {verb.name:<{width}}  {verb.summary}", f"  {'':<{width}}  {verb.usage}".rstrip()]
+    lines = [line for line in lines if line.strip() or not line]
     if not prefix:
         lines += ["", SETTINGS, "", "several processes: dist-train launch torchrun --nproc-per-node N CONFIG ..."]
         lines += ["exit codes: 0 done, 1 failed, 75 preempted (run the same command again), 78 wrong configuration"]

@@ -16,6 +16,7 @@ from dist_train.assembly import configure_torch, make_context
 from dist_train.choices import choose, look
 from dist_train.errors import RunDirError
 from dist_train.evaluate import evaluate
+from dist_train.forming import join
 from dist_train.half import HalfModel
 from dist_train.ledger import NoLedger
 from dist_train.program import open_program
@@ -24,7 +25,7 @@ from dist_train.reopen import FinishedRun, as_trained, described_by, reopen
 from dist_train.stages.base import Context
 from dist_train.summary import print_results
 from dist_train.trackers.base import Trackers
-from dist_train.world import World, join
+from dist_train.world import World
 
 
 def evaluate_run(

@@ -18,6 +18,7 @@ from dist_train.config import Config
 from dist_train.config_sources import differences, dump
 from dist_train.environment import describe
 from dist_train.errors import ConfigError, Problem, RunDirError, SetupError
+from dist_train.forming import join
 from dist_train.ledger import Ledger, NoLedger, record_expectation
 from dist_train.progress import Progress
 from dist_train.ranks import detect
@@ -26,7 +27,7 @@ from dist_train.stages.base import Context, Stage, Stopwatch
 from dist_train.status import Status, fail
 from dist_train.summary import print_results
 from dist_train.trackers.base import Trackers
-from dist_train.world import World, join, resolve_threads
+from dist_train.world import World, resolve_threads
 
 
 def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:

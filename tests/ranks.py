@@ -127,8 +127,8 @@ def _main(folder: str, function: str, arguments: str) -> None:
     import torch
 
     from dist_train.config import RunConfig
+    from dist_train.forming import join
     from dist_train.registry import resolve
-    from dist_train.world import join
 
     torch.set_num_threads(1)
     with join(RunConfig(device="cpu", timeout=120)) as world:

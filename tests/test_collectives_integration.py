@@ -14,7 +14,8 @@ import torch.distributed as dist
 from dist_train.collectives import mismatch
 from dist_train.config import RunConfig
 from dist_train.errors import DistTrainError
-from dist_train.world import World, join
+from dist_train.forming import join
+from dist_train.world import World
 from tests.ranks import Ranks
 
 GONE = 60.0

@@ -18,7 +18,8 @@ import torch
 
 from dist_train.config import RunConfig
 from dist_train.errors import DataError, DistTrainError, PeerError, SetupError
-from dist_train.world import World, join
+from dist_train.forming import join
+from dist_train.world import World
 from tests.ranks import ROOT, Ranks, call, free_port, train
 
 GONE = 20.0  # seconds in which no process may be left
@@ -266,7 +267,7 @@ def test_ranks_that_do_not_come_are_a_setup_error(monkeypatch: pytest.MonkeyPatc
     port = str(free_port())
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("dist_train.world._FORMING_SECONDS", 1.0)
+    monkeypatch.setattr("dist_train.forming._FORMING_SECONDS", 1.0)
     with (
         pytest.raises(SetupError, match=f"2 ranks did not meet at 127.0.0.1:{port}"),
         join(RunConfig(device="cpu", timeout=5)),
