@@ -68,8 +68,8 @@ def _overview(verbs: dict[str, Verb], prefix: str) -> str:
     width = max(len(name) for name in verbs)
     lines = [f"usage: dist-train {prefix}COMMAND ...", ""]
     for verb in verbs.values():
-        lines += [f"  {verb.name:<{width}}  {verb.summary}", f"  {'':<{width}}  {verb.usage}".rstrip()]
-    lines = [line for line in lines if line.strip() or not line]
+        lines += [f"  {verb.name:<{width}}  {verb.summary}"]
+        lines += [f"  {'':<{width}}  {verb.usage}"] if verb.usage else []
     if not prefix:
         lines += ["", SETTINGS, "", "several processes: dist-train launch torchrun --nproc-per-node N CONFIG ..."]
         lines += ["exit codes: 0 done, 1 failed, 75 preempted (run the same command again), 78 wrong configuration"]
