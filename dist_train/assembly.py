@@ -33,7 +33,7 @@ from dist_train.models.weights import digest, load_weights
 from dist_train.progress import Progress
 from dist_train.quantization.backend import build_backend
 from dist_train.run_dir import RunDir
-from dist_train.stages.base import Context
+from dist_train.stages.context import Context
 from dist_train.tasks import Task
 from dist_train.trackers.base import Trackers
 from dist_train.try_out import try_out

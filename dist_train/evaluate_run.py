@@ -22,7 +22,7 @@ from dist_train.ledger import NoLedger
 from dist_train.program import open_program
 from dist_train.progress import Progress
 from dist_train.reopen import FinishedRun, as_trained, described_by, reopen
-from dist_train.stages.base import Context
+from dist_train.stages.context import Context
 from dist_train.summary import print_results
 from dist_train.trackers.base import Trackers
 from dist_train.world import World

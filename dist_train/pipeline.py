@@ -23,7 +23,8 @@ from dist_train.ledger import Ledger, NoLedger, record_expectation
 from dist_train.progress import Progress
 from dist_train.ranks import detect
 from dist_train.run_dir import RunDir, read_json, recorded_config, refuse_foreign, replace_json, replace_text
-from dist_train.stages.base import Context, Stage, Stopwatch
+from dist_train.stages.base import Stage, Stopwatch
+from dist_train.stages.context import Context
 from dist_train.status import Status, fail
 from dist_train.summary import print_results
 from dist_train.trackers.base import Trackers

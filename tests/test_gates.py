@@ -13,7 +13,7 @@ from torch import nn
 
 from dist_train.errors import GateError
 from dist_train.run_dir import RunDir, read_json
-from dist_train.stages.base import Context
+from dist_train.stages.context import Context
 from dist_train.stages.ptq import _relative_difference
 from dist_train.world import World
 

@@ -10,7 +10,8 @@ from dist_train.config_fit import ConvertConfig
 from dist_train.evaluate import agreement, evaluate
 from dist_train.program import Program, open_program
 from dist_train.quantization.ranges import Ranges
-from dist_train.stages.base import Context, Stage
+from dist_train.stages.base import Stage
+from dist_train.stages.context import Context
 from dist_train.world import World
 
 

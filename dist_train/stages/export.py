@@ -23,7 +23,8 @@ from dist_train.deployment import (
 from dist_train.errors import ArtifactError
 from dist_train.lowering import LoweringUnavailable
 from dist_train.lowering.comparison import time_models
-from dist_train.stages.base import Context, Stage
+from dist_train.stages.base import Stage
+from dist_train.stages.context import Context
 
 
 class Export(Stage):

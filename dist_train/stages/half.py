@@ -7,7 +7,8 @@ from typing import Any
 from dist_train.config_fit import HalfConfig
 from dist_train.evaluate import evaluate
 from dist_train.half import HalfModel, choose_dtype, require_half
-from dist_train.stages.base import Context, Stage
+from dist_train.stages.base import Stage
+from dist_train.stages.context import Context
 
 
 class Half(Stage):

@@ -13,7 +13,8 @@ from dist_train.config_fit import PTQConfig
 from dist_train.data.loader import EvaluationLoader
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
-from dist_train.stages.base import Context, Stage
+from dist_train.stages.base import Stage
+from dist_train.stages.context import Context
 
 _VARIANCES = (1e-5, 10.0)  # a fresh network's variances lie near 1, which would hide a wrong eps
 

@@ -9,7 +9,8 @@ from dist_train.config_fit import QATConfig
 from dist_train.hooks import FreezeSchedule, Hook
 from dist_train.quantization.ranges import Ranges
 from dist_train.reduction import StepReduction
-from dist_train.stages.base import Context, Stage
+from dist_train.stages.base import Stage
+from dist_train.stages.context import Context
 from dist_train.stages.ptq import calibrate, gate_prepare
 from dist_train.stages.train import LastEvaluation, run_loop
 

@@ -16,7 +16,8 @@ from dist_train.hooks import Hook
 from dist_train.loop import Fit, fit
 from dist_train.profiling import NoProfile, Profile
 from dist_train.reduction import StepReduction
-from dist_train.stages.base import Context, Stage
+from dist_train.stages.base import Stage
+from dist_train.stages.context import Context
 from dist_train.state import TrainState
 
 
