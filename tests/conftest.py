@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Generator
 from typing import Any
 
 import pytest
+
+# Compiled kernels of this run alone: those of another checkout or another process at work must not be loaded.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 REQUIRE_ALL = os.environ.get("DIST_TRAIN_REQUIRE_ALL") == "1"
 

@@ -44,7 +44,7 @@ def test_the_last_epoch_s_details_cost_no_second_evaluation() -> None:
 
 def test_where_an_earlier_epoch_is_chosen_the_details_are_its_own() -> None:
     last, seen, state = trained("best")
-    assert state.step == state.best["step"] < 16
+    assert state.chosen_step < state.step == 16
     found = last.of(state)
     assert len(seen) == 5
     assert found.metrics == state.metrics == seen[1].metrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ def _skipping(world: World, folder: str) -> dict[str, Any]:
     kept: dict[int, dict[str, Any]] = {}
     save = made.memory.save_step
 
-    def keep(stage: str, step: int, state: dict[str, Any], best_step: int | None) -> None:
-        save(stage, step, state, best_step)
+    def keep(stage: str, step: int, state: dict[str, Any], best_first: Sequence[int], needed: int | None) -> None:
+        save(stage, step, state, best_first, needed)
         kept[step] = made.memory.states[step]
 
     made.memory.save_step = keep  # type: ignore[method-assign]
