@@ -77,6 +77,7 @@ def test_a_conversion_that_drifts_fails_its_gate_and_a_loosened_gate_lets_it_pas
     assert read_json(RunDir(tmp_path / "run").results)["gates"]["convert"]["passed"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_run_of_three_ranks_goes_on_with_two(small: list[str], tmp_path: Path) -> None:
     undisturbed, changed = tmp_path / "undisturbed", tmp_path / "changed"
@@ -103,6 +104,7 @@ def test_a_run_of_three_ranks_goes_on_with_two(small: list[str], tmp_path: Path)
     assert read_json(changed / "export" / "manifest.json")["world_sizes"] == [3, 2]
 
 
+@pytest.mark.slow
 def test_without_batch_norm_the_losses_agree_at_any_world_size(small: list[str], tmp_path: Path) -> None:
     losses = {}
     for world in (1, 2, 3):
