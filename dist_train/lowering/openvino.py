@@ -54,12 +54,23 @@ def _import_openvino() -> Any:
     return openvino
 
 
+@functools.cache
+def shared_core() -> Any:
+    """OpenVINO's Core, one for the life of the process.
+
+    On CPUs with AMX it gives the thread that first uses it an alternate stack for signals, and frees that with the Core. Where
+    garbage collection frees it in another thread, the first one keeps a stack that is gone, and the next signal with a handler
+    (SIGCHLD, where a DataLoader had workers) ends the process. Seen with OpenVINO 2026.4.1.
+    """
+    return _import_openvino().Core()
+
+
 def computes_in(precision: Precision) -> bool:
     """Whether OpenVINO computes in this precision on this CPU, and not in another one that it was not asked for."""
     if precision == "f32":
         return True
     capability = {"bf16": "BF16", "f16": "FP16"}[precision]
-    return capability in _import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return capability in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def lower(model: nn.Module | ExportedProgram, example: Tensor, threads: int, precision: Precision = "f32") -> Lowered:
@@ -90,7 +101,7 @@ def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
     openvino = _import_openvino()
     with tempfile.TemporaryDirectory() as folder, quiet():
         try:
-            graph = openvino.Core().read_model(io.BytesIO(onnx_bytes(model, example)))
+            graph = shared_core().read_model(io.BytesIO(onnx_bytes(model, example)))
         except RuntimeError as error:
             raise LoweringUnavailable(f"OpenVINO cannot read this model: {_reason(error)}") from error
         xml = Path(folder) / "model.xml"
@@ -109,7 +120,7 @@ def _compiled_call(
     graph: bytes, weights: bytes | None, example: Tensor, threads: int, precision: Precision
 ) -> Callable[[Tensor], Tensor]:
     """A model (ONNX, or IR with its weights) as a function for any batch size. The rest is as in `lower`."""
-    openvino = _import_openvino()
+    core = shared_core()
     settings = {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
@@ -117,7 +128,6 @@ def _compiled_call(
         "INFERENCE_PRECISION_HINT": precision,
         "ENABLE_CPU_PINNING": False,
     }
-    core = openvino.Core()
 
     @functools.lru_cache(maxsize=_KEPT)
     def compiled(batch: int) -> Any:

@@ -131,3 +131,26 @@ def test_a_model_that_cannot_be_exported_gives_a_reason(capfd):
     with pytest.raises(LoweringUnavailable, match="cannot export this model: "):
         lower(DataDependent().eval(), images(1), threads=1)
     assert capfd.readouterr().out == ""
+
+
+_SIGNALLED = """
+import gc, signal, subprocess, threading
+import torch
+from dist_train.lowering import openvino
+
+kept = [openvino.lower(torch.nn.Linear(4, 2).eval(), torch.zeros(1, 4), 1)]
+thread = threading.Thread(target=lambda: (kept.clear(), gc.collect()))
+thread.start()
+thread.join()
+signal.signal(signal.SIGCHLD, lambda *_: None)  # as a DataLoader with workers does
+subprocess.run(["true"], check=True)
+print("alive")
+"""
+
+
+@needs_openvino
+def test_a_signal_after_a_model_was_freed_by_another_thread_ends_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _SIGNALLED], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2]
+    )
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
