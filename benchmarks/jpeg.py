@@ -9,8 +9,8 @@ workers on the same cores, in turns; before each round's clock starts, what the 
 
 The files are made by this script: 500x375, smooth shapes under noise (quality 90, noise 8: about 70 kB).
 Noise makes decoding dearer, and decoding is what both have in common: the ratio falls with it. What decoding alone
-costs is printed beside it: it is about three quarters of what a worker of ours does, so that 2.5, the bar, is out of reach of this
-decoder (1.42 was seen on 2 cores under some load). Less than the bar exits 1.
+costs is printed beside it: with torchvision's decoder, which cannot decode a part of an image, 2.5, the bar, was not
+reached (README has the figures). Less than the bar exits 1.
 """
 
 from __future__ import annotations
