@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from dist_train.errors import ArtifactError
+from dist_train.run_dir import sync_directory
 
 FORMAT = "dist_train/2"
 FIRST_FORMAT = "dist_train.pt2/1"  # one int8 program, model.pt2; still read
@@ -58,14 +59,6 @@ def _write_file(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _refuse_to_replace_foreign_files(directory: Path) -> None:
@@ -120,11 +113,11 @@ def write_artifact(directory: Path, files: Mapping[str, bytes], manifest: Mappin
         temporary.mkdir()
         for name, data in contents.items():
             _write_file(temporary / name, data)
-        _sync_directory(temporary)
+        sync_directory(temporary)
         if directory.exists():
             os.rename(directory, aside)
         os.rename(temporary, directory)
-        _sync_directory(directory.parent)
+        sync_directory(directory.parent)
         if aside.exists():
             shutil.rmtree(aside)
     except OSError as error:
