@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from dist_train import cli_launch
 from dist_train.cli_artifact import ARTIFACT_VERBS
 from dist_train.cli_base import Verb, import_only, known_run_dir, positionals
-from dist_train.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DistTrainError, UsageError
+from dist_train.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DistTrainError, Preempted, UsageError
+from dist_train.ranks import exit_code_when_preempted
 
 if TYPE_CHECKING:
     from dist_train.config_sources import Loaded
@@ -29,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command, shows its errors without a traceback, and returns the exit code (see `dist_train.errors`)."""
     try:
         return _dispatch(VERBS, "", list(sys.argv[1:] if arguments is None else arguments))
+    except Preempted as stop:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"dist-train: {stop}", file=sys.stderr)
+        return exit_code_when_preempted(os.environ)
     except DistTrainError as error:
         if not (isinstance(error, ConfigError) and _another_rank_shows_it(os.environ)):
             print(f"dist-train: {error}", file=sys.stderr)
@@ -87,9 +92,12 @@ def _load(name: str, arguments: list[str]) -> Loaded:
 
 def _train_verb(arguments: list[str]) -> int:
     loaded = _load("run", arguments)
-    from dist_train.pipeline import run
+    from dist_train.stop import listening
 
-    run(loaded.config, loaded.warnings)
+    with listening():  # before the imports that take seconds
+        from dist_train.pipeline import run
+
+        run(loaded.config, loaded.warnings)
     return EXIT_DONE
 
 

@@ -99,7 +99,7 @@ def run(job: Job, command: Command) -> int:
     for path, text in command.files.items():
         Path(path).write_text(text, encoding="utf-8")
     process = subprocess.Popen(command.words, env=os.environ | command.environ)
-    with _passing_on(process.send_signal):
+    with _passing_on(process.send_signal, home.stop):
         code = process.wait()
     return outcome(before, read_json(home.status), code)
 
@@ -117,11 +117,17 @@ def _status_before(home: RunDir) -> Any:
 
 
 @contextmanager
-def _passing_on(send: Callable[[int], None]) -> Iterator[None]:
-    """SIGTERM goes on to the agent, which stops the ranks; Ctrl-C reaches it without us, being in our process group."""
+def _passing_on(send: Callable[[int], None], stop: Path) -> Iterator[None]:
+    """SIGTERM goes on to the agent, which stops the ranks; Ctrl-C reaches it without us, being in our process group.
+
+    SIGUSR2, which would end the agent, becomes the STOP file.
+    """
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         send(number)
+
+    def ask_by_file(number: int, frame: FrameType | None) -> None:
+        stop.touch()
 
     def leave_to_the_agent(number: int, frame: FrameType | None) -> None:
         return None
@@ -129,6 +135,7 @@ def _passing_on(send: Callable[[int], None]) -> Iterator[None]:
     earlier = {
         signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
         signal.SIGINT: signal.signal(signal.SIGINT, leave_to_the_agent),
+        signal.SIGUSR2: signal.signal(signal.SIGUSR2, ask_by_file),
     }
     try:
         yield

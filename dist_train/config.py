@@ -47,6 +47,16 @@ class CheckpointConfig(Settings):
     """Which checkpoints within a stage are kept, beside those of finished stages."""
 
 
+class StopConfig(Settings):
+    grace: Annotated[PositiveFloat, Field(json_schema_extra=FREE)] = 30.0
+    """Seconds from being asked to stop (SIGTERM, SIGUSR2, a file STOP in the run directory) to the end at the latest: a step, an evaluation or a conversion that takes longer is given up, and the last checkpoint serves."""
+
+
+class WatchdogConfig(Settings):
+    timeout: Annotated[PositiveFloat | None, Field(json_schema_extra=FREE)] = 600.0
+    """Seconds without progress of a rank after which the run ends and says which rank was stuck in what; set-up, convert and export have their own deadlines where those are longer. None: never."""
+
+
 class LogConfig(Settings):
     every_steps: Annotated[PositiveInt, Field(json_schema_extra=FREE)] = 10
     """Steps between two lines of metrics.jsonl."""
@@ -106,6 +116,8 @@ class Config(Settings):
     convert: ConvertConfig = ConvertConfig()
     export: ExportConfig = ExportConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    stop: StopConfig = StopConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     log: LogConfig = LogConfig()
     profile: Annotated[ProfileConfig | None, Field(json_schema_extra=FREE)] = None
     """Record a trace of some steps."""

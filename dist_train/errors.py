@@ -104,5 +104,15 @@ class CollectiveMismatchError(DistTrainError):
     """The ranks called different collectives; found where `debug.collectives` looks, a hang elsewhere."""
 
 
+class StuckError(DistTrainError):
+    """A rank made no progress for `watchdog.timeout`; names rank and phase."""
+
+
+class Preempted(DistTrainError):
+    """The run was asked to stop, and stopped where it can go on. Nothing is wrong."""
+
+    exit_code = EXIT_PREEMPTED
+
+
 class PeerError(DistTrainError):
     """Another rank failed, or did not answer in time. It is never the cause itself."""

@@ -28,6 +28,8 @@ class Evaluation:
     metrics: dict[str, float | int]
     decisions: torch.Tensor
     details: Details | None = None
+    stop: bool = False
+    """Whether any rank was asked to stop, by the end of the evaluation."""
 
 
 @torch.no_grad()
@@ -48,10 +50,12 @@ def evaluate(
         NonFiniteLossError: on every rank.
     """
     metrics = task.metrics().to(world.device)
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
     details = Details(task, world.device)
     decisions = []
+    world.heartbeat.begin("evaluate")
     for batch in batches:
+        world.heartbeat.enter("evaluate")
         with autocast():
             outputs = call(batch.inputs)
         outputs = outputs.float()
@@ -61,6 +65,7 @@ def evaluate(
         metrics.update(outputs, batch.targets)
         decisions.append(task.decide(outputs))
         details.update(batch, outputs, losses, decisions[-1])
+    sums[2] = float(world.stop_wanted())
     world.all_reduce(sums, "sum")
     with warnings.catch_warnings():
         # A rank without samples has nothing to add, which is right.
@@ -76,7 +81,7 @@ def evaluate(
     counts = {"count": count}
     if isinstance(batches, EvaluationLoader) and count < batches.total:
         counts["skipped_samples"] = batches.total - count
-    return Evaluation({**values, "loss": float(sums[0]) / max(count, 1), **counts}, own, details)
+    return Evaluation({**values, "loss": float(sums[0]) / max(count, 1), **counts}, own, details, bool(sums[2]))
 
 
 def metric_names(task: Task) -> list[str]:

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dist_train.collectives import collectives_checked, mismatch
 from dist_train.config import RunConfig
-from dist_train.errors import PeerError, SetupError
+from dist_train.errors import PeerError, Preempted, SetupError
 from dist_train.hostlist import show_hostnames
 from dist_train.ranks import detect
 from dist_train.world import FAREWELL_SECONDS, World
@@ -43,6 +43,9 @@ def join(run: RunConfig, check_collectives: bool = False) -> Iterator[World]:
         world = _form(run)
     try:
         yield world
+    except Preempted:  # on all ranks, as they agreed
+        _end(world)
+        raise
     except BaseException as error:
         raised = mismatch(error) or _echo_of_peer(world, error) or error
         _end_in_failure(world, raised)
@@ -50,9 +53,13 @@ def join(run: RunConfig, check_collectives: bool = False) -> Iterator[World]:
             raise raised from error
         raise
     else:
-        world.take_leave()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _end(world)
+
+
+def _end(world: World) -> None:
+    world.take_leave()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _end_in_failure(world: World, error: BaseException) -> None:

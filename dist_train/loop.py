@@ -18,7 +18,7 @@ from dist_train.config_fit import FitConfig
 from dist_train.data.loader import MicroBatch, StepBatch, TrainLoader, seed_everything
 from dist_train.data.permutation import derive_key
 from dist_train.epoch_line import epoch_line
-from dist_train.errors import NonFiniteLossError
+from dist_train.errors import NonFiniteLossError, Preempted
 from dist_train.evaluate import Evaluation
 from dist_train.hooks import Hook
 from dist_train.ledger import Ledger, NoLedger
@@ -82,15 +82,17 @@ def train_step(model: nn.Module, batch: StepBatch, task: Task, strategy: Strateg
 
     DDP divides the sum of the ranks' gradients by their number, so the local sum of losses is multiplied by it.
     """
-    scale = strategy.world.world_size / batch.global_count
+    scale, heartbeat = strategy.world.world_size / batch.global_count, strategy.world.heartbeat
     loss_sum = score_sum = torch.zeros((), device=strategy.world.device)
     for number, micro in enumerate(batch.micro_batches, start=1):
         with nullcontext() if number == len(batch.micro_batches) else strategy.no_sync(model):
+            heartbeat.enter("forward")
             with strategy.autocast():
                 outputs = model(micro.inputs)
             real = outputs[: micro.rows].float()
             # A rank without rows takes part in the gradients' all-reduce with zeros.
             loss = _losses(task, real, micro).sum() if micro.rows else outputs.float().sum() * 0
+            heartbeat.enter("backward")
             strategy.backward(loss * scale)
         loss_sum = loss_sum + loss.detach()
         if micro.rows:
@@ -114,12 +116,13 @@ def fit(run: Fit, model: nn.Module, resume: dict[str, Any] | None) -> TrainState
 
     Raises:
         NonFiniteLossError: on all ranks; what was saved is finite.
+        Preempted: on all ranks, once the state is saved, where any was asked to stop.
     """
     selection = Selection(run.config, run.task.headline, run.task.lower_is_better)
     state = TrainState(model, run.config, run.total_steps, run.steps_per_epoch, selection, run.strategy.begin())
     if resume is not None:
         state.load_state_dict(resume)
-    if state.step < run.total_steps and not selection.stop:
+    if (state.step < run.total_steps and not selection.stop) or state.epoch_open:
         run.progress.begin(run.stage, run.total_steps, state.step, run.task.score_name)
         run.profile.begin(state.step, run.total_steps)
         try:
@@ -142,10 +145,14 @@ def _train(run: Fit, state: TrainState) -> None:
     lag = 1 if world.device.type == "cuda" else 0
     outlook = Outlook(run.stage, run.total_steps, run.log_every, run.progress, run.trackers, lag)
     first_step = True
+    if state.epoch_open:  # it was stopped between the last step of an epoch and its evaluation
+        _end_epoch(run, state, (state.step - 1) // run.steps_per_epoch)
     while state.step < run.total_steps and not state.selection.stop:
         epoch, first = divmod(state.step, run.steps_per_epoch)
+        world.heartbeat.begin("data")
         for batch in outlook.clock.timed(run.loader.epoch(epoch, first, run.steps_per_epoch)):
             step = state.step
+            world.heartbeat.at_step(run.stage, step)
             for hook in run.hooks:
                 hook.before_step(step)
             if first_step:
@@ -154,6 +161,7 @@ def _train(run: Fit, state: TrainState) -> None:
             seed_everything(derive_key("step", run.seed, run.stage, step, world.rank))
             sums = train_step(wrapped, batch, run.task, run.strategy)
             pending = run.reduction(sums, step)
+            world.heartbeat.enter("update")
             outlook.add(pending, step, epoch, state.optimizer.param_groups[0]["lr"], batch.global_count)
             if run.loader.may_leave_out:
                 pending.rescale(state.model)
@@ -163,13 +171,30 @@ def _train(run: Fit, state: TrainState) -> None:
             if first_step:
                 require_same_buffers(world, model)
                 first_step = False
-            if run.checkpoint_every and state.step % run.checkpoint_every == 0 and state.step % run.steps_per_epoch:
+            due = run.checkpoint_every and state.step % run.checkpoint_every == 0
+            if (due or outlook.stop_agreed) and state.step % run.steps_per_epoch:
                 state.left_out += outlook.drain()
                 _require_finite(state)
                 _save(run, state)
+                _stop_if(outlook.stop_agreed, run, state)
+            world.heartbeat.begin("data")
         state.left_out += outlook.drain()
         _require_finite(state)
+        state.epoch_open = True
+        if outlook.stop_agreed:  # the evaluation may take longer than there is time
+            _save(run, state)
+            _stop_if(True, run, state)
         _end_epoch(run, state, epoch)
+
+
+def _stop_if(agreed: bool, run: Fit, state: TrainState) -> None:
+    """After the state was saved.
+
+    Raises:
+        Preempted: on all ranks.
+    """
+    if agreed:
+        raise Preempted(f"stopped in {run.stage} after step {state.step} of {run.total_steps}, which is saved")
 
 
 def _compiled(model: nn.Module) -> nn.Module:
@@ -228,10 +253,11 @@ def _report_left_out(run: Fit, state: TrainState, epoch: int) -> None:
 
 def _end_epoch(run: Fit, state: TrainState, epoch: int) -> None:
     _report_left_out(run, state, epoch)
-    last = state.step == run.total_steps
+    last, stop = state.step == run.total_steps, False
     if last or (epoch + 1) % run.config.evaluate_every == 0:
         state.chosen.eval()
-        state.metrics = run.evaluate(state.chosen).metrics
+        evaluation = run.evaluate(state.chosen)
+        state.metrics, stop = evaluation.metrics, evaluation.stop
         state.model.train()
         run.trackers.log(
             run.stage, epoch, state.step - 1, {f"eval_{name}": value for name, value in state.metrics.items()}
@@ -240,9 +266,11 @@ def _end_epoch(run: Fit, state: TrainState, epoch: int) -> None:
         run.progress.say(_evaluated(run, epoch + 1, state.metrics))
     if state.selection.stop and not last:
         run.progress.say(_stopped(run, state, epoch + 1))
+    state.epoch_open = False
     if not last:
         # The end of a stage is saved by the pipeline, with the stage's result. An early stop is saved, so that it is not trained again.
         _save(run, state)
+        _stop_if(stop, run, state)
 
 
 def _evaluated(run: Fit, epoch: int, metrics: Mapping[str, float | int]) -> str:

@@ -96,6 +96,8 @@ class Outlook:
         self._data_wait = 0.0
         self._left_out = 0
         self.clock = DataClock()
+        self.stop_agreed = False
+        """Some rank was asked to stop; the same on all ranks, as they look at the same steps."""
 
     def logs(self, step: int) -> bool:
         """Whether this step gets a line of metrics."""
@@ -130,6 +132,7 @@ class Outlook:
             means = found.pending.means()
             self._looked.append((found, means))
             self._left_out += found.samples - means.count
+            self.stop_agreed |= means.stop
             if self.logs(found.step):
                 self._data_wait = self.clock.share()
             self._progress.step(found.step + 1, means.count, means.loss, means.score, found.lr, self._data_wait)

@@ -17,7 +17,7 @@ from dist_train.choices import choose, look
 from dist_train.config import Config
 from dist_train.config_sources import differences, dump
 from dist_train.environment import describe
-from dist_train.errors import ConfigError, Problem, RunDirError, SetupError
+from dist_train.errors import ConfigError, Preempted, Problem, RunDirError, SetupError
 from dist_train.forming import join
 from dist_train.ledger import Ledger, NoLedger, record_expectation
 from dist_train.progress import Progress
@@ -26,8 +26,10 @@ from dist_train.run_dir import RunDir, read_json, recorded_config, refuse_foreig
 from dist_train.stages.base import Stage, Stopwatch
 from dist_train.stages.context import Context
 from dist_train.status import Status, fail
+from dist_train.stop import listening
 from dist_train.summary import print_results
 from dist_train.trackers.base import Trackers
+from dist_train.watchdog import watched
 from dist_train.world import World, resolve_threads
 
 
@@ -43,6 +45,7 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
     Raises:
         ConfigError: the run directory holds a run with other settings that determine the result.
         RunDirError: the directory is not a run's.
+        Preempted: it was asked to stop (SIGTERM, SIGUSR2, the file STOP), and can be resumed.
         DistTrainError: as it happened; PeerError where another rank was the cause.
     """
     check_arguments(config)
@@ -55,13 +58,19 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
         return done
     attempt: int | None = None
     try:
-        with join(config.run, config.debug.collectives) as world:
+        with (
+            listening() as stop,
+            watched(config, stop) as heartbeat,
+            join(config.run, config.debug.collectives) as world,
+        ):
+            world.stop, world.heartbeat = stop, heartbeat
             _agree_on_config(config, world)
             attempt = world.on_rank_0(lambda: _open(config, run_dir), "opening the run directory")
+            heartbeat.identify(world.rank, world.world_size, attempt)
             _check_shared(run_dir, world)
             return _run(config, run_dir, world, attempt, warnings)
     except BaseException as error:
-        if attempt is not None:
+        if attempt is not None and not isinstance(error, Preempted):
             with suppress(OSError):  # a full disk must not hide the error that it caused
                 fail(run_dir, attempt, error)
         raise
@@ -164,7 +173,10 @@ def _run(config: Config, run_dir: RunDir, world: World, attempt: int, warnings: 
         if world.is_main and config.debug.ledger:
             _expect(context)
         _run_stages(context, attempt, status)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, Preempted) and world.is_main:
+            status.set(state="preempted")
+            run_dir.stop.unlink(missing_ok=True)  # it is honoured: the same command is to go on
         with suppress(OSError):
             ledger.close()
             trackers.close()
@@ -215,8 +227,11 @@ def _run_stages(context: Context, attempt: int, status: Status) -> None:
         if name in context.finished:
             stage.restore(context, folder.load(context.finished[name])["payload"])
             continue
+        if world.stop_agreed():
+            raise Preempted(f"stopped before {name}; what was done until there is saved")
         if interrupted is not None and not interrupted["finished"] and interrupted["stage"] == name:
             context.resume = interrupted["payload"]
+        world.heartbeat.at_step(name, 0)
         if world.is_main:
             status.set(state="running", stage=name, step=0)
         stopwatch = Stopwatch()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from dist_train.errors import Problem, SetupError
+from dist_train.errors import EXIT_DONE, EXIT_PREEMPTED, Problem, SetupError
 from dist_train.hostlist import parse_hostlist, parse_tasks_per_node
 from dist_train.ports import candidates, ephemeral_range, is_free
 
@@ -248,3 +248,8 @@ def _asked_problems(environ: Mapping[str, str], world_size: int) -> Iterator[Pro
         message = f"is {text}, the number of processes asked for, but the launcher started {world_size}"
         hint = f"look at the launcher's own settings (dist-train launch --dry-run shows the command), or unset {ASKED}"
         yield Problem(ASKED, message, "environment", hint)
+
+
+def exit_code_when_preempted(environ: Mapping[str, str]) -> int:
+    """75; under torchrun's agent 0, as it would start a worker that failed again, and says 1 for any failure (law 7)."""
+    return EXIT_DONE if "TORCHELASTIC_RUN_ID" in environ else EXIT_PREEMPTED

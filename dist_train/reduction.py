@@ -35,6 +35,8 @@ class StepMeans:
     loss: float
     score: float
     count: int
+    stop: bool = False
+    """Whether any rank was asked to stop."""
 
 
 class Pending:
@@ -63,7 +65,7 @@ class Pending:
         """
         if self._event is not None:
             self._event.synchronize()
-        loss, score, count = self._host.tolist()
+        loss, score, count, stop = self._host.tolist()
         if not math.isfinite(loss):
             guilty = [
                 rank for rank, own in enumerate(self._world.gather(float(self._own_loss))) if not math.isfinite(own)
@@ -84,7 +86,7 @@ class Pending:
                 f"none of the {self._global_count} samples of step {self._step} can be decoded",
                 "look at the files and at the disk; --data.on_corrupt error names the first one",
             )
-        return StepMeans(loss / count, score / count, int(count))
+        return StepMeans(loss / count, score / count, int(count), stop > 0)
 
     def rescale(self, model: nn.Module) -> None:
         """Makes gradients of the sum over the planned count those of the mean over the real one; exact where they are equal."""
@@ -128,7 +130,7 @@ def require_same_buffers(world: World, model: nn.Module) -> None:
 class StepReduction:
     """Makes loss, BatchNorm statistics and quantization ranges those of all ranks' data.
 
-    A SUM carries the loss, the score and the running statistics of BatchNorm, each rank's weighted by its share of the rows: as
+    A SUM carries the loss, the score, who was asked to stop, and the running statistics of BatchNorm, each rank's weighted by its share of the rows: as
     running statistics are linear in the batch's, averaging them each step is averaging the batches'. A MAX carries the ranges.
     A rank without rows has weight 0: neither its statistics nor its ranges count.
 
@@ -159,8 +161,10 @@ class StepReduction:
     @torch.no_grad()
     def __call__(self, sums: StepSums, step: int) -> Pending:
         """Reduces one step; leaves the averaged statistics and ranges in the model."""
-        rows = torch.full((), float(sums.rows), device=sums.loss.device)
-        totals = torch.stack([sums.loss.float(), sums.score.float(), rows])
+        rows, stop = (
+            torch.full((), float(value), device=sums.loss.device) for value in (sums.rows, self._world.stop_wanted())
+        )
+        totals = torch.stack([sums.loss.float(), sums.score.float(), rows, stop])
         if self._world.world_size > 1:
             totals = self._sum(totals, sums)
         if self._ranges is not None:
@@ -178,13 +182,13 @@ class StepReduction:
         self.collectives += 1
         if self._statistics:
             # The weights add up to 1, unless samples were left out: which, only this reduction tells. By 1 it is exact.
-            averages = flat[3:] * (sums.global_count / flat[2])
+            averages = flat[len(scalars) :] * (sums.global_count / flat[2])
             pieces = averages.split([buffer.numel() for buffer in self._statistics])
             torch._foreach_copy_(
                 self._statistics,
                 [piece.view_as(buffer) for piece, buffer in zip(pieces, self._statistics, strict=True)],
             )
-        return flat[:3]
+        return flat[: len(scalars)]
 
     def _merge(self, ranges: Ranges, rows: int) -> None:
         if rows == 0:

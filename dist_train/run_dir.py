@@ -63,6 +63,19 @@ class RunDir:
         return self.path / "logs"
 
     @property
+    def stop(self) -> Path:
+        """A file that somebody puts here to stop the run."""
+        return self.path / "STOP"
+
+    def stopping(self, attempt: int) -> Path:
+        """A rank that was asked to stop tells the others so, where a step is long."""
+        return self.logs / f"stopping-{attempt}"
+
+    def stuck(self, attempt: int) -> Path:
+        """What the watchdog saw of each rank when none went on."""
+        return self.logs / f"stuck-{attempt}"
+
+    @property
     def tensorboard(self) -> Path:
         return self.logs / "tensorboard"
 

@@ -21,6 +21,7 @@ class TrainState:
         step: optimizer steps done in this stage.
         skipped: how many of the steps changed nothing, as fp16 gradients overflowed.
         left_out: samples of the epoch so far, of all ranks, that could not be decoded.
+        epoch_open: the steps of an epoch are done, what follows them (its evaluation) is not.
         metrics: of the newest evaluation; at the end those of the model that is handed on.
         selection: the evaluations so far, ranked.
         chosen_step: the steps after which the model was what is handed on.
@@ -46,6 +47,7 @@ class TrainState:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.step = 0
         self.left_out = 0
+        self.epoch_open = False
         self.metrics: dict[str, float | int] = {}
         self.chosen_step = 0
 
@@ -64,6 +66,7 @@ class TrainState:
             "skipped": self.skipped,
             "step": self.step,
             "left_out": self.left_out,
+            "epoch_open": self.epoch_open,
             "metrics": self.metrics,
             "evaluations": self.selection.history,
         }
@@ -76,6 +79,7 @@ class TrainState:
         self._scaler.load_state_dict(state["scaler"])
         self.skipped = state["skipped"]
         self.left_out = state["left_out"]
+        self.epoch_open = state.get("epoch_open", False)  # not in earlier checkpoints
         self.step = state["step"]
 
     def take_model(self, state: dict[str, Any]) -> None:

@@ -39,9 +39,28 @@ class Status(Tracker):
 
 
 def fail(run_dir: RunDir, attempt: int, error: BaseException) -> None:
-    """Notes a failure, by whichever rank it happened on. The first one of an attempt stays, but a cause replaces its echo on a peer."""
+    """Notes a failure, by whichever rank it happened on. The first one of an attempt stays, but a cause replaces its echo on a peer.
+
+    What is only the echo of a rank that stopped as it was asked to is no failure.
+    """
     fields = read_json(run_dir.status) or {"stage": None, "step": 0}
-    noted = fields.get("state") == "failed" and fields.get("restarts") == attempt
-    if not noted or (str(fields["error"]).startswith(PeerError.__name__) and not isinstance(error, PeerError)):
+    echo = isinstance(error, PeerError)
+    ours = fields.get("restarts") == attempt
+    if ours and echo and fields.get("state") == "preempted":
+        return
+    if not (ours and fields.get("state") == "failed") or (_is_echo(fields["error"]) and not echo):
         text = f"{type(error).__name__}: {error}"
         replace_json(run_dir.status, {**fields, "state": "failed", "restarts": attempt, "error": text})
+
+
+def preempt(run_dir: RunDir, attempt: int) -> None:
+    """Notes that the attempt ended as it was asked to, where no rank noted more than the echo of that."""
+    fields = read_json(run_dir.status)
+    if fields is None or fields.get("restarts") != attempt:
+        return
+    if fields.get("state") == "running" or (fields.get("state") == "failed" and _is_echo(fields.get("error"))):
+        replace_json(run_dir.status, {**fields, "state": "preempted", "error": None})
+
+
+def _is_echo(text: object) -> bool:
+    return str(text).startswith(PeerError.__name__)

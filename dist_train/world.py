@@ -14,9 +14,12 @@ import torch
 import torch.distributed as dist
 
 from dist_train.errors import PeerError
+from dist_train.heartbeat import Heartbeat, Phase
+from dist_train.stop import StopRequest
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.2  # longest slice between two looks at the store; law 4 allows a second
+_WATCHDOG_SECONDS = 20.0  # from its detecting that a rank is stuck to the end of the run
 FAREWELL_SECONDS = 5.0  # how long rank 0, where it hosts the store, lets the others read it at the end
 
 
@@ -30,6 +33,8 @@ class World:
         device: where this rank's model lives.
         timeout: seconds after which a wait for another rank fails.
         nonce: agreed at the start, so that keys of an earlier attempt in the same store are never read.
+        heartbeat: kept up for the watchdog.
+        stop: whether this rank was asked to stop; what follows of it the ranks agree on.
     """
 
     rank: int = 0
@@ -40,6 +45,8 @@ class World:
     timeout: float = 1800.0
     nonce: str = ""
     store: dist.Store | None = None
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    stop: StopRequest = field(default_factory=StopRequest)
     _waits: int = 0
 
     @property
@@ -62,7 +69,8 @@ class World:
     def all_reduce(self, tensor: torch.Tensor, operation: Literal["sum", "max"]) -> torch.Tensor:
         """Reduces `tensor` over all ranks, in place; returns it."""
         if self.world_size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX)
+            with self.heartbeat.within("collective"):
+                dist.all_reduce(tensor, op=dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX)
         return tensor
 
     def gather(self, value: T) -> list[T]:
@@ -70,7 +78,8 @@ class World:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with self.heartbeat.within("collective"):
+            dist.all_gather_object(values, value)
         return values
 
     def broadcast_bytes(self, data: bytes | None) -> bytes:
@@ -80,16 +89,17 @@ class World:
             return data
         device = self.device if dist.get_backend() == "nccl" else torch.device("cpu")
         size = torch.tensor([len(data) if data is not None else 0], device=device)
-        dist.broadcast(size, src=0)
-        buffer = (
-            torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
-            if data
-            else torch.empty(int(size), dtype=torch.uint8, device=device)
-        )
-        dist.broadcast(buffer, src=0)
+        with self.heartbeat.within("collective"):
+            dist.broadcast(size, src=0)
+            buffer = (
+                torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+                if data
+                else torch.empty(int(size), dtype=torch.uint8, device=device)
+            )
+            dist.broadcast(buffer, src=0)
         return buffer.cpu().numpy().tobytes()
 
-    def on_rank_0(self, work: Callable[[], T], what: str, deadline: float | None = None) -> T:
+    def on_rank_0(self, work: Callable[[], T], what: str, deadline: float | None = None, phase: Phase = "set-up") -> T:
         """Runs `work` on rank 0 alone; the others wait for its JSON-serializable result.
 
         They wait on the store, not in a collective, so that work longer than the process group's timeout kills nobody (law 4).
@@ -97,13 +107,23 @@ class World:
         Raises:
             PeerError: on the waiting ranks, if the work failed or took longer than `deadline` seconds (`timeout` where it is None).
         """
-        return self._on_leader(0, work, what, deadline)
+        return self._on_leader(0, work, what, deadline, phase)
 
     def first_on_node(self, work: Callable[[], T], what: str, deadline: float | None = None) -> T:
         """Like `on_rank_0`, but once on each node, on its local rank 0."""
-        return self._on_leader(self.rank - self.local_rank, work, what, deadline)
+        return self._on_leader(self.rank - self.local_rank, work, what, deadline, "set-up")
 
-    def _on_leader(self, leader: int, work: Callable[[], T], what: str, deadline: float | None) -> T:
+    def _on_leader(self, leader: int, work: Callable[[], T], what: str, deadline: float | None, phase: Phase) -> T:
+        # Only a deadline of its own lets the work take longer than the watchdog's timeout.
+        with self.heartbeat.within(
+            phase if self.rank == leader else "waiting", at_least=deadline or self._patience(phase)
+        ):
+            return self._led(leader, work, what, self.timeout if deadline is None else deadline)
+
+    def _patience(self, phase: Phase) -> float:
+        return self.timeout if phase == "set-up" else 0.0
+
+    def _led(self, leader: int, work: Callable[[], T], what: str, deadline: float) -> T:
         if self.world_size == 1:
             return work()
         self._waits += 1
@@ -118,7 +138,9 @@ class World:
                 raise
             self.store.set(key, answer)
             return result
-        self._wait(key, leader, what, self.timeout if deadline is None else deadline)
+        # Where the watchdog looks at the same moment, it is to speak first: it knows more.
+        watched = 0 < self.heartbeat.limit <= deadline
+        self._wait(key, leader, what, deadline + _WATCHDOG_SECONDS if watched else deadline)
         received = json.loads(self.store.get(key))
         if "error" in received:
             raise PeerError(f"rank {leader} failed: {received['error']}")
@@ -137,6 +159,17 @@ class World:
                 )
             time.sleep(pause)
             pause = min(pause * 2, _POLL_SECONDS)
+
+    def stop_wanted(self) -> bool:
+        """Whether this rank was asked to stop: by a signal, or by the process beside it (the file STOP)."""
+        if not self.stop.requested and self.heartbeat.stop_reason:
+            self.stop.ask(self.heartbeat.stop_reason)
+        return self.stop.requested
+
+    def stop_agreed(self) -> bool:
+        """Whether any rank was asked to stop. Collective; for rare occasions."""
+        wanted = torch.full((1,), float(self.stop_wanted()), device=self.device)
+        return bool(self.all_reduce(wanted, "max"))
 
     def barrier(self, what: str) -> None:
         """Waits until every rank is here."""

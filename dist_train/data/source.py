@@ -14,6 +14,7 @@ from dist_train.data.augment import Augmentation
 from dist_train.data.items import EVALUATION, Failure, Keyed, Keys, stacked
 from dist_train.data.stream import read_stream
 from dist_train.errors import CorruptSampleError, DataError
+from dist_train.stop import ignore_in_worker
 
 _PREFETCH = 4  # batches that each worker makes ahead
 
@@ -79,6 +80,7 @@ class Source:
             self._loader = DataLoader(
                 Keyed(dataset, self._seed),
                 batch_sampler=self._keys,
+                worker_init_fn=ignore_in_worker,
                 num_workers=self._workers,
                 collate_fn=stacked,
                 # A DataLoader takes a base seed from the global generator: give it one of its own.

@@ -27,7 +27,7 @@ class Job:
         rdzv_id: what tells this job's nodes from another's at the same endpoint.
         is_host: whether this node is the endpoint; None: found out by host names.
         node_rank: 0 .. nodes - 1, for accelerate on several nodes.
-        shutdown_timeout: seconds that an agent gives its ranks after SIGTERM: time for a checkpoint.
+        shutdown_timeout: seconds that an agent gives its ranks after SIGTERM: more than `stop.grace`.
         stop_before: seconds before the end of its time at which a Slurm job is told to stop.
         requeues: how often a preempted Slurm job is put back into the queue.
         sbatch: further options of sbatch, by their long names; they replace ours.
@@ -48,7 +48,7 @@ class Job:
     local_addr: str = ""
     is_host: bool | None = None
     node_rank: int | None = None
-    shutdown_timeout: int = 30
+    shutdown_timeout: int = 45
     config_file: str = ""
     cpus_per_process: int = 1
     gpus_per_process: int = 0

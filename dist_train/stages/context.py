@@ -292,4 +292,4 @@ class Context:
             self.folder.save(name, {**state, **record})
             self.folder.keep_only({*choose(self.folder.names()), *self.finished.values()})
 
-        self.world.on_rank_0(write, f"saving the checkpoint {name}")
+        self.world.on_rank_0(write, f"saving the checkpoint {name}", phase="save")

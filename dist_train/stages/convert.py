@@ -34,7 +34,7 @@ class Convert(Stage):
             made.append(context.backend.serialize(converted, context.example(2)))
 
         context.progress.say(f"{self.name}: rank 0 converts to int8")
-        world.on_rank_0(convert, "converting to int8", self.settings.deadline)
+        world.on_rank_0(convert, "converting to int8", self.settings.deadline, "convert")
         program = _broadcast(made[0] if made else None, world)
         int8 = open_program(program)
 

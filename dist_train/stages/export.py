@@ -34,7 +34,7 @@ class Export(Stage):
 
     def run(self, context: Context) -> dict[str, Any]:
         context.progress.say(f"{self.name}: rank 0 writes and verifies {context.run_dir.export}")
-        measured = context.world.on_rank_0(lambda: self._export(context), "exporting", self.settings.deadline)
+        measured = context.world.on_rank_0(lambda: self._export(context), "exporting", self.settings.deadline, "export")
         for name, figures in measured["models"].items():
             context.results["models"].setdefault(name, {}).update(figures)
         difference, bound = measured["difference"], self.settings.artifact_bound

@@ -1,0 +1,105 @@
+"""Being asked to stop: SIGTERM and SIGUSR2 become a flag. What follows is agreed by all ranks at a step's end, never in a handler."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import multiprocessing.util as multiprocessing_exit
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+
+
+class StopRequest:
+    """Whether this rank was asked to stop, and by what."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+
+    @property
+    def requested(self) -> bool:
+        return bool(self.reason)
+
+    def ask(self, reason: str) -> None:
+        """Once or more often: the first reason stays."""
+        self.reason = self.reason or reason
+
+
+_current: StopRequest | None = None
+
+
+@contextmanager
+def listening() -> Iterator[StopRequest]:
+    """Takes the signals while the body runs; within another `listening` it is the other one's request.
+
+    Only the main thread can take signals: in another one the request is made by the STOP file alone.
+    """
+    global _current
+    if _current is not None:
+        yield _current
+        return
+    request = _current = StopRequest()
+    try:
+        with _handlers(request):
+            yield request
+    finally:
+        _current = None
+
+
+@contextmanager
+def _handlers(request: StopRequest) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _prepare_children()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        request.ask(signal.Signals(number).name)
+
+    earlier = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+_prepared = False
+
+
+def _prepare_children() -> None:
+    global _prepared
+    if not _prepared:
+        _prepared = True
+        os.register_at_fork(after_in_child=_restore_in_child)
+        assert multiprocessing_exit  # its own exit function is registered by the import, and so runs after ours
+        atexit.register(_kill_daemons)
+
+
+def _restore_in_child() -> None:
+    """A forked process is not the rank: a signal to it ends it, as it ends any process."""
+    if _current is not None:
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def ignore_in_worker(worker: int) -> None:
+    """As a DataLoader's `worker_init_fn`: a worker lives through a signal that is meant for all processes of a job, as the rank needs its
+    batches to end a step. It then outlives `terminate` too, and is killed when the rank exits.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _kill_daemons() -> None:
+    """multiprocessing would terminate the daemons among the children, and wait for one that hangs."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the death of a worker for a failure
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

@@ -1,0 +1,193 @@
+"""The process beside a rank: it ends the rank that cannot stop in time, and the run where a rank makes no progress.
+
+`watchdog.watched` starts `python -m dist_train.watcher`. It shares no lock with the rank, imports no torch, and ends with it.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import select
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dist_train.errors import EXIT_FAILED, DistTrainError, StuckError
+from dist_train.heartbeat import SIZE, STOP_REASONS, Heartbeat
+from dist_train.run_dir import RunDir, read_json, replace_json
+from dist_train.status import fail, preempt
+from dist_train.stuck import Report, verdict
+from dist_train.watchdog import STACK_SIGNAL
+
+_POLL_SECONDS = 0.5
+_LONG_STEP_SECONDS = 2.0  # only a rank that is quiet for so long looks for files: the others agree in their steps
+_GATHER_SECONDS = 8.0  # for the reports of all ranks
+_STACKS_SECONDS = 3.0
+_OBEY_SECONDS = 1.5  # between the order to end and SIGKILL
+
+
+class Watcher:
+    def __init__(
+        self,
+        pid: int,
+        record: int,
+        stacks: int,
+        signals: int,
+        order: int,
+        run_dir: str,
+        grace: float,
+        exit_code: int,
+    ) -> None:
+        self._pid, self._signals, self._order, self._stacks = pid, signals, order, stacks
+        self._pulse = Heartbeat(memoryview(mmap.mmap(record, SIZE)))
+        self._run_dir = RunDir(Path(run_dir))
+        self._grace, self._exit_code = grace, exit_code
+        self._asked: float | None = None
+        self._gone = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
+
+    def run(self) -> None:
+        while self._alive() and not self._pulse.ended:
+            self._look_for_stop()
+            self._look_for_stuck()
+            self._sleep(_POLL_SECONDS)
+
+    def _sleep(self, seconds: float) -> None:
+        """Less where the rank ends or gets a signal."""
+        select.select([self._signals] if self._gone is None else [self._signals, self._gone], [], [], seconds)
+
+    def _alive(self) -> bool:
+        if self._gone is not None:
+            return not select.select([self._gone], [], [], 0)[0]
+        return os.getppid() == self._pid
+
+    def _look_for_stop(self) -> None:
+        if self._asked is None:
+            if self._signalled() or self._told():
+                self._asked = time.monotonic()
+            return
+        self._signalled()  # empties the pipe: another signal changes nothing
+        waited, attempt = time.monotonic() - self._asked, self._pulse.attempt
+        if attempt is not None and waited > _LONG_STEP_SECONDS and self._pulse.world_size > 1:
+            self._tell(self._run_dir.stopping(attempt))
+        if waited >= self._grace:
+            self._end_in_time(attempt)
+
+    def _signalled(self) -> bool:
+        numbers = b""
+        with suppress(BlockingIOError):
+            numbers = os.read(self._signals, 65536)
+        return any(number in numbers for number in (signal.SIGTERM, signal.SIGUSR2))
+
+    def _told(self) -> bool:
+        """By the file STOP, or by another rank whose step is long."""
+        quiet, attempt = self._pulse.age > _LONG_STEP_SECONDS, self._pulse.attempt
+        if (self._pulse.rank == 0 or quiet) and self._run_dir.stop.exists():
+            self._pulse.stop_reason = STOP_REASONS[1]
+        elif quiet and attempt is not None and self._run_dir.stopping(attempt).exists():
+            self._pulse.stop_reason = STOP_REASONS[2]
+        return bool(self._pulse.stop_reason)
+
+    def _tell(self, path: Path) -> None:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+    def _end_in_time(self, attempt: int | None) -> None:
+        if attempt is not None:
+            with suppress(OSError, DistTrainError):
+                preempt(self._run_dir, attempt)
+        if self._pulse.rank == 0:
+            with suppress(OSError):
+                self._run_dir.stop.unlink(missing_ok=True)
+        self._say(
+            f"rank {self._pulse.rank} was asked to stop and still was in `{self._pulse.phase}` after {self._grace:g} s: "
+            "it ends here, and the last checkpoint serves\n  -> the same command resumes; --stop.grace gives it more time"
+        )
+        self._end(self._exit_code)
+
+    def _look_for_stuck(self) -> None:
+        limit = self._pulse.limit
+        if not limit or self._pulse.ended:
+            return
+        attempt, age = self._pulse.attempt, self._pulse.age
+        # Another rank may have seen it first, as this one was still going on when that one got stuck.
+        seen = age > limit / 4 and attempt is not None and self._run_dir.stuck(attempt).exists()
+        if age > limit or seen:
+            self._end_stuck(attempt, age, limit)
+
+    def _end_stuck(self, attempt: int | None, age: float, limit: float) -> None:
+        pulse = self._pulse
+        stacks = self._ask_for_stacks()
+        own = Report(
+            pulse.rank, pulse.stage, pulse.step, pulse.phase, pulse.position, age, limit, self._state(), bool(stacks)
+        )
+        folder = self._run_dir.stuck(attempt) if attempt is not None else None
+        reports = [own] if folder is None else self._gather(folder, own, stacks)
+        text, hint = verdict(reports, pulse.world_size or 1, folder)
+        error = StuckError(text, hint)
+        if attempt is not None:
+            with suppress(OSError, DistTrainError):
+                fail(self._run_dir, attempt, error)
+        if pulse.rank == min(report.rank for report in reports):
+            self._say(str(error))
+        self._end(EXIT_FAILED)
+
+    def _ask_for_stacks(self) -> str:
+        """The rank's Python stacks; faulthandler writes them where the process can run at all."""
+        os.kill(self._pid, STACK_SIGNAL)
+        end, size = time.monotonic() + _STACKS_SECONDS, 0
+        while time.monotonic() < end:
+            time.sleep(0.1)
+            now = os.fstat(self._stacks).st_size
+            if now and now == size:  # it has ceased to grow
+                break
+            size = now
+        return os.pread(self._stacks, size, 0).decode(errors="replace")
+
+    def _state(self) -> str:
+        """The kernel's letter for the process: R running, S sleeping, D in the kernel (disk), T stopped."""
+        return Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+    def _gather(self, folder: Path, own: Report, stacks: str) -> list[Report]:
+        """What all ranks report, or those that do within a while."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"rank{own.rank}.txt").write_text(
+                stacks or "this process could not run, and so not say where it is\n"
+            )
+            replace_json(folder / f"rank{own.rank}.json", vars(own))
+            end = time.monotonic() + _GATHER_SECONDS
+            while time.monotonic() < end and len(list(folder.glob("rank*.json"))) < self._pulse.world_size:
+                time.sleep(0.1)
+            return [Report(**read_json(file)) for file in sorted(folder.glob("rank*.json"))]
+        except (OSError, DistTrainError) as error:
+            self._say(f"the stacks of rank {own.rank} cannot be kept: {error}")
+            return [own]
+
+    def _say(self, text: str) -> None:
+        print(f"dist-train: {text}", file=sys.stderr, flush=True)
+
+    def _end(self, code: int) -> None:
+        """The rank ends itself where it can run at all; else it is killed."""
+        os.write(self._order, bytes([code]))
+        end = time.monotonic() + _OBEY_SECONDS
+        while self._alive() and time.monotonic() < end:
+            time.sleep(0.02)
+        if self._alive():
+            with suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+        raise SystemExit(0)
+
+
+def main(given: dict[str, Any]) -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # they are meant for the rank
+    Watcher(**given).run()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,184 @@
+"""Asked to stop at any moment, by a signal or a file, one rank or all: one checkpoint, `preempted`, 75 in time, and the same result after all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_train.checkpoint import CheckpointFolder
+from dist_train.ledger import check
+from dist_train.run_dir import RunDir, read_json
+from tests.ranks import Ranks, train, train_done
+
+CONFIG = """
+run: {name: stopped, threads_per_rank: 1, device: cpu, timeout: 60}
+data: {name: held, global_batch_size: 12, workers: 1}
+model: {name: held}
+task: {name: held}
+stages: [train]
+train: {epochs: 3, optim: {lr: 0.05}}
+qat: {backend: held, epochs: 1}
+export: {latency: false}
+stop: {grace: 20}
+trackers: [jsonl, held]
+debug: {ledger: true}
+"""
+STEPS = 10  # of an epoch
+
+
+class Case:
+    """A configuration in a folder, and a run of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.config = folder, folder / "stopped.yaml"
+        self.config.write_text(CONFIG)
+        self.run_dir = RunDir(folder / "run")
+        self.words = ["run", str(self.config), "--import", "tests.holding_parts", "--run.dir", str(self.run_dir.path)]
+
+    def start(self, world_size: int, hold: str, *options: str, **environ: str) -> Ranks:
+        return train(world_size, *self.words, *options, environ={"HOLD": hold, "HOLD_DIR": str(self.folder)} | environ)
+
+    def reached(self, ranks: Ranks) -> None:
+        assert ranks.until((self.folder / "reached").exists), ranks.printed()
+
+    def go(self) -> None:
+        (self.folder / "go").touch()
+
+    def status(self) -> Any:
+        return read_json(self.run_dir.status)
+
+    def finished(self) -> bytes:
+        """Runs to the end on two ranks; returns the weights."""
+        train_done(2, *self.words)
+        assert check(self.run_dir.path).ok
+        return (self.run_dir.checkpoints / "train-end" / "tensors.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return Case(tmp_path_factory.mktemp("undisturbed")).finished()
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    return Case(tmp_path)
+
+
+def steps_saved(case: Case) -> list[int]:
+    """Steps of the checkpoints within the stage."""
+    names = CheckpointFolder(case.run_dir.checkpoints).names()
+    return [int(name.partition("-")[2]) for name in names if not name.endswith("-end")]
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_one_checkpoint(case: Case) -> None:
+    with case.start(2, "forward 1 14 wait") as ranks:
+        case.reached(ranks)  # in the second epoch
+        os.kill(ranks.processes[1].pid, signal.SIGUSR2)
+        os.kill(ranks.processes[1].pid, signal.SIGUSR2)
+        case.go()
+        assert ranks.wait() == [75, 75], ranks.printed()
+        first, last = steps_saved(case)
+        assert first == STEPS < last < 2 * STEPS
+        assert f"stopped in train after step {last} of 30, which is saved" in ranks.output(0)
+        assert "stopped in" not in ranks.output(1)
+    assert (case.status()["state"], case.status()["error"]) == ("preempted", None)
+
+
+def test_under_an_agent_a_rank_that_was_stopped_ends_with_0_so_that_it_is_not_started_again(case: Case) -> None:
+    with case.start(1, "forward 0 3 wait", TORCHELASTIC_RUN_ID="x") as ranks:
+        case.reached(ranks)
+        os.kill(ranks.processes[0].pid, signal.SIGTERM)
+        case.go()
+        assert ranks.wait() == [0], ranks.printed()
+    assert case.status()["state"] == "preempted"
+
+
+@pytest.mark.slow
+def test_the_file_stop_ends_the_run_and_is_gone_then(case: Case, undisturbed: bytes) -> None:
+    with case.start(2, "forward 0 14 wait") as ranks:
+        case.reached(ranks)
+        case.run_dir.stop.touch()
+        time.sleep(1)  # the file is looked for twice a second; step 15 is as good as any later one
+        case.go()
+        assert ranks.wait() == [75, 75], ranks.printed()
+    assert not case.run_dir.stop.exists()
+    assert len([step for step in steps_saved(case) if step % STEPS]) == 1
+    assert case.finished() == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "place",
+    [
+        "set-up 0 0 wait",
+        "data 1 70 wait",  # in a data worker, which gets the signal too
+        "evaluate 1 1 wait",
+        "save 0 1 wait",
+    ],
+)
+def test_all_processes_are_told_at_any_moment_and_end_at_the_next_step_as_if_nothing_had_been(
+    case: Case, undisturbed: bytes, place: str
+) -> None:
+    with case.start(2, place) as ranks:
+        case.reached(ranks)
+        for process in ranks.processes:
+            os.killpg(process.pid, signal.SIGTERM)
+        case.go()
+        assert ranks.wait() == [75, 75], ranks.printed()
+    assert case.status()["state"] == "preempted"
+    assert not list(case.run_dir.checkpoints.glob(".*")), "half a checkpoint"
+    if place.startswith("set-up"):  # nothing is saved, nothing is lost
+        assert not (case.run_dir.checkpoints / "latest.json").exists()
+    if place.startswith("evaluate"):  # the end of the epoch, which is saved anyway
+        assert steps_saved(case)[-1] % STEPS == 0
+    assert case.finished() == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "codes"), [("wait", {75}), ("lock", {75, -signal.SIGKILL})])
+def test_a_step_that_is_longer_than_the_grace_is_given_up_and_the_last_checkpoint_serves(
+    case: Case, undisturbed: bytes, how: str, codes: set[int]
+) -> None:
+    with case.start(2, f"forward 1 14 {how}", "--stop.grace", "4") as ranks:
+        case.reached(ranks)
+        os.kill(ranks.processes[0].pid, signal.SIGTERM)  # the other one, which waits for the stuck one
+        began = time.monotonic()
+        assert set(ranks.wait()) <= codes | {1}, ranks.printed()
+        assert time.monotonic() - began < 4 + 15
+        assert "was asked to stop and still was in" in ranks.printed()
+    assert case.status()["state"] == "preempted"
+    assert steps_saved(case) == [STEPS]
+    assert case.finished() == undisturbed
+
+
+@pytest.mark.slow
+def test_a_conversion_is_given_up_and_the_checkpoint_before_it_serves(case: Case) -> None:
+    options = ("--stages", "[train, ptq, qat, convert, export]")
+    with case.start(2, "convert 0 0 wait", *options, "--stop.grace", "3", PLAIN="1") as ranks:
+        case.reached(ranks)
+        os.kill(ranks.processes[1].pid, signal.SIGUSR2)  # not the one that converts
+        ranks.wait()
+    assert case.status()["state"] == "preempted"
+    folder = CheckpointFolder(case.run_dir.checkpoints)
+    assert folder.latest == "qat-end"
+
+
+@pytest.mark.slow
+def test_where_a_peer_is_dead_a_signal_saves_nothing_and_the_previous_checkpoint_serves(
+    case: Case, undisturbed: bytes
+) -> None:
+    with case.start(2, "forward 0 14 wait") as ranks:
+        case.reached(ranks)
+        ranks.kill([1])
+        os.kill(ranks.processes[0].pid, signal.SIGTERM)  # as torchrun's agent does before it starts all again
+        case.go()
+        assert ranks.wait()[0] == 1, ranks.printed()
+        assert "the connection to another rank was lost" in ranks.output(0)
+    assert case.status()["state"] == "failed"
+    assert steps_saved(case) == [STEPS]
+    assert case.finished() == undisturbed

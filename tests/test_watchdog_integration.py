@@ -1,0 +1,77 @@
+"""Ranks that are stuck for real: the run ends in bounded time, and says which rank stood where."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from dist_train.run_dir import read_json
+from tests.ranks import Ranks
+from tests.test_stop_integration import Case
+
+TIMEOUT = 4
+WATCHED = ("--watchdog.timeout", str(TIMEOUT))
+WHOLE = ("--stages", "[train, ptq, qat, convert, export]", "--convert.deadline", str(TIMEOUT))
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    return Case(tmp_path)
+
+
+def ends(ranks: Ranks) -> None:
+    """All ranks are gone within the timeout, the 20 s that are promised after detection, and some for a busy machine."""
+    began = time.monotonic()
+    codes = ranks.wait(TIMEOUT + 20 + 20)
+    assert 0 not in codes
+    assert time.monotonic() - began < TIMEOUT + 20 + 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("hold", "options", "environ", "said"),
+    [
+        ("forward 1 14 lock", (), {}, "rank 1 is stuck in `forward`, rank 0 waits in `"),
+        ("data 1 70 wait", (), {}, "rank 1 is stuck in `data`, rank 0 waits in `"),
+        ("save 0 1 wait", (), {}, "rank 0 is stuck in `save`, rank 1 waits in `waiting`"),
+        ("convert 0 0 lock", WHOLE, {"PLAIN": "1"}, "rank 0 is stuck in `convert`, rank 1 waits in `waiting`"),
+    ],
+)
+def test_the_message_names_the_rank_and_the_phase_and_the_stacks_are_kept(
+    case: Case, hold: str, options: tuple[str, ...], environ: dict[str, str], said: str
+) -> None:
+    with case.start(2, hold, *WATCHED, *options, **environ) as ranks:
+        case.reached(ranks)
+        ends(ranks)
+        printed = ranks.printed()
+    assert said in printed
+    assert printed.count("no progress for") == 1, "one rank says it for all"
+    status = read_json(case.run_dir.status)
+    assert status["state"] == "failed" and said in status["error"]
+    stacks = [(case.run_dir.stuck(0) / f"rank{rank}.txt").read_text() for rank in (0, 1)]
+    assert all("most recent call first" in text for text in stacks)
+    if "data" not in hold:  # that stands in a worker
+        assert "in hold" in stacks[int(hold.split()[1])], "also where a C call holds the interpreter's lock"
+
+
+def test_a_stopped_process_is_named_and_does_not_stay(case: Case) -> None:
+    with case.start(2, "forward 1 14 wait", *WATCHED) as ranks:
+        case.reached(ranks)
+        os.kill(ranks.processes[1].pid, signal.SIGSTOP)
+        ends(ranks)
+        assert ranks.processes[1].returncode == -signal.SIGKILL
+        assert "rank 1 is stuck in `forward` (the process is stopped: SIGSTOP)" in ranks.printed()
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_slowly_is_left_alone(case: Case) -> None:
+    """Each step is well within the timeout; all of them together are not."""
+    with case.start(1, "forward 0 14 wait", *WATCHED, "--train.epochs", "2") as ranks:
+        case.reached(ranks)
+        time.sleep(TIMEOUT / 2)
+        case.go()
+        assert ranks.wait() == [0], ranks.printed()
