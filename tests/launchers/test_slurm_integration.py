@@ -121,25 +121,6 @@ def test_a_signal_before_the_end_becomes_a_stop_file_that_the_next_attempt_does_
     assert attempts(run) == ["stopping no STOP", "done no STOP"]
 
 
-@pytest.mark.slow
-def test_one_task_of_an_array_is_requeued_and_its_sibling_is_left_alone(cluster: Cluster, folder: Path) -> None:
-    script = planned(cluster, folder, "saved,done", "--sbatch.array", "0-1")
-    run = folder / "runs"
-    (run / "small-1").mkdir(parents=True)
-    (run / "small-1" / "status.json").write_text(json.dumps({"state": "preempted", "restarts": 0}, indent=2))
-    number = cluster.submit(script, folder)
-    cluster.until(
-        lambda: (
-            all((run / f"small-{task}" / "attempts").exists() for task in (0, 1))
-            and cluster.run("squeue", "-h", "-j", number).stdout == ""
-        ),
-        120,
-    )
-    assert [len(attempts(run / f"small-{task}")) for task in (0, 1)] == [2, 1]
-    restarts = {task: cluster.job(f"{number}_{task}")["Restarts"] for task in (0, 1)}
-    assert restarts == {0: "1", 1: "0"}
-
-
 def test_scancel_during_a_save_does_not_bring_the_job_back(cluster: Cluster, folder: Path) -> None:
     run = folder / "runs" / "small"
     number = cluster.submit(planned(cluster, folder, "stopping,done"), folder)
