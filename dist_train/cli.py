@@ -7,14 +7,15 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_train import cli_launch
 from dist_train.cli_artifact import ARTIFACT_VERBS
 from dist_train.cli_base import Verb, import_only, known_run_dir, positionals
-from dist_train.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DistTrainError, Preempted, UsageError
-from dist_train.ranks import exit_code_when_preempted
+from dist_train.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, DistTrainError, Preempted, UsageError
+from dist_train.ranks import EXIT_FILE, exit_code_when_preempted
 
 if TYPE_CHECKING:
     from dist_train.config_sources import Loaded
@@ -37,7 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DistTrainError as error:
         if not (isinstance(error, ConfigError) and _another_rank_shows_it(os.environ)):
             print(f"dist-train: {error}", file=sys.stderr)
+        if error.exit_code == EXIT_CONFIG and EXIT_FILE in os.environ:
+            with suppress(OSError):
+                Path(os.environ[EXIT_FILE]).touch()
         return error.exit_code
+    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its exit
+        return EXIT_FAILED
 
 
 def _another_rank_shows_it(environ: Mapping[str, str]) -> bool:

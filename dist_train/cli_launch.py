@@ -98,10 +98,12 @@ def run(job: Job, command: Command) -> int:
     Path(job.logs).mkdir(parents=True, exist_ok=True)
     for path, text in command.files.items():
         Path(path).write_text(text, encoding="utf-8")
+    exit_file = Path(job.exit_file)
+    exit_file.unlink(missing_ok=True)
     process = subprocess.Popen(command.words, env=os.environ | command.environ)
     with _passing_on(process.send_signal, home.stop):
         code = process.wait()
-    return outcome(before, read_json(home.status), code)
+    return outcome(before, read_json(home.status), code, exit_file.exists())
 
 
 def _status_before(home: RunDir) -> Any:

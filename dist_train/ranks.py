@@ -15,6 +15,7 @@ from dist_train.hostlist import parse_hostlist, parse_tasks_per_node
 from dist_train.ports import candidates, ephemeral_range, is_free
 
 ASKED = "DIST_TRAIN_NUM_PROCESSES"  # set by `dist-train launch`: how many processes were asked for, N or MIN:MAX
+EXIT_FILE = "DIST_TRAIN_EXIT_FILE"  # set by `dist-train launch`: a rank that would end with 78 makes this file, as agents turn 78 into 1
 _SPECIAL_STEPS = 0xFFFFFFF0  # Slurm's slurm.h: batch, interactive and extern steps have numbers above
 _TORCHRUN = "torchrun --nproc_per_node N -m dist_train run CONFIG"
 _SRUN = "start ranks with srun, one task each, and let it set SLURM_*"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
-from dist_train.ranks import ASKED
+from dist_train.ranks import ASKED, EXIT_FILE
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,11 @@ class Job:
     def logs(self) -> str:
         return f"{self.home}/logs"
 
+    @property
+    def exit_file(self) -> str:
+        """Made by a rank whose configuration is wrong."""
+        return f"{self.logs}/exit_78"
+
 
 @dataclass(frozen=True)
 class Command:
@@ -92,15 +97,16 @@ class Command:
 
 def environment(job: Job, **more: str) -> dict[str, str]:
     """What the ranks of `job` find in their environment besides the launcher's own variables."""
-    return {ASKED: job.processes, **more, **dict(job.environment)}
+    return {ASKED: job.processes, EXIT_FILE: job.exit_file, **more, **dict(job.environment)}
 
 
-def outcome(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, code: int) -> int:
+def outcome(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, code: int, wrong: bool = False) -> int:
     """The exit code of a launch (law 7): agents turn 75 into 1, so status.json decides.
 
     Args:
         before, after: status.json before and after the launch; None where there was none.
         code: what the launcher returned.
+        wrong: a rank found its configuration wrong.
     """
     ours = after is not None and (before is None or after["restarts"] != before["restarts"])
     state = after["state"] if after is not None and (ours or code == 0) else "failed"  # else an earlier attempt's
@@ -108,4 +114,4 @@ def outcome(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, c
         return EXIT_DONE
     if state == "preempted":
         return EXIT_PREEMPTED
-    return EXIT_CONFIG if code == EXIT_CONFIG else EXIT_FAILED
+    return EXIT_CONFIG if code == EXIT_CONFIG or wrong else EXIT_FAILED

@@ -91,6 +91,7 @@ def _step(job: Job) -> str:
         ]
     srun = f'srun "${{srun_options[@]}}" --nodes="$SLURM_JOB_NUM_NODES" {layout} --kill-on-bad-exit=1 --output="$log-%t.out"'
     asked = f"DIST_TRAIN_NUM_PROCESSES=$((SLURM_JOB_NUM_NODES * {job.nproc_per_node}))"
+    asked += ' DIST_TRAIN_EXIT_FILE="$home/logs/exit_78"'
     return shown + " \\\n  ".join([f"{asked} {srun}", *train]) + " &\n"
 
 
@@ -129,7 +130,7 @@ MASTER_PORT=${port:-$(first -m dist_train.ports "$job.${SLURM_RESTART_COUNT:-0}"
 [ -n "$MASTER_PORT" ] || exit 78
 
 attempt=$(field restarts) saved=$(checkpoint)
-rm -f "$home/STOP" # it stopped the job that was here before
+rm -f "$home/logs/exit_78" "$home/STOP" # it stopped the job that was here before
 mkdir -p "$home/logs" || exit 78
 log=$home/logs/slurm-$job.${SLURM_RESTART_COUNT:-0}
 ask_to_stop() { echo "dist-train: asking the ranks to stop ($1)"; touch "$home/STOP"; }
@@ -157,8 +158,8 @@ echo "dist-train: $state, srun returned $code"
 case $state in
   done) exit 0 ;;
   preempted) ;;
-  *) [ "$code" = 78 ] || code=1
-    exit "$code" ;;
+  *) [ "$code" = 78 ] || [ -e "$home/logs/exit_78" ] && exit 78 # agents turn it into 1
+    exit 1 ;;
 esac
 if [ "$(checkpoint)" = "$saved" ]; then
   echo "dist-train: not requeued: no checkpoint since the start of this attempt"
