@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from dist_train import cli_launch
 from dist_train.cli_artifact import ARTIFACT_VERBS
 from dist_train.cli_base import Verb, import_only, known_run_dir, positionals
+from dist_train.cli_doctor import DOCTOR
 from dist_train.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DistTrainError, UsageError
 
 if TYPE_CHECKING:
@@ -234,6 +235,7 @@ VERBS = {
             _report_verb,
             "Writes report.html, plots/*.png and tables/*.csv to DIR; by default to RUN_DIR/report, for several runs to report.",
         ),
+        DOCTOR,
         Verb("ledger", "RUN_DIR", "check that every sample was consumed once an epoch", _ledger_verb),
     )
 }
