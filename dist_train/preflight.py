@@ -197,7 +197,10 @@ def _machine() -> str:
 
 def unreachable(ranks: Sequence[Whereabouts]) -> SetupError | None:
     """The error for ranks of which one would connect to itself, looking for another on another machine."""
-    by_machine = {each.machine: each for each in reversed(ranks) if each.address}
+    by_machine: dict[str, Whereabouts] = {}
+    for each in ranks:
+        if each.address:
+            by_machine.setdefault(each.machine, each)
     for one in by_machine.values():
         for other in by_machine.values():
             if one.machine != other.machine and is_loopback(one.address) and not _lower(other.address, one.address):
@@ -265,7 +268,7 @@ def _gathered(store: Store, nonce: str, world_size: int, seconds: float) -> list
                 store.set(f"preflight/{token}", nonce)
                 greeted.add(token)
         if len(found) == world_size - 1:
-            return list(found.values())
+            return [found[rank] for rank in range(1, world_size)]
         if time.monotonic() > end:
             raise SetupError(f"ranks {missing} did not come within {seconds:g} s", "start all ranks at about one time")
         time.sleep(pause)
