@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from dist_train import cli_launch
 from dist_train.cli_artifact import ARTIFACT_VERBS
 from dist_train.cli_base import Verb, import_only, known_run_dir, positionals
+from dist_train.cli_doctor import DOCTOR
 from dist_train.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, DistTrainError, Preempted, UsageError
 from dist_train.ranks import EXIT_FILE, exit_code_when_preempted
 
@@ -249,6 +250,7 @@ VERBS = {
             _report_verb,
             "Writes report.html, plots/*.png and tables/*.csv to DIR; by default to RUN_DIR/report, for several runs to report.",
         ),
+        DOCTOR,
         Verb("ledger", "RUN_DIR", "check that every sample was consumed once an epoch", _ledger_verb),
     )
 }

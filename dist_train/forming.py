@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import traceback
 import uuid
@@ -19,6 +20,7 @@ from dist_train.collectives import collectives_checked, mismatch
 from dist_train.config import RunConfig
 from dist_train.errors import PeerError, Preempted, SetupError
 from dist_train.hostlist import show_hostnames
+from dist_train.preflight import check_addresses, check_interfaces, find_rank_0, hosts_store, whereabouts
 from dist_train.ranks import detect
 from dist_train.world import FAREWELL_SECONDS, World
 
@@ -122,18 +124,23 @@ def _form(run: RunConfig) -> World:
     world = World(rank, local_rank, world_size, local_world_size, device, run.timeout)
     if world_size == 1:
         return world
+    check_interfaces(os.environ, device.type == "cuda")
+    find_rank_0(plan, os.environ, lambda sentence: print(f"dist-train: {sentence}", file=sys.stderr, flush=True))
     timeout = timedelta(seconds=run.timeout)
     # The store first: it is what ranks wait on while rank 0 works alone. With torchrun it is the agent's, and outlives the ranks.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=_FORMING_SECONDS)))
         store.set_timeout(timeout)
+        check_addresses(store, whereabouts(plan, os.environ), world_size, _FORMING_SECONDS)
         dist.init_process_group(
             backend, store=dist.PrefixStore("dist_train", store), rank=rank, world_size=world_size, timeout=timeout
         )
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         first_line = str(error).partition("\n")[0]
+        if "EADDRINUSE" in first_line and hosts_store(plan, os.environ):
+            raise plan.port_taken() from error
         raise SetupError(
             f"the {world_size} ranks did not meet at {where}: {first_line}",
             "start all of them, on nodes that reach each other; another port: MASTER_PORT",

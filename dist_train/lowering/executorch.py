@@ -42,7 +42,8 @@ def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LoweringUnavailable(f"ExecuTorch cannot lower this model: {reason}") from error
 
-    def call(images: Tensor) -> Tensor:
+    # `kept`: the method reads the program's bytes where they lie, and holds no reference; freed, they end the process.
+    def call(images: Tensor, kept: object = (data, program)) -> Tensor:
         # Cloned: the runtime's outputs lie in its own memory, which the next call overwrites.
         return torch.cat([method.execute((image.contiguous(),))[0].clone() for image in images.split(1)])
 

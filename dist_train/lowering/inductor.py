@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,14 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def lower(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> Lowered:
+def lower(
+    model: nn.Module | ExportedProgram, example: Tensor, threads: int, batches: Sequence[int] = (1, 2, 3)
+) -> Lowered:
     """Compiles `model` by Inductor with frozen weights, for batches of one and for any other size.
 
     model: a converted model (Q/DQ) or a float one in eval mode; it must not be trained afterwards (weights are frozen in).
     example: float32 [B, C, H, W], for its shape. The process's number of threads is set for the time of each call only.
+    batches: sizes to compile for now: one; the first other; from the second other on Inductor makes the batch dynamic.
 
     Raises LoweringUnavailable without a C++ compiler, or where Inductor cannot compile the model.
     """
@@ -53,7 +57,7 @@ def lower(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
 
     shape = example.shape[1:]
     try:
-        for batch in (1, 2, 3):  # one; the first other; from the second other on Inductor makes the batch dynamic
+        for batch in batches:
             call(torch.zeros(batch, *shape))
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]

@@ -37,8 +37,8 @@ class Wandb(Tracker):
     def begin(self, config: Config) -> None:
         run_dir, settings = self.run_dir, config.wandb
         run_dir.wandb.mkdir(parents=True, exist_ok=True)
-        mode = (os.environ.get("WANDB_MODE") if settings.mode == "auto" else settings.mode) or _possible_mode()
-        if mode == "online" and _possible_mode() == "offline":
+        mode = (os.environ.get("WANDB_MODE") if settings.mode == "auto" else settings.mode) or possible_mode()
+        if mode == "online" and possible_mode() == "offline":
             raise SetupError("wandb has no API key", "wandb login, or --wandb.mode offline")
         self._run = wandb.init(
             project=settings.project,
@@ -89,7 +89,7 @@ def _run_id(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def _possible_mode() -> Literal["online", "offline"]:
+def possible_mode() -> Literal["online", "offline"]:
     """Online where an API key is configured; wandb itself would ask the user, and wait."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return "online"

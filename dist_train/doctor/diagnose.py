@@ -1,0 +1,64 @@
+"""The whole diagnosis: the configuration if one was given, the checks, and their lines as text or JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from dist_train.doctor.base import Line, Section, Subject, bad, exit_code, good, summary, warning
+from dist_train.doctor.checks import examine
+from dist_train.errors import EXIT_CONFIG, ConfigError, DistTrainError
+
+
+def diagnose(words: Sequence[str], names: Sequence[str], as_json: bool) -> int:
+    """Prints the sections, and returns the worst line's exit code.
+
+    Args:
+        words: a configuration and its options, or nothing.
+        names: of the sections; see `checks.SECTIONS`.
+    """
+    subject, sections = Subject(), []
+    if words:
+        subject, lines = _configuration(words)
+        sections.append(Section("configuration", tuple(lines)))
+    asyncio.run(_show(subject, names, sections, as_json))
+    if as_json:
+        print(json.dumps({"exit_code": exit_code(sections), "sections": [asdict(each) for each in sections]}, indent=2))
+    else:
+        print(summary(sections))
+    return exit_code(sections)
+
+
+async def _show(subject: Subject, names: Sequence[str], sections: list[Section], as_json: bool) -> None:
+    for section in sections:
+        if not as_json:
+            print(section.text(), flush=True)
+    async for section in examine(subject, names):
+        sections.append(section)
+        if not as_json:
+            print(section.text(), flush=True)
+
+
+def _configuration(words: Sequence[str]) -> tuple[Subject, list[Line]]:
+    from dist_train.config_sources import load
+
+    try:
+        loaded = load(words[0], words[1:])
+    except ConfigError as error:
+        return Subject(), [
+            bad(
+                f"{each.place}{each.source and f' ({each.source})'}: {each.message}",
+                each.hint or "dist-train config reference",
+                EXIT_CONFIG,
+            )
+            for each in error.problems
+        ]
+    except DistTrainError as error:
+        return Subject(), [bad(error.message, error.hint, error.exit_code)]
+    config = loaded.config
+    wanted = (config.qat.backend, *config.export.formats, *config.trackers)
+    lines = [warning(f"{each.place}: {each.message}", each.hint) for each in loaded.warnings]
+    lines.append(good(f"{words[0]} is right: {', '.join(config.stages)} in {config.run_dir}"))
+    return Subject(str(config.run_dir), wanted, config.run.device), lines

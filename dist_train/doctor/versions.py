@@ -1,0 +1,121 @@
+"""The versions of what matters, and which of them do not go together."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from dist_train.doctor.base import Line, Subject, bad, good, warning
+
+_NEEDED = ("torch", "torchvision", "torchao", "accelerate", "wandb", "pydantic", "safetensors", "torchmetrics")
+# With the extra that brings each.
+_OPTIONAL = {
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "openvino": "openvino",
+    "executorch": "executorch",
+    "tensorboard": "tensorboard",
+    "timm": "timm",
+    "scikit-learn": "quickstart",
+}
+_LEAST_PYTHON = (3, 10)
+
+
+def check(subject: Subject) -> Iterator[Line]:
+    said = f"python {platform.python_version()}, {platform.platform()}"
+    old = sys.version_info[:2] < _LEAST_PYTHON
+    yield bad(said, "python 3.10 or newer") if old else good(said)
+    installed = installed_versions((*_NEEDED, *_OPTIONAL))
+    present = [name for name in _NEEDED if name in installed]
+    yield good(", ".join(f"{name} {installed[name]}" for name in present) or "no library is installed")
+    for name in _NEEDED:
+        if name not in installed:
+            yield bad(f"{name} is not installed", f"pip install {name}")
+    optional = [f"{name} {installed[name]}" for name in _OPTIONAL if name in installed]
+    missing = [name for name in _OPTIONAL if name not in installed]
+    if optional:
+        yield good(f"optional: {', '.join(optional)}")
+    if missing:
+        extras = ",".join(dict.fromkeys(_OPTIONAL[name] for name in missing))
+        yield good(f"optional, not installed: {', '.join(missing)} (pip install 'dist-train[{extras}]')")
+    yield from _tested(installed)
+    declared = {name: requires(name) or [] for name in installed}
+    declared["dist-train"] = _own_requirements()
+    for owner, requirement, found in unmet(declared, installed):
+        yield bad(f"{owner} needs {requirement}, and {found} is installed", f"pip install '{requirement}'")
+    if {"torch", "torchvision"} <= installed.keys():
+        yield from _operators_of_torchvision(installed)
+
+
+def installed_versions(names: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _own_requirements() -> list[str]:
+    """None where this is a checkout that was not installed."""
+    try:
+        return requires("dist-train") or []
+    except PackageNotFoundError:
+        return []
+
+
+def unmet(declared: Mapping[str, list[str]], installed: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """(who needs, what, the version found) for each pair of installed packages that do not go together.
+
+    Args:
+        declared: the requirements of each package, as its metadata gives them; extras count where they are installed.
+    """
+    from packaging.requirements import Requirement
+
+    for owner, texts in declared.items():
+        seen = set()
+        for text in texts:
+            requirement = Requirement(text)
+            name = requirement.name.lower()
+            marker = requirement.marker
+            applies = marker is None or "extra" in str(marker) or marker.evaluate()
+            if not applies or (owner != "dist-train" and marker is not None and "extra" in str(marker)):
+                continue
+            if name in installed and not requirement.specifier.contains(installed[name], prereleases=True):
+                said = f"{name}{requirement.specifier}"
+                if said not in seen:
+                    seen.add(said)
+                    yield owner, said, installed[name]
+
+
+def _tested(installed: Mapping[str, str]) -> Iterator[Line]:
+    """Quantization rests on private parts of these two, and refuses versions that were not tried."""
+    if not {"torch", "torchao"} <= installed.keys():
+        return
+    from dist_train.quantization.versions import TESTED
+
+    for name, tested in TESTED.items():
+        if ".".join(installed[name].split(".")[:2]) not in tested:
+            text = f"quantization was tested with {name} {' and '.join(tested)}, not with {installed[name]}"
+            yield warning(text, f"pip install '{name}=={tested[-1]}.*'")
+
+
+def _operators_of_torchvision(installed: Mapping[str, str]) -> Iterator[Line]:
+    """A torchvision that was compiled for another torch imports late, or not at all (a CPU torch with PyPI's torchvision)."""
+    import torch
+
+    pair = f"torch {installed['torch']} and torchvision {installed['torchvision']}"
+    try:
+        importlib.import_module("torchvision")
+        boxes, scores = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1)
+        torch.ops.torchvision.nms(boxes, scores, 0.5)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        first = str(error).partition("\n")[0]
+        yield bad(f"{pair} do not go together: {first}", "pip install --upgrade torch torchvision, both from one index")
+        return
+    yield good(f"{pair} go together")
