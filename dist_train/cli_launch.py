@@ -10,10 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from dist_train.addresses import interface_of
 from dist_train.errors import EXIT_DONE, SetupError, UsageError
 from dist_train.launchers import accelerate, batch, slurm, torchrun
 from dist_train.launchers.job import Command, Job, outcome
@@ -65,6 +67,8 @@ def launch(arguments: list[str]) -> int:
     _check(launcher, job)
     if launcher == "slurm":
         return _batch(job, **actions)
+    if job.local_addr and "GLOO_SOCKET_IFNAME" not in os.environ:
+        job = replace(job, interface=_interface(job.local_addr, actions["dry_run"]))
     command = (torchrun if launcher == "torchrun" else accelerate).command(job)
     if actions["dry_run"]:
         print(command.shell(), end="")
@@ -72,6 +76,17 @@ def launch(arguments: list[str]) -> int:
     if job.is_host and job.nodes[1] > 1 and not is_free(torchrun.port(job)):
         raise SetupError(f"port {torchrun.port(job)} is taken on this node", "--port PORT, the same on all nodes")
     return run(job, command)
+
+
+def _interface(address: str, dry_run: bool) -> str:
+    """Where this node's ranks shall meet the others'; "" where no interface has the address."""
+    try:
+        return interface_of(address) or ""
+    except SetupError as error:
+        if not dry_run:
+            raise
+        print(f"dist-train: {error.message}: where it is, GLOO_SOCKET_IFNAME is set too", file=sys.stderr)
+        return ""
 
 
 def _check(launcher: str, job: Job) -> None:

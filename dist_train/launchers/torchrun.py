@@ -9,7 +9,9 @@ from dist_train.ports import candidates, ephemeral_range
 def command(job: Job) -> Command:
     """The command for this node: for one node a standalone one, for several those meet at `job.endpoint` (c10d)."""
     words = [job.python, "-m", "torch.distributed.run", *agent_options(job), *meeting_options(job)]
-    return Command((*words, "-m", "dist_train", "run", *job.arguments), environment(job))
+    # gloo takes the address that this machine's name resolves to, which is not local_addr where that had to be given.
+    interface = {"GLOO_SOCKET_IFNAME": job.interface} if job.interface else {}
+    return Command((*words, "-m", "dist_train", "run", *job.arguments), environment(job, **interface))
 
 
 def agent_options(job: Job) -> list[str]:
