@@ -15,8 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dist_train.addresses import interface_of
+from dist_train.agent import wait
 from dist_train.errors import EXIT_DONE, SetupError, UsageError
+from dist_train.interfaces import interface_of, interfaces
 from dist_train.launchers import accelerate, batch, slurm, torchrun
 from dist_train.launchers.job import Command, Job, outcome
 from dist_train.launchers.options import details, split
@@ -79,14 +80,23 @@ def launch(arguments: list[str]) -> int:
 
 
 def _interface(address: str, dry_run: bool) -> str:
-    """Where this node's ranks shall meet the others'; "" where no interface has the address."""
+    """Where this node's ranks shall meet the others'; "" where no interface says that it has the address.
+
+    Raises:
+        SetupError: no other machine could reach this one at the address.
+    """
     try:
         return interface_of(address) or ""
-    except SetupError as error:
-        if not dry_run:
-            raise
-        print(f"dist-train: {error.message}: where it is, GLOO_SOCKET_IFNAME is set too", file=sys.stderr)
-        return ""
+    except OSError as error:
+        if dry_run:  # for another node, perhaps
+            print(f"dist-train: on a node that has {address}, GLOO_SOCKET_IFNAME is set too", file=sys.stderr)
+            return ""
+        reason = error.strerror or str(error)
+        here = [f"{each.addresses[0]} ({each.name})" for each in interfaces() if each.reaches_others]
+        raise SetupError(
+            f"--local-addr is {address}, at which this machine cannot listen: {reason}",
+            f"--local-addr ADDR, one of this machine's own: {', '.join(here) or 'it has none that others reach'}",
+        ) from None
 
 
 def _check(launcher: str, job: Job) -> None:
@@ -115,7 +125,7 @@ def run(job: Job, command: Command) -> int:
         Path(path).write_text(text, encoding="utf-8")
     process = subprocess.Popen(command.words, env=os.environ | command.environ)
     with _passing_on(process.send_signal):
-        code = process.wait()
+        code = wait(process, job.shutdown_timeout)
     return outcome(before, read_json(home.status), code)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,9 +21,11 @@ from dist_train.collectives import collectives_checked, mismatch
 from dist_train.config import RunConfig
 from dist_train.errors import PeerError, SetupError
 from dist_train.hostlist import show_hostnames
+from dist_train.preflight import check_addresses, check_interfaces, find_rank_0, hosts_store, whereabouts
 from dist_train.ranks import detect
 from dist_train.world import FAREWELL_SECONDS, World
 
+T = TypeVar("T")
 _FORMING_SECONDS = 300.0
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -56,7 +60,7 @@ def join(run: RunConfig, check_collectives: bool = False) -> Iterator[World]:
 
 
 def _end_in_failure(world: World, error: BaseException) -> None:
-    world.report_failure(error)
+    _while_it_answers(world, lambda: world.report_failure(error))
     if world.is_main and dist.is_initialized() and world.device.type == "cpu":
         # Frees the ranks that wait for this one in a collective while it stays for the store's sake. The frames of the failed
         # calls hold a DDP that keeps the group alive. In a thread, as pending work can block it.
@@ -68,16 +72,30 @@ def _end_in_failure(world: World, error: BaseException) -> None:
         release = threading.Thread(target=dist.destroy_process_group, daemon=True)
         release.start()
         release.join(FAREWELL_SECONDS)
-    world.take_leave()
+    _while_it_answers(world, world.take_leave)
     if "TORCHELASTIC_ERROR_FILE" in os.environ and not isinstance(error, PeerError):
         get_error_handler().record_exception(error)  # torchrun shows it as the root cause
+
+
+def _while_it_answers(world: World, ask: Callable[[], T]) -> T | None:
+    """What the store answers; None, and the store is given up, where it does not: its node may be gone.
+
+    In a thread, as torch's client then waits for what TCP allows (minutes), longer than any timeout of its own.
+    """
+    answers: list[T] = []
+    asking = threading.Thread(target=lambda: answers.append(ask()), daemon=True)
+    asking.start()
+    asking.join(2 * FAREWELL_SECONDS)
+    if not answers:
+        world.store = None
+    return next(iter(answers), None)
 
 
 def _echo_of_peer(world: World, error: BaseException) -> PeerError | None:
     """The PeerError that `error` stands for: what a broken collective raises is a RuntimeError."""
     if not isinstance(error, RuntimeError) or world.world_size == 1:
         return None
-    failure = world.peer_failure()
+    failure = _while_it_answers(world, world.peer_failure)
     if failure is not None:
         return PeerError(f"rank {failure['rank']} failed: {failure['error']}")
     first_line = str(error).partition("\n")[0]
@@ -115,18 +133,23 @@ def _form(run: RunConfig) -> World:
     world = World(rank, local_rank, world_size, local_world_size, device, run.timeout)
     if world_size == 1:
         return world
+    check_interfaces(os.environ, device.type == "cuda")
+    find_rank_0(plan, os.environ, lambda sentence: print(f"dist-train: {sentence}", file=sys.stderr, flush=True))
     timeout = timedelta(seconds=run.timeout)
     # The store first: it is what ranks wait on while rank 0 works alone. With torchrun it is the agent's, and outlives the ranks.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=_FORMING_SECONDS)))
         store.set_timeout(timeout)
+        check_addresses(store, whereabouts(plan, os.environ), world_size, _FORMING_SECONDS)
         dist.init_process_group(
             backend, store=dist.PrefixStore("dist_train", store), rank=rank, world_size=world_size, timeout=timeout
         )
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         first_line = str(error).partition("\n")[0]
+        if "EADDRINUSE" in first_line and hosts_store(plan, os.environ):
+            raise plan.port_taken() from error
         raise SetupError(
             f"the {world_size} ranks did not meet at {where}: {first_line}",
             "start all of them, on nodes that reach each other; another port: MASTER_PORT",

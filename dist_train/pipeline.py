@@ -126,7 +126,8 @@ def _check_shared(run_dir: RunDir, world: World) -> None:
     world.on_rank_0(lambda: path.write_text(token) and None, "writing a token")
     end = time.monotonic() + 20
     while not path.exists() and time.monotonic() < end:
-        os.listdir(run_dir.path.parent)  # asks NFS anew
+        with suppress(OSError):  # not even the parent is there
+            os.listdir(run_dir.path.parent)  # asks NFS anew
         time.sleep(0.05)
     seen = world.gather(path.exists())
     if world.is_main:
@@ -134,7 +135,7 @@ def _check_shared(run_dir: RunDir, world: World) -> None:
     if not all(seen):
         blind = [rank for rank, sees in enumerate(seen) if not sees]
         raise SetupError(
-            f"ranks {blind} do not see {run_dir.path} as rank 0 does",
+            f"run.dir is not shared: ranks {blind} do not see {run_dir.path} as rank 0 does",
             "--run.dir DIR, with a folder on a file system that all nodes share",
         )
 

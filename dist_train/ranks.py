@@ -59,10 +59,17 @@ class RankPlan:
             SetupError: it is taken.
         """
         if self.source == "slurm" and self.rank == 0 and self.world_size > 1 and not is_free(self.master_port):
-            raise SetupError(
-                f"the port {self.master_port} on {self.master_addr}, where the ranks would meet, is taken",
-                "start the step again (each step has another port), or choose one: MASTER_PORT",
-            )
+            raise self.port_taken()
+
+    def port_taken(self) -> SetupError:
+        """For the rank that would listen at a port, where something else does."""
+        hint = (
+            "start the step again (each step has another port), or choose one: MASTER_PORT"
+            if self.source == "slurm"
+            else f"another MASTER_PORT, the same for all ranks; what listens there: ss -tlnp 'sport = {self.master_port}'"
+        )
+        where = f"MASTER_PORT {self.master_port} on {self.master_addr}"
+        return SetupError(f"{where}, where the ranks would meet, is taken", hint)
 
 
 def detect(environ: Mapping[str, str], expand: Callable[[str], list[str]] = parse_hostlist) -> RankPlan:

@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 from tests.ranks import ROOT
 
@@ -159,8 +158,6 @@ def _unique(what: str) -> str:
 
 
 def _ip(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        ["ip", *words], env={"PATH": _PATH}, capture_output=True, text=True, timeout=30, check=False
-    )
+    done = subprocess.run(["ip", *words], env={"PATH": _PATH}, capture_output=True, text=True, timeout=30, check=False)
     assert not check or done.returncode == 0, f"ip {' '.join(words)}: {done.stderr}"
     return done

@@ -1,0 +1,1 @@
+"""`dist-train doctor`: what of this machine, this installation and this environment works, and what to type where it does not."""
