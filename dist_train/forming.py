@@ -130,7 +130,7 @@ def _form(run: RunConfig) -> World:
     check_interfaces(os.environ, device.type == "cuda")
     find_rank_0(plan, os.environ, lambda sentence: print(f"dist-train: {sentence}", file=sys.stderr, flush=True))
     timeout = timedelta(seconds=run.timeout)
-    # The store first: it is what ranks wait on while rank 0 works alone. With torchrun it is the agent's, and outlives the ranks.
+    # The store first: it is what ranks wait on while rank 0 works alone. With torchrun on one node it is the agent's, and outlives the ranks.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=_FORMING_SECONDS)))

@@ -10,11 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from dist_train.config import RunConfig
 from dist_train.errors import DataError, DistTrainError, PeerError, SetupError
