@@ -10,11 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from dist_train.agent import wait
 from dist_train.errors import EXIT_DONE, SetupError, UsageError
+from dist_train.interfaces import interface_of, interfaces
 from dist_train.launchers import accelerate, batch, slurm, torchrun
 from dist_train.launchers.job import Command, Job, outcome
 from dist_train.launchers.options import details, split
@@ -22,6 +25,7 @@ from dist_train.ports import is_free
 from dist_train.run_dir import RunDir, read_json, refuse_foreign
 
 USAGE = "{torchrun,accelerate,slurm} [OPTION ...] CONFIG [--dotted.key VALUE ...]"
+_PATIENCE_SECONDS = 20.0
 _ACTIONS = ("dry_run", "submit", "follow")
 
 
@@ -65,6 +69,8 @@ def launch(arguments: list[str]) -> int:
     _check(launcher, job)
     if launcher == "slurm":
         return _batch(job, **actions)
+    if job.local_addr and "GLOO_SOCKET_IFNAME" not in os.environ:
+        job = replace(job, interface=_interface(job.local_addr, actions["dry_run"]))
     command = (torchrun if launcher == "torchrun" else accelerate).command(job)
     if actions["dry_run"]:
         print(command.shell(), end="")
@@ -72,6 +78,26 @@ def launch(arguments: list[str]) -> int:
     if job.is_host and job.nodes[1] > 1 and not is_free(torchrun.port(job)):
         raise SetupError(f"port {torchrun.port(job)} is taken on this node", "--port PORT, the same on all nodes")
     return run(job, command)
+
+
+def _interface(address: str, dry_run: bool) -> str:
+    """Where this node's ranks shall meet the others'; "" where no interface says that it has the address.
+
+    Raises:
+        SetupError: no other machine could reach this one at the address.
+    """
+    try:
+        return interface_of(address) or ""
+    except OSError as error:
+        if dry_run:  # for another node, perhaps
+            print(f"dist-train: on a node that has {address}, GLOO_SOCKET_IFNAME is set too", file=sys.stderr)
+            return ""
+        reason = error.strerror or str(error)
+        here = [f"{each.addresses[0]} ({each.name})" for each in interfaces() if each.reaches_others]
+        raise SetupError(
+            f"--local-addr is {address}, at which this machine cannot listen: {reason}",
+            f"--local-addr ADDR, one of this machine's own: {', '.join(here) or 'it has none that others reach'}",
+        ) from None
 
 
 def _check(launcher: str, job: Job) -> None:
@@ -102,7 +128,7 @@ def run(job: Job, command: Command) -> int:
     exit_file.unlink(missing_ok=True)
     process = subprocess.Popen(command.words, env=os.environ | command.environ)
     with _passing_on(process.send_signal, home.stop):
-        code = process.wait()
+        code = wait(process, job.shutdown_timeout + _PATIENCE_SECONDS)
     return outcome(before, read_json(home.status), code, exit_file.exists())
 
 

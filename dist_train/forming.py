@@ -8,9 +8,10 @@ import sys
 import threading
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from dist_train.preflight import check_addresses, check_interfaces, find_rank_0,
 from dist_train.ranks import detect
 from dist_train.world import FAREWELL_SECONDS, World
 
+T = TypeVar("T")
 _FORMING_SECONDS = 300.0
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -65,7 +67,7 @@ def _end(world: World) -> None:
 
 
 def _end_in_failure(world: World, error: BaseException) -> None:
-    world.report_failure(error)
+    _while_it_answers(world, lambda: world.report_failure(error))
     if world.is_main and dist.is_initialized() and world.device.type == "cpu":
         # Frees the ranks that wait for this one in a collective while it stays for the store's sake. The frames of the failed
         # calls hold a DDP that keeps the group alive. In a thread, as pending work can block it.
@@ -77,16 +79,24 @@ def _end_in_failure(world: World, error: BaseException) -> None:
         release = threading.Thread(target=dist.destroy_process_group, daemon=True)
         release.start()
         release.join(FAREWELL_SECONDS)
-    world.take_leave()
+    _while_it_answers(world, world.take_leave)
     if "TORCHELASTIC_ERROR_FILE" in os.environ and not isinstance(error, PeerError):
         get_error_handler().record_exception(error)  # torchrun shows it as the root cause
+
+
+def _while_it_answers(world: World, question: Callable[[], T]) -> T | None:
+    """The store's answer; None where it gives none, being on a node that is gone."""
+    try:
+        return world.asked(question, 2 * FAREWELL_SECONDS)
+    except PeerError:
+        return None
 
 
 def _echo_of_peer(world: World, error: BaseException) -> PeerError | None:
     """The PeerError that `error` stands for: what a broken collective raises is a RuntimeError."""
     if not isinstance(error, RuntimeError) or world.world_size == 1:
         return None
-    failure = world.peer_failure()
+    failure = _while_it_answers(world, world.peer_failure)
     if failure is not None:
         return PeerError(f"rank {failure['rank']} failed: {failure['error']}")
     first_line = str(error).partition("\n")[0]
@@ -127,7 +137,7 @@ def _form(run: RunConfig) -> World:
     check_interfaces(os.environ, device.type == "cuda")
     find_rank_0(plan, os.environ, lambda sentence: print(f"dist-train: {sentence}", file=sys.stderr, flush=True))
     timeout = timedelta(seconds=run.timeout)
-    # The store first: it is what ranks wait on while rank 0 works alone. With torchrun it is the agent's, and outlives the ranks.
+    # The store first: it is what ranks wait on while rank 0 works alone. With torchrun on one node it is the agent's, and outlives the ranks.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=_FORMING_SECONDS)))

@@ -90,6 +90,21 @@ def is_local(address: str) -> bool:
     return True
 
 
+def interface_of(host: str) -> str | None:
+    """The name of the interface that has this address of this machine; None where none says so.
+
+    Raises:
+        OSError: the name does not resolve, or this machine could not listen at the address.
+    """
+    address = resolve(host)[0]
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((address, 0))
+    if is_loopback(address) and family == socket.AF_INET:
+        address = _LOOPBACK  # its interface has all of 127.0.0.0/8, and names this one
+    return next((each.name for each in interfaces() if address in each.addresses), None)
+
+
 def named_interfaces(environ: Mapping[str, str]) -> list[str]:
     """The names in GLOO_SOCKET_IFNAME; empty where it is not set, or is empty, which gloo takes for the same."""
     value = environ.get("GLOO_SOCKET_IFNAME", "")

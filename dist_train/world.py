@@ -7,7 +7,11 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, Queue
+from threading import Thread
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -141,7 +145,7 @@ class World:
         # Where the watchdog looks at the same moment, it is to speak first: it knows more.
         watched = 0 < self.heartbeat.limit <= deadline
         self._wait(key, leader, what, deadline + _WATCHDOG_SECONDS if watched else deadline)
-        received = json.loads(self.store.get(key))
+        received = json.loads(self.asked(partial(self.store.get, key)))
         if "error" in received:
             raise PeerError(f"rank {leader} failed: {received['error']}")
         value: T = received["value"]
@@ -150,8 +154,8 @@ class World:
     def _wait(self, key: str, leader: int, what: str, deadline: float) -> None:
         assert self.store is not None
         end, pause = time.monotonic() + deadline, 0.001
-        while not self.store.check([key]):
-            self.raise_peer_failure()
+        while not self.asked(partial(self.store.check, [key])):
+            self.asked(self.raise_peer_failure)
             if time.monotonic() > end:
                 raise PeerError(
                     f"rank {leader} did not finish ({what}) within {deadline:g} s",
@@ -170,6 +174,27 @@ class World:
         """Whether any rank was asked to stop. Collective; for rare occasions."""
         wanted = torch.full((1,), float(self.stop_wanted()), device=self.device)
         return bool(self.all_reduce(wanted, "max"))
+
+    def asked(self, question: Callable[[], T], seconds: float | None = None) -> T:
+        """What the store answers to `question`, which is asked in a thread: where the store's node is gone without a word, torch's
+        client waits for what TCP allows (a quarter of an hour), whatever its timeout.
+
+        Args:
+            seconds: how long to wait for an answer; None: `timeout`.
+
+        Raises:
+            PeerError: there is none. The store is then given up: nothing more is asked.
+        """
+        answers: Queue[Future[T]] = Queue()
+        Thread(target=lambda: answers.put(_outcome(question)), daemon=True).start()
+        try:
+            return answers.get(timeout=self.timeout if seconds is None else seconds).result()
+        except Empty:
+            self.store = None
+            raise PeerError(
+                "the store, with which the ranks' process group began, does not answer: its node is gone, or the network is down",
+                "start again; torchrun with --restarts does so by itself",
+            ) from None
 
     def barrier(self, what: str) -> None:
         """Waits until every rank is here."""
@@ -218,6 +243,16 @@ class World:
                     time.sleep(0.01)
         except RuntimeError:
             return  # as above
+
+
+def _outcome(question: Callable[[], T]) -> Future[T]:
+    """The question's answer, or the error that it raised."""
+    outcome: Future[T] = Future()
+    try:
+        outcome.set_result(question())
+    except BaseException as error:  # raised where the answer is taken
+        outcome.set_exception(error)
+    return outcome
 
 
 def _in_a_line(error: BaseException) -> str:

@@ -25,6 +25,7 @@ class Job:
         port: where the ranks meet; None: derived from the job.
         endpoint: host where the ranks of several nodes meet.
         rdzv_id: what tells this job's nodes from another's at the same endpoint.
+        interface: the network interface of `local_addr`, by which gloo shall reach the other nodes; "": it looks for one itself.
         is_host: whether this node is the endpoint; None: found out by host names.
         node_rank: 0 .. nodes - 1, for accelerate on several nodes.
         shutdown_timeout: seconds that an agent gives its ranks after SIGTERM: more than `stop.grace`.
@@ -46,6 +47,7 @@ class Job:
     endpoint: str = ""
     rdzv_id: str = ""
     local_addr: str = ""
+    interface: str = ""
     is_host: bool | None = None
     node_rank: int | None = None
     shutdown_timeout: int = 45

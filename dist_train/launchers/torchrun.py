@@ -9,7 +9,15 @@ from dist_train.ports import candidates, ephemeral_range
 def command(job: Job) -> Command:
     """The command for this node: for one node a standalone one, for several those meet at `job.endpoint` (c10d)."""
     words = [job.python, "-m", "torch.distributed.run", *agent_options(job), *meeting_options(job)]
-    return Command((*words, "-m", "dist_train", "run", *job.arguments), environment(job))
+    environ = {}
+    if job.nodes[1] > 1:
+        # torch 2.14's agents tell nobody anew where their store is: a node that comes back would wait for that, and all with it
+        # (elastic/rendezvous/dynamic_rendezvous.py, next_rendezvous; of the kind of pytorch#135712). So rank 0 keeps the ranks' store.
+        environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    if job.interface:
+        # gloo takes the address that this machine's name resolves to, which is not local_addr where that had to be given.
+        environ["GLOO_SOCKET_IFNAME"] = job.interface
+    return Command((*words, "-m", "dist_train", "run", *job.arguments), environment(job, **environ))
 
 
 def agent_options(job: Job) -> list[str]:
