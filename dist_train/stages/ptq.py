@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.config_fit import PTQConfig
 from dist_train.data.loader import EvaluationLoader
+from dist_train.quantization.clipping import Histograms, least_error_ranges, percentile_ranges
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
 from dist_train.stages.base import Stage
@@ -39,9 +40,9 @@ class PTQ(Stage):
 
 @torch.no_grad()
 def calibrate(context: Context, prepared: PreparedModel, settings: PTQConfig) -> None:
-    """Sets every range to the smallest and largest value over the first `samples` training samples of all ranks. Collective.
+    """Sets every range from the first `samples` training samples of all ranks. Collective: one MAX, and one SUM where it clips.
 
-    In eval mode, and as a MAX over samples: the result does not depend on the number of ranks.
+    In eval mode, and from the extremes or the counts of all samples: the result does not depend on the number of ranks.
     """
     config = context.config
     size = config.data.eval_batch_size
@@ -57,8 +58,22 @@ def calibrate(context: Context, prepared: PreparedModel, settings: PTQConfig) ->
     for batch in batches:
         prepared(batch.inputs)
     ranges.update(context.world.all_reduce(ranges.observed(), "max"), averaging=1.0)
-    prepared.fake_quantize(True)
     ranges.require_known()
+    if settings.ranges != "min_max":
+        prepared.observe(False)
+        histograms = Histograms(ranges)
+        with histograms.counting():
+            for batch in batches:
+                prepared(batch.inputs)
+        context.world.all_reduce(histograms.counts, "sum")
+        clipped = (
+            percentile_ranges(histograms, settings.percentile)
+            if settings.ranges == "percentile"
+            else least_error_ranges(histograms, ranges)
+        )
+        ranges.assign(*clipped)
+        prepared.observe(True)
+    prepared.fake_quantize(True)
 
 
 @torch.no_grad()

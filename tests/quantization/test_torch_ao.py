@@ -7,7 +7,6 @@ import io
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 
 from dist_train import torchvision_names
+from dist_train.config_fit import RuleConfig
 from dist_train.errors import ArtifactError, QuantizationError
 from dist_train.models.quantizable import build
 from dist_train.program import Program, open_program
@@ -216,7 +216,7 @@ def test_two_ranks_merge_their_ranges_to_the_same_bits() -> None:
 def test_a_rule_leaves_a_layer_in_floating_point_under_fx_and_is_refused_by_eager(
     net: nn.Module, images: Tensor
 ) -> None:
-    rules = [SimpleNamespace(match="conv2", skip=True)]
+    rules = [RuleConfig(match="conv2", skip=True)]
     made = backend("fx").prepare(net, images, rules)
     converted = backend("fx").convert(calibrate(made, images))
     floats = [value.shape for value in converted.state_dict().values() if getattr(value, "dtype", None) == torch.float]
