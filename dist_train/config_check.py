@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from dist_train import registry
 from dist_train.config import Config
-from dist_train.config_check_base import Checks, about
+from dist_train.config_check_base import Checks, about, ignored
 from dist_train.config_check_data import DATA_CHECKS
 from dist_train.config_check_quantization import QUANTIZATION_CHECKS
 from dist_train.config_fit import FitConfig, simulated_bits
@@ -194,15 +194,15 @@ def _check_fit(section: str) -> None:
             yield Problem(
                 f"{section}.optim.nesterov", "needs a momentum above 0", hint=f"--{section}.optim.momentum 0.9"
             )
-        ignored = ("betas", "eps") if settings.name == "sgd" else ("momentum", "nesterov")
-        yield from ignored(f"{section}.optim", settings, ignored)
+        unused = ("betas", "eps") if settings.name == "sgd" else ("momentum", "nesterov")
+        yield from ignored(f"{section}.optim", settings, unused)
 
     @_about(*(f"{section}.schedule.{name}" for name in ("name", "final", "step_epochs", "gamma")))
     def schedule(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
         settings = _fit(config, section).schedule
         used = {"step": ("step_epochs", "gamma"), "constant": ()}.get(settings.name, ("final",))
-        ignored = [name for name in ("final", "step_epochs", "gamma") if name not in used]
-        yield from ignored(f"{section}.schedule", settings, ignored)
+        unused = [name for name in ("final", "step_epochs", "gamma") if name not in used]
+        yield from ignored(f"{section}.schedule", settings, unused)
 
 
 def _fit(config: Config, section: str) -> FitConfig:

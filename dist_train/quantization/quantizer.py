@@ -86,7 +86,7 @@ class RuleQuantizer(X86InductorQuantizer):
             if not rule.skip and rule not in applied:
                 raise QuantizationError(
                     f"the quantization rule {shown(rule)} changes nothing: what it is the first to match is not quantized",
-                    "match a convolution or a Linear, put the rule before a broader one, or remove it",
+                    "match a convolution or a Linear, or remove the rule",
                 )
         for node in model.graph.nodes:
             _quantize_once(node)

@@ -18,7 +18,7 @@ def resolve_rules(model: nn.Module, rules: Sequence[RuleConfig]) -> dict[str, Ru
     Patterns are those of fnmatch. The model itself, "", is matched by its type and by `*`.
 
     Raises:
-        QuantizationError: a rule matches no module; or one for weights, no module that has weights.
+        QuantizationError: a rule matches no module, or only what earlier ones match; or one for weights, no module with weights.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     for rule in rules:
@@ -29,6 +29,12 @@ def resolve_rules(model: nn.Module, rules: Sequence[RuleConfig]) -> dict[str, Ru
         first = next((rule for rule in rules if any(_matches(rule, each, modules) for each in around)), None)
         if first is not None:
             resolved[name] = first
+    for rule in rules:
+        if rule not in resolved.values():
+            raise QuantizationError(
+                f"the quantization rule {shown(rule)} is never reached: earlier ones match all that it does",
+                "put it before them: the first rule that matches holds",
+            )
     return resolved
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dist_train.config_advice import clipping_undone
 from dist_train.config_fit import QATConfig
 from dist_train.hooks import FreezeSchedule, Hook
 from dist_train.quantization.ranges import Ranges
@@ -27,6 +28,8 @@ class QAT(Stage):
         if self._is_left_out(context):
             assert context.quantized is not None
             return {"quantized": context.quantized}
+        for problem in clipping_undone(context.config):
+            context.progress.warn(str(problem))
         prepared = context.prepared()
         ranges = Ranges(prepared, self.settings.observer)
         if context.quantized is None:

@@ -222,9 +222,29 @@ def test_a_rule_leaves_a_layer_in_floating_point_under_fx_and_is_refused_by_eage
     floats = [value.shape for value in converted.state_dict().values() if getattr(value, "dtype", None) == torch.float]
     assert net.get_parameter("conv2.weight").shape in floats
     assert relative(converted(images), made(images)) < 0.05
-    with pytest.raises(QuantizationError, match="eager backend cannot leave a module") as error:
+    with pytest.raises(QuantizationError, match="eager backend takes no rules") as error:
         backend("eager").check(net, rules)
-    assert "--qat.backend fx" in error.value.hint
+    assert "--qat.backend pt2e" in error.value.hint
+
+
+def test_under_fx_a_rule_gives_a_layer_one_scale_and_other_rules_are_refused(net: nn.Module, images: Tensor) -> None:
+    def rule(**settings: object) -> RuleConfig:
+        return RuleConfig.model_validate({"match": "conv*", **settings})
+
+    made = backend("fx").prepare(net, images, [rule(weight={"granularity": "tensor"})])
+    converted = backend("fx").convert(calibrate(made, images))
+    assert relative(converted(images), made(images)) < 0.05
+    schemes = {
+        value.shape: value.qscheme()
+        for value in converted.state_dict().values()
+        if getattr(value, "is_quantized", False)
+    }
+    assert schemes[net.get_parameter("conv2.weight").shape] == torch.per_tensor_affine
+    assert schemes[net.get_parameter("fc.weight").shape] == torch.per_channel_affine
+    for settings in ({"weight": {"bits": 4}}, {"weight": {"scheme": "affine"}}, {"activation": {}}):
+        with pytest.raises(QuantizationError, match="fx backend's integer kernels") as error:
+            backend("fx").check(net, [rule(**settings)])
+        assert error.value.hint == "--qat.backend pt2e"
 
 
 class Twice(nn.Module):
