@@ -13,6 +13,7 @@ from dist_train.quantization.ranges import Ranges
 
 BINS = 2048
 """Bins of each activation's histogram, as many as torch.ao's HistogramObserver has."""
+_AT_ONCE = 2**22  # values that are counted at once: their places take twice the memory of the values
 _SHRINKS = torch.linspace(1, 0.05, 96).tolist()  # tried for an end; of what lies within less, too few bins tell
 
 
@@ -48,9 +49,10 @@ class Histograms:
         low, width = self.low[row], (self.high[row] - self.low[row]) / BINS
 
         def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            # A range without width puts everything into the first bin: 0 / 0 is NaN.
-            places = ((inputs[0].detach().float().flatten() - low) / width).nan_to_num(0.0).clamp(0, BINS - 1).long()
-            self.counts[row] += torch.bincount(places, minlength=BINS)
+            for part in inputs[0].detach().flatten().split(_AT_ONCE):
+                # A range without width puts everything into the first bin: 0 / 0 is NaN.
+                places = ((part.float() - low) / width).nan_to_num(0.0).clamp(0, BINS - 1).long()
+                self.counts[row] += torch.bincount(places, minlength=BINS)
 
         return count
 

@@ -189,6 +189,10 @@ class WeightFakeQuantize(FakeQuantizeBase):
     def per_tensor(self) -> bool:
         return self.qscheme in (torch.per_tensor_symmetric, torch.per_tensor_affine)
 
+    def scale(self, weight: Tensor) -> Tensor:
+        """weight: [out_channels, ...]. Float32 [out_channels, 1, ...]; [1, 1, ...] per tensor."""
+        return self.parameters_of(weight)[0]
+
     def parameters_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """weight: [out_channels, ...]. Scale and zero point, float32 [out_channels, 1, ...]; [1, 1, ...] per tensor."""
         values = weight.detach().float()

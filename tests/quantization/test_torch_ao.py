@@ -234,13 +234,9 @@ def test_under_fx_a_rule_gives_a_layer_one_scale_and_other_rules_are_refused(net
     made = backend("fx").prepare(net, images, [rule(weight={"granularity": "tensor"})])
     converted = backend("fx").convert(calibrate(made, images))
     assert relative(converted(images), made(images)) < 0.05
-    schemes = {
-        value.shape: value.qscheme()
-        for value in converted.state_dict().values()
-        if getattr(value, "is_quantized", False)
-    }
-    assert schemes[net.get_parameter("conv2.weight").shape] == torch.per_tensor_affine
-    assert schemes[net.get_parameter("fc.weight").shape] == torch.per_channel_affine
+    kernels = dict(converted.named_modules())
+    assert kernels["model.conv2"].weight().qscheme() == torch.per_tensor_affine
+    assert kernels["model.fc"].weight().qscheme() == torch.per_channel_affine
     for settings in ({"weight": {"bits": 4}}, {"weight": {"scheme": "affine"}}, {"activation": {}}):
         with pytest.raises(QuantizationError, match="fx backend's integer kernels") as error:
             backend("fx").check(net, [rule(**settings)])
