@@ -34,7 +34,6 @@ def test_within_the_budget_qat_is_left_out_and_ptq_is_converted(
     assert "qat: left out, as ptq loses" in printed, "the summary has it too"
 
 
-@pytest.mark.slow
 def test_what_was_left_out_stays_so_when_a_run_goes_on(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     drifting = [*SETTINGS, "--qat.budget", "100", "--import", "tests.faulty_parts", "--qat.backend", "drifting"]
@@ -46,7 +45,6 @@ def test_what_was_left_out_stays_so_when_a_run_goes_on(tmp_path: Path) -> None:
     assert without_times(runs.results("run")) == without_times(runs.results("whole"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "verdict"),
     [

@@ -54,6 +54,7 @@ def test_widths_by_rule_convert_to_what_was_simulated(tiny: nn.Module, images: T
     assert sorted(int(value.abs().max()) for value in weights) == [4, 7, 127]
 
 
+@pytest.mark.slow
 def test_an_output_that_is_read_in_one_width_only_is_rounded_once(images: Tensor) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)
@@ -66,6 +67,7 @@ def test_an_output_that_is_read_in_one_width_only_is_rounded_once(images: Tensor
     }
 
 
+@pytest.mark.slow
 def test_a_rule_for_what_is_not_quantized_is_refused(tiny: nn.Module, images: Tensor) -> None:
     with pytest.raises(QuantizationError, match="'dropout' changes nothing"):
         PT2EBackend().prepare(tiny, images, [ruled("dropout", activation={"bits": 4})])
