@@ -17,13 +17,14 @@ from dist_train.choices import Choices
 from dist_train.config import Config
 from dist_train.config_advice import too_many_workers
 from dist_train.config_data import is_weights_file
-from dist_train.config_fit import FitConfig
+from dist_train.config_fit import FitConfig, simulated_bits
 from dist_train.data.arguments import cache_folder
 from dist_train.data.arrays import ImageArrays, Splits, open_splits
 from dist_train.data.datasets import check_args
 from dist_train.data.loader import seed_everything
 from dist_train.data.permutation import derive_key
 from dist_train.data.stream import PROMISE
+from dist_train.deployment import simulation
 from dist_train.epoch_line import check_epoch_format
 from dist_train.errors import ConfigError, DataError, Problem
 from dist_train.evaluate import metric_names
@@ -122,6 +123,8 @@ def make_context(
     try_out(config, model, splits, task, world)
     if _QUANTIZES & set(config.stages):
         build_backend(config.qat).check(model, config.qat.rules)
+        if bits := simulated_bits(config.qat.rules):
+            progress.say(f"int8: {simulation(bits)}")
     return Context(
         config=config,
         world=world,

@@ -50,6 +50,14 @@ def too_many_workers(workers: int | str, local_ranks: int, cores: int) -> Iterat
         yield Problem("data.workers", message, hint=f"--data.workers {max(1, cores // local_ranks)}, or auto")
 
 
+def clipping_undone(config: Config) -> Iterator[Problem]:
+    """Ranges that ptq clips and qat's observer then moves back to the extremes of its steps."""
+    if config.ptq.ranges != "min_max" and config.qat.freeze_ranges > 0:
+        how = "widens to" if config.qat.observer == "min_max" else "moves towards"
+        message = f"{config.ptq.ranges}: the ranges are clipped, but qat's observer {how} each step's smallest and largest value"
+        yield Problem("ptq.ranges", message, hint="--qat.freeze_ranges 0 keeps the clipped ones")
+
+
 def idle_settings(section: str, settings: FitConfig, epochs: int, steps_per_epoch: int) -> Iterator[Problem]:
     """Settings of a stage that do nothing in so few steps, or all too early."""
     total, schedule = epochs * steps_per_epoch, settings.schedule

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 from dist_train import registry
 from dist_train.config import Config
-from dist_train.config_check_base import Checks, about
+from dist_train.config_check_base import Checks, about, ignored
 from dist_train.config_check_data import DATA_CHECKS
-from dist_train.config_fit import FitConfig
+from dist_train.config_check_quantization import QUANTIZATION_CHECKS
+from dist_train.config_fit import FitConfig, simulated_bits
 from dist_train.config_strategy import strategy_problems
 from dist_train.errors import Problem
 from dist_train.ranks import rank_problems
 
-_CHECKS: Checks = [*DATA_CHECKS]
+_CHECKS: Checks = [*DATA_CHECKS, *QUANTIZATION_CHECKS]
 _about = partial(about, _CHECKS)
 _ORDER = ["train", "half", "ptq", "qat", "convert", "export"]
 
@@ -118,7 +118,7 @@ def _stages_installed(config: Config, environ: Mapping[str, str]) -> Iterator[Pr
         yield from _installed("stages", registry.stages, name)
 
 
-@_about("stages", "export.models", "export.formats", "qat.backend", "half.dtype")
+@_about("stages", "export.models", "export.formats", "qat.backend", "qat.rules", "half.dtype")
 def _exports(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     if "export" not in config.stages:
         return
@@ -145,6 +145,12 @@ def _exports(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
                 f"{name!r} cannot be written of the TorchScript that the backend {config.qat.backend!r} makes of int8"
             )
             hint = f"--qat.backend pt2e, or later, of the float model: dist-train export RUN_DIR --format {format} --model fp32"
+            yield Problem("export.formats", message, hint=hint)
+        elif int8 and simulated_bits(config.qat.rules):
+            message = (
+                f"{format!r} cannot be written of int8: qat.rules ask for fewer than 8 bits, which are only simulated"
+            )
+            hint = "--export.formats '[pt2]', or --export.models '[fp32]', or 8 bits in qat.rules"
             yield Problem("export.formats", message, hint=hint)
         elif int8 and format == "executorch":
             message = "'executorch' cannot take int8 of uint8 activations, which is what the x86 quantizer makes; XNNPACK wants int8"
@@ -188,15 +194,15 @@ def _check_fit(section: str) -> None:
             yield Problem(
                 f"{section}.optim.nesterov", "needs a momentum above 0", hint=f"--{section}.optim.momentum 0.9"
             )
-        ignored = ("betas", "eps") if settings.name == "sgd" else ("momentum", "nesterov")
-        yield from _ignored(f"{section}.optim", settings, ignored)
+        unused = ("betas", "eps") if settings.name == "sgd" else ("momentum", "nesterov")
+        yield from ignored(f"{section}.optim", settings, unused)
 
     @_about(*(f"{section}.schedule.{name}" for name in ("name", "final", "step_epochs", "gamma")))
     def schedule(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
         settings = _fit(config, section).schedule
         used = {"step": ("step_epochs", "gamma"), "constant": ()}.get(settings.name, ("final",))
-        ignored = [name for name in ("final", "step_epochs", "gamma") if name not in used]
-        yield from _ignored(f"{section}.schedule", settings, ignored)
+        unused = [name for name in ("final", "step_epochs", "gamma") if name not in used]
+        yield from ignored(f"{section}.schedule", settings, unused)
 
 
 def _fit(config: Config, section: str) -> FitConfig:
@@ -206,14 +212,6 @@ def _fit(config: Config, section: str) -> FitConfig:
 
 _check_fit("train")
 _check_fit("qat")
-
-
-def _ignored(section: str, settings: Any, names: Iterable[str]) -> Iterator[Problem]:
-    """A changed setting that the chosen name does not use. One at its default is none: dumped configs give them all."""
-    for name in names:
-        if getattr(settings, name) != type(settings).model_fields[name].default:
-            key, hint = f"{section}.{name}", f"remove it, or choose another {section}.name"
-            yield Problem(key, f"is ignored by {settings.name!r}", hint=hint)
 
 
 def _installed(place: str, names: registry.Registry, name: str) -> Iterator[Problem]:

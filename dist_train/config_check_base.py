@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from dist_train.config import Config
 from dist_train.errors import Problem
@@ -19,3 +20,11 @@ def about(checks: Checks, *keys: str) -> Callable[[Check], Check]:
         return check
 
     return add
+
+
+def ignored(section: str, settings: Any, names: Iterable[str], chosen_by: str = "name") -> Iterator[Problem]:
+    """A changed setting that the chosen name does not use. One at its default is none: dumped configs give them all."""
+    for name in names:
+        if getattr(settings, name) != type(settings).model_fields[name].default:
+            key, hint = f"{section}.{name}", f"remove it, or choose another {section}.{chosen_by}"
+            yield Problem(key, f"is ignored by {getattr(settings, chosen_by)!r}", hint=hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -101,13 +102,53 @@ class HalfConfig(Settings):
 class PTQConfig(Settings):
     samples: PositiveInt = 512
     """Training samples, over all ranks, from which the ranges are initialised."""
+    ranges: Literal["min_max", "percentile", "mse"] = "min_max"
+    """min_max: the smallest and largest value; percentile, mse: clipped, by a second pass that counts the values in bins."""
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+    """percentile: at most 100 minus this many percent of the values are clipped at either end."""
+
+
+Bits = Annotated[int, Field(ge=2, le=8)]
+
+
+class WeightQuantizationConfig(Settings):
+    bits: Bits = 8
+    """Below 8 the integers are simulated in int8 (pt2e only)."""
+    scheme: Literal["symmetric", "affine"] = "symmetric"
+    """affine: with a zero point, so that the smallest and largest weight take all integers (pt2e only; for OpenVINO and ONNX Runtime, as Inductor's kernels take no zero point)."""
+    granularity: Literal["channel", "tensor"] = "channel"
+    """A scale for each output channel, or one for all."""
+
+
+class ActivationQuantizationConfig(Settings):
+    bits: Bits = 8
+    """Below 8 the integers are simulated in uint8."""
+    scheme: Literal["affine", "symmetric"] = "affine"
+    """symmetric: 0 is the middle integer."""
+    granularity: Literal["tensor", "channel"] = "tensor"
+    """channel is refused: no backend has integer kernels for it."""
+
+
+class TypeMatch(Settings):
+    type: str
+    """Class names, as a pattern like `Conv*`; subclasses match too."""
 
 
 class RuleConfig(Settings):
-    match: str
-    """Module names, as a pattern like `layer4.*.conv2`."""
-    skip: Literal[True] = True
+    match: str | TypeMatch
+    """Module names, as a pattern like `layer4.*.conv2`, or `{type: Conv2d}`; a match holds for what is inside the module, too."""
+    weight: WeightQuantizationConfig | None = None
+    """How their weights are quantized."""
+    activation: ActivationQuantizationConfig | None = None
+    """How what enters them is quantized (pt2e only)."""
+    skip: bool = False
     """Leave these modules in floating point."""
+
+
+def simulated_bits(rules: Sequence[RuleConfig]) -> list[int]:
+    """The widths below 8 that rules ask for, in ascending order: no kernel computes in them, so that they are simulated."""
+    parts = [part for rule in rules for part in (rule.weight, rule.activation) if part is not None]
+    return sorted({part.bits for part in parts if part.bits < 8})
 
 
 class QATConfig(FitConfig):
@@ -118,8 +159,14 @@ class QATConfig(FitConfig):
     epochs: PositiveInt = 2
     """Passes over the training set."""
     optim: QATOptimConfig = QATOptimConfig()
+    budget: Annotated[float | None, Field(ge=0)] = None
+    """Points (0.01) of the task's metric that ptq may lose against FP32: where it loses no more, qat is left out. None: qat always trains."""
+    always: bool = False
+    """Train although ptq is within the budget, which is only said."""
+    observer: Literal["moving_average", "min_max"] = "moving_average"
+    """How the ranges follow the steps: by an exponential moving average, or as the smallest and largest value so far."""
     averaging: Annotated[float, Field(gt=0, le=1)] = 0.05
-    """Weight of a step's range in the moving average."""
+    """moving_average: weight of a step's range."""
     freeze_batch_norm: Fraction = 0.3
     """Fraction of the steps after which BatchNorm's statistics stand still."""
     freeze_ranges: Fraction = 0.5
@@ -127,7 +174,7 @@ class QATConfig(FitConfig):
     prepare_bound: Annotated[PositiveFloat, Field(json_schema_extra=FREE)] = 1e-4
     """Gate: largest relative difference of the prepared model, fake quantization off, from the float one."""
     rules: list[RuleConfig] = []
-    """Modules that are left in floating point."""
+    """Modules that are quantized otherwise, or left in floating point: the first rule that matches a module holds."""
 
 
 class ConvertConfig(Settings):

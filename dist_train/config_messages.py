@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -163,9 +163,9 @@ def _keys(model: type[BaseModel], section: Place = ()) -> Iterator[tuple[Place, 
     """Every key that the model knows, with its type; -1 stands for the number of a list's item."""
     for name, info in model.model_fields.items():
         yield (*section, name), info.annotation
-        direct = isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+        several = get_origin(info.annotation) in (list, tuple, dict)
         for inner in _models_in(info.annotation):
-            yield from _keys(inner, (*section, name) if direct else (*section, name, -1))
+            yield from _keys(inner, (*section, name, -1) if several else (*section, name))
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -76,7 +76,7 @@ def _field_rows(model: type[BaseModel], name: str, prefix: str) -> Iterator[_Row
     held = list(dict.fromkeys(_models_in(info.annotation)))
     for each in held:
         kind = each.model_fields["name"].default if "name" in each.model_fields and len(held) > 1 else ""
-        mark = f"{key}." if inner is not None else f"{key}[{kind}]."
+        mark = f"{key}[{kind}]." if _is_list(info) else f"{key}."
         for row in _rows(each, mark):
             if not (kind and row.key == f"`{mark}name`"):
                 yield row

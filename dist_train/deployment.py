@@ -31,12 +31,14 @@ class Deployable:
         program: what is deployed.
         outputs: the answer of the model in memory, before it became a program, to the probe; float32 [rows, ...].
         candidate: the same for a runtime and for other formats.
+        simulated_bits: widths below 8 that an int8 model simulates; see `config_fit.simulated_bits`.
     """
 
     name: str
     program: Program
     outputs: Tensor
     candidate: Candidate
+    simulated_bits: Sequence[int] = ()
 
 
 def deploy_float(model: nn.Module, probe: Tensor) -> Deployable:
@@ -49,12 +51,12 @@ def deploy_half(model: nn.Module, dtype: str, probe: Tensor) -> Deployable:
     return _exported(dtype, HalfModel(model, cast(Dtype, dtype)), probe, dtype)
 
 
-def deploy_int8(program: Program, outputs: Tensor) -> Deployable:
+def deploy_int8(program: Program, outputs: Tensor, simulated_bits: Sequence[int] = ()) -> Deployable:
     """program, outputs: what `convert` made, and what the converted model answered to the probe."""
     if program.kind == "torchscript":
         return Deployable("int8", program, outputs, Candidate(open_program(program), None))
     exported = load_program(program.data)
-    return Deployable("int8", program, outputs, Candidate(exported.module(), exported))
+    return Deployable("int8", program, outputs, Candidate(exported.module(), exported), simulated_bits)
 
 
 @torch.no_grad()
@@ -103,6 +105,8 @@ class Bundle:
         file = known.get("file", f"{self._stem(each.name)}.{_SUFFIXES[program.kind]}")
         self.files |= {file: program.data, **program.extra}
         self.models[each.name] = {**known, "file": file, "kind": program.kind}
+        if each.simulated_bits:
+            self.models[each.name]["simulated_bits"] = list(each.simulated_bits)
         if program.extra:
             self.models[each.name]["extra"] = sorted(program.extra)
 
@@ -137,6 +141,11 @@ class Bundle:
 
 def write_format(each: Deployable, name: str, probe: Tensor, threads: int) -> Written:
     """See `Bundle.add_format`."""
+    if each.simulated_bits:
+        raise ArtifactError(
+            f"{each.name} cannot be written as {name}: {simulation(each.simulated_bits)}",
+            "export fp32, or the program itself (pt2); for a format, a run whose rules have 8 bits",
+        )
     if each.candidate.source is None:
         raise ArtifactError(
             f"{each.name} is TorchScript, of which {name} cannot be written: its integer weights are packed",
@@ -150,6 +159,12 @@ def write_format(each: Deployable, name: str, probe: Tensor, threads: int) -> Wr
         if each.name in HALF:
             hint = "export fp32 (runtimes choose half themselves), or train with --half.dtype fp16, which more of them read"
         raise ArtifactError(f"{each.name} cannot be written as {name}: {reason}", hint) from reason
+
+
+def simulation(bits: Sequence[int]) -> str:
+    """What there is to know of a model with widths below 8."""
+    widths = " and ".join(map(str, bits))
+    return f"its {widths}-bit integers are simulated in 8 bits: no runtime here has kernels for them, and those of 8 bits need not clamp to them"
 
 
 def describe_data(splits: Splits) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dist_train import registry
 from dist_train.artifact_store import read_artifact, write_artifact
 from dist_train.artifact_verify import verify_in_fresh_process
 from dist_train.assembly import configure_torch
+from dist_train.config_fit import simulated_bits
 from dist_train.deployment import Bundle, Deployable, chosen_models, deploy_float, deploy_half, deploy_int8, manifest
 from dist_train.errors import GateError, RunDirError
 from dist_train.models.build import build_model
@@ -81,7 +82,8 @@ def _deployable(run: FinishedRun, name: str) -> tuple[Deployable, torch.Tensor]:
     """The model, and the inputs that it is asked: those of the conversion, else drawn, as the data may be elsewhere."""
     if name == "int8":
         probe: dict[str, Any] = run.product("convert")["probe"]
-        return deploy_int8(run.int8_program(), probe["outputs"]), probe["inputs"]
+        bits = simulated_bits(run.config.qat.rules)
+        return deploy_int8(run.int8_program(), probe["outputs"], bits), probe["inputs"]
     generator = torch.Generator().manual_seed(run.config.run.seed)
     inputs = torch.randn(_PROBE_ROWS, *run.described["input_shape"], generator=generator)
     model = _float_model(run)

@@ -44,11 +44,26 @@ def print_results(results: dict[str, Any]) -> None:
     # A log file has no width: rather long lines there than words cut in two.
     (console if console.is_terminal else Console(width=120)).print(result_table(results))
     gates = results["gates"].items()
+    for line in _remarks(results):
+        print(line)
     if runtimes := _runtimes(results["models"]):
         print(f"latency: {runtimes}, one process")
     if gates:
         shown = (f"{name} {gate['value']:.3g} (bound {gate['bound']:g})" for name, gate in gates)
         print(f"gates passed: {', '.join(shown)}")
+
+
+def _remarks(results: dict[str, Any]) -> list[str]:
+    """What the figures do not say: that qat was left out, and that int8 simulates fewer bits."""
+    remarks = []
+    for name, stage in results.get("stages", {}).items():
+        if stage.get("left_out"):
+            lost, budget = stage["ptq_lost_points"], stage["budget"]
+            remarks.append(f"{name}: left out, as ptq loses {lost:.2f} points, within the budget of {budget:g}")
+    bits = results["models"].get("int8", {}).get("simulated_bits")
+    if bits:
+        remarks.append(f"int8: simulates {' and '.join(map(str, bits))} bits where the rules say so")
+    return remarks
 
 
 def _runtimes(models: dict[str, dict[str, Any]]) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from dist_train.cli import main
 from dist_train.config import Config
-from dist_train.config_advice import idle_settings, too_many_workers
+from dist_train.config_advice import clipping_undone, idle_settings, too_many_workers
 from dist_train.config_sources import load
 from dist_train.errors import Problem
 
@@ -111,3 +111,22 @@ def test_config_check_says_the_warnings_and_that_the_configuration_is_right(
     assert main(["config", "check", str(tmp_path / "c.yaml"), *BATCH]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("warning: train.optim.lr") and "c.yaml is right: train in " in printed
+
+
+@pytest.mark.parametrize(
+    ("ptq", "qat", "message"),
+    [
+        ({"ranges": "mse"}, {}, "moves towards"),
+        ({"ranges": "percentile"}, {"observer": "min_max"}, "widens to"),
+        ({"ranges": "mse"}, {"freeze_ranges": 0}, None),
+        ({}, {}, None),
+    ],
+)
+def test_clipped_ranges_that_training_moves_back_are_said(
+    ptq: dict[str, Any], qat: dict[str, Any], message: str | None
+) -> None:
+    found = list(clipping_undone(Config.model_validate({"ptq": ptq, "qat": qat})))
+    assert [message in problem.message for problem in found if message is not None] == (
+        [] if message is None else [True]
+    )
+    assert (message is None) == (not found)

@@ -9,30 +9,29 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from dist_train import registry
-from dist_train.config_fit import QATConfig
+from dist_train.config_fit import QATConfig, RuleConfig
 from dist_train.program import Program
 from dist_train.quantization.prepared import PreparedModel
-from dist_train.quantization.rules import Rule
 
 
 @runtime_checkable
 class QuantizationBackend(Protocol):
     """No method changes what it is given, draws from the global random generator, or communicates."""
 
-    def check(self, model: nn.Module, rules: Sequence[Rule] = ()) -> None:
+    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = ()) -> None:
         """What can be seen in the untrained model: called before the first stage, so that nobody trains for nothing.
 
         Raises:
             QuantizationError: as `prepare`.
         """
 
-    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[Rule] = ()) -> PreparedModel:
+    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedModel:
         """Places fake-quantize modules.
 
         Args:
             model: the float model, on any device, in either mode.
             example: [B, C, H, W] (or what the model takes as its one input); only its shape, dtype and device count.
-            rules: what to leave in floating point.
+            rules: what to quantize otherwise, and what to leave in floating point; see `rules.resolve_rules`.
 
         Raises:
             QuantizationError: the model cannot be quantized this way; names the layer and says what to change.

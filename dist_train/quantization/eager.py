@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 
+from dist_train.config_fit import RuleConfig
 from dist_train.errors import QuantizationError
 from dist_train.program import Program
 from dist_train.quantization import torch_ao
@@ -22,7 +23,7 @@ from dist_train.quantization.integer import IntegerModel, integer_program
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.prepared_modules import PreparedModules, statistics_names
 from dist_train.quantization.ranges import Ranges
-from dist_train.quantization.rules import Rule, skipped_modules
+from dist_train.quantization.rules import resolve_rules
 from dist_train.torchscript import integer_kernels
 
 
@@ -37,12 +38,12 @@ class EagerBackend:
         """
         self.engine = torch_ao.choose_engine(engine)
 
-    def check(self, model: nn.Module, rules: Sequence[Rule] = ()) -> None:
+    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = ()) -> None:
         """See QuantizationBackend.check. Rules are refused: only the model's author can put stubs around a module."""
-        if skipped_modules([name for name, _ in model.named_modules()], rules):
+        if resolve_rules(model, rules):
             raise QuantizationError(
-                "the eager backend cannot leave a module in floating point by a rule: the model itself says where integers begin and end",
-                "--qat.rules '[]' with stubs around the module in the model, or --qat.backend fx",
+                "the eager backend takes no rules: the model itself says where integers begin and end",
+                "--qat.rules '[]' with stubs around the module in the model, or --qat.backend pt2e",
             )
         kinds = {type(module) for module in model.modules()}
         missing = [kind.__name__ for kind in (QuantStub, DeQuantStub) if kind not in kinds]
@@ -55,7 +56,7 @@ class EagerBackend:
             )
         torch_ao.check_model(model)
 
-    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[Rule] = ()) -> PreparedModules:
+    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedModules:
         """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
         self.check(model, rules)
         with quietly():

@@ -38,19 +38,41 @@ class _QuantizeDequantize(torch.autograd.Function):
 
 
 class _QuantizeDequantizeWeight(torch.autograd.Function):
-    """Per-channel symmetric; nothing is clipped, as the scale comes from the weight itself: the gradient passes unchanged."""
+    """Nothing is clipped by more than rounding, as the scale comes from the weight itself: the gradient passes unchanged."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-        return (torch.clamp(torch.round(weight.float() * (1.0 / scale)), low, high) * scale).to(weight.dtype)
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+        q = torch.clamp(torch.round(weight.float() * (1.0 / scale)) + zero_point, low, high)
+        return ((q - zero_point) * scale).to(weight.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return grad, None, None, None, None
+
+
+def affine_parameters(low: Tensor, high: Tensor, quant_min: Tensor, quant_max: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of ranges widened to contain 0, which padding needs to be exact (arXiv:1712.05877, section 2.1).
+
+    All of one shape or broadcast; float32. The zero points are integral.
+    """
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = ((high - low) / (quant_max - quant_min)).clamp(min=SMALLEST_SCALE)
+    zero_point = torch.clamp(quant_min - torch.round(low / scale), quant_min, quant_max)
+    return scale, zero_point
+
+
+def symmetric_parameters(low: Tensor, high: Tensor, quant_min: Tensor, quant_max: Tensor) -> tuple[Tensor, Tensor]:
+    """As `affine_parameters`, with the range widened to as much below 0 as above, and 0 at the middle integer.
+
+    The lowest integer stays unused: the grid is then the same on both sides (arXiv:1806.08342, section 2.2).
+    """
+    steps = torch.div(quant_max - quant_min, 2, rounding_mode="floor")
+    scale = (torch.maximum(-low, high).clamp(min=0) / steps).clamp(min=SMALLEST_SCALE)
+    return scale, quant_max - steps
 
 
 class ActivationFakeQuantize(FakeQuantizeBase):
-    """Per-tensor affine uint8 whose range was known before this step ("delayed ranges").
+    """Per-tensor uint8, affine or symmetric, whose range was known before this step ("delayed ranges").
 
     While `observing`, a forward also records the minimum and maximum of its input in `step_low` and `step_high`, merged over
     micro-batches and over every place that shares the module. No output depends on them, so that torch.compile can fuse
@@ -60,6 +82,8 @@ class ActivationFakeQuantize(FakeQuantizeBase):
     Buffers, float32 scalars: low, high, scale, zero_point (integral); `initialized` is a bool. The step's are not persistent.
 
     Args:
+        quant_min, quant_max: 0 and 2 ** bits - 1.
+        qscheme: torch.per_tensor_affine, or torch.per_tensor_symmetric.
         range_max: the integer that the top of the range is mapped to, where that is below `quant_max`. x86's integer kernels add
             pairs of products in int16, which saturates without VNNI unless activations stay within 0..127 ("reduce_range" in
             torch.ao). The kernels themselves clamp at `quant_max`, and so does this module.
@@ -96,6 +120,10 @@ class ActivationFakeQuantize(FakeQuantizeBase):
         self.register_buffer("step_low", torch.tensor(float("inf")), persistent=False)
         self.register_buffer("step_high", torch.tensor(float("-inf")), persistent=False)
 
+    @property
+    def symmetric(self) -> bool:
+        return self.qscheme == torch.per_tensor_symmetric
+
     def forward(self, x: Tensor) -> Tensor:
         """x: any shape, float32, bfloat16 or float16. Returns the same shape and dtype."""
         if self.observing:
@@ -128,12 +156,14 @@ class ActivationFakeQuantize(FakeQuantizeBase):
 
 
 class WeightFakeQuantize(FakeQuantizeBase):
-    """Symmetric int8, per output channel or per tensor; the scale is max|w| / quant_max of the weight as it is now, so there is no state.
+    """Signed integers, per output channel or per tensor, whose range is that of the weight as it is now, so there is no state.
 
-    -128 stays unused: with a symmetric grid the largest weight is then exactly representable and nothing is clipped.
+    Symmetric: the scale is max|w| / quant_max and the lowest integer stays unused: the largest weight is then exactly
+    representable and nothing is clipped. Affine: the smallest and the largest weight take the ends, and 0 a zero point.
 
     Args:
-        qscheme: torch.per_channel_symmetric, or torch.per_tensor_symmetric.
+        quant_min, quant_max: -2 ** (bits - 1) and 2 ** (bits - 1) - 1.
+        qscheme: torch.per_channel_symmetric, per_tensor_symmetric, per_channel_affine or per_tensor_affine.
         settle_in_forward: each forward settles; torch.ao's converters call the module with the final weight, then ask it.
     """
 
@@ -153,13 +183,26 @@ class WeightFakeQuantize(FakeQuantizeBase):
         self.dtype, self.qscheme, self.quant_min, self.quant_max = dtype, qscheme, quant_min, quant_max
         self._settle_in_forward = settle_in_forward
         self.enabled = True
-        self._final_scale: Tensor | None = None
+        self._final: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def per_tensor(self) -> bool:
+        return self.qscheme in (torch.per_tensor_symmetric, torch.per_tensor_affine)
 
     def scale(self, weight: Tensor) -> Tensor:
-        """weight: [out_channels, ...]. Returns float32 [out_channels, 1, ...]; [1, 1, ...] per tensor."""
-        first = 0 if self.qscheme == torch.per_tensor_symmetric else 1
-        largest = weight.detach().float().abs().amax(tuple(range(first, weight.dim())), keepdim=True)
-        return (largest / self.quant_max).clamp(min=SMALLEST_SCALE)
+        """weight: [out_channels, ...]. Float32 [out_channels, 1, ...]; [1, 1, ...] per tensor."""
+        return self.parameters_of(weight)[0]
+
+    def parameters_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """weight: [out_channels, ...]. Scale and zero point, float32 [out_channels, 1, ...]; [1, 1, ...] per tensor."""
+        values = weight.detach().float()
+        dims = tuple(range(0 if self.per_tensor else 1, weight.dim()))
+        if self.qscheme in (torch.per_channel_symmetric, torch.per_tensor_symmetric):
+            scale = (values.abs().amax(dims, keepdim=True) / self.quant_max).clamp(min=SMALLEST_SCALE)
+            return scale, torch.zeros_like(scale)
+        low, high = values.amin(dims, keepdim=True), values.amax(dims, keepdim=True)
+        ends = (torch.full_like(low, float(end)) for end in (self.quant_min, self.quant_max))
+        return affine_parameters(low, high, *ends)
 
     def forward(self, weight: Tensor) -> Tensor:
         """weight: [out_channels, ...], a parameter or what batch normalization's folding makes of it. Same shape and dtype out."""
@@ -167,17 +210,18 @@ class WeightFakeQuantize(FakeQuantizeBase):
             self.settle(weight)
         if not self.enabled:
             return weight
-        return _QuantizeDequantizeWeight.apply(weight, self.scale(weight), self.quant_min, self.quant_max)
+        return _QuantizeDequantizeWeight.apply(weight, *self.parameters_of(weight), self.quant_min, self.quant_max)
 
     def settle(self, weight: Tensor) -> None:
         """Before convert: the weight is final, keep its scale for `calculate_qparams`. Needs no forward to have run."""
-        self._final_scale = self.scale(weight).flatten()
+        self._final = self.parameters_of(weight)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """What a converter asks for: scale float32 [out_channels] and zero point int64 [out_channels] of zeros; [1] per tensor."""
-        assert self._final_scale is not None, "settle() comes before convert"
-        return self._final_scale, torch.zeros_like(self._final_scale, dtype=torch.int64)
+        """What a converter asks for: scale float32 and zero point int64, [out_channels]; [1] per tensor."""
+        assert self._final is not None, "settle() comes before convert"
+        scale, zero_point = self._final
+        return scale.flatten(), zero_point.flatten().to(torch.int64)
 
     def extra_repr(self) -> str:
-        granularity = "tensor" if self.qscheme == torch.per_tensor_symmetric else "channel"
+        granularity = "tensor" if self.per_tensor else "channel"
         return f"{self.quant_min}..{self.quant_max} per {granularity}, enabled={self.enabled}"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.ao.quantization.qconfig_mapping import QConfigMapping, get_default_qat_qconfig_mapping
 from torch.fx import GraphModule
 
+from dist_train.config_fit import RuleConfig
 from dist_train.errors import QuantizationError
 from dist_train.program import Program
 from dist_train.quantization import torch_ao
@@ -19,8 +20,10 @@ from dist_train.quantization.integer import IntegerModel, integer_program
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.prepared_modules import PreparedModules, statistics_names
 from dist_train.quantization.ranges import Ranges
-from dist_train.quantization.rules import Rule, skipped_modules
+from dist_train.quantization.rules import resolve_rules, shown
 from dist_train.torchscript import integer_kernels
+
+_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # whose weights are simulated, see `_mapping`
 
 
 class FXBackend:
@@ -34,17 +37,25 @@ class FXBackend:
         """
         self.engine = torch_ao.choose_engine(engine)
 
-    def check(self, model: nn.Module, rules: Sequence[Rule] = ()) -> None:
+    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = ()) -> None:
         """See QuantizationBackend.check."""
-        skipped_modules([name for name, _ in model.named_modules()], rules)
+        resolve_rules(model, rules)
+        for rule in rules:
+            _refuse_unsupported(rule)
         torch_ao.check_model(model)
 
-    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[Rule] = ()) -> PreparedModules:
+    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedModules:
         """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
         self.check(model, rules)
         mapping = _mapping(self.engine)
-        for name in skipped_modules([name for name, _ in model.named_modules()], rules):
-            mapping.set_module_name(name, None)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name, rule in resolve_rules(model, rules).items():
+            if rule.skip:
+                mapping.set_module_name(name, None)
+            elif rule.weight is not None and isinstance(modules[name], _WEIGHTED):
+                mapping.set_module_name(
+                    name, torch_ao.qconfig(self.engine, per_tensor=rule.weight.granularity == "tensor")
+                )
         with quietly():
             float_copy = torch_ao.make_ready(copy.deepcopy(model))
             names = statistics_names(float_copy)
@@ -72,6 +83,17 @@ class FXBackend:
     def serialize(self, converted: nn.Module, example: Tensor) -> Program:
         """See QuantizationBackend.serialize."""
         return integer_program(converted, example)
+
+
+def _refuse_unsupported(rule: RuleConfig) -> None:
+    """Raises QuantizationError for what torch.ao's integer kernels cannot compute; the config's check says it earlier."""
+    weight = rule.weight
+    if rule.activation is not None or (weight is not None and (weight.bits != 8 or weight.scheme != "symmetric")):
+        raise QuantizationError(
+            f"the quantization rule {shown(rule)} asks for what the fx backend's integer kernels cannot compute: "
+            "they take symmetric 8-bit weights, and activations as the engine has them",
+            "--qat.backend pt2e",
+        )
 
 
 def _mapping(engine: str) -> QConfigMapping:

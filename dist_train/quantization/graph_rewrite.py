@@ -64,9 +64,13 @@ class FoldedBatchNorm:
 
 def layer_of(node: Node) -> str:
     """The path of the module that a node came from, as in `named_modules()`; the node's own name where there is none."""
+    return module_of(node) or node.name
+
+
+def module_of(node: Node) -> str:
+    """The path of the module that a node came from, as in `named_modules()`; "" for the model itself."""
     stack = node.meta.get("nn_module_stack")
-    path = str(list(stack.values())[-1][0]).removeprefix("L['self'].") if stack else ""
-    return path or node.name
+    return str(list(stack.values())[-1][0]).removeprefix("L['self']").removeprefix(".") if stack else ""
 
 
 def batch_norms(graph: Graph) -> Iterator[Node]:
@@ -215,6 +219,14 @@ def use_batch_statistics(graph: Graph) -> None:
             node.args = (*node.args[:5], True, *node.args[6:])
 
 
+def _first_layer(quantizer: Node, modules: dict[str, nn.Module]) -> Node:
+    """The first node that uses a quantized value and is no fake quantization itself: two follow each other where widths differ."""
+    user = next(iter(quantizer.users))
+    while user.op == "call_module" and isinstance(modules.get(str(user.target)), ActivationFakeQuantize):
+        user = next(iter(user.users))
+    return user
+
+
 def name_fake_quantizers(module: GraphModule) -> None:
     """Moves the fake-quantize modules to `quantizers.<layer>_<weight|input>`, each registered once.
 
@@ -228,7 +240,7 @@ def name_fake_quantizers(module: GraphModule) -> None:
             continue
         if quantizer not in names:
             kind = "weight" if isinstance(quantizer, WeightFakeQuantize) else "input"
-            user = next(iter(node.users))
+            user = _first_layer(node, found)
             name = f"{layer_of(user)}_{kind}".replace(".", "_")
             taken = sum(other == name or other.startswith(f"{name}_") for other in names.values())
             names[quantizer] = f"{name}_{taken}" if taken else name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,18 +11,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
-from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
-    X86InductorQuantizer,
-    get_default_x86_inductor_quantization_config,
-)
 
+from dist_train.config_fit import RuleConfig
 from dist_train.errors import QuantizationError
 from dist_train.program import Program, program_bytes
 from dist_train.quantization import graph_rewrite
-from dist_train.quantization.fake_quantize import (
-    ActivationFakeQuantize,
-    WeightFakeQuantize,
-)
+from dist_train.quantization.fake_quantize import WeightFakeQuantize
 from dist_train.quantization.float_model import (
     keep_invertible,
     quietly,
@@ -33,24 +26,25 @@ from dist_train.quantization.float_model import (
 from dist_train.quantization.graph_rewrite import aten, attribute, constant, layer_of
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.prepared_graph import PreparedGraph
+from dist_train.quantization.quantizer import RuleQuantizer
 from dist_train.quantization.ranges import Ranges
-from dist_train.quantization.rules import Rule, skipped_modules
+from dist_train.quantization.rules import resolve_rules
 from dist_train.quantization.versions import check_versions
 
 
 class PT2EBackend:
     """Implements `dist_train.quantization.backend.QuantizationBackend`."""
 
-    def check(self, model: nn.Module, rules: Sequence[Rule] = ()) -> None:
+    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = ()) -> None:
         """See QuantizationBackend.check."""
         check_versions()
-        skipped_modules([name for name, _ in model.named_modules()], rules)
+        resolve_rules(model, rules)
         refuse_cumulative_average(model)
 
-    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[Rule] = ()) -> PreparedGraph:
+    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedGraph:
         """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
         self.check(model, rules)
-        skipped = skipped_modules([name for name, _ in model.named_modules()], rules)
+        quantizer = RuleQuantizer(resolve_rules(model, rules))
         with quietly():
             float_copy = copy.deepcopy(model).eval()
             _make_affine(float_copy)
@@ -58,7 +52,7 @@ class PT2EBackend:
             _refuse_known_failures(graph.graph)
             _keep_batch_norms_invertible(graph)
             literals = graph_rewrite.batch_norm_literals(graph.graph)
-            quantized = prepare_qat_pt2e(graph, _Quantizer(skipped))
+            quantized = prepare_qat_pt2e(graph, quantizer)
         graph_rewrite.restore_batch_norms(quantized.graph, literals)
         graph_rewrite.undo_needless_folding(quantized.graph)
         graph_rewrite.name_fake_quantizers(quantized)
@@ -197,30 +191,6 @@ def _keep_batch_norms_invertible(graph: GraphModule) -> None:
     for node in graph_rewrite.batch_norms(graph.graph):
         if isinstance(node.args[1], Node) and node.args[1].op == "get_attr":
             keep_invertible(attribute(graph, str(node.args[1].target)))
-
-
-class _Quantizer(X86InductorQuantizer):
-    """Ours in place of stock fake quantization: uint8 activations of 0..255, int8 weights per channel."""
-
-    def __init__(self, skipped: Sequence[str]) -> None:
-        super().__init__()
-        default = get_default_x86_inductor_quantization_config(is_qat=True)
-        activation = dataclasses.replace(default.input_activation, observer_or_fake_quant_ctr=ActivationFakeQuantize)
-        weight = dataclasses.replace(default.weight, observer_or_fake_quant_ctr=WeightFakeQuantize)
-        self.set_global(
-            dataclasses.replace(default, input_activation=activation, output_activation=activation, weight=weight)
-        )
-        for name in skipped:
-            self.set_module_name_qconfig(name, None)
-
-    def annotate(self, model: GraphModule) -> GraphModule:
-        model = super().annotate(model)
-        # A skipped convolution carries an empty annotation, on which torchao 0.18's fusion of conv and batch norm fails (IndexError).
-        for node in model.graph.nodes:
-            annotation = node.meta.get("quantization_annotation")
-            if annotation is not None and not annotation.input_qspec_map and annotation.output_qspec is None:
-                del node.meta["quantization_annotation"]
-        return model
 
 
 def _strip(converted: GraphModule) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from dist_train.errors import QuantizationError
-from dist_train.quantization.fake_quantize import SMALLEST_SCALE, ActivationFakeQuantize
+from dist_train.quantization.fake_quantize import ActivationFakeQuantize, affine_parameters, symmetric_parameters
 
 
 class Ranges:
@@ -16,13 +17,17 @@ class Ranges:
 
     A step: forward and backward of every micro-batch; `merged = ranges.observed()`; one MAX all-reduce of `merged`;
     `ranges.update(merged, averaging)`. All ranks then hold the same ranges, bit by bit.
+
+    Args:
+        observer: as `qat.observer`: "moving_average", or "min_max" for the smallest and largest value of all steps.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, observer: Literal["moving_average", "min_max"] = "moving_average") -> None:
+        self._observer = observer
         named = [(name, module) for name, module in model.named_modules() if isinstance(module, ActivationFakeQuantize)]
         self.names = [name for name, _ in named]
         self.modules = [module for _, module in named]
-        self._bounds: tuple[Tensor, Tensor] | None = None
+        self._grids: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -39,32 +44,61 @@ class Ranges:
     def update(self, merged: Tensor, averaging: float) -> None:
         """Folds the ranges of a step in, recomputes scales and zero points, and forgets the step.
 
-        A module's first range is taken as it is; later ones move it by `averaging` of the difference (an exponential moving average).
-        What was not seen, or is not finite, leaves a range alone.
+        A module's first range is taken as it is. Later ones move it by `averaging` of the difference (an exponential moving
+        average), or by the observer "min_max" only widen it. What was not seen, or is not finite, leaves a range alone.
 
         Args:
             merged: as `observed()` returns it, after the MAX over ranks.
-            averaging: in (0, 1].
+            averaging: in (0, 1]; of no effect for "min_max".
         """
         if not self.modules:
             return
         step_low, step_high = (-merged[: len(self)], merged[len(self) :])
         seen = torch.isfinite(step_low) & torch.isfinite(step_high)
         initialized = self._stacked("initialized")
-        weight = torch.where(initialized, averaging, 1.0).to(step_low.dtype)
         low, high = self._stacked("low"), self._stacked("high")
         # Unseen ranges are infinite: replaced before the arithmetic, or 0 * inf would make NaN of them.
-        low = torch.lerp(low, torch.where(seen, step_low, low), weight)
-        high = torch.lerp(high, torch.where(seen, step_high, high), weight)
-        initialized = initialized | seen
+        step_low, step_high = torch.where(seen, step_low, low), torch.where(seen, step_high, high)
+        if self._observer == "min_max":
+            low = torch.where(initialized, torch.minimum(low, step_low), step_low)
+            high = torch.where(initialized, torch.maximum(high, step_high), step_high)
+        else:
+            weight = torch.where(initialized, averaging, 1.0).to(step_low.dtype)
+            low, high = torch.lerp(low, step_low, weight), torch.lerp(high, step_high, weight)
+        self._put(low, high, initialized | seen)
+        self.drop()
+
+    @torch.no_grad()
+    def assign(self, low: Tensor, high: Tensor) -> None:
+        """Sets every range, float32 [len(self)] each, such as those that clipping chose."""
+        self._put(low, high, torch.ones_like(low, dtype=torch.bool))
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The ends of the ranges, float32 [len(self)] each."""
+        return self._stacked("low"), self._stacked("high")
+
+    def _put(self, low: Tensor, high: Tensor, initialized: Tensor) -> None:
         if not all(module.calibrated for module in self.modules):  # reads the device only until all are
             for module, known in zip(self.modules, initialized.tolist(), strict=True):
                 module.calibrated = known
-        scale, zero_point = _affine(low, high, *self._quant_bounds(low.device))
+        scale, zero_point = self._quantization_parameters(low, high)
         updated = {"low": low, "high": high, "scale": scale, "zero_point": zero_point, "initialized": initialized}
         for name, values in updated.items():
             torch._foreach_copy_([getattr(module, name) for module in self.modules], list(values.unbind()))
-        self.drop()
+
+    def simulate(self, values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """What quantization would make of values, float32 [len(self), N], if the modules had these ranges, [len(self)] each."""
+        quant_min, quant_max, _ = (grid[:, None] for grid in self._grids_on(values.device))
+        scale, zero_point = (each[:, None] for each in self._quantization_parameters(low, high))
+        q = torch.clamp(torch.round(values / scale) + zero_point, quant_min, quant_max)
+        return (q - zero_point) * scale
+
+    def _quantization_parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zero points that the modules would have with these ranges, [len(self)] each."""
+        quant_min, quant_max, symmetric = self._grids_on(low.device)
+        affine = affine_parameters(low, high, quant_min, quant_max)
+        mirrored = symmetric_parameters(low, high, quant_min, quant_max)
+        return torch.where(symmetric, mirrored[0], affine[0]), torch.where(symmetric, mirrored[1], affine[1])
 
     def drop(self) -> None:
         """Forgets what this step observed: a filler rank's copied rows, a skipped step, a forward that was only a rehearsal."""
@@ -105,18 +139,12 @@ class Ranges:
     def _stacked(self, name: str) -> Tensor:
         return torch.stack([getattr(module, name) for module in self.modules]) if self.modules else torch.empty(0)
 
-    def _quant_bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """float32 [len(self)] each: the integers that the ends of the modules' ranges are mapped to, copied to the device once."""
-        if self._bounds is None or self._bounds[0].device != device:
+    def _grids_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """[len(self)] each: the integers that the ends of the modules' ranges are mapped to, float32, and whether the
+        module is symmetric, bool; copied to the device once."""
+        if self._grids is None or self._grids[0].device != device:
             low = torch.tensor([float(module.quant_min) for module in self.modules], device=device)
             high = torch.tensor([float(module.range_max) for module in self.modules], device=device)
-            self._bounds = low, high
-        return self._bounds
-
-
-def _affine(low: Tensor, high: Tensor, quant_min: Tensor, quant_max: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of ranges widened to contain 0, which padding needs to be exact (arXiv:1712.05877, section 2.1)."""
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = ((high - low) / (quant_max - quant_min)).clamp(min=SMALLEST_SCALE)
-    zero_point = torch.clamp(quant_min - torch.round(low / scale), quant_min, quant_max)
-    return scale, zero_point
+            symmetric = torch.tensor([module.symmetric for module in self.modules], device=device)
+            self._grids = low, high, symmetric
+        return self._grids

@@ -65,14 +65,20 @@ def choose_engine(name: str) -> str:
     return name
 
 
-def qconfig(engine: str) -> QConfig:
-    """torch.ao's default for the engine, with our fake quantization: its bounds of activations, its granularity of weights."""
+def qconfig(engine: str, per_tensor: bool | None = None) -> QConfig:
+    """torch.ao's default for the engine, with our fake quantization: its bounds of activations, its granularity of weights.
+
+    per_tensor: whether weights have one scale or one for each output channel; None: what the engine has by default.
+    """
     default = get_default_qat_qconfig(engine)
     with quietly():
         activation, weight = default.activation(), default.weight()
+    qscheme = weight.qscheme
+    if per_tensor is not None:
+        qscheme = torch.per_tensor_symmetric if per_tensor else torch.per_channel_symmetric
     return QConfig(
         activation=_with_args(_activation, range_max=activation.activation_post_process.quant_max),
-        weight=_with_args(_weight, qscheme=weight.qscheme),
+        weight=_with_args(_weight, qscheme=qscheme),
     )
 
 

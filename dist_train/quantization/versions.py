@@ -4,8 +4,8 @@ PT2E is a prototype API: it may change in any release, and a silent change would
 version is refused. To move to a new one, look at what is listed here, run tests/quantization, and extend `TESTED`.
 
     torchao.quantization.pt2e.quantize_pt2e     prepare_qat_pt2e, convert_pt2e: the literals that they rewrite (see graph_rewrite.py)
-    torchao.quantization.pt2e.quantizer.x86_inductor_quantizer    X86InductorQuantizer.annotate, overridden in pt2e.py
-    node.meta["quantization_annotation"]        removed where it is empty
+    torchao.quantization.pt2e.quantizer.x86_inductor_quantizer    X86InductorQuantizer.annotate, overridden in quantizer.py, and its _annotate_with_config
+    node.meta["quantization_annotation"]        removed where it is empty; its specifications replaced where a rule says so
     torchao.quantization.pt2e.FakeQuantizeBase  the base by which convert finds fake-quantize modules, and `calculate_qparams`
     GraphModule.meta["_observed_graph_module_attrs"]   what prepare leaves for convert; kept in `prepared.Blueprint.meta`
     GraphModule.train / .eval                   replaced on the instance by prepare and convert with functions that raise

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dist_train.config_fit import ConvertConfig
+from dist_train.config_fit import ConvertConfig, simulated_bits
 from dist_train.evaluate import agreement, evaluate
 from dist_train.program import Program, open_program
 from dist_train.quantization.ranges import Ranges
@@ -47,6 +47,8 @@ class Convert(Stage):
         prepared.observe(False)
         prepared_evaluation = evaluate(prepared.eval(), context.evaluation_batches(), context.task, world)
         context.results["models"]["int8"] = dict(converted_evaluation.metrics)
+        if bits := simulated_bits(context.config.qat.rules):
+            context.results["models"]["int8"]["simulated_bits"] = bits
         context.keep_details("int8", converted_evaluation)
         agreed = agreement(converted_evaluation, prepared_evaluation, context.task, world)
         bound = self.settings.agreement_bound

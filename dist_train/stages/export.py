@@ -9,7 +9,7 @@ import torch
 
 from dist_train.artifact_store import write_artifact
 from dist_train.artifact_verify import verify_in_fresh_process
-from dist_train.config_fit import ExportConfig
+from dist_train.config_fit import ExportConfig, simulated_bits
 from dist_train.deployment import (
     Bundle,
     Deployable,
@@ -19,6 +19,7 @@ from dist_train.deployment import (
     deploy_int8,
     describe_data,
     manifest,
+    simulation,
 )
 from dist_train.errors import ArtifactError
 from dist_train.lowering import LoweringUnavailable
@@ -88,7 +89,9 @@ class Export(Stage):
         def images(rows: int) -> torch.Tensor:
             return probe[torch.randint(len(probe), (rows,), generator=generator)]
 
-        candidates = {name: each.candidate for name, each in deployables.items()}
+        candidates = {name: each.candidate for name, each in deployables.items() if not each.simulated_bits}
+        for name in deployables.keys() - candidates.keys():
+            context.progress.say(f"{self.name}: {name} is not timed: {simulation(deployables[name].simulated_bits)}")
         try:
             times, runtimes = time_models(candidates, images, self.settings.latency_batch_sizes, context.threads)
         except LoweringUnavailable as reason:
@@ -107,7 +110,9 @@ def _deployables(context: Context, probe: torch.Tensor, exported: Sequence[str])
         makers[dtype] = lambda: deploy_half(float_model, dtype, probe)
     if context.program is not None:
         program = context.program
-        makers["int8"] = lambda: deploy_int8(program, context.probe["outputs"])
+        makers["int8"] = lambda: deploy_int8(
+            program, context.probe["outputs"], simulated_bits(context.config.qat.rules)
+        )
     for name, make in makers.items():
         try:
             models[name] = make()

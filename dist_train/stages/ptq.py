@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.config_fit import PTQConfig
+from dist_train.data.arrays import Batch
 from dist_train.data.loader import EvaluationLoader
+from dist_train.quantization.clipping import Histograms, least_error_ranges, percentile_ranges
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
+from dist_train.world import World
 
 _VARIANCES = (1e-5, 10.0)  # a fresh network's variances lie near 1, which would hide a wrong eps
 
@@ -37,18 +40,29 @@ class PTQ(Stage):
         context.set_quantized(product["quantized"])
 
 
-@torch.no_grad()
 def calibrate(context: Context, prepared: PreparedModel, settings: PTQConfig) -> None:
-    """Sets every range to the smallest and largest value over the first `samples` training samples of all ranks. Collective.
-
-    In eval mode, and as a MAX over samples: the result does not depend on the number of ranks.
-    """
+    """Sets every range from the first `samples` training samples of all ranks. Collective."""
     config = context.config
     size = config.data.eval_batch_size
     limit = 2 * size if config.debug.fast_dev_run else settings.samples
     batches = EvaluationLoader(
         context.source(context.splits.train, config.run.seed), size, context.world.world_size, context.world.rank, limit
     )
+    initialise_ranges(prepared, batches, context.world, settings)
+
+
+@torch.no_grad()
+def initialise_ranges(prepared: PreparedModel, batches: Iterable[Batch], world: World, settings: PTQConfig) -> None:
+    """Sets every range from this rank's batches and those of the others. Collective: one MAX, and one SUM where it clips.
+
+    In eval mode, and from the extremes or the counts of all samples: the result does not depend on the number of ranks.
+
+    Args:
+        batches: gone through once, or twice where `settings.ranges` clips.
+
+    Raises:
+        QuantizationError: an activation is not finite, or was never reached.
+    """
     ranges = Ranges(prepared)
     prepared.eval()
     prepared.observe(True)
@@ -56,9 +70,21 @@ def calibrate(context: Context, prepared: PreparedModel, settings: PTQConfig) ->
     ranges.drop()
     for batch in batches:
         prepared(batch.inputs)
-    ranges.update(context.world.all_reduce(ranges.observed(), "max"), averaging=1.0)
-    prepared.fake_quantize(True)
+    ranges.update(world.all_reduce(ranges.observed(), "max"), averaging=1.0)
     ranges.require_known()
+    if settings.ranges != "min_max":
+        prepared.observe(False)
+        histograms = Histograms(ranges)
+        with histograms.counting():
+            for batch in batches:
+                prepared(batch.inputs)
+        world.all_reduce(histograms.counts, "sum")
+        if settings.ranges == "percentile":
+            ranges.assign(*percentile_ranges(histograms, settings.percentile))
+        else:
+            ranges.assign(*least_error_ranges(histograms, ranges))
+        prepared.observe(True)
+    prepared.fake_quantize(True)
 
 
 @torch.no_grad()

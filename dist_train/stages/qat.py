@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dist_train.config_advice import clipping_undone
 from dist_train.config_fit import QATConfig
 from dist_train.hooks import FreezeSchedule, Hook
 from dist_train.quantization.ranges import Ranges
@@ -16,13 +17,21 @@ from dist_train.stages.train import LastEvaluation, run_loop
 
 
 class QAT(Stage):
-    """Fine-tunes with quantization in the loop; ranges and BatchNorm statistics are learned from all ranks' data."""
+    """Fine-tunes with quantization in the loop; ranges and BatchNorm statistics are learned from all ranks' data.
+
+    Where ptq is within `qat.budget` nothing is trained, and ptq's state is handed on.
+    """
 
     settings: QATConfig
 
     def run(self, context: Context) -> dict[str, Any]:
+        if self._is_left_out(context):
+            assert context.quantized is not None
+            return {"quantized": context.quantized}
+        for problem in clipping_undone(context.config):
+            context.progress.warn(str(problem))
         prepared = context.prepared()
-        ranges = Ranges(prepared)
+        ranges = Ranges(prepared, self.settings.observer)
         if context.quantized is None:
             gate_prepare(context, prepared)
             if context.resume is None:
@@ -37,6 +46,32 @@ class QAT(Stage):
         context.results["models"]["fake_quant"] = dict(state.metrics)
         context.keep_details("fake_quant", evaluate.of(state))
         return {"quantized": state.chosen.state_dict()}
+
+    def _is_left_out(self, context: Context) -> bool:
+        """Whether ptq is within the budget, which is said and recorded; the same on all ranks, as metrics are."""
+        if self.settings.budget is None:
+            return False
+        models, task = context.results["models"], context.task
+        if "fp32" not in models:  # the float model was given, not trained here
+            evaluation = context.evaluate(context.model)
+            models["fp32"] = dict(evaluation.metrics)
+            context.keep_details("fp32", evaluation)
+        sign = 1 if task.headline in task.lower_is_better else -1
+        lost = 100 * sign * (models["ptq"][task.headline] - models["fp32"][task.headline])
+        # Written this way NaN, which no comparison is true of, trains.
+        within = round(lost, 9) <= self.settings.budget
+        left_out = within and not self.settings.always
+        context.results["stages"].setdefault(self.name, {}).update(
+            {"ptq_lost_points": round(lost, 6), "budget": self.settings.budget, "left_out": left_out}
+        )
+        if context.resume is None:
+            verdict = "needed" if not within else "not needed: left out" if left_out else "not needed, but asked for"
+            bound = "within" if within else "beyond"
+            context.progress.say(
+                f"{self.name}: ptq loses {lost:.2f} points of {task.headline}, {bound} the budget of "
+                f"{self.settings.budget:g}: qat is {verdict}"
+            )
+        return left_out
 
     def restore(self, context: Context, product: dict[str, Any]) -> None:
         context.set_quantized(product["quantized"])

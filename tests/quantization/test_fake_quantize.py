@@ -43,13 +43,41 @@ def test_activations_equal_the_operators_that_convert_writes() -> None:
     assert torch.equal(module(x), qd.dequantize_per_tensor(qd.quantize_per_tensor(x, *arguments), *arguments))
 
 
-def test_weights_equal_the_operators_that_convert_writes() -> None:
-    module, weight = WeightFakeQuantize(), torch.randn(8, 4, 3, 3) * torch.logspace(-6, 2, 8).view(-1, 1, 1, 1)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    "scheme", ["per_channel_symmetric", "per_channel_affine", "per_tensor_symmetric", "per_tensor_affine"]
+)
+def test_weights_equal_the_operators_that_convert_writes(scheme: str, bits: int) -> None:
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    module = WeightFakeQuantize(quant_min=low, quant_max=high, qscheme=getattr(torch, scheme))
+    weight = (torch.randn(8, 4, 3, 3) + 0.5) * torch.logspace(-6, 2, 8).view(-1, 1, 1, 1)
     module.settle(weight)
-    arguments = (*module.calculate_qparams(), 0, -128, 127, torch.int8)
-    assert torch.equal(
-        module(weight), qd.dequantize_per_channel(qd.quantize_per_channel(weight, *arguments), *arguments)
-    )
+    scale, zero_point = module.calculate_qparams()
+    if module.per_tensor:
+        arguments = (float(scale), int(zero_point), low, high, torch.int8)
+        expected = qd.dequantize_per_tensor(qd.quantize_per_tensor(weight, *arguments), *arguments)
+    else:
+        each = (scale, zero_point, 0, low, high, torch.int8)
+        expected = qd.dequantize_per_channel(qd.quantize_per_channel(weight, *each), *each)
+    assert torch.equal(module(weight), expected)
+    step = scale.max() if module.per_tensor else scale.view(-1, 1, 1, 1)
+    assert ((module(weight) - weight).abs() <= 1.001 * step).all(), "nothing is clipped by more than a step"
+
+
+def test_affine_weights_spend_no_integers_on_values_that_do_not_occur() -> None:
+    weight = torch.rand(4, 9)
+    errors = [
+        (WeightFakeQuantize(qscheme=scheme)(weight) - weight).square().mean()
+        for scheme in (torch.per_channel_affine, torch.per_channel_symmetric)
+    ]
+    assert errors[0] < 0.4 * errors[1]
+
+
+def test_a_symmetric_activation_has_zero_in_the_middle_and_the_same_grid_on_both_sides() -> None:
+    module = ActivationFakeQuantize(qscheme=torch.per_tensor_symmetric, quant_max=15)
+    Ranges(nn.Sequential(module)).update(torch.tensor([3.5, 1.0]), 1.0)
+    assert (module.scale.item(), module.zero_point.item()) == (0.5, 8)
+    assert module(torch.tensor([-9.0, -3.5, 0.0, 3.5, 9.0])).tolist() == [-4.0, -3.5, 0.0, 3.5, 3.5]
 
 
 def test_zero_is_exactly_representable_even_for_a_range_without_it() -> None:

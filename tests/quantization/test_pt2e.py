@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ import torchvision
 from tiny_nets import calibrate, draw_statistics
 from torch import Tensor, nn
 
+from dist_train.config_fit import RuleConfig
 from dist_train.errors import QuantizationError
 from dist_train.quantization import graph_rewrite, versions
 from dist_train.quantization.backend import QuantizationBackend
@@ -38,8 +38,8 @@ def bytes_of(model: nn.Module) -> int:
     return sum(value.nbytes for value in model.state_dict().values())
 
 
-def rule(match: str) -> SimpleNamespace:
-    return SimpleNamespace(match=match, skip=True)
+def rule(match: str) -> RuleConfig:
+    return RuleConfig(match=match, skip=True)
 
 
 def test_the_backend_keeps_the_protocol() -> None:

@@ -60,6 +60,21 @@ def test_the_first_range_is_taken_whole_and_later_ones_move_by_the_average() -> 
     assert ranges.unknown() == []
 
 
+def test_the_min_max_observer_only_widens_a_range() -> None:
+    model = Two()
+    ranges = Ranges(model, "min_max")
+    for merged in ([1.0, -INF, 3.0, -INF], [2.0, 4.0, 1.0, 8.0], [0.5, 1.0, 2.0, 9.0]):
+        ranges.update(torch.tensor(merged), 0.25)
+    assert [end.tolist() for end in ranges.bounds()] == [[-2.0, -4.0], [3.0, 9.0]]
+
+
+def test_an_assigned_range_is_taken_as_it_is() -> None:
+    model, ranges = two()
+    ranges.assign(torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 5.0]))
+    assert ranges.unknown() == []
+    assert model[1].scale.item() == pytest.approx(5 / 255)
+
+
 def test_micro_batches_and_shared_modules_merge_by_minimum_and_maximum() -> None:
     model, ranges = two()
     for batch in (torch.tensor([-1.0, 2.0]), torch.tensor([0.0, 5.0]), torch.tensor([-3.0, 1.0])):

@@ -7,7 +7,6 @@ import io
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 
 from dist_train import torchvision_names
+from dist_train.config_fit import RuleConfig
 from dist_train.errors import ArtifactError, QuantizationError
 from dist_train.models.quantizable import build
 from dist_train.program import Program, open_program
@@ -216,15 +216,31 @@ def test_two_ranks_merge_their_ranges_to_the_same_bits() -> None:
 def test_a_rule_leaves_a_layer_in_floating_point_under_fx_and_is_refused_by_eager(
     net: nn.Module, images: Tensor
 ) -> None:
-    rules = [SimpleNamespace(match="conv2", skip=True)]
+    rules = [RuleConfig(match="conv2", skip=True)]
     made = backend("fx").prepare(net, images, rules)
     converted = backend("fx").convert(calibrate(made, images))
     floats = [value.shape for value in converted.state_dict().values() if getattr(value, "dtype", None) == torch.float]
     assert net.get_parameter("conv2.weight").shape in floats
     assert relative(converted(images), made(images)) < 0.05
-    with pytest.raises(QuantizationError, match="eager backend cannot leave a module") as error:
+    with pytest.raises(QuantizationError, match="eager backend takes no rules") as error:
         backend("eager").check(net, rules)
-    assert "--qat.backend fx" in error.value.hint
+    assert "--qat.backend pt2e" in error.value.hint
+
+
+def test_under_fx_a_rule_gives_a_layer_one_scale_and_other_rules_are_refused(net: nn.Module, images: Tensor) -> None:
+    def rule(**settings: object) -> RuleConfig:
+        return RuleConfig.model_validate({"match": "conv*", **settings})
+
+    made = backend("fx").prepare(net, images, [rule(weight={"granularity": "tensor"})])
+    converted = backend("fx").convert(calibrate(made, images))
+    assert relative(converted(images), made(images)) < 0.05
+    kernels = dict(converted.named_modules())
+    assert kernels["model.conv2"].weight().qscheme() == torch.per_tensor_affine
+    assert kernels["model.fc"].weight().qscheme() == torch.per_channel_affine
+    for settings in ({"weight": {"bits": 4}}, {"weight": {"scheme": "affine"}}, {"activation": {}}):
+        with pytest.raises(QuantizationError, match="fx backend's integer kernels") as error:
+            backend("fx").check(net, [rule(**settings)])
+        assert error.value.hint == "--qat.backend pt2e"
 
 
 class Twice(nn.Module):

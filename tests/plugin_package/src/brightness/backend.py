@@ -15,4 +15,4 @@ class FloatHead(PT2EBackend):
     """As pt2e, with the layer named head left in floating point."""
 
     def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[Any] = ()) -> Any:
-        return super().prepare(model, example, [*rules, RuleConfig(match="head")])
+        return super().prepare(model, example, [*rules, RuleConfig(match="head", skip=True)])

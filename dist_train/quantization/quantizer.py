@@ -1,0 +1,124 @@
+"""Where pt2e places fake quantization, and of which kind: X86InductorQuantizer's places, and what the rules make of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+    X86InductorQuantizer,
+    get_default_x86_inductor_quantization_config,
+)
+
+from dist_train.config_fit import ActivationQuantizationConfig, RuleConfig, WeightQuantizationConfig
+from dist_train.errors import QuantizationError
+from dist_train.quantization.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
+from dist_train.quantization.graph_rewrite import module_of
+from dist_train.quantization.rules import shown
+
+_WEIGHT_SCHEMES = {
+    ("symmetric", "channel"): torch.per_channel_symmetric,
+    ("symmetric", "tensor"): torch.per_tensor_symmetric,
+    ("affine", "channel"): torch.per_channel_affine,
+    ("affine", "tensor"): torch.per_tensor_affine,
+}
+_ACTIVATION_SCHEMES = {"affine": torch.per_tensor_affine, "symmetric": torch.per_tensor_symmetric}
+
+
+class RuleQuantizer(X86InductorQuantizer):
+    """Ours in place of stock fake quantization: uint8 activations of 0..255, int8 weights per channel, where no rule says otherwise."""
+
+    def __init__(self, rules: Mapping[str, RuleConfig]) -> None:
+        """rules: see `resolve_rules`."""
+        super().__init__()
+        self._rules = rules
+        default = get_default_x86_inductor_quantization_config(is_qat=True)
+        activation = dataclasses.replace(default.input_activation, observer_or_fake_quant_ctr=ActivationFakeQuantize)
+        weight = dataclasses.replace(default.weight, observer_or_fake_quant_ctr=WeightFakeQuantize)
+        self.set_global(
+            dataclasses.replace(default, input_activation=activation, output_activation=activation, weight=weight)
+        )
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        """Marks the nodes whose inputs or outputs are quantized.
+
+        Raises:
+            QuantizationError: a rule for weights or activations matches nothing that is quantized.
+        """
+        self._annotate_with_config(model, None, self._stay_float)
+        model = super().annotate(model)
+        # A skipped convolution carries an empty annotation, on which torchao 0.18's fusion of conv and batch norm fails (IndexError).
+        for node in model.graph.nodes:
+            annotation = _annotation(node)
+            if annotation is not None and not annotation.input_qspec_map and annotation.output_qspec is None:
+                del node.meta["quantization_annotation"]
+        self._apply_rules(model)
+        return model
+
+    def _rule(self, node: Node) -> RuleConfig | None:
+        return self._rules.get(module_of(node))
+
+    def _stay_float(self, nodes: list[Node]) -> bool:
+        """Whether all nodes of a pattern are of skipped modules."""
+        rules = [self._rule(node) for node in nodes]
+        return all(rule is not None and rule.skip for rule in rules)
+
+    def _apply_rules(self, model: GraphModule) -> None:
+        applied: list[RuleConfig] = []
+        for node in model.graph.nodes:
+            annotation, rule = _annotation(node), self._rule(node)
+            if annotation is None or rule is None:
+                continue
+            for source, spec in annotation.input_qspec_map.items():
+                if not isinstance(spec, QuantizationSpec):
+                    continue  # shared with another place
+                if spec.observer_or_fake_quant_ctr is WeightFakeQuantize and rule.weight is not None:
+                    annotation.input_qspec_map[source] = _weight_spec(spec, rule.weight)
+                    applied.append(rule)
+                elif spec.observer_or_fake_quant_ctr is ActivationFakeQuantize and rule.activation is not None:
+                    annotation.input_qspec_map[source] = _activation_spec(spec, rule.activation)
+                    applied.append(rule)
+        for rule in self._rules.values():
+            if not rule.skip and rule not in applied:
+                raise QuantizationError(
+                    f"the quantization rule {shown(rule)} changes nothing: what it is the first to match is not quantized",
+                    "match a convolution or a Linear, or remove the rule",
+                )
+        for node in model.graph.nodes:
+            _quantize_once(node)
+
+
+def _annotation(node: Node) -> QuantizationAnnotation | None:
+    return node.meta.get("quantization_annotation")
+
+
+def _quantize_once(node: Node) -> None:
+    """Gives an output the width that its readers want, where they all want the same: it would be rounded twice otherwise."""
+    annotation = _annotation(node)
+    if annotation is None or not isinstance(annotation.output_qspec, QuantizationSpec):
+        return
+    wanted = list(_wanted_by_readers(node))
+    if wanted and all(spec == wanted[0] for spec in wanted) and isinstance(wanted[0], QuantizationSpec):
+        annotation.output_qspec = wanted[0]
+
+
+def _wanted_by_readers(node: Node) -> Iterator[Any]:
+    """The specification of each edge from `node`, None where the reader takes floats."""
+    for reader in node.users:
+        annotation = _annotation(reader)
+        yield None if annotation is None else annotation.input_qspec_map.get(node)
+
+
+def _weight_spec(spec: QuantizationSpec, config: WeightQuantizationConfig) -> QuantizationSpec:
+    half = 2 ** (config.bits - 1)
+    scheme = _WEIGHT_SCHEMES[config.scheme, config.granularity]
+    ch_axis = 0 if config.granularity == "channel" else None
+    return dataclasses.replace(spec, quant_min=-half, quant_max=half - 1, qscheme=scheme, ch_axis=ch_axis)
+
+
+def _activation_spec(spec: QuantizationSpec, config: ActivationQuantizationConfig) -> QuantizationSpec:
+    return dataclasses.replace(spec, quant_max=2**config.bits - 1, qscheme=_ACTIVATION_SCHEMES[config.scheme])
