@@ -30,7 +30,8 @@ def _export(arguments: list[str]) -> int:
     from dist_train.registry import export_formats
 
     formats = [
-        one_of("format", name, ["pt2", *export_formats.names()]) for name in given.options.get("format", ["pt2"])
+        one_of("format", name, ["auto", "pt2", *export_formats.names()])
+        for name in given.options.get("format", ["pt2"])
     ]
     model = given.last("model")
     if model is not None:
@@ -101,7 +102,8 @@ On several ranks: torchrun --nproc_per_node N -m dist_train evaluate RUN_DIR""",
         """\
 Files go to RUN_DIR/export, beside those that are there; the artifact is replaced whole or not at all.
 Neither the data nor the device of the run is needed. What is written is read back in its runtime, and held against the model.
-  --format FORMAT        pt2 (the default), onnx, openvino, executorch; repeatable
+  --format FORMAT        pt2 (the default), onnx, openvino, executorch; repeatable. auto: each that is installed is timed,
+                         FP32 beside it, and the fastest that answers right is written; the table goes into results.json
   --model MODEL          fp32, half, int8; default: the artifact's own, or the first of int8, half, fp32
   --import MODULE        import a module first that registers the run's model""",
     ),

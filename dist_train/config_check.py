@@ -134,7 +134,7 @@ def _exports(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     int8 = "int8" in (config.export.models or ("int8",)) and "convert" in config.stages
     half = "half" in (config.export.models or ([] if int8 else config.stages))
     for format in dict.fromkeys(config.export.formats):
-        if format == "pt2":
+        if format in ("pt2", "auto"):
             continue
         yield from _installed("export.formats", registry.export_formats, format)
         if half and format in ("onnx", "openvino") and config.half.dtype != "fp16":

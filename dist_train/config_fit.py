@@ -186,9 +186,9 @@ class ConvertConfig(Settings):
 
 class ExportConfig(Settings):
     formats: Annotated[
-        list[Literal["pt2", "onnx", "openvino", "executorch"]], Field(min_length=1, json_schema_extra=FREE)
+        list[Literal["auto", "pt2", "onnx", "openvino", "executorch"]], Field(min_length=1, json_schema_extra=FREE)
     ] = ["pt2"]
-    """Files to write beside the program itself, which is always there (pt2; TorchScript for the fx and eager backends)."""
+    """Files to write beside the program itself, which is always there (pt2; TorchScript for the fx and eager backends). auto: the one whose runtime is the fastest on rank 0's machine, of those installed."""
     models: Annotated[list[Literal["fp32", "half", "int8"]] | None, Field(json_schema_extra=FREE)] = None
     """Models to export, the first one as `model.*`; None: int8 where `convert` ran, else half, else fp32."""
     latency: bool = True

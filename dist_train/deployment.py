@@ -16,6 +16,7 @@ from dist_train.data.arrays import Splits
 from dist_train.errors import ArtifactError
 from dist_train.half import Dtype, HalfModel
 from dist_train.lowering.base import LoweringUnavailable, Written
+from dist_train.lowering.choice import Choice
 from dist_train.lowering.comparison import LARGEST_DIFFERENCE, Candidate, relative_difference
 from dist_train.program import Program, load_program, open_program, program_bytes
 
@@ -110,15 +111,27 @@ class Bundle:
         if program.extra:
             self.models[each.name]["extra"] = sorted(program.extra)
 
-    def add_format(self, each: Deployable, name: str, probe: Tensor, threads: int) -> str:
+    def add_choice(self, each: Deployable, choice: Choice, probe: Tensor, threads: int) -> list[str]:
+        """Adds the format that was chosen for an added model; nothing where that is the program itself.
+
+        Returns lines for the user.
+        """
+        best = choice.best
+        if best is None or best.written is None:
+            return choice.lines()
+        return [*choice.lines(), self.add_format(each, best.format, probe, threads, best.written)]
+
+    def add_format(
+        self, each: Deployable, name: str, probe: Tensor, threads: int, written: Written | None = None
+    ) -> str:
         """Writes an added model in another format too, reads it back in its runtime, and holds its answers against the model's.
 
-        Returns a line for the user.
+        written: where it was written already. Returns a line for the user.
 
         Raises:
             ArtifactError: the format and the model do not go together, or its answers are wrong.
         """
-        written = write_format(each, name, probe, threads)
+        written = written or write_format(each, name, probe, threads)
         difference = max(  # one row too: OpenVINO was seen to go wrong there alone
             relative_difference(written.call, each.candidate.call, rows) for rows in (probe, probe[:1])
         )

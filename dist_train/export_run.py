@@ -17,8 +17,11 @@ from dist_train.assembly import configure_torch
 from dist_train.config_fit import simulated_bits
 from dist_train.deployment import Bundle, Deployable, chosen_models, deploy_float, deploy_half, deploy_int8, manifest
 from dist_train.errors import GateError, RunDirError
+from dist_train.lowering.choice import choose_format
+from dist_train.lowering.comparison import Candidate, drawn_from
 from dist_train.models.build import build_model
 from dist_train.reopen import FinishedRun, reopen
+from dist_train.run_dir import read_json, replace_json
 
 _PROBE_ROWS = 16
 
@@ -26,7 +29,8 @@ _PROBE_ROWS = 16
 def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | None = None) -> list[str]:
     """Adds a model in these formats to the run's `export/`; needs neither the data nor the run's device.
 
-    formats: pt2 (the program itself, TorchScript for some backends), onnx, openvino, executorch.
+    formats: pt2 (the program itself, TorchScript for some backends), onnx, openvino, executorch; auto: the fastest here, of those
+        installed, by the table that goes into the run's results.json.
     model: fp32, half or int8; None: the artifact's default, or int8, half, fp32, whichever the run has first.
 
     Returns a line for the user for each thing written; the older artifact is replaced whole.
@@ -42,7 +46,8 @@ def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | No
         raise RunDirError(f"{run_dir} was made by a version that did not record its data", "run it anew")
     wanted = [each for each in dict.fromkeys(formats) if each != "pt2"]
     for each in wanted:
-        registry.export_formats.get(each)  # a missing package is found before anything is made
+        if each != "auto":
+            registry.export_formats.get(each)  # a missing package is found before anything is made
     configure_torch(run.config, run.threads)
     folder = run.paths.export
     kept, files = read_artifact(folder) if folder.is_dir() else ({}, {})
@@ -51,7 +56,17 @@ def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | No
     deployable, probe = _deployable(run, name)
     bundle.add(deployable)
     lines = [f"{name}: {bundle.models[name]['file']}"]
-    lines += [bundle.add_format(deployable, each, probe, run.threads) for each in wanted]
+    table: list[dict[str, Any]] | None = None
+    for each in wanted:
+        if each == "auto":
+            float_model = _float_model(run)
+            candidates = {"fp32": Candidate(float_model, float_model), name: deployable.candidate}
+            images, sizes = drawn_from(probe, run.config.run.seed), run.config.export.latency_batch_sizes
+            choice = choose_format(name, candidates, probe, images, sizes, run.threads)
+            lines += bundle.add_choice(deployable, choice, probe, run.threads)
+            table = choice.rows()
+        else:
+            lines.append(bundle.add_format(deployable, each, probe, run.threads))
     ranges = run.product("convert")["ranges_sha256"] if "convert" in run.stages else None
     content = manifest(bundle, run.described, run.config.task.name, run.results, ranges)
     # Proved before it takes the place of an artifact that may be in use.
@@ -66,6 +81,10 @@ def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | No
             "report this with the model's name",
         )
     write_artifact(folder, bundle.files, content)
+    if table is not None:
+        results = read_json(run.paths.results)
+        results["models"].setdefault(name, {})["runtimes"] = table
+        replace_json(run.paths.results, results)
     return lines
 
 

@@ -149,6 +149,22 @@ def test_formats_are_written_read_back_and_listed_with_their_hashes(run: Path, s
     torch.testing.assert_close(torch.from_numpy(answer), expected, rtol=1e-4, atol=1e-4)
 
 
+@needs("onnx", "openvino")
+def test_auto_writes_the_fastest_and_leaves_its_table_in_the_results(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.delitem(registry.export_formats._entries, "executorch")
+    assert main(["export", str(run), "--model", "fp32", "--format", "auto"]) == 0
+    rows = read_json(RunDir(run).results)["models"]["fp32"]["runtimes"]
+    assert {row["runtime"].split()[0] for row in rows} == {"onnxruntime", "openvino", "inductor"}
+    (chosen,) = [row for row in rows if row["chosen"]]
+    assert chosen["difference"] < 1e-5
+    assert set(chosen["latency_ms"]["fp32"]) == {"1", "32"}
+    assert chosen["format"] in verify_artifact(run)["models"]["fp32"]["formats"]
+    assert f"fp32: {chosen['format']} for {chosen['runtime']}, the fastest" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @needs("executorch")
 def test_fp32_is_written_for_executorch(run: Path, splits: Splits) -> None:

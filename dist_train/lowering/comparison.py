@@ -34,6 +34,12 @@ class Candidate:
     half: str | None = None
 
 
+def drawn_from(rows: Tensor, seed: int) -> Callable[[int], Tensor]:
+    """Batches of any size for `time_models` and `choose_format`: rows of `rows`, [N, ...], drawn with replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda size: rows[torch.randint(len(rows), (size,), generator=generator)]
+
+
 @torch.no_grad()
 def relative_difference(
     call: Callable[[Tensor], Tensor], expected: Callable[[Tensor], Tensor], images: Tensor

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +26,35 @@ def lower(
 
     model: a converted model (Q/DQ) or a float one in eval mode; it must not be trained afterwards (weights are frozen in).
     example: float32 [B, C, H, W], for its shape. The process's number of threads is set for the time of each call only.
-    batches: sizes to compile for now: one; the first other; from the second other on Inductor makes the batch dynamic.
+    batches: sizes compiled now: one; the first other; from the second other on Inductor makes the batch dynamic.
 
     Raises LoweringUnavailable without a C++ compiler, or where Inductor cannot compile the model.
     """
     if compiler() is None:
         raise LoweringUnavailable("no C++ compiler for Inductor: install g++, or name one in CXX")
-    import torch._inductor.config as inductor_config
-
     # Importing it registers the fusion of Q/DQ patterns into oneDNN's int8 kernels; without it int8 is simulated in float.
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
 
     module = model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
-    compiled = torch.compile(module)
+    try:
+        try:
+            return Lowered("inductor", _compiled_call(module, example, threads, batches, dynamic=None))
+        except AssertionError:
+            # Inductor 2.14 takes a batch-dynamic int8 convolution of one channel to answer contiguous, and asserts so in what it
+            # generates; each size by itself is right. The copy has code of its own, for which nothing was compiled yet.
+            return Lowered("inductor", _compiled_call(copy.deepcopy(module), example, threads, batches, dynamic=False))
+    except (torch._dynamo.exc.TorchDynamoException, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LoweringUnavailable(f"Inductor cannot compile this model: {reason}") from error
+
+
+def _compiled_call(
+    module: nn.Module, example: Tensor, threads: int, batches: Sequence[int], dynamic: bool | None
+) -> Callable[[Tensor], Tensor]:
+    """As `lower` says. dynamic: torch.compile's; False compiles each batch size at its first call."""
+    import torch._inductor.config as inductor_config
+
+    compiled = torch.compile(module, dynamic=dynamic)
     seen: set[torch.Size] = set()
 
     def call(images: Tensor) -> Tensor:
@@ -55,11 +72,6 @@ def lower(
         finally:
             torch.set_num_threads(previous)
 
-    shape = example.shape[1:]
-    try:
-        for batch in batches:
-            call(torch.zeros(batch, *shape))
-    except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).strip().splitlines()[0]
-        raise LoweringUnavailable(f"Inductor cannot compile this model: {reason}") from error
-    return Lowered("inductor", call)
+    for batch in batches:
+        call(torch.zeros(batch, *example.shape[1:]))
+    return call

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import weakref
 from typing import Any
 
 import torch
@@ -10,13 +12,48 @@ from torch.export import Dim, ExportedProgram
 
 from dist_train.lowering.base import LoweringUnavailable, Written, quiet
 
+_KEPT = 2  # models whose ONNX is kept, for the next runtime that asks: fp32 and int8
+_kept: dict[tuple[int, torch.Size, str], tuple[weakref.ref[Any], bytes]] = {}
+
 
 def onnx_bytes(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
     """The model as ONNX with a dynamic batch: QDQ for a converted model, float for a float one (in eval mode).
 
     example: float32 [B, C, H, W]; only its shape [C, H, W] is used, the export sees zeros.
     Raises LoweringUnavailable, with the first line of torch's reason, where the model cannot be exported.
+
+    Each runtime asks for it anew, and tracing a graph of hundreds of nodes takes seconds: the newest are kept while their models
+    live and hold the same values.
     """
+    key = (id(model), example.shape[1:], _digest(model))
+    found = _kept.get(key)
+    if found is not None and found[0]() is model:
+        return found[1]
+    data = _export(model, example)
+    while len(_kept) >= _KEPT:
+        del _kept[next(iter(_kept))]
+    _kept[key] = weakref.ref(model, lambda _: _kept.pop(key, None)), data
+    return data
+
+
+def _digest(model: nn.Module | ExportedProgram) -> str:
+    """Of whatever the ONNX is made of, in case the model was changed in place."""
+    if isinstance(model, ExportedProgram):
+        text, values = str(model.graph), {**model.state_dict, **model.constants}
+    else:
+        text = f"{model} {getattr(model, 'code', '')}"
+        values = dict([*model.named_parameters(), *model.named_buffers()])
+    digest = hashlib.blake2b(text.encode())
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _export(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
+    from dist_train.lowering.qdq import quantize_summands
+
     # Two rows, because torch.export takes a batch of one for a constant.
     zeros = torch.zeros(2, *example.shape[1:])
     shapes: dict[str, Any] = (
@@ -28,10 +65,12 @@ def onnx_bytes(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
                 model, (zeros,), dynamo=True, verbose=False, input_names=["input"], output_names=["logits"], **shapes
             )
             assert program is not None  # it is, with dynamo=True
-            return program.model_proto.SerializeToString()
+            proto = program.model_proto
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise LoweringUnavailable(f"torch.onnx.export cannot export this model: {reason}") from error
+    quantize_summands(proto)
+    return proto.SerializeToString()
 
 
 def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> Written:
@@ -39,11 +78,18 @@ def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
 
     Arguments and errors as of `onnx_bytes`; `call` of the result is ONNX Runtime on what was written.
     """
+    import onnx
     import onnxruntime
 
-    data = onnx_bytes(model, example)
+    from dist_train.lowering.qdq import quantize_biases
+
+    proto = onnx.load_from_string(onnx_bytes(model, example))
+    quantize_biases(proto)
+    data = proto.SerializeToString()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Its threads would spin on while the next runtime is timed.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3  # errors; warnings about its own optimisations are not for our users
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])

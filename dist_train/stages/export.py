@@ -23,7 +23,8 @@ from dist_train.deployment import (
 )
 from dist_train.errors import ArtifactError
 from dist_train.lowering import LoweringUnavailable
-from dist_train.lowering.comparison import time_models
+from dist_train.lowering.choice import choose_format, slower_than_float
+from dist_train.lowering.comparison import drawn_from, time_models
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
 
@@ -55,12 +56,19 @@ class Export(Stage):
         probe = context.probe["inputs"] if context.probe else context.probe_inputs()
         names = chosen_models(self.settings.models, context.half, context.program is not None)
         deployables = _deployables(context, probe, names)
-        bundle = Bundle(names[0])
+        bundle, figures = Bundle(names[0]), dict[str, dict[str, Any]]()
+        for name, deployable in deployables.items():
+            figures[name] = {"bytes": len(deployable.program.data)}
         for name in names:
             bundle.add(deployables[name])
             for each in dict.fromkeys(self.settings.formats):
-                if each != "pt2":
-                    line = bundle.add_format(deployables[name], each, probe, context.threads)
+                if each == "auto":
+                    lines, figures[name]["runtimes"] = self._choose(context, bundle, deployables, name, probe)
+                elif each != "pt2":
+                    lines = [bundle.add_format(deployables[name], each, probe, context.threads)]
+                else:
+                    continue
+                for line in lines:
                     context.progress.say(f"{self.name}: {line}")
         ranges = context.ranges_sha256 or None
         described = describe_data(context.splits)
@@ -68,14 +76,21 @@ class Export(Stage):
         write_artifact(context.run_dir.export, bundle.files, content)
         expected = {name: deployables[name].outputs for name in names}
         differences = verify_in_fresh_process(context.run_dir.export, probe, expected, self.settings.deadline)
-        figures: dict[str, dict[str, Any]] = {
-            name: {"bytes": len(each.program.data)} for name, each in deployables.items()
-        }
         if self.settings.latency:
             self._time(context, deployables, probe, figures)
         # NaN, which passes no bound, must not be lost among the others.
         worst = float(torch.tensor(list(differences.values())).max())
         return {"models": figures, "difference": worst}
+
+    def _choose(
+        self, context: Context, bundle: Bundle, deployables: dict[str, Deployable], name: str, probe: torch.Tensor
+    ) -> tuple[list[str], list[dict[str, Any]]]:
+        """`auto`: lines for the user, and the table."""
+        candidates = {each: deployable.candidate for each, deployable in deployables.items()}
+        sizes, images = self.settings.latency_batch_sizes, drawn_from(probe, context.config.run.seed)
+        context.progress.say(f"{self.name}: trying the runtimes for {name}")
+        choice = choose_format(name, candidates, probe, images, sizes, context.threads)
+        return bundle.add_choice(deployables[name], choice, probe, context.threads), choice.rows()
 
     def _time(
         self,
@@ -84,11 +99,7 @@ class Export(Stage):
         probe: torch.Tensor,
         figures: dict[str, dict[str, Any]],
     ) -> None:
-        generator = torch.Generator().manual_seed(context.config.run.seed)
-
-        def images(rows: int) -> torch.Tensor:
-            return probe[torch.randint(len(probe), (rows,), generator=generator)]
-
+        images = drawn_from(probe, context.config.run.seed)
         candidates = {name: each.candidate for name, each in deployables.items() if not each.simulated_bits}
         for name in deployables.keys() - candidates.keys():
             context.progress.say(f"{self.name}: {name} is not timed: {simulation(deployables[name].simulated_bits)}")
@@ -99,6 +110,9 @@ class Export(Stage):
             return
         for name in candidates:
             figures[name] |= {"latency_ms": times[name], "runtime": runtimes[name]}
+        if runtimes.get("int8") == runtimes.get("fp32"):
+            for line in slower_than_float(times, runtimes.get("int8", "")):
+                context.progress.say(f"{self.name}: {line}")
 
 
 def _deployables(context: Context, probe: torch.Tensor, exported: Sequence[str]) -> dict[str, Deployable]:

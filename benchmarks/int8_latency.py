@@ -1,0 +1,209 @@
+"""int8 and FP32 latency by each runtime, against NNCF's own post-training quantization in OpenVINO.
+
+    pip install -e '.[quickstart,bench]'
+    python benchmarks/int8_latency.py [--models resnet18 resnet50 mobilenet_v2] [--batches 1 32 256] [--rounds 7]
+        [--runtimes openvino onnxruntime inductor] [--threads 2] [--size 224]
+
+Ours: `ptq` with the pt2e backend, lowered as `export` does it. The peer: nncf.quantize of the same model, as NNCF reads it from torch, on
+the same images, by its default and its mixed preset; the faster one counts. Weights are random and batch normalization is given the
+statistics of the images: latency does not depend on them. FP32 and int8 of all runtimes take turns within each round; the runtime is
+given the same number of threads. Medians count.
+
+Before the clock starts, answers are checked: no int8 model may be farther from FP32 than 1.5 times what quantization itself costs in
+memory (a random network multiplies each rounding, so that runtimes cannot be held against each other to the last bits). One that is
+fails the benchmark.
+
+The bar: the fastest of ours takes at most 1.05 times the peer's time, for every model and batch size. A miss exits 1.
+About 10 minutes as it stands, most of it batch 256 in FP32; `--fp32-largest` says up to which batch size FP32 is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import logging
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from dist_train.lowering import inductor, onnx, openvino
+from dist_train.lowering.base import LoweringUnavailable, quiet
+from dist_train.quantization.pt2e import PT2EBackend, export_converted
+from dist_train.quantization.ranges import Ranges
+
+BAR = 1.05
+FARTHER = 1.5
+PEER = "nncf"
+Call = Callable[[Tensor], Tensor]
+RUNTIMES: dict[str, Callable[[Any, Tensor, int], Any]] = {
+    "openvino": openvino.lower,
+    "onnxruntime": onnx.write,
+    "inductor": inductor.lower,
+}
+
+
+def float_model(name: str, images: Tensor) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = getattr(torchvision.models, name)(weights=None)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the mean over what is seen, which is all of it
+    with torch.no_grad():
+        model.train()(images)
+    for norm in norms:
+        norm.momentum = 0.1
+    return model.eval()
+
+
+@torch.no_grad()
+def quantized(model: nn.Module, images: Tensor) -> nn.Module:
+    backend = PT2EBackend()
+    prepared = backend.prepare(model, images[:2]).eval()
+    ranges = Ranges(prepared)
+    prepared.fake_quantize(False)
+    prepared(images)
+    ranges.update(ranges.observed(), averaging=1.0)
+    prepared.fake_quantize(True)
+    return backend.convert(prepared)
+
+
+def peers(model: nn.Module, images: Tensor, threads: int) -> dict[str, Call]:
+    """NNCF's models in OpenVINO, compiled for each batch size with the settings that ours get."""
+    openvino.shared_core()  # imports OpenVINO without its telemetry
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # and NNCF's
+    import nncf
+    import openvino as ov
+
+    nncf.set_log_level(logging.ERROR)
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+        "ENABLE_CPU_PINNING": False,
+    }
+
+    def call_of(graph: Any) -> Call:
+        compiled: dict[int, Any] = {}
+
+        def call(batch: Tensor) -> Tensor:
+            if len(batch) not in compiled:
+                fixed = graph.clone()
+                fixed.reshape(list(batch.shape))
+                compiled[len(batch)] = openvino.shared_core().compile_model(fixed, "CPU", settings)
+            return torch.from_numpy(compiled[len(batch)](batch.numpy(), share_inputs=True)[0])
+
+        return call
+
+    calls = {}
+    for suffix, preset in (("", nncf.QuantizationPreset.PERFORMANCE), (" mixed", nncf.QuantizationPreset.MIXED)):
+        shape = ov.PartialShape([-1, *images.shape[1:]])
+        with quiet():
+            graph = ov.convert_model(model, example_input=images[:2], input=[shape])
+            data = nncf.Dataset([image.numpy() for image in images.split(1)])
+            calls[PEER + suffix] = call_of(nncf.quantize(graph, data, preset=preset, subset_size=len(images)))
+    return calls
+
+
+def relative_error(call: Call, expected: Tensor, images: Tensor) -> float:
+    """Root of the mean squared difference, in units of that of what is expected."""
+    answers = torch.cat([call(image) for image in images.split(1)])
+    return float((answers - expected).norm() / expected.norm())
+
+
+@torch.no_grad()
+def lowered(name: str, images: Tensor, options: argparse.Namespace) -> tuple[dict[str, Call], list[str]]:
+    """Calls by "runtime model", and the names of those whose answers are wrong."""
+    model = float_model(name, images)
+    converted = quantized(model, images)
+    expected = model(images)
+    bound = FARTHER * relative_error(converted, expected, images)
+    program = export_converted(converted, images[:2])
+    calls: dict[str, Call] = {}
+    for runtime in options.runtimes:
+        for kind, source in (("fp32", model), ("int8", program)):
+            try:
+                calls[f"{runtime} {kind}"] = RUNTIMES[runtime](source, images[:1], options.threads).call
+            except LoweringUnavailable as reason:
+                print(f"{name}: {runtime} {kind} left out: {reason}")
+    calls |= {f"{peer} int8": call for peer, call in peers(model, images, options.threads).items()}
+    wrong = []
+    for label, call in calls.items():
+        error, allowed = relative_error(call, expected, images), 1e-3 if label.endswith("fp32") else bound
+        if not error <= allowed:
+            wrong.append(label)
+        print(f"{name:13} {label:18} differs from FP32 by {error:.2g}{' WRONG' if label in wrong else ''}")
+    return {label: call for label, call in calls.items() if label not in wrong}, wrong
+
+
+@torch.no_grad()
+def medians(calls: dict[str, Call], batch: Tensor, rounds: int) -> dict[str, float]:
+    """Milliseconds. Each turn begins with a call that is not timed, so that caches and threads are the runtime's own."""
+    times: dict[str, list[float]] = {label: [] for label in calls}
+    for _ in range(rounds):
+        for label, call in calls.items():
+            call(batch)
+            repeats = max(1, 16 // len(batch))
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call(batch)
+            times[label].append((time.perf_counter() - start) / repeats * 1000)
+    return {label: statistics.median(values) for label, values in times.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50", "mobilenet_v2"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32, 256])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--runtimes", nargs="+", choices=sorted(RUNTIMES), default=list(RUNTIMES))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--size", type=int, default=224, help="height and width of the images")
+    parser.add_argument("--images", type=int, default=16, help="for calibration and for the check of answers")
+    parser.add_argument("--fp32-largest", type=int, default=32, help="largest batch size that FP32 is timed at")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(
+        f"{datetime.date.today()} torch {torch.__version__} "
+        f"({os.cpu_count()} cores, {options.threads} threads, load {os.getloadavg()[0]:.1f} before)"
+    )
+    generator = torch.Generator().manual_seed(0)
+    missed = []
+    for name in options.models:
+        images = torch.randn(options.images, 3, options.size, options.size, generator=generator)
+        calls, wrong = lowered(name, images, options)
+        missed += [f"{name} {label}: wrong answers" for label in wrong]
+        for size in options.batches:
+            batch = torch.randn(size, 3, options.size, options.size, generator=generator)
+            timed = {
+                label: call for label, call in calls.items() if label.endswith("int8") or size <= options.fp32_largest
+            }
+            times = medians(timed, batch, options.rounds)
+            theirs = min((value for label, value in times.items() if label.startswith(PEER)), default=float("nan"))
+            for label, value in times.items():
+                print(f"{name:13} batch {size:<4} {label:18} {value:10.2f} ms  {value / theirs:6.2f} of the peer's")
+            ours = {
+                label: value for label, value in times.items() if label.endswith("int8") and not label.startswith(PEER)
+            }
+            best = min(ours, key=ours.__getitem__, default=None)
+            ratio = ours[best] / theirs if best is not None else float("nan")
+            passed = ratio <= BAR
+            print(
+                f"{name:13} batch {size:<4} best: {best}, ratio {ratio:.2f} ({'passed' if passed else 'MISSED'})",
+                flush=True,
+            )
+            if not passed:
+                missed.append(f"{name} batch {size}: ratio {ratio:.2f}")
+    print(f"bar: at most {BAR} of the peer's: {'; '.join(missed) or 'passed'}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,120 @@
+"""`format: auto`: the fastest of the runtimes that answer right, and why the others are not it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_train import registry
+from dist_train.lowering.base import LoweringUnavailable, Written
+from dist_train.lowering.choice import Choice, choose_format, cost, slower_than_float
+from dist_train.lowering.comparison import Candidate
+from tests.converted_nets import float_net, images
+
+
+def runtime(seconds: float, factor: float = 1.0, extra: float = 0.0) -> registry.Entry:
+    """A format whose runtime takes as long as told, `extra` more for a model named int8, and answers `factor` times what is right."""
+
+    def write(model: nn.Module, example: Tensor, threads: int) -> Written:
+        def call(batch: Tensor) -> Tensor:
+            time.sleep(seconds + (extra if isinstance(model, Int8) else 0))
+            answer: Tensor = model(batch)
+            return factor * answer
+
+        return Written({"bin": b"written"}, call, f"runtime {seconds}", "never")
+
+    return registry.Entry(write)
+
+
+def refusing(model: nn.Module, example: Tensor, threads: int) -> Written:
+    raise LoweringUnavailable("it wants another model")
+
+
+class Int8(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = float_net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, registry.Entry]], Choice]:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+
+    def choose(formats: dict[str, registry.Entry]) -> Choice:
+        monkeypatch.setattr(registry.export_formats, "_entries", formats)
+        int8, net = Int8().eval(), float_net()
+        candidates = {"int8": Candidate(int8, int8), "fp32": Candidate(net, net)}
+        return choose_format("int8", candidates, images(4), images, [1, 2], 1)
+
+    return choose
+
+
+def test_the_fastest_that_answers_right_is_chosen_and_the_others_say_why_not(choose) -> None:
+    choice = choose(
+        {
+            "quick": runtime(0.004),
+            "slow": runtime(0.02),
+            "wrong": runtime(0.0, factor=-1.0),
+            "refusing": registry.Entry(refusing),
+            "absent": registry.Entry("no:where", requires={"no_such_module_at_all": "no-such-package"}),
+        }
+    )
+    assert choice.best is not None
+    assert (choice.best.format, choice.best.written.files) == ("quick", {"bin": b"written"})
+    rows = {row["format"]: row for row in choice.rows()}
+    assert [name for name, row in rows.items() if row["chosen"]] == ["quick"]
+    assert (rows["quick"]["difference"], rows["quick"]["agreement"]) == (0.0, 1.0)
+    assert {model: set(times) for model, times in rows["slow"]["latency_ms"].items()} == {
+        "int8": {"1", "2"},
+        "fp32": {"1", "2"},
+    }
+    assert "answers differently (2 of the largest output)" in rows["wrong"]["left_out"]
+    assert rows["refusing"]["left_out"] == "it wants another model"
+    assert rows["absent"]["left_out"] == "pip install no-such-package"
+    assert "no C++ compiler" in rows["pt2"]["left_out"]
+    said = "\n".join(choice.lines())
+    assert "int8: quick for runtime 0.004, the fastest that answers right (the next takes " in said
+    assert "warning" not in said
+
+
+def test_int8_slower_than_float_in_its_runtime_is_warned_of(choose) -> None:
+    lines = choose({"quick": runtime(0.002, extra=0.02)}).lines()
+    assert [line.partition(":")[0] for line in lines[-2:]] == ["warning", "warning"]
+    assert "in runtime 0.002 int8 is slower than FP32 at batch 1" in lines[-2]
+    assert "(the only one)" in lines[-3]
+
+
+def test_without_any_runtime_there_is_no_choice_and_it_says_what_to_install(choose) -> None:
+    choice = choose({"refusing": registry.Entry(refusing)})
+    assert choice.best is None
+    assert "pip install 'dist-train[openvino,onnx]'" in choice.lines()[-1]
+    assert all(not row["chosen"] for row in choice.rows())
+
+
+def test_torchscript_runs_as_it_is_with_the_float_model_traced_beside_it() -> None:
+    net = float_net()
+    traced = torch.jit.trace(net, images(2), check_trace=False)
+    candidates = {"int8": Candidate(traced, None), "fp32": Candidate(net, net)}
+    choice = choose_format("int8", candidates, images(4), images, [1], 1)
+    assert choice.best is not None
+    assert (choice.best.runtime, choice.best.format, choice.best.written) == ("torchscript", "pt2", None)
+    assert set(choice.best.latency_ms) == {"int8", "fp32"}
+
+
+def test_a_ratio_weighs_alike_at_every_batch_size() -> None:
+    assert cost({"1": 1.0, "32": 200.0}) == pytest.approx(cost({"1": 2.0, "32": 100.0}))
+
+
+def test_a_difference_within_the_noise_is_no_warning() -> None:
+    assert slower_than_float({"int8": {"1": 1.04}, "fp32": {"1": 1.0}}, "swift") == []
+    assert slower_than_float({"int8": {"1": 1.2}, "fp32": {"1": 1.0}}, "swift") == [
+        "warning: in swift int8 is slower than FP32 at batch 1: 1.2 ms against 1"
+    ]
+    assert slower_than_float({"int8": {"1": 1.2}}, "swift") == []
