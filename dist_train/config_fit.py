@@ -78,6 +78,8 @@ class FitConfig(Settings):
     """Largest L2 norm of all gradients together."""
     ema_decay: Annotated[float | None, Field(gt=0, lt=1)] = None
     """Keep an exponential moving average of the parameters with this decay a step; it is what is evaluated and handed on."""
+    ema_samples: PositiveInt = 2048
+    """Training samples, over all ranks and without augmentation, from which BatchNorm's statistics and the ranges of the averaged model are estimated before each evaluation; those that qat has frozen are kept."""
     evaluate_every: PositiveInt = 1
     """Epochs between two evaluations; the last epoch is always followed by one."""
     select: Literal["last", "best"] = "last"
@@ -118,6 +120,8 @@ class QATConfig(FitConfig):
     epochs: PositiveInt = 2
     """Passes over the training set."""
     optim: QATOptimConfig = QATOptimConfig()
+    dropout: bool = False
+    """Whether the model's dropout drops out in this stage too. Off is what the literature recommends for so few steps."""
     averaging: Annotated[float, Field(gt=0, le=1)] = 0.05
     """Weight of a step's range in the moving average."""
     freeze_batch_norm: Fraction = 0.3

@@ -22,6 +22,7 @@ from dist_train.errors import NonFiniteLossError
 from dist_train.evaluate import Evaluation
 from dist_train.hooks import Hook
 from dist_train.ledger import Ledger, NoLedger
+from dist_train.models.batch_norm import synchronised
 from dist_train.outlook import Outlook
 from dist_train.profiling import NoProfile, Profile
 from dist_train.progress import Progress
@@ -70,6 +71,7 @@ class Fit:
     progress: Progress
     compile: bool
     epoch_format: str | None = None
+    reestimate: Callable[[nn.Module], None] = lambda averaged: None
     profile: Profile | NoProfile = field(default_factory=NoProfile)
 
     @property
@@ -86,7 +88,7 @@ def train_step(model: nn.Module, batch: StepBatch, task: Task, strategy: Strateg
     loss_sum = score_sum = torch.zeros((), device=strategy.world.device)
     for number, micro in enumerate(batch.micro_batches, start=1):
         with nullcontext() if number == len(batch.micro_batches) else strategy.no_sync(model):
-            with strategy.autocast():
+            with strategy.autocast(), synchronised(strategy.world, micro.rows):
                 outputs = model(micro.inputs)
             real = outputs[: micro.rows].float()
             # A rank without rows takes part in the gradients' all-reduce with zeros.
@@ -230,6 +232,9 @@ def _end_epoch(run: Fit, state: TrainState, epoch: int) -> None:
     _report_left_out(run, state, epoch)
     last = state.step == run.total_steps
     if last or (epoch + 1) % run.config.evaluate_every == 0:
+        if state.average is not None:
+            # Its buffers were copied from the last step's model.
+            run.reestimate(state.average.module)
         state.chosen.eval()
         state.metrics = run.evaluate(state.chosen).metrics
         state.model.train()
