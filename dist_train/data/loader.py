@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import accumulate, cycle, islice
 
 import numpy as np
 import torch
@@ -132,7 +132,7 @@ class TrainLoader:
                 inputs, partner_targets = torch.cat([rows, inputs[len(real) :]]), _taken(batch.targets, partners)
         whole = MicroBatch(self._source.arranged(inputs), targets, len(real), partner_targets, weight)
         left_out = tuple(int(piece.ids[place]) for place in batch.missing if place < own)
-        ends = np.cumsum(piece.pieces)
+        ends = accumulate(piece.pieces)
         kept = tuple(
             sum(end - size <= place < end for place in there) for end, size in zip(ends, piece.pieces, strict=True)
         )
