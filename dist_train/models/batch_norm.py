@@ -1,4 +1,7 @@
-"""Batch normalization over the rows of all ranks, and the moments of single batches."""
+"""Batch normalization over the rows of all ranks, and the moments of single batches.
+
+The collectives of a synchronised batch norm are forward's and backward's own: the two that a step has after its backward do not count them.
+"""
 
 from __future__ import annotations
 
