@@ -101,6 +101,8 @@ class Config(Settings):
     """bf16, fp16: autocast of forward and loss; parameters stay FP32, and fp16 scales the loss. auto: bf16 where the device computes in it, else fp16 on GPUs and fp32 on CPUs; kept from the first start on. Under `strategy: accelerate`, fp32 and auto yield to accelerate's mixed_precision."""
     compile: bool = False
     """torch.compile the model."""
+    sync_batchnorm: bool = False
+    """In `train`, BatchNorm normalises by the rows of all ranks instead of each rank's own: two more collectives a layer and micro-batch. qat works with plain BatchNorm."""
     stages: Annotated[list[Annotated[str, Registered(registry.stages)]], Field(min_length=1)] = [
         "train",
         "ptq",

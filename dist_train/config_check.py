@@ -171,6 +171,20 @@ def _strategy(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     return strategy_problems(config, environ)
 
 
+@_about("sync_batchnorm", "strategy", "stages")
+def _sync_batchnorm(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+    if not config.sync_batchnorm:
+        return
+    if config.strategy == "dp":
+        message = (
+            "nn.DataParallel, strategy dp, cannot synchronise batch norms: its replicas are threads of one process"
+        )
+        yield Problem("sync_batchnorm", message, hint="--strategy ddp, with a process for each GPU")
+    if "train" not in config.stages:
+        hint = "leave it out: qat learns BatchNorm's statistics from all ranks as it is"
+        yield Problem("sync_batchnorm", "concerns the stage 'train' alone, which is not in stages", hint=hint)
+
+
 @_about()
 def _ranks(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     return iter(rank_problems(environ))
@@ -203,6 +217,13 @@ def _check_fit(section: str) -> None:
         used = {"step": ("step_epochs", "gamma"), "constant": ()}.get(settings.name, ("final",))
         unused = [name for name in ("final", "step_epochs", "gamma") if name not in used]
         yield from ignored(f"{section}.schedule", settings, unused)
+
+    @_about(f"{section}.ema_samples", f"{section}.ema_decay")
+    def average(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+        settings = _fit(config, section)
+        if settings.ema_decay is None and settings.ema_samples != type(settings).model_fields["ema_samples"].default:
+            hint = f"remove it, or --{section}.ema_decay 0.999"
+            yield Problem(f"{section}.ema_samples", "is ignored without ema_decay", hint=hint)
 
 
 def _fit(config: Config, section: str) -> FitConfig:

@@ -79,6 +79,8 @@ class FitConfig(Settings):
     """Largest L2 norm of all gradients together."""
     ema_decay: Annotated[float | None, Field(gt=0, lt=1)] = None
     """Keep an exponential moving average of the parameters with this decay a step; it is what is evaluated and handed on."""
+    ema_samples: PositiveInt = 2048
+    """Training samples, over all ranks and without augmentation, from which BatchNorm's statistics and the ranges of the averaged model are estimated before each evaluation; those that qat has frozen are kept."""
     evaluate_every: PositiveInt = 1
     """Epochs between two evaluations; the last epoch is always followed by one."""
     select: Literal["last", "best"] = "last"
@@ -165,6 +167,8 @@ class QATConfig(FitConfig):
     """Train although ptq is within the budget, which is only said."""
     observer: Literal["moving_average", "min_max"] = "moving_average"
     """How the ranges follow the steps: by an exponential moving average, or as the smallest and largest value so far."""
+    dropout: bool = False
+    """Whether the model's dropout drops out in this stage too. Off is what the literature recommends for so few steps."""
     averaging: Annotated[float, Field(gt=0, le=1)] = 0.05
     """moving_average: weight of a step's range."""
     freeze_batch_norm: Fraction = 0.3

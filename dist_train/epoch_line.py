@@ -1,4 +1,4 @@
-"""The line after each evaluation, as `log.epoch_format` words it."""
+"""The line after each evaluation, plain or as `log.epoch_format` words it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,21 @@ from collections.abc import Iterable, Mapping
 from dist_train.errors import Problem
 
 _OWN = ("stage", "epoch", "epochs")
+_COUNTS = ("count", "skipped_samples")  # metrics that count samples
 
 
 def epoch_line(template: str, stage: str, epoch: int, epochs: int, metrics: Mapping[str, float | int]) -> str:
     """The text of an epoch, counted from 1: "Epoch [{epoch}/{epochs}], Acc: {top1:.4%}" gives "Epoch [1/10], Acc: 91.5300%"."""
     return template.format(**{**metrics, "stage": stage, "epoch": epoch, "epochs": epochs})
+
+
+def plain_line(stage: str, epoch: int, epochs: int, metrics: Mapping[str, float | int]) -> str:
+    """The line where no format is given."""
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name not in _COUNTS)
+    without = metrics.get("skipped_samples")
+    return f"{stage}: epoch {epoch}/{epochs} evaluated: {shown} on {metrics['count']} samples" + (
+        f", without {without} that cannot be decoded" if without else ""
+    )
 
 
 def check_epoch_format(template: str, metrics: Iterable[str]) -> list[Problem]:

@@ -6,7 +6,7 @@ Its order is law: seed, forward and backward, reduction, clip, optimizer, schedu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,11 +17,12 @@ from torch import nn
 from dist_train.config_fit import FitConfig
 from dist_train.data.loader import MicroBatch, StepBatch, TrainLoader, seed_everything
 from dist_train.data.permutation import derive_key
-from dist_train.epoch_line import epoch_line
+from dist_train.epoch_line import epoch_line, plain_line
 from dist_train.errors import NonFiniteLossError, Preempted
 from dist_train.evaluate import Evaluation
 from dist_train.hooks import Hook
 from dist_train.ledger import Ledger, NoLedger
+from dist_train.models.batch_norm import synchronised
 from dist_train.outlook import Outlook
 from dist_train.profiling import NoProfile, Profile
 from dist_train.progress import Progress
@@ -31,8 +32,6 @@ from dist_train.state import TrainState
 from dist_train.strategies.base import StepOutcome, Strategy
 from dist_train.tasks import Task
 from dist_train.trackers.base import Trackers
-
-_COUNTS = ("count", "skipped_samples")  # metrics that count samples
 
 
 class Checkpoints(Protocol):
@@ -70,6 +69,7 @@ class Fit:
     progress: Progress
     compile: bool
     epoch_format: str | None = None
+    reestimate: Callable[[nn.Module], None] = lambda averaged: None
     profile: Profile | NoProfile = field(default_factory=NoProfile)
 
     @property
@@ -87,7 +87,7 @@ def train_step(model: nn.Module, batch: StepBatch, task: Task, strategy: Strateg
     for number, micro in enumerate(batch.micro_batches, start=1):
         with nullcontext() if number == len(batch.micro_batches) else strategy.no_sync(model):
             heartbeat.enter("forward")
-            with strategy.autocast():
+            with strategy.autocast(), synchronised(strategy.world, micro.rows):
                 outputs = model(micro.inputs)
             real = outputs[: micro.rows].float()
             # A rank without rows takes part in the gradients' all-reduce with zeros.
@@ -146,6 +146,8 @@ def _train(run: Fit, state: TrainState) -> None:
     outlook = Outlook(run.stage, run.total_steps, run.log_every, run.progress, run.trackers, lag)
     first_step = True
     if state.epoch_open:  # it was stopped between the last step of an epoch and its evaluation
+        for hook in run.hooks:
+            hook.before_step(state.step - 1)
         _end_epoch(run, state, (state.step - 1) // run.steps_per_epoch)
     while state.step < run.total_steps and not state.selection.stop:
         epoch, first = divmod(state.step, run.steps_per_epoch)
@@ -255,6 +257,9 @@ def _end_epoch(run: Fit, state: TrainState, epoch: int) -> None:
     _report_left_out(run, state, epoch)
     last, stop = state.step == run.total_steps, False
     if last or (epoch + 1) % run.config.evaluate_every == 0:
+        if state.average is not None:
+            # Its buffers were copied from the last step's model.
+            run.reestimate(state.average.module)
         state.chosen.eval()
         evaluation = run.evaluate(state.chosen)
         state.metrics, stop = evaluation.metrics, evaluation.stop
@@ -263,7 +268,8 @@ def _end_epoch(run: Fit, state: TrainState, epoch: int) -> None:
             run.stage, epoch, state.step - 1, {f"eval_{name}": value for name, value in state.metrics.items()}
         )
         state.selection.add(state.step, state.metrics)
-        run.progress.say(_evaluated(run, epoch + 1, state.metrics))
+        place = (run.stage, epoch + 1, run.epochs, state.metrics)
+        run.progress.say(plain_line(*place) if run.epoch_format is None else epoch_line(run.epoch_format, *place))
     if state.selection.stop and not last:
         run.progress.say(_stopped(run, state, epoch + 1))
     state.epoch_open = False
@@ -271,17 +277,6 @@ def _end_epoch(run: Fit, state: TrainState, epoch: int) -> None:
         # The end of a stage is saved by the pipeline, with the stage's result. An early stop is saved, so that it is not trained again.
         _save(run, state)
         _stop_if(stop, run, state)
-
-
-def _evaluated(run: Fit, epoch: int, metrics: Mapping[str, float | int]) -> str:
-    """The line after an evaluation."""
-    if run.epoch_format is not None:
-        return epoch_line(run.epoch_format, run.stage, epoch, run.epochs, metrics)
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name not in _COUNTS)
-    without = metrics.get("skipped_samples")
-    return f"{run.stage}: epoch {epoch}/{run.epochs} evaluated: {shown} on {metrics['count']} samples" + (
-        f", without {without} that cannot be decoded" if without else ""
-    )
 
 
 def _stopped(run: Fit, state: TrainState, epoch: int) -> str:

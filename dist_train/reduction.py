@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.errors import DataError, NonFiniteLossError, SetupError
+from dist_train.models.batch_norm import running_statistics
 from dist_train.quantization.ranges import Ranges
 from dist_train.world import World
 
@@ -144,11 +145,7 @@ class StepReduction:
         self._world = world
         self._ranges = ranges
         self._averaging = averaging
-        self._statistics = [
-            buffer
-            for name, buffer in model.named_buffers()
-            if name.rpartition(".")[2] in ("running_mean", "running_var")
-        ]
+        self._statistics = running_statistics(model)
         self.collectives = 0
 
     def freeze_statistics(self) -> None:

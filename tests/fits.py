@@ -137,6 +137,7 @@ def make(
     size: int = 37,
     batch: int = 10,
     micro: int | None = None,
+    joint_micro: int | None = None,
     epochs: int = 2,
     config: Mapping[str, Any] | None = None,
     hooks: Sequence[Hook] = (),
@@ -147,10 +148,11 @@ def make(
     compile: bool = False,
     checkpoint_every: int | None = None,
     evaluate_with: Callable[[nn.Module], Evaluation] | None = None,
+    reestimate: Callable[[nn.Module], None] = lambda averaged: None,
     dataset: Dataset[Any] | None = None,
     mix: MixConfig | None = None,
 ) -> Made:
-    """A run of the loop over `size` samples; SGD at 0.1 with momentum unless `config` (of FitConfig) says otherwise."""
+    """A run of the loop over `size` samples, in micro-batches of each rank's own, or as many on each rank (`joint_micro`); SGD at 0.1 with momentum unless `config` (of FitConfig) says otherwise."""
     data, augmentation = (
         arrays(size) if dataset is None else dataset,
         Augmentation([], seed=0, mean=(0.5,), std=(0.25,)),
@@ -158,7 +160,13 @@ def make(
     streamed = isinstance(data, IterableDataset)
     source = Source(data, augmentation, world.device, False, 0, 0, skip_corrupt=True, size=size if streamed else None)
     sampler = ElasticDistributedSampler(
-        range(size), world.world_size, world.rank, shuffle=not streamed, seed=5, global_batch_size=batch
+        range(size),
+        world.world_size,
+        world.rank,
+        shuffle=not streamed,
+        seed=5,
+        global_batch_size=batch,
+        micro_batch_size=joint_micro,
     )
     loader = TrainLoader(source, sampler, micro, Mix(mix, 5) if mix else None)
     strategy = (strategy_class or (DDP if world.world_size > 1 else Single))(world, precision)
@@ -196,6 +204,7 @@ def make(
         log_every=1,
         progress=Progress(False, 1.0, io.StringIO()),
         compile=compile,
+        reestimate=reestimate,
     )
     return Made(run, recorder, memory)
 

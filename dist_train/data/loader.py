@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import accumulate, cycle, islice
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch
 from dist_train.data.arrays import Batch
 from dist_train.data.items import seed_everything as seed_everything
 from dist_train.data.mix import Mix, NoMix
+from dist_train.data.permutation import Permutation, derive_key
 from dist_train.data.sampler import ElasticDistributedSampler, RankSlice, evaluation_slice
 from dist_train.data.source import Source as Source
 
@@ -96,7 +97,9 @@ class TrainLoader:
             for step in range(first_step, last_step):
                 piece = self._sampler.rank_slice(step)
                 planned.append((step, piece))
-                yield np.concatenate([piece.ids, piece.filler, piece.predecessor[: self._mix.extra_rows]])
+                yield np.concatenate(
+                    [piece.ids, piece.filler, piece.predecessors if self._mix.extra_rows else piece.ids[:0]]
+                )
 
         for batch in self._source.batches(rows(), epoch):
             step, piece = planned.popleft()
@@ -107,7 +110,7 @@ class TrainLoader:
             return self._rearranged(batch, piece, epoch, step)
         own = len(piece.ids)
         whole = MicroBatch(batch.inputs, batch.targets[:own], own)
-        return StepBatch(batch.ids[:own].tolist(), self._cut(whole), piece.global_count)
+        return StepBatch(batch.ids[:own].tolist(), self._cut(whole, piece.pieces), piece.global_count)
 
     def _rearranged(self, batch: Batch, piece: RankSlice, epoch: int, step: int) -> StepBatch:
         """The rows that are there, enough copies, and partners mixed in."""
@@ -121,16 +124,24 @@ class TrainLoader:
         inputs = _taken(batch.inputs, [*real, *spare]) if there else self._source.zeros(2)
         targets, partner_targets, weight = _taken(batch.targets, real), None, 1.0
         if real and self._mix.extra_rows:
-            partners = [row_at.get(place - 1 if place else asked - 1, row_at[place]) for place in there if place < own]
+            before = _places_before(piece.pieces, asked)
+            partners = [row_at.get(before[place], row_at[place]) for place in there if place < own]
             mixed = self._mix(inputs[: len(real)], _taken(batch.inputs, partners), targets, epoch, step)
             if mixed is not None:
                 rows, weight = mixed
                 inputs, partner_targets = torch.cat([rows, inputs[len(real) :]]), _taken(batch.targets, partners)
         whole = MicroBatch(self._source.arranged(inputs), targets, len(real), partner_targets, weight)
         left_out = tuple(int(piece.ids[place]) for place in batch.missing if place < own)
-        return StepBatch(_taken(batch.ids, real).tolist(), self._cut(whole), piece.global_count, left_out)
+        ends = accumulate(piece.pieces)
+        kept = tuple(
+            sum(end - size <= place < end for place in there) for end, size in zip(ends, piece.pieces, strict=True)
+        )
+        return StepBatch(_taken(batch.ids, real).tolist(), self._cut(whole, kept), piece.global_count, left_out)
 
-    def _cut(self, whole: MicroBatch) -> list[MicroBatch]:
+    def _cut(self, whole: MicroBatch, given: Sequence[int]) -> list[MicroBatch]:
+        """`given`: rows of each piece, where the sampler made several."""
+        if len(given) > 1:
+            return self._given_pieces(whole, given)
         total = len(whole.inputs)
         pieces = max(1, -(-total // self._micro_batch_size)) if self._micro_batch_size else 1
         # As even as can be: with micro-batches of at least two rows none is left with one.
@@ -145,12 +156,66 @@ class TrainLoader:
             )
         return cut
 
+    def _given_pieces(self, whole: MicroBatch, rows: Sequence[int]) -> list[MicroBatch]:
+        cut, start = [], 0
+        for size in rows:
+            real = slice(start, start + size)
+            # A piece of fewer than two rows is filled with copies, as a whole share is.
+            inputs = whole.inputs[real]
+            if size < 2:
+                inputs = self._source.arranged(torch.cat([inputs, whole.inputs[: 2 - size]]))
+            partners = None if whole.partner_targets is None else whole.partner_targets[real]
+            cut.append(MicroBatch(inputs, whole.targets[real], size, partners, whole.weight))
+            start += size
+        return cut
+
+
+def _places_before(pieces: Sequence[int], asked: int) -> list[int]:
+    """Of each of a share's rows the place, among those asked for, of the row before it in the global batch: the last ones, for firsts."""
+    before: list[int] = []
+    for number, size in enumerate(pieces):
+        first = len(before)
+        before += [asked - len(pieces) + number, *range(first, first + size - 1)][:size]
+    return before
+
 
 def _taken(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """These rows; a view where they are the first ones."""
     if rows == list(range(len(rows))):
         return tensor[: len(rows)]
     return tensor.index_select(0, torch.tensor(rows, dtype=torch.int64, device=tensor.device))
+
+
+class EstimationLoader:
+    """Batches of training samples to estimate statistics from, without augmentation: the same batches at any world size.
+
+    Rank r has every world_size-th of them, whole. The samples are drawn by `seed`; of a stream they are the first ones. A batch
+    has two rows at least, where there are two samples.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        samples: int,
+        batch_size: int,
+        seed: int,
+        world_size: int,
+        rank: int,
+        *,
+        shuffle: bool = True,
+    ) -> None:
+        self._source = source
+        self._samples = min(samples, len(source))
+        self._batches = min(-(-self._samples // batch_size), max(1, self._samples // 2))
+        self._own = range(rank, self._batches, world_size)
+        self._order = Permutation(len(source), derive_key("estimation", seed)) if shuffle else None
+
+    def __iter__(self) -> Iterator[Batch]:
+        def rows(number: int) -> np.ndarray:
+            places = np.arange(self._samples * number // self._batches, self._samples * (number + 1) // self._batches)
+            return places if self._order is None else self._order(places)
+
+        return (batch for batch in self._source.batches(map(rows, self._own), None) if len(batch.ids))
 
 
 class EvaluationLoader:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import cast
 
 import numpy as np
@@ -53,13 +54,15 @@ class RankSlice:
         filler: int64 [max(0, 2 - rows)]; copies of rows of the global batch, to be run at weight 0 so that the rank has
             at least two rows.
         global_count: rows of the global batch.
-        predecessor: int64 [1]; the row before this rank's first one in the global batch, in which the last is before the first.
+        pieces: rows of the micro-batches that were asked for, in order; else all rows in one piece. They add up to `rows`.
+        predecessors: int64 [pieces]; the row before each piece's first one in the global batch, in which the last is before the first.
     """
 
     ids: Int64Array
     filler: Int64Array
     global_count: int
-    predecessor: Int64Array
+    pieces: tuple[int, ...]
+    predecessors: Int64Array
 
 
 class ElasticDistributedSampler(torch.utils.data.DistributedSampler[int]):
@@ -84,6 +87,9 @@ class ElasticDistributedSampler(torch.utils.data.DistributedSampler[int]):
             round.
         global_batch_size: samples of one optimizer step, over all ranks.
         start_step: first step of the first epoch.
+        micro_batch_size: cut every rank's share into as many pieces of at most about that many rows, so that ranks can synchronise
+            within a micro-batch. The k-th pieces of all ranks together follow one another in the global batch, and are the same rows
+            wherever num_replicas * micro_batch_size is. None: each rank's rows follow one another.
 
     Raises:
         ValueError: rank outside range(num_replicas), global_batch_size < 1, or a start_step that the epoch does not
@@ -101,11 +107,13 @@ class ElasticDistributedSampler(torch.utils.data.DistributedSampler[int]):
         *,
         global_batch_size: int | None = None,
         start_step: int = 0,
+        micro_batch_size: int | None = None,
     ) -> None:
         super().__init__(cast(torch.utils.data.Dataset[int], dataset), num_replicas, rank, shuffle, seed, drop_last)
         self._size = len(dataset)
         self.global_batch_size = global_batch_size
         self.start_step = start_step
+        self._micro_batch_size = micro_batch_size
         self._iterated_epoch: int | None = None
         self._order: tuple[tuple[int, int, bool], Permutation | None] | None = None
         if global_batch_size is None:
@@ -131,12 +139,16 @@ class ElasticDistributedSampler(torch.utils.data.DistributedSampler[int]):
     def rank_slice(self, step: int) -> RankSlice:
         """This rank's part of the global batch of `step`; raises IndexError for a step outside range(num_steps)."""
         start, rows = self._extent(step)
-        sizes = shares(rows, self.num_replicas)
-        before, own = sum(sizes[: self.rank]), sizes[self.rank]
+        count = self._pieces(rows)
+        edges = [rows * piece // count for piece in range(count + 1)]
+        sizes = [shares(end - first, self.num_replicas) for first, end in pairwise(edges)]
+        before = [first + sum(each[: self.rank]) for first, each in zip(edges, sizes, strict=False)]
+        pieces = tuple(each[self.rank] for each in sizes)
+        own = sum(pieces)
         copies = np.arange(max(0, 2 - own)) % rows
-        places = np.concatenate([np.arange(before, before + own), copies, [(before - 1) % rows]])
-        taken = self._at(start + places)
-        return RankSlice(taken[:own], taken[own:-1], rows, taken[-1:])
+        places = [np.arange(first, first + size) for first, size in zip(before, pieces, strict=True)]
+        taken = self._at(start + np.concatenate([*places, copies, (np.array(before) - 1) % rows]))
+        return RankSlice(taken[:own], taken[own:-count], rows, pieces, taken[-count:])
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, which the order is a function of; all ranks must set the same."""
@@ -172,6 +184,12 @@ class ElasticDistributedSampler(torch.utils.data.DistributedSampler[int]):
         if self.global_batch_size is None:
             raise ValueError("steps need the global_batch_size of this sampler")
         return self.global_batch_size
+
+    def _pieces(self, rows: int) -> int:
+        """Pieces of a global batch of that many rows; each has at least two, unless there is but one."""
+        if self._micro_batch_size is None:
+            return 1
+        return min(-(-rows // (self.num_replicas * self._micro_batch_size)), max(1, rows // 2))
 
     def _extent(self, step: int) -> tuple[int, int]:
         """First position and number of rows of a global batch."""

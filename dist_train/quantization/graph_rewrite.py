@@ -20,7 +20,11 @@ aten = torch.ops.aten
 BATCH_NORM = (
     aten.batch_norm.default
 )  # (input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
-DROPOUTS = (aten.dropout.default, aten.dropout_.default)  # (input, p, train)
+DROPOUTS = tuple(  # (input, p, train)
+    getattr(aten, name + suffix).default
+    for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+    for suffix in ("", "_")
+)
 CONVOLUTIONS = (
     aten.conv1d.default,
     aten.conv2d.default,
@@ -212,11 +216,18 @@ def constant(module: nn.Module, node: Node) -> Tensor:
     return value
 
 
-def use_batch_statistics(graph: Graph) -> None:
-    """Training: every batch norm that keeps running statistics normalises by its batch and updates them."""
+def use_batch_statistics(graph: Graph, momentum: float | None = None) -> None:
+    """Training: every batch norm that keeps running statistics normalises by its batch and updates them, by its own momentum if None."""
     for node in batch_norms(graph):
         if node.args[4] is not None:
-            node.args = (*node.args[:5], True, *node.args[6:])
+            node.args = (*node.args[:5], True, node.args[6] if momentum is None else momentum, *node.args[7:])
+
+
+def use_dropout(graph: Graph) -> None:
+    """Training: every dropout drops out."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in DROPOUTS:
+            node.args = (*node.args[:2], True)
 
 
 def _first_layer(quantizer: Node, modules: dict[str, nn.Module]) -> Node:

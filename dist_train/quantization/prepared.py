@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
@@ -10,7 +12,7 @@ from dist_train.quantization.fake_quantize import ActivationFakeQuantize, Weight
 
 
 class PreparedModel(nn.Module, ABC):
-    """A module like any other: state, copies, modes. In training mode dropout is off.
+    """A module like any other: state, copies, modes. In training mode dropout is off, unless `keep_dropout()` was called.
 
     Attributes:
         batch_norms: the batch norms with running statistics, in the model's order: the float model's name for each, such as `bn1`
@@ -40,6 +42,17 @@ class PreparedModel(nn.Module, ABC):
         for module in self.fake_quantizers:
             module.observing = on
 
+    @contextmanager
+    def observing(self, on: bool) -> Iterator[None]:
+        """As `observe`, in this context only."""
+        before = [module.observing for module in self.fake_quantizers]
+        self.observe(on)
+        try:
+            yield
+        finally:
+            for module, was in zip(self.fake_quantizers, before, strict=True):
+                module.observing = was
+
     def fake_quantize(self, on: bool) -> None:
         """Whether activations and weights are quantized. Off, the model computes what the float model does."""
         for module in self.modules():
@@ -47,6 +60,18 @@ class PreparedModel(nn.Module, ABC):
                 module.enabled = on
         for fixed in self.fixed_fake_quantizers:
             fixed.enable_fake_quant(on)  # type: ignore[operator]
+
+    @abstractmethod
+    def keep_dropout(self) -> None:
+        """From now on dropout is on in training mode.
+
+        Raises:
+            QuantizationError: the model drops out by a function that cannot be switched any more.
+        """
+
+    @abstractmethod
+    def batch_moments(self) -> AbstractContextManager[None]:
+        """See `dist_train.models.batch_norm.batch_moments`, which this is for a prepared model. It observes no ranges."""
 
     def freeze_batch_norm(self) -> None:
         """From now on training, too, normalises by the running statistics and leaves them alone. Gradients still flow."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,21 +17,27 @@ from dist_train.quantization.graph_rewrite import (
     batch_norm_tensors,
     batch_norms,
     use_batch_statistics,
+    use_dropout,
 )
 from dist_train.quantization.prepared import PreparedModel
+
+_Code = Callable[[nn.Module, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Blueprint:
     """What a prepared model computes, without its tensors. It is never modified, so that copies of a model share it.
 
-    `evaluate` and `train` are the code of the graph, functions of (the module that holds the tensors, x); `meta` is for convert.
+    The functions are the code of the graph, of (the module that holds the tensors, x): in evaluation; in training, by the batch's
+    statistics or by frozen ones; and by the batch's, which are left in the running ones. `meta` is for convert.
     """
 
     graph: Graph
     meta: dict[str, Any]
-    evaluate: Callable[[nn.Module, Tensor], Tensor]
-    train: Callable[[nn.Module, Tensor], Tensor]
+    evaluate: _Code
+    train: _Code
+    train_frozen: _Code
+    moments: _Code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Blueprint:
         return self
@@ -38,8 +46,8 @@ class Blueprint:
 class PreparedGraph(PreparedModel):
     """What pt2e makes: float parameters and buffers under the float model's names, and fake-quantize modules under `quantizers`.
 
-    `train()` and `eval()` choose the graph; in training mode after `freeze_batch_norm()` it is the one for evaluation, which
-    normalises by the running statistics. Dropout is off in both, as the model was exported in evaluation mode.
+    `train()` and `eval()` choose the graph; in training mode after `freeze_batch_norm()` it normalises by the running statistics.
+    Dropout is off in all, as the model was exported in evaluation mode, until `keep_dropout()`.
     """
 
     def __init__(self, module: GraphModule) -> None:
@@ -55,9 +63,16 @@ class PreparedGraph(PreparedModel):
             self._refuse_taken(name)
             self.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
         graph = _plain_signature(module)
-        train_graph = _copy(graph)
-        use_batch_statistics(train_graph)
-        self.blueprint = Blueprint(graph, dict(module.meta), _code(module, graph), _code(module, train_graph))
+        evaluate = _code(module, graph)
+        self.blueprint = Blueprint(
+            graph,
+            dict(module.meta),
+            evaluate=evaluate,
+            train=_code(module, _with(graph, use_batch_statistics)),
+            train_frozen=evaluate,
+            moments=_code(module, _with(graph, partial(use_batch_statistics, momentum=1.0))),
+        )
+        self._leaving_moments = False
         running = (batch_norm_tensors(node)[3] for node in batch_norms(graph) if node.args[4] is not None)
         self.batch_norms = {name: name for name in (str(target).rpartition(".")[0] for target in running)}
 
@@ -73,15 +88,44 @@ class PreparedGraph(PreparedModel):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: shaped as the example, with any batch size. What the float model returns."""
-        if self.training and not self.batch_norm_frozen:
-            return self.blueprint.train(self, x)
-        return self.blueprint.evaluate(self, x)
+        if self._leaving_moments:
+            return self.blueprint.moments(self, x)
+        if not self.training:
+            return self.blueprint.evaluate(self, x)
+        return self.blueprint.train_frozen(self, x) if self.batch_norm_frozen else self.blueprint.train(self, x)
+
+    def keep_dropout(self) -> None:
+        """See PreparedModel.keep_dropout. Dropout inside attention is a constant 0 in the exported graph, and stays that."""
+        graph = self.blueprint.graph
+        self.blueprint = replace(
+            self.blueprint,
+            train=_code(self, _with(graph, use_batch_statistics, use_dropout)),
+            train_frozen=_code(self, _with(graph, use_dropout)),
+        )
+
+    @contextmanager
+    def batch_moments(self) -> Iterator[None]:
+        """See PreparedModel.batch_moments."""
+        with self.observing(False):
+            self._leaving_moments = True
+            try:
+                yield
+            finally:
+                self._leaving_moments = False
 
     def graph_module(self) -> GraphModule:
         """A new GraphModule of the evaluation graph over this model's own tensors (not copies)."""
         module = GraphModule(self, _copy(self.blueprint.graph))
         module.meta.update(self.blueprint.meta)
         return module
+
+
+def _with(graph: Graph, *changes: Callable[[Graph], None]) -> Graph:
+    """A changed copy."""
+    copied = _copy(graph)
+    for change in changes:
+        change(copied)
+    return copied
 
 
 def _copy(graph: Graph) -> Graph:

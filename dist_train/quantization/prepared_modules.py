@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao.quantization import FixedQParamsFakeQuantize
+from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from dist_train.errors import QuantizationError
+from dist_train.models.batch_norm import batch_moments
 from dist_train.quantization.prepared import PreparedModel
+
+_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
 def statistics_names(model: nn.Module) -> dict[int, str]:
@@ -28,6 +35,7 @@ class PreparedModules(PreparedModel):
         """model: what torch.ao prepared. float_names: `statistics_names` of the float model that it was made of."""
         super().__init__()
         self.model = model
+        self._dropout = False
         self.batch_norms = {float_names[address]: name for address, name in statistics_names(self).items()}
 
     @property
@@ -39,10 +47,29 @@ class PreparedModules(PreparedModel):
         outputs: Tensor = self.model(x)
         return outputs
 
+    def keep_dropout(self) -> None:
+        """See PreparedModel.keep_dropout. Functional dropout in a traced graph is a constant."""
+        if isinstance(self.model, GraphModule):
+            for node in self.model.graph.nodes:
+                if node.target in _FUNCTIONS:
+                    raise QuantizationError(
+                        f"{node.name}: the fx backend traced this functional dropout as one that is off",
+                        "use nn.Dropout in the model, or --qat.backend pt2e, or --qat.dropout false",
+                    )
+        self._dropout = True
+        self.train(self.training)
+
+    @contextmanager
+    def batch_moments(self) -> Iterator[None]:
+        """See PreparedModel.batch_moments."""
+        with self.observing(False), batch_moments(self):
+            yield
+
     def train(self, mode: bool = True) -> PreparedModules:
-        """As any module's, but dropout stays off, and so do the statistics of batch norms once they are frozen."""
+        """As any module's, but dropout stays off unless it is kept, and so do the statistics of batch norms once they are frozen."""
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, _DropoutNd) or (self.batch_norm_frozen and isinstance(module, _BatchNorm)):
+            dropped = isinstance(module, _DropoutNd) and not self._dropout
+            if dropped or (self.batch_norm_frozen and isinstance(module, _BatchNorm)):
                 module.training = False
         return self

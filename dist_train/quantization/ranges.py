@@ -27,6 +27,7 @@ class Ranges:
         named = [(name, module) for name, module in model.named_modules() if isinstance(module, ActivationFakeQuantize)]
         self.names = [name for name, _ in named]
         self.modules = [module for _, module in named]
+        self.frozen = False
         self._grids: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
@@ -109,6 +110,7 @@ class Ranges:
 
     def freeze(self) -> None:
         """Stops observing for good: `update` finds nothing seen from now on."""
+        self.frozen = True
         for module in self.modules:
             module.observing = False
         self.drop()

@@ -180,6 +180,8 @@ class Context:
     def train_loader(self, stage: str) -> TrainLoader:
         """This rank's share of each global batch; order and augmentation are functions of (seed, stage, epoch, sample id)."""
         data, seed = self.config.data, derive_key("stage", self.config.run.seed, stage)
+        # Micro-batches that ranks synchronise in are as many on each; others are cut as each rank's own share asks.
+        joint = stage == "train" and self.config.sync_batchnorm
         sampler = ElasticDistributedSampler(
             range(self.train_samples),
             self.world.world_size,
@@ -188,9 +190,11 @@ class Context:
             seed=seed,
             drop_last=data.drop_last,
             global_batch_size=data.global_batch_size,
+            micro_batch_size=data.micro_batch_size if joint else None,
         )
         mix = Mix(data.mix, seed) if stage == "train" and (data.mix.mixup or data.mix.cutmix) else NoMix()
-        return TrainLoader(self.source(self.splits.train, seed), sampler, data.micro_batch_size, mix)
+        own = None if joint else data.micro_batch_size
+        return TrainLoader(self.source(self.splits.train, seed), sampler, own, mix)
 
     def probe_inputs(self, rows: int = 16) -> torch.Tensor:
         """The first rows of the evaluation set, as a model takes them: float32 [rows, C, H, W], on the CPU, contiguous."""
@@ -211,12 +215,8 @@ class Context:
     def evaluate_prepared(self, prepared: nn.Module) -> Evaluation:
         """Like `evaluate`, without letting the evaluation set into the ranges."""
         assert isinstance(prepared, PreparedModel)
-        observing = [quantizer.observing for quantizer in prepared.fake_quantizers]
-        prepared.observe(False)
-        evaluation = self.evaluate(prepared)
-        for quantizer, before in zip(prepared.fake_quantizers, observing, strict=True):
-            quantizer.observing = before
-        return evaluation
+        with prepared.observing(False):
+            return self.evaluate(prepared)
 
     def keep_details(self, model: str, evaluation: Evaluation) -> None:
         """Writes what the final evaluation of `model` showed besides its scalars, for reports. Collective."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -10,15 +11,19 @@ from torch import nn
 from dist_train.config_advice import idle_settings
 from dist_train.config_fit import FitConfig, TrainConfig
 from dist_train.data.arrays import ImageArrays
+from dist_train.data.loader import EstimationLoader
 from dist_train.errors import DataError
 from dist_train.evaluate import Evaluation
 from dist_train.hooks import Hook
 from dist_train.loop import Fit, fit
+from dist_train.models.batch_norm import synchronised_batch_norms
 from dist_train.profiling import NoProfile, Profile
 from dist_train.reduction import StepReduction
+from dist_train.reestimation import Autocast, estimate_moments
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
 from dist_train.state import TrainState
+from dist_train.world import World
 
 
 class Train(Stage):
@@ -29,7 +34,17 @@ class Train(Stage):
     def run(self, context: Context) -> dict[str, Any]:
         reduction = StepReduction(context.world, context.model)
         evaluate = LastEvaluation(context.evaluate)
-        state = run_loop(context, self.name, self.settings, context.model, reduction, lambda total_steps: [], evaluate)
+        with _batch_norms(context):
+            state = run_loop(
+                context,
+                self.name,
+                self.settings,
+                context.model,
+                reduction,
+                lambda total_steps: [],
+                evaluate,
+                lambda averaged: estimate_moments(averaged, *estimation(context, self.settings)),
+            )
         context.results["models"]["fp32"] = dict(state.metrics)
         context.keep_details("fp32", evaluate.of(state))
         return {"model": state.chosen.state_dict()}
@@ -37,6 +52,13 @@ class Train(Stage):
     def restore(self, context: Context, product: dict[str, Any]) -> None:
         context.model.load_state_dict(product["model"])
         context.model.eval()
+
+
+def _batch_norms(context: Context) -> AbstractContextManager[None]:
+    """Synchronised ones while training, where that is asked for and there is another rank. Their state is that of plain ones."""
+    if context.config.sync_batchnorm and context.world.world_size > 1:
+        return synchronised_batch_norms(context.model, context.world)
+    return nullcontext()
 
 
 class LastEvaluation:
@@ -65,8 +87,9 @@ def run_loop(
     reduction: StepReduction,
     hooks: Callable[[int], Sequence[Hook]],
     evaluate: Callable[[nn.Module], Evaluation],
+    reestimate: Callable[[nn.Module], None],
 ) -> TrainState:
-    """Runs the loop for a stage; `hooks` is given the stage's number of steps.
+    """Runs the loop for a stage; `hooks` is given the stage's number of steps, `reestimate` a moving average before it is evaluated.
 
     Raises:
         DataError: an epoch has no step.
@@ -107,11 +130,28 @@ def run_loop(
         progress=progress,
         compile=config.compile,
         epoch_format=config.log.epoch_format,
+        reestimate=reestimate,
         profile=_profile(context, stage),
     )
     state = fit(run, model, context.resume)
     context.results["stages"].setdefault(stage, {}).update(_outcome(run, state))
     return state
+
+
+def estimation(context: Context, settings: FitConfig) -> tuple[EstimationLoader, World, Autocast]:
+    """What the statistics of a moving average are estimated from, and how."""
+    config, world = context.config, context.world
+    size = config.data.eval_batch_size
+    batches = EstimationLoader(
+        context.source(context.splits.train, config.run.seed),
+        2 * size if config.debug.fast_dev_run else settings.ema_samples,
+        size,
+        config.run.seed,
+        world.world_size,
+        world.rank,
+        shuffle=context.splits.steps_per_epoch is None,
+    )
+    return batches, world, context.strategy.autocast
 
 
 def _for_this_batch(context: Context, stage: str, settings: FitConfig) -> FitConfig:

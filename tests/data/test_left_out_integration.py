@@ -52,6 +52,31 @@ def _fit(world: World, damaged: list[int], micro: int | None) -> dict[str, Any]:
     }
 
 
+def test_ranks_that_synchronise_have_as_many_micro_batches_whatever_cannot_be_decoded() -> None:
+    damaged = {0, 3, 4, 5, 9, 11, 12, 13, 17, 20}
+    by_rank = [
+        list(
+            make(
+                World(rank, world_size=2),
+                mlp(),
+                size=SIZE,
+                batch=BATCH,
+                joint_micro=2,
+                dataset=Damaged(SIZE, [*damaged]),
+            ).run.loader.epoch(0, 0, 4)
+        )
+        for rank in (0, 1)
+    ]
+    kept = [number for share in by_rank for batch in share for number in batch.ids]
+    assert sorted(kept) == sorted(set(range(SIZE)) - damaged)
+    for batches in zip(*by_rank, strict=True):
+        assert len({len(batch.micro_batches) for batch in batches}) == 1
+        for batch in batches:
+            assert sum(micro.rows for micro in batch.micro_batches) == len(batch.ids)
+            assert all(len(micro.inputs) >= 2 and len(micro.targets) == micro.rows for micro in batch.micro_batches)
+    assert {micro.rows for share in by_rank for batch in share for micro in batch.micro_batches} == {0, 1, 2, 3}
+
+
 def _by_hand(damaged: list[int]) -> list[float]:
     """Plain SGD on the mean over those of each global batch that can be decoded."""
     model, data = mlp(), arrays(SIZE)

@@ -213,3 +213,37 @@ def test_a_data_loader_takes_it(workers: int) -> None:
             assert batch == sampler.rank_slice(step).ids.tolist()
         seen += sum(batches, [])
     assert len(seen) == len(set(seen)) == 103 - 16
+
+
+@pytest.mark.parametrize("micro", [2, 3, 5])
+def test_pieces_of_all_ranks_are_the_same_rows_at_equal_world_times_micro_batch(micro: int) -> None:
+    for size in (59, 61):
+
+        def pieces(world_size: int, each: int, size: int = size) -> list[list[set[int]]]:
+            """By step and piece: the rows that all ranks together have in it."""
+            samplers = [
+                ElasticDistributedSampler(
+                    range(size), world_size, rank, seed=4, global_batch_size=24, micro_batch_size=each
+                )
+                for rank in range(world_size)
+            ]
+            found = []
+            for step in range(samplers[0].num_steps):
+                shares = [sampler.rank_slice(step) for sampler in samplers]
+                counts = {len(share.pieces) for share in shares}
+                assert len(counts) == 1, "every rank has as many, or they would wait for each other for ever"
+                together: list[set[int]] = [set() for _ in range(counts.pop())]
+                whole = samplers[0].global_batch(step).tolist()
+                for share in shares:
+                    assert max(share.pieces) <= max(each, 3) and sum(share.pieces) == len(share.ids)
+                    ids = share.ids.tolist()
+                    for piece, (rows, before) in enumerate(zip(share.pieces, share.predecessors, strict=True)):
+                        own, ids = ids[:rows], ids[rows:]
+                        together[piece].update(own)
+                        assert not own or whole[whole.index(own[0]) - 1] == before
+                assert set().union(*together) == set(whole) and sum(map(len, together)) == len(whole)
+                assert all(len(rows) >= 2 for rows in together) or len(whole) == 1
+                found.append(together)
+            return found
+
+        assert pieces(1, 6 * micro) == pieces(2, 3 * micro) == pieces(3, 2 * micro) == pieces(6, micro)
