@@ -9,19 +9,19 @@ import time
 import psutil
 
 _POLL_SECONDS = 1.0
-_PATIENCE_SECONDS = 30.0
 
 
-def wait(agent: subprocess.Popen[bytes], shutdown_timeout: float) -> int:
+def wait(agent: subprocess.Popen[bytes], patience: float) -> int:
     """The agent's exit code.
 
-    An agent takes notice within a second of a rank that ended, if it is not waiting: for other ranks after SIGTERM, for at most
-    `shutdown_timeout` seconds, or for an answer of the rendezvous. Where that is on a node that is gone without a word, the agent
-    is deaf to its own timeout and to SIGTERM until the kernel gives the connection up, in about a quarter of an hour (seen with
-    torch 2.14's TCPStore; tcp_retries2). So one that leaves an ended rank unnoticed for longer is killed, with its ranks.
+    An agent takes notice of a rank that ended within a second, unless it gives others their time after SIGTERM, or waits for an
+    answer of the rendezvous. Where that is on a node that is gone without a word, it is deaf to its own timeout and to SIGTERM
+    until the kernel gives the connection up, in about a quarter of an hour (seen with torch 2.14's TCPStore; tcp_retries2).
+
+    Args:
+        patience: seconds after which an agent that leaves an ended rank unnoticed is killed, with its other ranks.
     """
     unnoticed: float | None = None
-    limit = shutdown_timeout + _PATIENCE_SECONDS
     while True:
         try:
             return agent.wait(_POLL_SECONDS)
@@ -31,9 +31,9 @@ def wait(agent: subprocess.Popen[bytes], shutdown_timeout: float) -> int:
             unnoticed = None
             continue
         unnoticed = unnoticed or time.monotonic()
-        if time.monotonic() - unnoticed > limit:
+        if time.monotonic() - unnoticed > patience:
             print(
-                f"dist-train: a rank ended {limit:.0f} s ago, and its agent still waits for another node: killed",
+                f"dist-train: a rank ended {patience:.0f} s ago, and its agent still waits for another node: killed",
                 file=sys.stderr,
             )
             _kill(agent)

@@ -25,6 +25,7 @@ from dist_train.ports import is_free
 from dist_train.run_dir import RunDir, read_json, refuse_foreign
 
 USAGE = "{torchrun,accelerate,slurm} [OPTION ...] CONFIG [--dotted.key VALUE ...]"
+_PATIENCE_SECONDS = 20.0
 _ACTIONS = ("dry_run", "submit", "follow")
 
 
@@ -125,7 +126,7 @@ def run(job: Job, command: Command) -> int:
         Path(path).write_text(text, encoding="utf-8")
     process = subprocess.Popen(command.words, env=os.environ | command.environ)
     with _passing_on(process.send_signal):
-        code = wait(process, job.shutdown_timeout)
+        code = wait(process, job.shutdown_timeout + _PATIENCE_SECONDS)
     return outcome(before, read_json(home.status), code)
 
 

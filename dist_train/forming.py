@@ -77,18 +77,12 @@ def _end_in_failure(world: World, error: BaseException) -> None:
         get_error_handler().record_exception(error)  # torchrun shows it as the root cause
 
 
-def _while_it_answers(world: World, ask: Callable[[], T]) -> T | None:
-    """What the store answers; None, and the store is given up, where it does not: its node may be gone.
-
-    In a thread, as torch's client then waits for what TCP allows (minutes), longer than any timeout of its own.
-    """
-    answers: list[T] = []
-    asking = threading.Thread(target=lambda: answers.append(ask()), daemon=True)
-    asking.start()
-    asking.join(2 * FAREWELL_SECONDS)
-    if not answers:
-        world.store = None
-    return next(iter(answers), None)
+def _while_it_answers(world: World, question: Callable[[], T]) -> T | None:
+    """The store's answer; None where it gives none, being on a node that is gone."""
+    try:
+        return world.asked(question, 2 * FAREWELL_SECONDS)
+    except PeerError:
+        return None
 
 
 def _echo_of_peer(world: World, error: BaseException) -> PeerError | None:
@@ -136,7 +130,7 @@ def _form(run: RunConfig) -> World:
     check_interfaces(os.environ, device.type == "cuda")
     find_rank_0(plan, os.environ, lambda sentence: print(f"dist-train: {sentence}", file=sys.stderr, flush=True))
     timeout = timedelta(seconds=run.timeout)
-    # The store first: it is what ranks wait on while rank 0 works alone. With torchrun it is the agent's, and outlives the ranks.
+    # The store first: it is what ranks wait on while rank 0 works alone. With torchrun on one node it is the agent's, and outlives the ranks.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=_FORMING_SECONDS)))

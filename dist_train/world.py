@@ -7,7 +7,11 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, Queue
+from threading import Thread
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -119,7 +123,7 @@ class World:
             self.store.set(key, answer)
             return result
         self._wait(key, leader, what, self.timeout if deadline is None else deadline)
-        received = json.loads(self.store.get(key))
+        received = json.loads(self.asked(partial(self.store.get, key)))
         if "error" in received:
             raise PeerError(f"rank {leader} failed: {received['error']}")
         value: T = received["value"]
@@ -128,8 +132,8 @@ class World:
     def _wait(self, key: str, leader: int, what: str, deadline: float) -> None:
         assert self.store is not None
         end, pause = time.monotonic() + deadline, 0.001
-        while not self.store.check([key]):
-            self.raise_peer_failure()
+        while not self.asked(partial(self.store.check, [key])):
+            self.asked(self.raise_peer_failure)
             if time.monotonic() > end:
                 raise PeerError(
                     f"rank {leader} did not finish ({what}) within {deadline:g} s",
@@ -137,6 +141,27 @@ class World:
                 )
             time.sleep(pause)
             pause = min(pause * 2, _POLL_SECONDS)
+
+    def asked(self, question: Callable[[], T], seconds: float | None = None) -> T:
+        """What the store answers to `question`, which is asked in a thread: where the store's node is gone without a word, torch's
+        client waits for what TCP allows (a quarter of an hour), whatever its timeout.
+
+        Args:
+            seconds: how long to wait for an answer; None: `timeout`.
+
+        Raises:
+            PeerError: there is none. The store is then given up: nothing more is asked.
+        """
+        answers: Queue[Future[T]] = Queue()
+        Thread(target=lambda: answers.put(_outcome(question)), daemon=True).start()
+        try:
+            return answers.get(timeout=self.timeout if seconds is None else seconds).result()
+        except Empty:
+            self.store = None
+            raise PeerError(
+                "the store, with which the ranks' process group began, does not answer: its node is gone, or the network is down",
+                "start again; torchrun with --restarts does so by itself",
+            ) from None
 
     def barrier(self, what: str) -> None:
         """Waits until every rank is here."""
@@ -185,6 +210,16 @@ class World:
                     time.sleep(0.01)
         except RuntimeError:
             return  # as above
+
+
+def _outcome(question: Callable[[], T]) -> Future[T]:
+    """The question's answer, or the error that it raised."""
+    outcome: Future[T] = Future()
+    try:
+        outcome.set_result(question())
+    except BaseException as error:  # raised where the answer is taken
+        outcome.set_exception(error)
+    return outcome
 
 
 def _in_a_line(error: BaseException) -> str:

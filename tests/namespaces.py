@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.ranks import ROOT
@@ -43,13 +43,19 @@ class Machine:
         self._folder = folder
         self._started: list[subprocess.Popen[bytes]] = []
 
+    @staticmethod
+    def environ() -> dict[str, str]:
+        """This process's environment, without what launchers leave in one."""
+        left = ("SLURM", "TORCHELASTIC", "GLOO", "MASTER_")
+        keep = {name: value for name, value in os.environ.items() if not name.startswith(left)}
+        return keep | {"PATH": _PATH, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
     def start(self, *command: str, cwd: Path, **environ: str) -> subprocess.Popen[bytes]:
         """Starts a command in this namespace; its output goes to a file of its own."""
-        keep = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "TORCHELASTIC", "GLOO", "MASTER_"))}
         with self._output(len(self._started)).open("wb") as out:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", self.name, *command],  # which becomes the command: the same process id
-                env=keep | {"PATH": _PATH, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environ,
+                env=self.environ() | environ,
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -98,7 +104,7 @@ class TwoMachines:
             Machine(_unique(f"machine{number}"), f"{subnet}.{number}", self._folder) for number in (1, 2)
         )
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Machine]:
         return iter((self.first, self.second))
 
     def __enter__(self) -> TwoMachines:
@@ -123,6 +129,10 @@ class TwoMachines:
                 machine.kill()
                 _ip("netns", "delete", machine.name)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def left_behind(self) -> list[str]:
+        """What should be gone: namespaces that still have a name."""
+        return [name for name in _ip("netns", "list").stdout.split() if name in (self.first.name, self.second.name)]
 
     def cut(self) -> None:
         """Takes the link down: no packet goes over, and no end of a connection is told."""

@@ -10,11 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from dist_train.config import RunConfig
 from dist_train.errors import DataError, DistTrainError, PeerError, SetupError
@@ -385,3 +387,28 @@ def _main(*arguments: str) -> int:
 
 if __name__ == "__main__":
     sys.exit(_main(*sys.argv[1:]))
+
+
+SERVER = """
+import sys, time
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.slow
+def test_a_store_that_does_not_answer_any_more_is_given_up_where_torch_would_wait_for_minutes() -> None:
+    with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            store = TCPStore("127.0.0.1", int(server.stdout.readline()), timeout=timedelta(seconds=5))
+            world = World(rank=1, world_size=2, timeout=1.0, store=store)
+            assert world.asked(lambda: store.check(["absent"])) is False
+            server.send_signal(signal.SIGSTOP)
+            with pytest.raises(PeerError, match="does not answer"):
+                world._wait("absent", 0, "anything", deadline=600.0)
+            assert world.store is None
+        finally:
+            server.kill()

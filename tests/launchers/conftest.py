@@ -1,4 +1,4 @@
-"""The Slurm of the tests in this folder, started once."""
+"""The Slurm of the tests in this folder, started once; and two machines for each test that wants them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,26 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.slurm import Cluster, why_not
+from tests import namespaces, slurm
+from tests.namespaces import TwoMachines
+from tests.slurm import Cluster
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    reason = why_not()
+    reason = slurm.why_not()
     if reason is not None:
         pytest.skip(reason)
     with Cluster() as running:
         yield running
     assert running.processes() == {}, "a process is left behind"
+
+
+@pytest.fixture
+def machines() -> Iterator[TwoMachines]:
+    reason = namespaces.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with TwoMachines() as joined:
+        yield joined
+    assert joined.left_behind() == []

@@ -48,6 +48,33 @@ def test_one_node_stands_alone_and_several_meet_at_an_endpoint() -> None:
     assert words.endswith("-m dist_train run my config.yaml --run.seed 3 --run.dir runs/a")
 
 
+def test_several_nodes_find_rank_0_anew_after_each_restart_by_the_interface_of_their_address() -> None:
+    several = replace(JOB, nodes=(2, 2), endpoint="gpu1", interface="eth1")
+    environ = torchrun.command(several).environ
+    assert environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert environ["GLOO_SOCKET_IFNAME"] == "eth1"
+    own = replace(several, environment=(("GLOO_SOCKET_IFNAME", "ib0"),))
+    assert torchrun.command(own).environ["GLOO_SOCKET_IFNAME"] == "ib0"
+    assert set(torchrun.command(JOB).environ) == {"DIST_TRAIN_NUM_PROCESSES"}
+
+
+def test_launch_names_the_interface_of_the_local_address_unless_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.yaml").write_text("run: {name: small}\nstages: [train]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    words = ["launch", "torchrun", "--dry-run", "--nodes", "2", "--endpoint", "gpu1", "--local-addr"]
+    assert main([*words, "127.0.0.2", "small.yaml"]) == EXIT_DONE
+    assert "GLOO_SOCKET_IFNAME=lo " in capsys.readouterr().out
+    assert main([*words, "192.0.2.199", "small.yaml"]) == EXIT_DONE
+    shown = capsys.readouterr()
+    assert "GLOO_SOCKET_IFNAME" not in shown.out and "on a node that has 192.0.2.199" in shown.err
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    assert main([*words, "127.0.0.2", "small.yaml"]) == EXIT_DONE
+    assert "GLOO_SOCKET_IFNAME" not in capsys.readouterr().out
+
+
 def test_nodes_that_are_given_no_port_find_the_same_one_and_another_job_s_find_another() -> None:
     several = replace(JOB, nodes=(2, 2), endpoint="gpu1")
     assert torchrun.port(several) == torchrun.port(replace(several, is_host=True, local_addr="10.0.0.2"))
@@ -187,6 +214,11 @@ def test_the_ready_config_files_of_accelerate_are_those_that_launch_writes(
         (["accelerate", "--nodes", "1:2", "small.yaml"], "fixed number", "--nodes 2"),
         (["slurm", "--task-per-rank", "--restarts", "1", "small.yaml"], "--restarts is for torchrun", "leave one"),
         (["slurm", "--follow", "--sbatch.array", "0-1", "small.yaml"], "shows one job", "--submit"),
+        (
+            ["torchrun", "--nodes", "2", "--endpoint", "a", "--local-addr", "192.0.2.199", "small.yaml"],
+            "at which this machine cannot listen",
+            "one of this machine's own",
+        ),
         (["torchrun", "small.yaml", "--train.epochs", "0"], "train.epochs", "greater than 0"),
         (["torchrun", "--python", "no/such/python", "small.yaml"], "is no program", "--python PATH"),
     ],

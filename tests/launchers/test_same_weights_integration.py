@@ -1,18 +1,24 @@
-"""One program behind every launcher: after training, the weights are the same bytes."""
+"""One program behind every launcher: the weights and the artifact are the same bytes."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from tests.namespaces import TwoMachines
 from tests.ranks import ROOT
 from tests.slurm import SMALL, Cluster
 
 OPTIONS = ("small.yaml", "--strategy", "ddp")
+# All its stages, for fewer epochs; it sets the threads of each rank itself.
+QUICKSTART = (str(ROOT / "configs" / "quickstart.yaml"), "--train.epochs", "2", "--qat.epochs", "1")
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
@@ -48,40 +54,76 @@ def weights(run: Path) -> bytes:
     return (run / "checkpoints" / "train-end" / "tensors.safetensors").read_bytes()
 
 
+def result(run: Path) -> tuple[str, ...]:
+    """Of a whole run: hashes of the weights after train, of those after qat with their ranges, and of the artifact."""
+    files = (
+        *(run / "checkpoints" / f"{stage}-end" / "tensors.safetensors" for stage in ("train", "qat")),
+        run / "export" / "model.pt2",
+    )
+    return tuple(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_weights_are_the_same_under_torchrun_accelerate_srun_and_sbatch(cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "small.yaml").write_text(SMALL)
-    printed = launch(tmp_path, "torchrun", "--nproc-per-node", "2", *OPTIONS, "--run.dir", "torchrun")
-    assert "small: 2 ranks" in printed
+def test_the_quickstart_s_weights_and_artifact_are_the_same_behind_every_launcher(
+    cluster: Cluster, machines: TwoMachines, tmp_path: Path
+) -> None:
+    printed = launch(tmp_path, "torchrun", "--nproc-per-node", "2", *QUICKSTART, "--run.dir", "torchrun")
+    assert "quickstart: 2 ranks" in printed
     logs = sorted((tmp_path / "torchrun" / "logs").glob("*/attempt_0/*/stdout.log"))
     assert [file.parent.name for file in logs] == ["0", "1"], "each rank's output is kept"
 
-    printed = launch(tmp_path, "accelerate", "--nproc-per-node", "2", *OPTIONS, "--run.dir", "accelerate")
-    assert "small: 2 ranks" in printed and "[default1]" not in printed
+    for strategy in ("ddp", "accelerate"):
+        words = ("--nproc-per-node", "2", *QUICKSTART, "--run.dir", f"accelerate-{strategy}", "--strategy", strategy)
+        printed = launch(tmp_path, "accelerate", *words)
+        assert "quickstart: 2 ranks" in printed and "[default1]" not in printed
 
-    here, there = (
-        ("--local-addr", "127.0.0.1", "--is-host", "true"),
-        ("--local-addr", "127.0.0.2", "--is-host", "false"),
-    )
-    words = (*OPTIONS, "--run.dir", "agents")
-    agents = [
-        start(tmp_path, "torchrun", "--nodes", "2", "--endpoint", "127.0.0.1", *node, *words) for node in (here, there)
-    ]
-    assert sum("small: 2 ranks" in finish(agent) for agent in agents) == 1
+    nodes = []
+    for machine in machines:
+        meet = (
+            "--nodes",
+            "2",
+            "--endpoint",
+            machines.first.address,
+            "--is-host",
+            str(machine is machines.first).lower(),
+        )
+        nodes.append(machine.launch(*meet, *QUICKSTART, "--run.dir", "machines", cwd=tmp_path))
+    assert machines.codes(*nodes, deadline=240) == [0, 0], machines.printed()
+    assert [machine.printed().count("quickstart: 2 ranks") for machine in machines] == [1, 0]
 
-    command = ("srun", "-N1", "-n2", sys.executable, "-m", "dist_train", "run", *OPTIONS, "--run.dir", "srun")
+    command = ("srun", "-N1", "-n2", sys.executable, "-m", "dist_train", "run", *QUICKSTART, "--run.dir", "srun")
     answer = cluster.run(*command, cwd=tmp_path)
     assert answer.returncode == 0, answer.stdout + answer.stderr
 
-    for run, more in (("sbatch", []), ("sbatch-tasks", ["--task-per-rank"])):
+    done = cluster.launch("--nodes", "2", "--follow", *QUICKSTART, "--run.dir", "sbatch", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "quickstart: 2 ranks" in done.stdout
+    assert done.stdout.count("train: epoch 2/2") == 1, "rank 0 is shown, once"
+
+    runs = ("torchrun", "accelerate-ddp", "machines", "srun", "sbatch")
+    results = {run: result(tmp_path / run) for run in runs}
+    assert len(set(results.values())) == 1, results
+    for stage in ("train", "qat"):
+        ours, theirs = (
+            load_file(tmp_path / run / "checkpoints" / f"{stage}-end" / "tensors.safetensors")
+            for run in ("torchrun", "accelerate-accelerate")
+        )
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            said = f"{stage}: {name}"
+            torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-4, msg=said)
+
+
+@pytest.mark.slow
+def test_a_task_for_each_rank_trains_the_weights_of_an_agent_on_each_node(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(SMALL)
+    for run, more in (("agents", []), ("tasks", ["--task-per-rank"])):
         done = cluster.launch("--nodes", "2", *more, "--follow", *OPTIONS, "--run.dir", run, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "small: 2 ranks" in done.stdout
         assert done.stdout.count("epoch 2/2") == 1, "rank 0 is shown, once"
-
-    runs = ("torchrun", "accelerate", "agents", "srun", "sbatch", "sbatch-tasks")
-    assert len({weights(tmp_path / run) for run in runs}) == 1
+    assert weights(tmp_path / "agents") == weights(tmp_path / "tasks")
 
 
 @pytest.mark.slow

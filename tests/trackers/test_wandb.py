@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from wandb.proto import wandb_internal_pb2 as records
 
 from dist_train.config import Config, WandbConfig
 from dist_train.errors import SetupError
 from dist_train.run_dir import RunDir
 from dist_train.trackers.wandb import Wandb
 from tests.ranks import ROOT
+from tests.wandb_files import files, read
 
 ATTEMPT = """
 import sys
@@ -58,29 +56,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return RunDir(folder)
 
 
-def files(run_dir: RunDir) -> list[Path]:
-    return sorted(run_dir.wandb.glob("offline-run-*/*.wandb"))
-
-
-def read(path: Path) -> Iterator[records.Record]:
-    """The records of a .wandb file: LevelDB's log format, blocks of 32 KiB after a header of 7 bytes."""
-    data, position, parts = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:  # no room for a record's head: the block ends with zeros
-            position += 32768 - position % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            record = records.Record()
-            record.ParseFromString(parts)
-            parts = b""
-            yield record
-
-
 def test_two_attempts_are_one_run_with_the_run_s_settings(run_dir: RunDir) -> None:
-    runs = [record.run for path in files(run_dir) for record in read(path) if record.HasField("run")]
+    runs = [record.run for path in files(run_dir.wandb) for record in read(path) if record.HasField("run")]
     assert [(run.run_id, run.display_name) for run in runs] == [
         ((run_dir.wandb / "run_id").read_text().strip(), "my-run")
     ] * 2
@@ -90,7 +67,7 @@ def test_two_attempts_are_one_run_with_the_run_s_settings(run_dir: RunDir) -> No
 
 def test_scalars_stand_at_our_steps_with_an_axis_for_each_stage(run_dir: RunDir) -> None:
     rows = []
-    for path in files(run_dir):
+    for path in files(run_dir.wandb):
         for record in read(path):
             if record.HasField("history"):
                 items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
@@ -101,7 +78,7 @@ def test_scalars_stand_at_our_steps_with_an_axis_for_each_stage(run_dir: RunDir)
     assert [(row["qat/step"], row["qat/eval_top1"]) for row in rows if "qat/step" in row] == [(0, 0.75)] * 2
     axes = {
         record.metric.glob_name: record.metric.step_metric
-        for path in files(run_dir)
+        for path in files(run_dir.wandb)
         for record in read(path)
         if record.HasField("metric") and record.metric.glob_name
     }
