@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from dist_train.models.batch_norm import running_statistics
 from dist_train.reestimation import estimate_moments
 from dist_train.world import World
 from tests.fits import Made, arrays, flat, make
+from tests.small_runs import Runs
 
 SETTINGS = {"ema_decay": 0.8, "evaluate_every": 2}
 
@@ -72,3 +74,21 @@ def test_a_resumed_run_has_the_same_ones_to_the_bit(select: str) -> None:
         found = fit(resumed.run, again, copy.deepcopy(states[step]))
         assert statistics(found.chosen) == statistics(state.chosen) and flat(found.chosen) == flat(state.chosen), step
         assert found.chosen_step == state.chosen_step and found.metrics == state.metrics
+
+
+QAT = "--stages [train,qat] --train.epochs 1 --qat.epochs 1 --qat.ema_decay 0.5 --model.name small_resnet".split()
+
+
+@pytest.mark.slow
+def test_in_qat_what_is_frozen_is_kept_and_what_is_learned_is_estimated_anew(tmp_path: Path) -> None:
+    runs, found = Runs(tmp_path), {}
+    for frozen in ("0", "1"):
+        for samples in ("40", "200"):
+            name, freeze = f"{frozen}-{samples}", ["--qat.freeze_batch_norm", frozen, "--qat.freeze_ranges", frozen]
+            size = ["--model.args", "{width: 4, blocks: 1}", "--qat.ema_samples", samples]
+            assert runs(name, *QAT, *freeze, *size) == 0
+            found[name] = runs.product(name, "qat")
+    assert found["0-40"] == found["0-200"], "frozen from the first step: nothing is estimated"
+    different = {key for key in found["1-40"] if found["1-40"][key] != found["1-200"][key]}
+    kinds = {key.rpartition(".")[2] for key in different}
+    assert {"running_mean", "running_var", "scale"} <= kinds and not kinds & {"weight", "bias"}, different
