@@ -11,7 +11,6 @@ import pytest
 from dist_train.hostlist import parse_hostlist
 from tests.ranks import ROOT
 from tests.slurm import SMALL, Cluster
-from tests.wandb_files import run_ids
 
 STAND_IN = str(Path(__file__).parent / "stand_in_python")
 DETECT = (
@@ -173,25 +172,3 @@ def test_the_ready_batch_file_takes_the_quickstart_all_the_way_on_two_nodes_with
     assert results["models"]["int8"]["count"] == 360 and all(gate["passed"] for gate in results["gates"].values())
     assert (run / "export" / "model.pt2").exists()
     assert json.loads((run / "environment.json").read_text())["local_world_size"] == 2
-
-
-@pytest.mark.slow
-def test_a_requeued_job_is_one_run_of_wandb_s(cluster: Cluster, folder: Path) -> None:
-    text = SMALL.replace("203", "2003").replace("epochs: 2", "epochs: 8")
-    (folder / "small.yaml").write_text(text + "trackers: [jsonl, wandb]\nwandb: {mode: offline}\n")
-    words = ("--nodes", "2", "--submit", "small.yaml", "--checkpoint.every_steps", "20")
-    number = cluster.launch(*words, cwd=folder).stdout.strip()
-    run = folder / "runs" / "small"
-
-    def begun() -> bool:
-        return (run / "checkpoints" / "latest.json").exists() and len(run_ids(run / "logs" / "wandb")) == 1
-
-    cluster.until(begun, 200, lambda: cluster.output(number))
-    requeued = cluster.run("scontrol", "requeue", number)
-    assert requeued.returncode == 0, requeued.stderr
-    job = cluster.ended(number)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), cluster.output(number)
-    assert (status(run)["state"], status(run)["restarts"]) == ("done", 1)
-    assert "resuming (attempt 1)" in cluster.output(number)
-    ids = run_ids(run / "logs" / "wandb")
-    assert len(ids) == 2 and set(ids) == {(run / "logs" / "wandb" / "run_id").read_text().strip()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from dist_train.ledger import check
 from tests.launchers.test_same_weights_integration import finish, start
 from tests.ranks import train_done
 from tests.slurm import SMALL, Cluster
+from tests.wandb_files import run_ids
 
 EPOCHS = 120
 CONFIG = SMALL.replace("epochs: 2", f"epochs: {EPOCHS}") + "debug: {ledger: true}\nstop: {grace: 12}\n"
+WANDB = ("--trackers", "[jsonl, wandb]", "--wandb.mode", "offline")
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +43,9 @@ def status(run: Path) -> Any:
     return json.loads((run / "status.json").read_text())
 
 
-def submit(cluster: Cluster, folder: Path, run: str, *options: str) -> str:
+def submit(cluster: Cluster, folder: Path, run: str, options: Sequence[str] = (), settings: Sequence[str] = ()) -> str:
     words = ("--nproc-per-node", "2", "--partition", "low", *options, "--submit", "small.yaml", "--run.dir", run)
-    launched = cluster.launch(*words, cwd=folder)
+    launched = cluster.launch(*words, *settings, cwd=folder)
     assert launched.returncode == 0, launched.stderr
     return launched.stdout.strip()
 
@@ -71,7 +73,7 @@ def test_a_job_that_a_higher_partition_takes_the_nodes_from_finishes_by_itself_w
     cluster: Cluster, folder: Path, undisturbed: bytes
 ) -> None:
     run = folder / "preempted"
-    number = submit(cluster, folder, "preempted")
+    number = submit(cluster, folder, "preempted", settings=WANDB)
     cluster.until(trains(run), 120, lambda: cluster.output(number))
     taker = cluster.submit("#!/bin/bash\nsleep 2\n", folder, "--partition=high", "--nodes=4", "--exclusive")
     assert cluster.ended(taker)["JobState"] == "COMPLETED"
@@ -80,6 +82,8 @@ def test_a_job_that_a_higher_partition_takes_the_nodes_from_finishes_by_itself_w
     assert "saved" in cluster.output(number) and "resuming (attempt 1) in train at step" in cluster.output(number)
     assert_finished_exactly(run, undisturbed, attempts=2)
     assert not (run / "STOP").exists()
+    ids = run_ids(run / "logs" / "wandb")
+    assert len(ids) == 2 and set(ids) == {(run / "logs" / "wandb" / "run_id").read_text().strip()}, "one run of wandb's"
 
 
 @pytest.mark.slow
@@ -89,7 +93,7 @@ def test_of_an_array_the_task_that_is_told_to_stop_is_requeued_and_its_sibling_g
     cluster: Cluster, folder: Path, undisturbed: bytes, layout: tuple[str, ...]
 ) -> None:
     name = f"array{'-tasks' if layout else ''}"
-    number = submit(cluster, folder, name, "--sbatch.array", "0-1", *layout)
+    number = submit(cluster, folder, name, ("--sbatch.array", "0-1", *layout))
     runs = [folder / f"{name}-{task}" for task in (0, 1)]
     cluster.until(lambda: all(trains(run)() for run in runs), 120)
     cluster.run(
