@@ -247,7 +247,9 @@ TREES = st.fixed_dictionaries(
         ),
         "data": st.fixed_dictionaries({"args": st.dictionaries(TEXTS, JSON, max_size=4)}),
         "train": st.fixed_dictionaries({"optim": st.fixed_dictionaries({"lr": FLOATS})}),
-        "qat": st.fixed_dictionaries({"rules": st.lists(st.fixed_dictionaries({"match": TEXTS}), max_size=3)}),
+        "qat": st.fixed_dictionaries(
+            {"rules": st.lists(st.fixed_dictionaries({"match": TEXTS, "skip": st.just(True)}), max_size=3)}
+        ),
     },
 )
 

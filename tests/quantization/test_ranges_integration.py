@@ -9,6 +9,8 @@ import pytest
 from tests.range_parts import EXTREME, STEPS
 from tests.ranks import call
 
+pytestmark = pytest.mark.slow  # a few steps, but three starts of torch
+
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
