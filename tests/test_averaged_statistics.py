@@ -76,7 +76,18 @@ def test_a_resumed_run_has_the_same_ones_to_the_bit(select: str) -> None:
         assert found.chosen_step == state.chosen_step and found.metrics == state.metrics
 
 
-QAT = "--stages [train,qat] --train.epochs 1 --qat.epochs 1 --qat.ema_decay 0.5 --model.name small_resnet".split()
+QAT = [
+    "--stages",
+    "[train,qat]",
+    "--train.epochs",
+    "1",
+    "--qat.epochs",
+    "1",
+    "--qat.ema_decay",
+    "0.5",
+    "--model.name",
+    "small_resnet",
+]
 
 
 @pytest.mark.slow
