@@ -43,6 +43,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 # (Kleitman and Spencer 1973, Discrete Mathematics 6: no array of six rows covers more than ten columns).
 ROWS = list(zip(*([0, *(int(row in on) for row in range(5))] for on in combinations(range(5), 3)), strict=True))
 RESUMED = (3, 4)
+DEADLINE = 400.0  # of a run that compiles on ranks that share cores
 
 
 def choices(row: int) -> dict[str, int]:
@@ -73,10 +74,11 @@ def states(run_dir: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("row", range(6))
 def test_they_train_evaluate_and_convert_together(row: int, tmp_path: Path) -> None:
     world_size, words = command(row, tmp_path, "run")
-    train_done(world_size, *words)
+    train_done(world_size, *words, deadline=DEADLINE)
     results = read_json(RunDir(tmp_path / "run").results)
     for model in ("fp32", "fake_quant", "int8"):
         found = results["models"][model]
@@ -94,6 +96,6 @@ def test_they_train_evaluate_and_convert_together(row: int, tmp_path: Path) -> N
         saved = ranks.until(lambda: (read_json(latest) or {}).get("name", "").startswith("qat-0"))
         assert saved, ranks.printed()
         ranks.kill()
-    train_done(world_size, *again)
+    train_done(world_size, *again, deadline=DEADLINE)
     first, second = states(tmp_path / "run"), states(tmp_path / "killed")
     assert first.keys() == second.keys() and [key for key in first if first[key] != second[key]] == []
