@@ -17,6 +17,8 @@ from dist_train.errors import NonFiniteLossError
 from dist_train.tasks import Task
 from dist_train.world import World
 
+COUNTS = ("count", "skipped_samples")  # metrics that count samples
+
 
 @dataclass(frozen=True)
 class Evaluation:

@@ -19,7 +19,7 @@ from dist_train.data.loader import MicroBatch, StepBatch, TrainLoader, seed_ever
 from dist_train.data.permutation import derive_key
 from dist_train.epoch_line import epoch_line
 from dist_train.errors import NonFiniteLossError
-from dist_train.evaluate import Evaluation
+from dist_train.evaluate import COUNTS, Evaluation
 from dist_train.hooks import Hook
 from dist_train.ledger import Ledger, NoLedger
 from dist_train.outlook import Outlook
@@ -31,8 +31,6 @@ from dist_train.state import TrainState
 from dist_train.strategies.base import StepOutcome, Strategy
 from dist_train.tasks import Task
 from dist_train.trackers.base import Trackers
-
-_COUNTS = ("count", "skipped_samples")  # metrics that count samples
 
 
 class Checkpoints(Protocol):
@@ -249,7 +247,7 @@ def _evaluated(run: Fit, epoch: int, metrics: Mapping[str, float | int]) -> str:
     """The line after an evaluation."""
     if run.epoch_format is not None:
         return epoch_line(run.epoch_format, run.stage, epoch, run.epochs, metrics)
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name not in _COUNTS)
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name not in COUNTS)
     without = metrics.get("skipped_samples")
     return f"{run.stage}: epoch {epoch}/{run.epochs} evaluated: {shown} on {metrics['count']} samples" + (
         f", without {without} that cannot be decoded" if without else ""

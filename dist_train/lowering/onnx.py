@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,9 +40,19 @@ def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
 
     Arguments and errors as of `onnx_bytes`; `call` of the result is ONNX Runtime on what was written.
     """
+    data = onnx_bytes(model, example)
+    call, runtime = open_onnx(data, threads)
+    usage = "onnxruntime.InferenceSession(FILE).run(None, {'input': images})"
+    return Written({"onnx": data}, call, runtime, usage)
+
+
+def open_onnx(data: bytes, threads: int) -> tuple[Callable[[Tensor], Tensor], str]:
+    """What `onnx_bytes` gave, in ONNX Runtime: float32 [B, C, H, W] to float32, for any B >= 1; and its name and version.
+
+    Raises LoweringUnavailable where it cannot run the model.
+    """
     import onnxruntime
 
-    data = onnx_bytes(model, example)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors; warnings about its own optimisations are not for our users
@@ -54,8 +65,7 @@ def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
     def call(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"input": images.contiguous().numpy()})[0])
 
-    usage = "onnxruntime.InferenceSession(FILE).run(None, {'input': images})"
-    return Written({"onnx": data}, call, f"onnxruntime {onnxruntime.__version__}", usage)
+    return call, f"onnxruntime {onnxruntime.__version__}"
 
 
 def _onnxruntime_errors() -> tuple[type[Exception], ...]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from dist_train.errors import QuantizationError
 from dist_train.quantization.graph_rewrite import (
+    DROPOUTS,
     batch_norm_tensors,
     batch_norms,
+    folded_batch_norms,
+    layer_of,
     use_batch_statistics,
 )
 from dist_train.quantization.prepared import PreparedModel
@@ -58,8 +61,7 @@ class PreparedGraph(PreparedModel):
         train_graph = _copy(graph)
         use_batch_statistics(train_graph)
         self.blueprint = Blueprint(graph, dict(module.meta), _code(module, graph), _code(module, train_graph))
-        running = (batch_norm_tensors(node)[3] for node in batch_norms(graph) if node.args[4] is not None)
-        self.batch_norms = {name: name for name in (str(target).rpartition(".")[0] for target in running)}
+        self.batch_norms = {name: name for node in batch_norms(graph) if (name := _owner(node)) is not None}
 
     def _refuse_taken(self, name: str) -> None:
         if hasattr(self, name):
@@ -70,6 +72,20 @@ class PreparedGraph(PreparedModel):
     @property
     def fixed_fake_quantizers(self) -> list[nn.Module]:
         return []  # X86InductorQuantizer places none
+
+    def literals(self) -> Iterator[tuple[str, float]]:
+        """See PreparedModel.literals. Of a folded batch norm eps stands in two places."""
+        graph = self.blueprint.graph
+        for node in batch_norms(graph):
+            if (name := _owner(node)) is not None:
+                momentum, eps = node.args[6:8]
+                yield f"{name}.momentum", momentum
+                yield f"{name}.eps", eps
+        for folded in folded_batch_norms(graph):
+            yield f"{_owner(folded.batch_norm)}.eps", folded.eps.args[1]
+        for target in DROPOUTS:
+            for node in graph.find_nodes(op="call_function", target=target):
+                yield f"{layer_of(node)}.p", node.args[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """x: shaped as the example, with any batch size. What the float model returns."""
@@ -82,6 +98,12 @@ class PreparedGraph(PreparedModel):
         module = GraphModule(self, _copy(self.blueprint.graph))
         module.meta.update(self.blueprint.meta)
         return module
+
+
+def _owner(batch_norm: Node) -> str | None:
+    """The name of the module whose running statistics a batch norm reads, where it has any."""
+    variance = batch_norm_tensors(batch_norm)[3]
+    return None if variance is None else variance.rpartition(".")[0]
 
 
 def _copy(graph: Graph) -> Graph:

@@ -1,0 +1,53 @@
+"""The runtime that int8 is judged in: its model as ONNX bytes, which one rank makes and every rank opens."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from dist_train.lowering import onnx, openvino
+from dist_train.lowering.base import LoweringUnavailable
+
+Runtime = Literal["openvino", "onnxruntime"]
+_ORDER: tuple[Runtime, ...] = ("openvino", "onnxruntime")  # the faster one first
+_WRITERS = ("onnx", "onnxscript")
+
+
+def choose(wanted: Runtime | Literal["auto"]) -> Runtime:
+    """The runtime that is asked for; auto: the first that is installed here, with what writes its models.
+
+    Raises LoweringUnavailable, with what to install.
+    """
+    for name in _ORDER if wanted == "auto" else (wanted,):
+        if not _missing(name):
+            return name
+    missing = ", ".join(_missing(_ORDER[0] if wanted == "auto" else wanted))
+    raise LoweringUnavailable(f"{missing} not installed: pip install 'dist-train[openvino,onnx]'")
+
+
+def _missing(name: Runtime) -> list[str]:
+    return [each for each in (name, *_WRITERS) if importlib.util.find_spec(each) is None]
+
+
+def runtime_bytes(program: ExportedProgram, example: Tensor) -> bytes:
+    """What either runtime opens. example: float32 [B, C, H, W], for its shape.
+
+    Raises LoweringUnavailable where the program cannot be written as ONNX.
+    """
+    return onnx.onnx_bytes(program, example)
+
+
+def open_in(name: Runtime, data: bytes, example: Tensor, threads: int) -> Callable[[Tensor], Tensor]:
+    """The model as a function: float32 [B, C, H, W] on the CPU to float32, for any B >= 1.
+
+    Raises LoweringUnavailable where the runtime is not installed or refuses the model.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise LoweringUnavailable(f"{name} not installed: pip install {name}")
+    if name == "openvino":
+        return openvino.open_onnx(data, example, threads)
+    return onnx.open_onnx(data, threads)[0]
