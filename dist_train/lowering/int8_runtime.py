@@ -41,8 +41,8 @@ def runtime_bytes(program: ExportedProgram, example: Tensor) -> bytes:
     return onnx.onnx_bytes(program, example)
 
 
-def open_in(name: Runtime, data: bytes, example: Tensor, threads: int) -> Callable[[Tensor], Tensor]:
-    """The model as a function: float32 [B, C, H, W] on the CPU to float32, for any B >= 1.
+def open_in(name: str, data: bytes, example: Tensor, threads: int) -> Callable[[Tensor], Tensor]:
+    """The model in the runtime that `choose` named, as a function: float32 [B, C, H, W] on the CPU to float32, for any B >= 1.
 
     Raises LoweringUnavailable where the runtime is not installed or refuses the model.
     """

@@ -20,6 +20,7 @@ from dist_train.quantization.integer import IntegerModel
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.prepared_graph import PreparedGraph
 from dist_train.quantization.prepared_modules import PreparedModules
+from dist_train.torchscript import integer_kernels
 
 _FAKE_QUANTIZERS = (ActivationFakeQuantize, FixedQParamsFakeQuantize)
 
@@ -42,7 +43,12 @@ def layer_noise(prepared: PreparedModel, converted: nn.Module, inputs: Tensor) -
     if isinstance(reference, PreparedGraph) and isinstance(converted, GraphModule):
         found = _of_graph(reference, converted, inputs)
     elif isinstance(reference, PreparedModules) and isinstance(converted, IntegerModel):
-        found = _of_modules(reference, converted, inputs)
+        model, integers = reference.model, converted.model
+        with integer_kernels(converted.engine):
+            if isinstance(model, GraphModule) and isinstance(integers, GraphModule):
+                found = _of_traced(model, integers, inputs)
+            else:
+                found = _of_modules(model, integers, inputs)
     else:
         found = {}
     return dict(sorted(found.items(), key=lambda each: -math.inf if math.isnan(each[1]) else each[1]))
@@ -78,25 +84,45 @@ def _worse(left: float, right: float) -> float:
     return left if math.isnan(left) else right if math.isnan(right) else min(left, right)
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What a layer of the fake-quantized model gave; and scale and zero point of the grid that it lies on, where integers do too."""
+
+    output: Tensor
+    grid: tuple[float, int] | None = None
+
+    def on_grid(self, kind: torch.dtype) -> Tensor:
+        """On the reference's own grid: a wrong scale of this integer layer is then not the next one's fault."""
+        if self.grid is None:
+            return self.output.clone()
+        return torch.quantize_per_tensor(self.output, *self.grid, kind)
+
+
+def _grid(quantizer: nn.Module) -> tuple[float, int]:
+    return float(quantizer.get_buffer("scale")), int(quantizer.get_buffer("zero_point"))
+
+
 class _Recorder(Interpreter):
     """Runs a graph and keeps the outputs of some of its nodes, under the names that `wanted` gives for theirs."""
 
     def __init__(self, module: GraphModule, wanted: Mapping[str, str]) -> None:
         super().__init__(module)
         self._wanted = wanted
-        self.outputs: dict[str, Tensor] = {}
+        self.answers: dict[str, _Answer] = {}
 
     def run_node(self, node: Node) -> Any:
         result = super().run_node(node)
         if node.name in self._wanted and isinstance(result, Tensor) and result.is_floating_point():
-            self.outputs[self._wanted[node.name]] = result.clone()  # the next operator may work in place
+            quantizer = self.submodules.get(str(node.target)) if node.op == "call_module" else None
+            grid = _grid(quantizer) if isinstance(quantizer, _FAKE_QUANTIZERS) else None
+            self.answers[self._wanted[node.name]] = _Answer(result.clone(), grid)  # the next operator may work in place
         return result
 
 
 class _Corrected(Interpreter):
-    """Runs the integer graph, compares what reads integers with the right outputs, and goes on with those."""
+    """Runs the integer graph, compares the outputs of what computes with integers, and goes on with the right ones."""
 
-    def __init__(self, module: GraphModule, right: Mapping[str, Tensor]) -> None:
+    def __init__(self, module: GraphModule, right: Mapping[str, _Answer]) -> None:
         super().__init__(module)
         self._right = right
         self.ratios: dict[str, float] = {}
@@ -104,12 +130,14 @@ class _Corrected(Interpreter):
     def run_node(self, node: Node) -> Any:
         result = super().run_node(node)
         right = self._right.get(node.name)
-        if right is None:
+        if right is None or (right.grid is not None and not result.is_quantized):
             return result
-        if any("dequantize" in str(source.target) for source in node.all_input_nodes):
-            layer = layer_of(node)
-            self.ratios[layer] = _worse(self.ratios.get(layer, math.inf), _ratio(right, result))
-        return right.clone()
+        if result.is_quantized or any("dequantize" in str(source.target) for source in node.all_input_nodes):
+            layer = str(node.target) if node.op == "call_module" else layer_of(node)
+            layer = layer.removesuffix(".activation_post_process")  # what a FloatFunctional holds
+            actual = result.dequantize() if result.is_quantized else result
+            self.ratios[layer] = _worse(self.ratios.get(layer, math.inf), _ratio(right.output, actual))
+        return right.on_grid(result.dtype)
 
 
 def _of_graph(prepared: PreparedGraph, converted: GraphModule, inputs: Tensor) -> dict[str, float]:
@@ -120,51 +148,58 @@ def _of_graph(prepared: PreparedGraph, converted: GraphModule, inputs: Tensor) -
     for folded in folded_batch_norms(module.graph):
         del wanted[folded.convolution.name]
         wanted[folded.batch_norm.name] = folded.convolution.name
-    recorder = _Recorder(module, wanted)
+    return _compare(module, wanted, converted, inputs)
+
+
+def _of_traced(prepared: GraphModule, converted: GraphModule, inputs: Tensor) -> dict[str, float]:
+    """What a node gives is fake-quantized by the node after it, and lies on that one's grid."""
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    wanted = {
+        user.name: node.name
+        for node in prepared.graph.nodes
+        for user in node.users
+        if user.op == "call_module" and isinstance(modules[str(user.target)], _FAKE_QUANTIZERS)
+    }
+    return _compare(prepared, wanted, converted, inputs)
+
+
+def _compare(
+    prepared: GraphModule, wanted: Mapping[str, str], converted: GraphModule, inputs: Tensor
+) -> dict[str, float]:
+    recorder = _Recorder(prepared, wanted)
     recorder.run(inputs)
-    corrected = _Corrected(converted, recorder.outputs)
+    corrected = _Corrected(converted, recorder.answers)
     corrected.run(inputs)
     return corrected.ratios
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """What a fake-quantized layer gave, and the scale and zero point of the grid that it lies on."""
-
-    output: Tensor
-    scale: float
-    zero_point: int
-
-
-def _of_modules(prepared: PreparedModules, converted: IntegerModel, inputs: Tensor) -> dict[str, float]:
-    """Modules keep their names in conversion; those that give integers are compared."""
+def _of_modules(prepared: nn.Module, converted: nn.Module, inputs: Tensor) -> dict[str, float]:
+    """Eager mode: modules keep their names, and hold their fake quantization; those that give integers are compared."""
     answers, ratios = defaultdict[str, list[_Answer]](list), dict[str, float]()
 
     def keep(name: str, quantizer: nn.Module) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            scale, zero_point = (float(quantizer.get_buffer(kind)) for kind in ("scale", "zero_point"))
-            answers[name].append(_Answer(output.clone(), scale, int(zero_point)))
+            answers[name].append(_Answer(output.clone(), _grid(quantizer)))
 
         return hook
 
     def compare(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            if not answers[name]:
+            if not output.is_quantized:
                 return output
-            answer = answers[name].pop(0)
-            ratios[name] = _worse(ratios.get(name, math.inf), _ratio(answer.output, output.dequantize()))
-            # On the grid of the fake-quantized layer: a wrong scale of this one is then not the next one's fault.
-            return torch.quantize_per_tensor(answer.output, answer.scale, answer.zero_point, output.dtype)
+            right = answers[name].pop(0)  # a module may be called several times
+            ratios[name] = _worse(ratios.get(name, math.inf), _ratio(right.output, output.dequantize()))
+            return right.on_grid(output.dtype)
 
         return hook
 
-    for name, source, quantizer in _quantized_outputs(prepared.model):
-        source.register_forward_hook(keep(name, quantizer))
+    for name, module in prepared.named_modules():
+        quantizer = getattr(module, "activation_post_process", None)
+        if isinstance(quantizer, _FAKE_QUANTIZERS):
+            module.register_forward_hook(keep(name, quantizer))
     prepared(inputs)
     hooks = [
-        module.register_forward_hook(compare(name))
-        for name, module in converted.model.named_modules()
-        if name in answers
+        module.register_forward_hook(compare(name)) for name, module in converted.named_modules() if name in answers
     ]
     try:
         converted(inputs)
@@ -172,24 +207,3 @@ def _of_modules(prepared: PreparedModules, converted: IntegerModel, inputs: Tens
         for each in hooks:
             each.remove()
     return ratios
-
-
-def _quantized_outputs(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
-    """Each layer whose output is fake-quantized: its name, the module whose output that is, and the fake-quantize module.
-
-    In eager mode the layer holds its fake quantization; in a graph it is the next node.
-    """
-    if not isinstance(model, GraphModule):
-        held = (
-            (name, module, getattr(module, "activation_post_process", None)) for name, module in model.named_modules()
-        )
-        return [
-            (name, module, quantizer) for name, module, quantizer in held if isinstance(quantizer, _FAKE_QUANTIZERS)
-        ]
-    found, modules = [], dict(model.named_modules(remove_duplicate=False))
-    for node in model.graph.nodes:
-        for user in node.users if node.op == "call_module" else ():
-            quantizer = modules.get(str(user.target)) if user.op == "call_module" else None
-            if isinstance(quantizer, _FAKE_QUANTIZERS):
-                found.append((str(node.target), quantizer, quantizer))
-    return found

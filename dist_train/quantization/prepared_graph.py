@@ -61,7 +61,8 @@ class PreparedGraph(PreparedModel):
         train_graph = _copy(graph)
         use_batch_statistics(train_graph)
         self.blueprint = Blueprint(graph, dict(module.meta), _code(module, graph), _code(module, train_graph))
-        self.batch_norms = {name: name for node in batch_norms(graph) if (name := _owner(node)) is not None}
+        owners = (_owner(node) for node in batch_norms(graph))
+        self.batch_norms = {owner: owner for owner in owners if owner is not None}
 
     def _refuse_taken(self, name: str) -> None:
         if hasattr(self, name):
@@ -75,17 +76,17 @@ class PreparedGraph(PreparedModel):
 
     def literals(self) -> Iterator[tuple[str, float]]:
         """See PreparedModel.literals. Of a folded batch norm eps stands in two places."""
-        graph = self.blueprint.graph
+        graph, found = self.blueprint.graph, list[tuple[str, Any]]()
         for node in batch_norms(graph):
-            if (name := _owner(node)) is not None:
-                momentum, eps = node.args[6:8]
-                yield f"{name}.momentum", momentum
-                yield f"{name}.eps", eps
-        for folded in folded_batch_norms(graph):
-            yield f"{_owner(folded.batch_norm)}.eps", folded.eps.args[1]
+            name = _owner(node)
+            if name is not None:
+                found += [(f"{name}.momentum", node.args[6]), (f"{name}.eps", node.args[7])]
+        found += [(f"{_owner(folded.batch_norm)}.eps", folded.eps.args[1]) for folded in folded_batch_norms(graph)]
         for target in DROPOUTS:
-            for node in graph.find_nodes(op="call_function", target=target):
-                yield f"{layer_of(node)}.p", node.args[1]
+            found += [
+                (f"{layer_of(node)}.p", node.args[1]) for node in graph.find_nodes(op="call_function", target=target)
+            ]
+        return iter(found)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: shaped as the example, with any batch size. What the float model returns."""
