@@ -239,17 +239,13 @@ class Context:
         """
         # JSON has no NaN: a value that is not finite is recorded as null, and never passes.
         passed = passed and math.isfinite(value)
-        self.results["gates"][name] = {
-            "value": value if math.isfinite(value) else None,
-            "bound": bound,
-            "passed": passed,
-            **({"runtime": runtime} if runtime else {}),
-        }
+        gate = {"value": value if math.isfinite(value) else None, "bound": bound, "passed": passed}
+        self.results["gates"][name] = gate | ({"runtime": runtime} if runtime else {})
         if not passed:
             if self.world.is_main:
                 replace_json(self.run_dir.results, self.results)
-            where = f" in {runtime}" if runtime else ""
-            message = f"the gate `{name}` failed{where}: measured {value:.6g}, bound {bound:g}"
+            place = f" in {runtime}" if runtime else ""
+            message = f"the gate `{name}` failed{place}: measured {value:.6g}, bound {bound:g}"
             raise GateError(message + (detail if self.world.is_main else ""), hint)
 
     # What follows is the loop's `Checkpoints`.
