@@ -9,12 +9,12 @@ from typing import Literal
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from dist_train import registry
 from dist_train.lowering import onnx, openvino
 from dist_train.lowering.base import LoweringUnavailable
 
 Runtime = Literal["openvino", "onnxruntime"]
-_ORDER: tuple[Runtime, ...] = ("openvino", "onnxruntime")  # the faster one first
-_WRITERS = ("onnx", "onnxscript")
+_FORMATS: dict[Runtime, str] = {"openvino": "openvino", "onnxruntime": "onnx"}  # the faster one first
 
 
 def choose(wanted: Runtime | Literal["auto"]) -> Runtime:
@@ -22,15 +22,12 @@ def choose(wanted: Runtime | Literal["auto"]) -> Runtime:
 
     Raises LoweringUnavailable, with what to install.
     """
-    for name in _ORDER if wanted == "auto" else (wanted,):
-        if not _missing(name):
+    candidates = tuple(_FORMATS) if wanted == "auto" else (wanted,)
+    missing = {name: registry.export_formats.entry(_FORMATS[name]).missing() for name in candidates}
+    for name in candidates:
+        if not missing[name]:
             return name
-    missing = ", ".join(_missing(_ORDER[0] if wanted == "auto" else wanted))
-    raise LoweringUnavailable(f"{missing} not installed: pip install 'dist-train[openvino,onnx]'")
-
-
-def _missing(name: Runtime) -> list[str]:
-    return [each for each in (name, *_WRITERS) if importlib.util.find_spec(each) is None]
+    raise LoweringUnavailable(f"{', '.join(missing[candidates[0]])} not installed: pip install 'dist-train[openvino,onnx]'")
 
 
 def runtime_bytes(program: ExportedProgram, example: Tensor) -> bytes:
