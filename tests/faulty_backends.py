@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 from unittest import mock
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -60,8 +59,9 @@ class Stock(PT2EBackend):
 class OtherEps(_Edited):
     @staticmethod
     def edit(graph: Graph) -> None:
-        for folded in graph_rewrite.folded_batch_norms(graph)[1:]:
-            folded.eps.args = (folded.eps.args[0], 1e-5)
+        folded = graph_rewrite.folded_batch_norms(graph)[-1]
+        folded.eps.args = (folded.eps.args[0], 1e-5)
+        folded.batch_norm.args = (*folded.batch_norm.args[:7], 1e-5, *folded.batch_norm.args[8:])
 
 
 @dist_train.register_quantization_backend("other_momentum")

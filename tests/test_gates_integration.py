@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-import tests.faulty_backends  # noqa: F401 (registers)
+import tests.faulty_backends
 import tests.stub_parts  # noqa: F401
 from dist_train import registry
 from dist_train.lowering import openvino
@@ -36,8 +36,8 @@ def gates(runs: Runs, name: str = "run") -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("backend", "named"),
     [
-        ("other_eps", {"bn2.eps is 1e-05, which was 0.01"}),
-        ("other_momentum", {"bn2.momentum is 0.1, which was 0.3"}),
+        pytest.param("other_eps", {"bn2.eps is 1e-05, which was 0.01"}, marks=pytest.mark.slow),
+        pytest.param("other_momentum", {"bn2.momentum is 0.1, which was 0.3"}, marks=pytest.mark.slow),
         ("other_dropout", {"dropout.p is 0.5, which was 0.2"}),
         (
             "fx_other_literals",
@@ -63,6 +63,7 @@ def test_a_backend_that_changes_a_literal_fails_and_the_literal_is_named(
     assert (prepare["value"] > prepare["bound"]) == any("eps" in line for line in named)
 
 
+@pytest.mark.slow
 def test_float_literals_are_those_of_every_backend_s_prepared_model(tmp_path: Path) -> None:
     for backend in ("pt2e", "fx", "eager"):
         runs = Runs(tmp_path)
@@ -146,11 +147,11 @@ def test_without_a_runtime_the_program_is_judged_in_process_and_the_run_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    runs = Runs(tmp_path)
-    assert runs("run", *TRAINED, "--stages", "[train, ptq, convert]") == 0
+    runs, settings = Runs(tmp_path), [*TRAINED, "--stages", "[train, ptq, convert]"]
+    assert runs("run", *settings) == 0
     assert "convert: int8 was judged in process alone: onnxscript" in capsys.readouterr().out
     assert gates(runs)["convert"]["passed"] and "lowered" not in gates(runs)
-    assert runs("other", *TRAINED, "--convert.runtime", "onnxruntime") == 78
+    assert runs("other", *settings, "--convert.runtime", "onnxruntime") == 78
     assert "convert.runtime: 'onnxruntime' needs onnxscript" in capsys.readouterr().err
 
 
@@ -183,6 +184,7 @@ def test_when_a_scale_is_wrong_the_table_is_rank_0_s_and_the_others_fail_with_it
 # ---- artifact
 
 
+@pytest.mark.slow
 def test_a_program_that_is_not_what_was_converted_fails_at_export(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,7 +27,9 @@ def choose(wanted: Runtime | Literal["auto"]) -> Runtime:
     for name in candidates:
         if not missing[name]:
             return name
-    raise LoweringUnavailable(f"{', '.join(missing[candidates[0]])} not installed: pip install 'dist-train[openvino,onnx]'")
+    raise LoweringUnavailable(
+        f"{', '.join(missing[candidates[0]])} not installed: pip install 'dist-train[openvino,onnx]'"
+    )
 
 
 def runtime_bytes(program: ExportedProgram, example: Tensor) -> bytes:
