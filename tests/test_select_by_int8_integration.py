@@ -30,7 +30,7 @@ def test_the_epoch_that_is_best_as_int8_is_handed_on_and_patience_counts_it(tmp_
     losses = int8_losses(runs, "run")
     assert len(losses) == 3 and stage["stopped_early"] and stage["steps"] == 3 * STEPS
     assert stage["selected"] == {"step": STEPS, "epoch": 1, "by": "int8_loss", "value": min(losses)}
-    assert losses[0] == min(losses) and losses[1] > 2 * losses[0]
+    assert losses[0] == min(losses) and losses[1] > losses[0] + 0.2
     assert models["fake_quant"].keys() == {"top1", "top5", "loss", "count"}
 
 
