@@ -17,7 +17,7 @@ from dist_train.choices import Choices
 from dist_train.config import Config
 from dist_train.config_advice import too_many_workers
 from dist_train.config_data import is_weights_file
-from dist_train.config_fit import FitConfig, simulated_bits
+from dist_train.config_fit import FitConfig, QATConfig, simulated_bits
 from dist_train.data.arguments import cache_folder
 from dist_train.data.arrays import ImageArrays, Splits, open_splits
 from dist_train.data.datasets import check_args
@@ -34,6 +34,7 @@ from dist_train.models.weights import digest, load_weights
 from dist_train.progress import Progress
 from dist_train.quantization.backend import build_backend
 from dist_train.run_dir import RunDir
+from dist_train.selection import INT8
 from dist_train.stages.context import Context
 from dist_train.tasks import Task
 from dist_train.trackers.base import Trackers
@@ -88,8 +89,9 @@ def _metric_problems(config: Config, task: Task) -> list[Problem]:
     for section in config.stages:
         settings = getattr(config, section, None)
         wanted = settings.select_by if isinstance(settings, FitConfig) else None
-        if wanted is not None and wanted not in names:
-            hint = f"the metrics are {', '.join(names)}"
+        known = [*names, *(f"{INT8}{name}" for name in names)] if isinstance(settings, QATConfig) else names
+        if wanted is not None and wanted not in known:
+            hint = f"the metrics are {', '.join(known)}"
             problems.append(Problem(f"{section}.select_by", f"{config.task.name} has no metric {wanted!r}", hint=hint))
     return problems
 

@@ -118,7 +118,19 @@ def _stages_installed(config: Config, environ: Mapping[str, str]) -> Iterator[Pr
         yield from _installed("stages", registry.stages, name)
 
 
-@_about("stages", "export.models", "export.formats", "qat.backend", "qat.rules", "half.dtype")
+@_about("stages", "convert.runtime", "qat.backend")
+def _runtime(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+    runtime = config.convert.runtime
+    if "convert" not in config.stages or runtime not in ("openvino", "onnxruntime"):
+        return
+    if config.qat.backend in ("fx", "eager"):
+        message = f"{runtime!r} cannot run the TorchScript that the backend {config.qat.backend!r} makes of int8"
+        yield Problem("convert.runtime", message, hint="--convert.runtime auto, or --qat.backend pt2e")
+    format = "onnx" if runtime == "onnxruntime" else runtime
+    yield from _installed("convert.runtime", registry.export_formats, format)
+
+
+@_about("stages", "export.models", "export.formats", "export.size_bound", "qat.backend", "qat.rules", "half.dtype")
 def _exports(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     if "export" not in config.stages:
         return
@@ -131,6 +143,9 @@ def _exports(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
         if stage is not None and stage not in config.stages:
             hint = f"add {stage} to the stages, or leave {name} out of export.models"
             yield Problem("export.models", f"{name!r} needs the stage {stage!r}", hint=hint)
+    if config.export.size_bound is not None and "convert" not in config.stages:
+        hint = "add convert to the stages, or remove export.size_bound"
+        yield Problem("export.size_bound", "bounds the int8 model, which needs the stage 'convert'", hint=hint)
     int8 = "int8" in (config.export.models or ("int8",)) and "convert" in config.stages
     half = "half" in (config.export.models or ([] if int8 else config.stages))
     for format in dict.fromkeys(config.export.formats):

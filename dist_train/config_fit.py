@@ -169,6 +169,8 @@ class QATConfig(FitConfig):
     """How the ranges follow the steps: by an exponential moving average, or as the smallest and largest value so far."""
     dropout: bool = False
     """Whether the model's dropout drops out in this stage too. Off is what the literature recommends for so few steps."""
+    select_by: str | None = None
+    """Metric of the evaluation that says which epoch is best, such as top1; int8_top1, int8_loss, ...: of the model converted to int8 after each evaluation, which costs a conversion and a second evaluation. None: the task's own."""
     averaging: Annotated[float, Field(gt=0, le=1)] = 0.05
     """moving_average: weight of a step's range."""
     freeze_batch_norm: Fraction = 0.3
@@ -185,7 +187,9 @@ class ConvertConfig(Settings):
     deadline: Annotated[PositiveFloat, Field(json_schema_extra=FREE)] = 900.0
     """Seconds that the ranks wait for rank 0 to convert."""
     agreement_bound: Annotated[Fraction, Field(json_schema_extra=FREE)] = 0.99
-    """Gate: least share of the evaluation set on which int8 and fake-quant choose the same class."""
+    """Gates: least share of the evaluation set on which int8, in process and in its runtime, and fake-quant choose the same class."""
+    runtime: Annotated[Literal["auto", "openvino", "onnxruntime", "none"], Field(json_schema_extra=FREE)] = "auto"
+    """Runtime that int8 is judged in besides the program in process; auto: OpenVINO or ONNX Runtime, the first that is installed. fx and eager bring their own."""
 
 
 class ExportConfig(Settings):
@@ -202,3 +206,5 @@ class ExportConfig(Settings):
     """Seconds that the ranks wait for rank 0 to export."""
     artifact_bound: Annotated[float, Field(ge=0, json_schema_extra=FREE)] = 1e-5
     """Gate: largest difference of the artifact's outputs, loaded in a fresh process, from those of the models in memory."""
+    size_bound: Annotated[PositiveFloat | None, Field(json_schema_extra=FREE)] = None
+    """Gate: most bytes of the int8 program for each byte of the FP32 parameters and buffers, such as 0.27; None: no gate, as the fixed part of a program is most of a small model's."""

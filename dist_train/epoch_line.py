@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dist_train.errors import Problem
 
 _OWN = ("stage", "epoch", "epochs")
-_COUNTS = ("count", "skipped_samples")  # metrics that count samples
+COUNTS = ("count", "skipped_samples")  # metrics that count samples
 
 
 def epoch_line(template: str, stage: str, epoch: int, epochs: int, metrics: Mapping[str, float | int]) -> str:
@@ -18,7 +18,7 @@ def epoch_line(template: str, stage: str, epoch: int, epochs: int, metrics: Mapp
 
 def plain_line(stage: str, epoch: int, epochs: int, metrics: Mapping[str, float | int]) -> str:
     """The line where no format is given."""
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name not in _COUNTS)
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name not in COUNTS)
     without = metrics.get("skipped_samples")
     return f"{stage}: epoch {epoch}/{epochs} evaluated: {shown} on {metrics['count']} samples" + (
         f", without {without} that cannot be decoded" if without else ""

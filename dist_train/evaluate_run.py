@@ -23,6 +23,7 @@ from dist_train.program import open_program
 from dist_train.progress import Progress
 from dist_train.reopen import FinishedRun, as_trained, described_by, reopen
 from dist_train.stages.context import Context
+from dist_train.stages.int8 import evaluate_int8
 from dist_train.summary import print_results
 from dist_train.trackers.base import Trackers
 from dist_train.world import World
@@ -79,7 +80,7 @@ def _evaluate(name: str, run: FinishedRun, context: Context, world: World) -> tu
     try:
         if name == "int8" and "convert" in run.stages:
             context.splits = as_trained(splits, run.described, whole_shape=True)
-            return name, _on_cpu(_int8(run), context, world)
+            return name, evaluate_int8(context, _int8(run)).metrics
         if name in ("fp32", "half", run.half):
             if name != "fp32" and run.half is None:
                 raise RunDirError(f"{run.paths.path} has no half model", "run it with half among its stages")
@@ -97,7 +98,7 @@ def _evaluate(name: str, run: FinishedRun, context: Context, world: World) -> tu
             )
         call, manifest = load_artifact(name)
         context.splits = as_trained(splits, described_by(manifest), whole_shape=True)
-        return name, _on_cpu(call, context, world)
+        return name, evaluate_int8(context, call).metrics
     finally:
         context.splits = splits
 
@@ -107,12 +108,3 @@ def _int8(run: FinishedRun) -> Callable[[torch.Tensor], torch.Tensor]:
     if run.paths.export.is_dir() and "int8" in verify_artifact(run.paths.export)["models"]:
         return load_artifact(run.paths.export, "int8")[0]
     return open_program(run.int8_program())
-
-
-def _on_cpu(call: Callable[[torch.Tensor], torch.Tensor], context: Context, world: World) -> dict[str, Any]:
-    """Metrics of a model that runs on the CPU, whatever the device of the rank."""
-
-    def on_device(inputs: torch.Tensor) -> torch.Tensor:
-        return call(inputs.cpu().contiguous()).to(world.device)
-
-    return evaluate(on_device, context.evaluation_batches(), context.task, world).metrics

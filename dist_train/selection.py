@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from dist_train.config_fit import FitConfig
 
+INT8 = "int8_"  # before the name of a metric of the converted model
+
 
 class Selection:
     """Ranks the evaluations of a stage by one metric. An evaluation whose metric is NaN is never the best, and no improvement.
@@ -19,7 +21,7 @@ class Selection:
     def __init__(self, config: FitConfig, headline: str, lower_is_better: Collection[str]) -> None:
         self.metric = config.select_by or headline
         self.history: list[tuple[int, float]] = []
-        self._sign = -1.0 if self.metric in lower_is_better else 1.0
+        self._sign = -1.0 if self.metric.removeprefix(INT8) in lower_is_better else 1.0
         self._stopping = config.early_stopping
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:

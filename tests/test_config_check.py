@@ -47,6 +47,11 @@ def places(tree: dict[str, Any], environ: dict[str, str] | None = None) -> list[
         ({"stages": ["train", "qat", "export"], "export": {"models": ["fp32"]}}, []),
         *(({"stages": stages}, []) for stages in (["train", "export"], ["train", "half", "export"])),
         ({"stages": ["train", "export"], "export": {"models": ["fp32", "half", "int8"]}}, ["export.models"] * 2),
+        ({"stages": ["train", "export"], "export": {"size_bound": 0.3}}, ["export.size_bound"]),
+        ({"export": {"size_bound": 0.3}}, []),
+        ({"convert": {"runtime": "openvino"}, "qat": {"backend": "fx"}}, ["convert.runtime"]),
+        ({"stages": ["train"], "convert": {"runtime": "openvino"}, "qat": {"backend": "fx"}}, []),
+        *(({"convert": {"runtime": name}}, []) for name in ("auto", "openvino", "onnxruntime", "none")),
         ({"export": {"formats": ["executorch"]}}, ["export.formats"]),
         ({"stages": ["train", "half", "export"], "export": {"formats": ["onnx", "executorch"]}}, ["export.formats"]),
         (

@@ -34,6 +34,7 @@ train:
   ema_decay: 0.9
   select: best
 ptq: {samples: 64}
+convert: {runtime: none}
 qat: {epochs: 3, optim: {name: adamw, lr: 0.0005}}
 export: {latency: false}
 checkpoint: {every_steps: 4}

@@ -37,6 +37,7 @@ data:
 model: {{name: mlp, args: {{size: 8, hidden: 32}}}}
 train: {{epochs: 4, optim: {{lr: 0.02}}}}
 ptq: {{samples: 64}}
+convert: {{runtime: none}}
 export: {{latency: false}}
 """
 

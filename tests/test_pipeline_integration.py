@@ -26,6 +26,7 @@ data:
 model: {name: mlp, args: {size: 8, hidden: 32}}
 train: {epochs: 3, optim: {lr: 0.02}}
 ptq: {samples: 64}
+convert: {runtime: none}
 qat: {epochs: 1}
 export: {latency: false}
 debug: {ledger: true}

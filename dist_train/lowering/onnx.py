@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,14 +79,31 @@ def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
 
     Arguments and errors as of `onnx_bytes`; `call` of the result is ONNX Runtime on what was written.
     """
+    data = onnxruntime_bytes(model, example)
+    call, runtime = open_onnx(data, threads)
+    usage = "onnxruntime.InferenceSession(FILE).run(None, {'input': images})"
+    return Written({"onnx": data}, call, runtime, usage)
+
+
+def onnxruntime_bytes(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
+    """What `onnx_bytes` gives, in the form that ONNX Runtime runs in integers: biases in int32."""
     import onnx
-    import onnxruntime
 
     from dist_train.lowering.qdq import quantize_biases
 
     proto = onnx.load_from_string(onnx_bytes(model, example))
     quantize_biases(proto)
-    data = proto.SerializeToString()
+    data: bytes = proto.SerializeToString()
+    return data
+
+
+def open_onnx(data: bytes, threads: int) -> tuple[Callable[[Tensor], Tensor], str]:
+    """An ONNX model in ONNX Runtime: float32 [B, C, H, W] to float32, for any B >= 1; and its name and version.
+
+    Raises LoweringUnavailable where it cannot run the model.
+    """
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # Its threads would spin on while the next runtime is timed.
@@ -100,8 +118,7 @@ def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
     def call(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"input": images.contiguous().numpy()})[0])
 
-    usage = "onnxruntime.InferenceSession(FILE).run(None, {'input': images})"
-    return Written({"onnx": data}, call, f"onnxruntime {onnxruntime.__version__}", usage)
+    return call, f"onnxruntime {onnxruntime.__version__}"
 
 
 def _onnxruntime_errors() -> tuple[type[Exception], ...]:

@@ -112,6 +112,11 @@ def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
     return Written(files, call, f"openvino {openvino.__version__.partition('-')[0]}", usage)
 
 
+def open_onnx(data: bytes, example: Tensor, threads: int) -> Callable[[Tensor], Tensor]:
+    """What `onnx_bytes` gave, compiled as in `lower`. Raises LoweringUnavailable where OpenVINO refuses it."""
+    return _compiled_call(data, None, example, threads, "f32")
+
+
 def _reason(error: Exception) -> str:
     return str(error).strip().splitlines()[-1]
 

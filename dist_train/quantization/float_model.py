@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from dist_train.errors import QuantizationError
 
@@ -41,6 +42,17 @@ def refuse_cumulative_average(model: nn.Module) -> None:
                 f"{name}: a batch norm with momentum=None (a cumulative average) cannot be folded for training",
                 f"set {name}.momentum to a number, such as 0.1",
             )
+
+
+def float_literals(model: nn.Module) -> dict[str, float]:
+    """The numbers of a float model's batch norms and dropouts that must outlive preparing: `bn1.eps`, `bn1.momentum`, `dropout.p`."""
+    found: dict[str, float] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.momentum is not None:
+            found |= {f"{name}.eps": module.eps, f"{name}.momentum": module.momentum}
+        elif isinstance(module, _DropoutNd):
+            found[f"{name}.p"] = module.p
+    return found
 
 
 @torch.no_grad()

@@ -37,6 +37,10 @@ class PreparedModel(nn.Module, ABC):
     def fixed_fake_quantizers(self) -> list[nn.Module]:
         """Those of outputs whose range is known beforehand, such as a sigmoid's: torch.ao's FixedQParamsFakeQuantize."""
 
+    @abstractmethod
+    def literals(self) -> Iterator[tuple[str, float]]:
+        """Numbers written into the model, by the float model's names: `bn1.eps`, `bn1.momentum`, `dropout.p`; each place once."""
+
     def observe(self, on: bool) -> None:
         """Whether forward passes record the ranges of activations, in either mode: turn it off around an evaluation."""
         for module in self.fake_quantizers:

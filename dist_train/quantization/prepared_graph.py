@@ -9,13 +9,16 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from dist_train.errors import QuantizationError
 from dist_train.quantization.graph_rewrite import (
+    DROPOUTS,
     batch_norm_tensors,
     batch_norms,
+    folded_batch_norms,
+    layer_of,
     use_batch_statistics,
     use_dropout,
 )
@@ -73,8 +76,8 @@ class PreparedGraph(PreparedModel):
             moments=_code(module, _with(graph, partial(use_batch_statistics, momentum=1.0))),
         )
         self._leaving_moments = False
-        running = (batch_norm_tensors(node)[3] for node in batch_norms(graph) if node.args[4] is not None)
-        self.batch_norms = {name: name for name in (str(target).rpartition(".")[0] for target in running)}
+        owners = (_owner(node) for node in batch_norms(graph))
+        self.batch_norms = {owner: owner for owner in owners if owner is not None}
 
     def _refuse_taken(self, name: str) -> None:
         if hasattr(self, name):
@@ -85,6 +88,20 @@ class PreparedGraph(PreparedModel):
     @property
     def fixed_fake_quantizers(self) -> list[nn.Module]:
         return []  # X86InductorQuantizer places none
+
+    def literals(self) -> Iterator[tuple[str, float]]:
+        """See PreparedModel.literals. Of a folded batch norm eps stands in two places."""
+        graph, found = self.blueprint.graph, list[tuple[str, Any]]()
+        for node in batch_norms(graph):
+            name = _owner(node)
+            if name is not None:
+                found += [(f"{name}.momentum", node.args[6]), (f"{name}.eps", node.args[7])]
+        found += [(f"{_owner(folded.batch_norm)}.eps", folded.eps.args[1]) for folded in folded_batch_norms(graph)]
+        for target in DROPOUTS:
+            found += [
+                (f"{layer_of(node)}.p", node.args[1]) for node in graph.find_nodes(op="call_function", target=target)
+            ]
+        return iter(found)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: shaped as the example, with any batch size. What the float model returns."""
@@ -126,6 +143,12 @@ def _with(graph: Graph, *changes: Callable[[Graph], None]) -> Graph:
     for change in changes:
         change(copied)
     return copied
+
+
+def _owner(batch_norm: Node) -> str | None:
+    """The name of the module whose running statistics a batch norm reads, where it has any."""
+    variance = batch_norm_tensors(batch_norm)[3]
+    return None if variance is None else variance.rpartition(".")[0]
 
 
 def _copy(graph: Graph) -> Graph:

@@ -42,6 +42,17 @@ class PreparedModules(PreparedModel):
     def fixed_fake_quantizers(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, FixedQParamsFakeQuantize)]
 
+    def literals(self) -> Iterator[tuple[str, float]]:
+        """See PreparedModel.literals."""
+        for name, here in self.batch_norms.items():
+            module = self.get_submodule(here)
+            assert isinstance(module, _BatchNorm) and module.momentum is not None
+            yield f"{name}.eps", module.eps
+            yield f"{name}.momentum", module.momentum
+        for name, module in self.model.named_modules():
+            if isinstance(module, _DropoutNd):
+                yield f"{name}.p", module.p
+
     def forward(self, x: Tensor) -> Tensor:
         """x: shaped as the example, with any batch size. What the float model returns."""
         outputs: Tensor = self.model(x)

@@ -141,7 +141,19 @@ def _gates(runs: Sequence[RunRecord]) -> Html:
         ]
         for row in found.rows
     ]
-    return section("Gates", table(found.headers[first:], rows, left=2 - first))
+    return section("Gates", table(found.headers[first:], rows, left=2 - first), _layers(runs))
+
+
+def _layers(runs: Sequence[RunRecord]) -> Html:
+    found = tables.layers(runs)
+    if not found.rows:
+        return Html("")
+    first = 0 if len(runs) > 1 else 1
+    rows = [[*row[first:2], row[2] if isinstance(row[2], str) else f"{row[2]:.1f}"] for row in found.rows]
+    title = (
+        "Signal to quantization noise of each int8 layer, against fake quantization on the same inputs; the worst first"
+    )
+    return folded(title, table(found.headers[first:], rows, left=2 - first))
 
 
 def _curves(drawn: Sequence[tuple[Chart, str]]) -> list[Html]:

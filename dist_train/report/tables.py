@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_train.report.read import RunRecord
-from dist_train.summary import result_table
+from dist_train.summary import gate_name, result_table
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,18 @@ def gates(runs: Sequence[RunRecord]) -> Table:
     return Table(
         ["run", "gate", "value", "bound", "passed"],
         [
-            [run.label, name, gate.get("value"), gate.get("bound"), gate.get("passed")]
+            [run.label, gate_name(name, gate), gate.get("value"), gate.get("bound"), gate.get("passed")]
             for run in runs
             for name, gate in run.results.get("gates", {}).items()
         ],
+    )
+
+
+def layers(runs: Sequence[RunRecord]) -> Table:
+    """Signal-to-quantization-noise ratio of each layer of the int8 models, in dB, the worst of each run first."""
+    return Table(
+        ["run", "layer", "dB"],
+        [[run.label, *each] for run in runs for each in run.results.get("layer_sqnr_db", {}).items()],
     )
 
 

@@ -227,23 +227,26 @@ class Context:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_json(path, {"model": model, "classes": list(self.splits.classes or ()), **found})
 
-    def gate(self, name: str, value: float, bound: float, passed: bool, hint: str) -> None:
+    def gate(
+        self, name: str, value: float, bound: float, passed: bool, hint: str, detail: str = "", runtime: str = ""
+    ) -> None:
         """Records a measured fidelity; rank 0 writes results.json before a failure ends the run.
+
+        detail: what a failure says besides the figures, on rank 0. runtime: where it was measured, if not in process.
 
         Raises:
             GateError: on every rank, where it did not pass.
         """
         # JSON has no NaN: a value that is not finite is recorded as null, and never passes.
         passed = passed and math.isfinite(value)
-        self.results["gates"][name] = {
-            "value": value if math.isfinite(value) else None,
-            "bound": bound,
-            "passed": passed,
-        }
+        gate = {"value": value if math.isfinite(value) else None, "bound": bound, "passed": passed}
+        self.results["gates"][name] = gate | ({"runtime": runtime} if runtime else {})
         if not passed:
             if self.world.is_main:
                 replace_json(self.run_dir.results, self.results)
-            raise GateError(f"the gate `{name}` failed: measured {value:.6g}, bound {bound:g}", hint)
+            place = f" in {runtime}" if runtime else ""
+            message = f"the gate `{name}` failed{place}: measured {value:.6g}, bound {bound:g}"
+            raise GateError(message + (detail if self.world.is_main else ""), hint)
 
     # What follows is the loop's `Checkpoints`.
 

@@ -1,18 +1,23 @@
-"""Conversion to int8: by rank 0 alone, on a CPU copy; then evaluated by all ranks."""
+"""Conversion to int8: by rank 0 alone, on a CPU copy; then evaluated by all ranks, in process and in its runtime."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
 
 from dist_train.config_fit import ConvertConfig, simulated_bits
-from dist_train.evaluate import agreement, evaluate
+from dist_train.deployment import simulation
+from dist_train.evaluate import evaluate
 from dist_train.program import Program, open_program
+from dist_train.quantization.fidelity import in_words, layer_noise, noise_table
 from dist_train.quantization.ranges import Ranges
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
-from dist_train.world import World
+from dist_train.stages.int8 import InRuntime, convert_on_rank_0, judge, open_in_runtime
+
+_NOISE_ROWS = 8  # all outputs of all layers are kept for them
 
 
 class Convert(Stage):
@@ -21,54 +26,49 @@ class Convert(Stage):
     settings: ConvertConfig
 
     def run(self, context: Context) -> dict[str, Any]:
-        world, prepared = context.world, context.prepared()
-        made: list[Program] = []
+        prepared = context.prepared()
         probe: dict[str, torch.Tensor] = {}
 
-        def convert() -> None:
-            converted = context.backend.convert(prepared.eval())
+        def inspect(converted: nn.Module) -> dict[str, float]:
             # What the artifact must answer is asked of the model in memory, before it is serialised.
             probe["inputs"] = context.probe_inputs()
             with torch.no_grad():
                 probe["outputs"] = converted(probe["inputs"])
-            made.append(context.backend.serialize(converted, context.example(2)))
+            return layer_noise(prepared, converted, probe["inputs"][:_NOISE_ROWS])
 
         context.progress.say(f"{self.name}: rank 0 converts to int8")
-        world.on_rank_0(convert, "converting to int8", self.settings.deadline, "convert")
-        program = _broadcast(made[0] if made else None, world)
-        int8 = open_program(program)
-
-        def call(inputs: torch.Tensor) -> torch.Tensor:
-            # Whatever the device of training, the integer model runs on the CPU.
-            outputs: torch.Tensor = int8(inputs.cpu().contiguous())
-            return outputs.to(world.device)
-
-        converted_evaluation = evaluate(call, context.evaluation_batches(), context.task, world)
+        program, noise = convert_on_rank_0(context, prepared, inspect)
+        context.results["layer_sqnr_db"] = {layer: in_words(ratio) for layer, ratio in noise.items()}
         prepared.observe(False)
-        prepared_evaluation = evaluate(prepared.eval(), context.evaluation_batches(), context.task, world)
-        context.results["models"]["int8"] = dict(converted_evaluation.metrics)
-        if bits := simulated_bits(context.config.qat.rules):
-            context.results["models"]["int8"]["simulated_bits"] = bits
-        context.keep_details("int8", converted_evaluation)
-        agreed = agreement(converted_evaluation, prepared_evaluation, context.task, world)
-        bound = self.settings.agreement_bound
-        context.gate(
-            "convert",
-            agreed,
-            bound,
-            agreed >= bound,
-            "int8 and fake-quantized model differ: train qat longer, or loosen --convert.agreement_bound and run again",
-        )
+        self._gate(context, program, noise)
         return {"program": vars(program), "ranges_sha256": Ranges(prepared).digest(), "probe": probe}
+
+    def _gate(self, context: Context, program: Program, noise: dict[str, float]) -> None:
+        """int8 in process, then in its runtime, decides as the fake-quantized model does; `noise` are the layers' ratios."""
+        reference = evaluate(context.prepared().eval(), context.evaluation_batches(), context.task, context.world)
+        bound, models = self.settings.agreement_bound, context.results["models"]
+        bits = simulated_bits(context.config.qat.rules)
+        table = "\nsignal to quantization noise of each layer, the worst first:\n" + noise_table(noise) if noise else ""
+        int8 = judge(context, open_program(program), reference)
+        if int8.evaluation is not None:
+            models["int8"] = dict(int8.evaluation.metrics)
+            context.keep_details("int8", int8.evaluation)
+            if bits:
+                models["int8"]["simulated_bits"] = bits
+        hint = "where a layer stands out, leave it in floating point by --qat.rules; else train qat longer, or loosen --convert.agreement_bound; and run again"
+        context.gate("convert", int8.agreed, bound, int8.agreed >= bound, hint, table)
+        opened = simulation(bits) if bits else open_in_runtime(context, program)
+        if not isinstance(opened, InRuntime):
+            context.progress.say(f"{self.name}: int8 was judged in process alone: {opened}")
+            return
+        lowered = int8 if opened.name == "torchscript" else judge(context, opened.call, reference)
+        if lowered.evaluation is not None:
+            models["int8"]["lowered"] = {"runtime": opened.name, **lowered.evaluation.metrics}
+        table = f"\nin process {int8.agreed:.6g} agree: the layers are not the cause, {opened.name} is{table}"
+        hint = f"--convert.runtime with another runtime, or none, and do not deploy it in {opened.name}; or loosen --convert.agreement_bound; and run again"
+        context.gate("lowered", lowered.agreed, bound, lowered.agreed >= bound, hint, table, opened.name)
 
     def restore(self, context: Context, product: dict[str, Any]) -> None:
         context.program = Program(**product["program"])
         context.ranges_sha256 = product["ranges_sha256"]
         context.probe = product["probe"]
-
-
-def _broadcast(program: Program | None, world: World) -> Program:
-    """Rank 0's program on every rank; `extra` is for the artifact, which rank 0 writes, and stays there."""
-    kind = world.broadcast_bytes(None if program is None else program.kind.encode()).decode()
-    data = world.broadcast_bytes(None if program is None else program.data)
-    return program or Program(kind, data)  # type: ignore[arg-type]

@@ -39,6 +39,7 @@ class Export(Stage):
         measured = context.world.on_rank_0(lambda: self._export(context), "exporting", self.settings.deadline, "export")
         for name, figures in measured["models"].items():
             context.results["models"].setdefault(name, {}).update(figures)
+        self._gate_size(context, measured["fp32_bytes"])
         difference, bound = measured["difference"], self.settings.artifact_bound
         context.gate(
             "artifact",
@@ -48,6 +49,13 @@ class Export(Stage):
             "a model of the artifact does not compute in a fresh process what it computes in memory",
         )
         return {}
+
+    def _gate_size(self, context: Context, fp32_bytes: int) -> None:
+        """fp32_bytes: of the float model's parameters and buffers, without a program around them."""
+        int8, bound = context.results["models"].get("int8", {}).get("bytes"), self.settings.size_bound
+        if int8 is not None and bound is not None:
+            hint = "leave less in floating point by qat.rules, or loosen --export.size_bound; the artifact is written"
+            context.gate("size", int8 / fp32_bytes, bound, int8 <= bound * fp32_bytes, hint)
 
     def restore(self, context: Context, product: dict[str, Any]) -> None:
         return
@@ -80,7 +88,8 @@ class Export(Stage):
             self._time(context, deployables, probe, figures)
         # NaN, which passes no bound, must not be lost among the others.
         worst = float(torch.tensor(list(differences.values())).max())
-        return {"models": figures, "difference": worst}
+        state = context.model.state_dict().values()
+        return {"models": figures, "difference": worst, "fp32_bytes": sum(tensor.nbytes for tensor in state)}
 
     def _choose(
         self, context: Context, bundle: Bundle, deployables: dict[str, Deployable], name: str, probe: torch.Tensor

@@ -13,6 +13,7 @@ from dist_train.config_fit import PTQConfig
 from dist_train.data.arrays import Batch
 from dist_train.data.loader import EvaluationLoader
 from dist_train.quantization.clipping import Histograms, least_error_ranges, percentile_ranges
+from dist_train.quantization.float_model import float_literals
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
 from dist_train.stages.base import Stage
@@ -91,6 +92,8 @@ def initialise_ranges(prepared: PreparedModel, batches: Iterable[Batch], world: 
 def gate_prepare(context: Context, prepared: PreparedModel) -> None:
     """Gate: with fake quantization off, the prepared model computes what the float model does, also with extreme BatchNorm variances.
 
+    And the literals that training alone shows are the float model's: eps and momentum of batch norms, dropout's probability.
+
     Raises:
         GateError: on every rank.
     """
@@ -117,14 +120,27 @@ def gate_prepare(context: Context, prepared: PreparedModel) -> None:
     prepared.fake_quantize(True)
     prepared.observe(True)
     worst = float(torch.stack(differences).max())  # NaN if any is, which passes no bound
-    bound = context.config.qat.prepare_bound
+    bound, changed = context.config.qat.prepare_bound, _changed_literals(context.model, prepared)
     context.gate(
         "prepare",
         worst,
         bound,
-        worst <= bound,
-        "the backend changed the model; report it with the model's name, or loosen --qat.prepare_bound",
+        worst <= bound and not changed,
+        "the backend changed the model: report it with the model's name, or take another --qat.backend"
+        + ("" if changed else "; or loosen --qat.prepare_bound"),
+        "".join(f"\n  {line}" for line in changed),
     )
+
+
+def _changed_literals(model: nn.Module, prepared: PreparedModel) -> list[str]:
+    """A line for each literal of the float model that is another one in the prepared model."""
+    expected = float_literals(model)
+    lines = (
+        f"{name} is {value:g}, which was {expected[name]:g}"
+        for name, value in prepared.literals()
+        if name in expected and value != expected[name]
+    )
+    return list(dict.fromkeys(lines))
 
 
 def _draw_variances(pairs: Sequence[tuple[nn.Module, nn.Module]], seed: int) -> None:

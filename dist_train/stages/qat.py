@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +10,18 @@ from torch import nn
 
 from dist_train.config_advice import clipping_undone
 from dist_train.config_fit import QATConfig
+from dist_train.epoch_line import COUNTS
+from dist_train.evaluate import Evaluation
 from dist_train.hooks import FreezeSchedule, Hook
+from dist_train.program import open_program
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
 from dist_train.reduction import StepReduction
 from dist_train.reestimation import estimate_moments, estimate_ranges
+from dist_train.selection import INT8
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
+from dist_train.stages.int8 import convert_on_rank_0, evaluate_int8
 from dist_train.stages.ptq import calibrate, gate_prepare
 from dist_train.stages.train import LastEvaluation, estimation, run_loop
 
@@ -53,11 +59,16 @@ class QAT(Stage):
             if not ranges.frozen:
                 estimate_ranges(averaged, *estimation(context, self.settings))
 
+        def evaluate_both(model: nn.Module) -> Evaluation:
+            return _with_int8(context, model, context.evaluate_prepared(model))
+
         if self.settings.dropout:
             prepared.keep_dropout()
-        evaluate = LastEvaluation(context.evaluate_prepared)
+        by_int8 = (self.settings.select_by or "").startswith(INT8)
+        evaluate = LastEvaluation(evaluate_both if by_int8 else context.evaluate_prepared)
         state = run_loop(context, self.name, self.settings, prepared, reduction, hooks, evaluate, reestimate)
-        context.results["models"]["fake_quant"] = dict(state.metrics)
+        figures = {name: value for name, value in state.metrics.items() if not name.startswith(INT8)}
+        context.results["models"]["fake_quant"] = figures
         context.keep_details("fake_quant", evaluate.of(state))
         return {"quantized": state.chosen.state_dict()}
 
@@ -89,3 +100,12 @@ class QAT(Stage):
 
     def restore(self, context: Context, product: dict[str, Any]) -> None:
         context.set_quantized(product["quantized"])
+
+
+def _with_int8(context: Context, model: nn.Module, evaluation: Evaluation) -> Evaluation:
+    """The evaluation of a prepared model, with the metrics of what it is converted to beside its own. Collective."""
+    assert isinstance(model, PreparedModel)
+    program, _ = convert_on_rank_0(context, model, lambda converted: None)
+    int8 = evaluate_int8(context, open_program(program)).metrics
+    named = {f"{INT8}{name}": value for name, value in int8.items() if name not in COUNTS}
+    return dataclasses.replace(evaluation, metrics={**evaluation.metrics, **named})
