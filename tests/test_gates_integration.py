@@ -12,6 +12,7 @@ import torch
 import torchvision
 from torch import nn
 
+import dist_train
 import tests.faulty_backends
 import tests.stub_parts  # noqa: F401
 from dist_train import registry
