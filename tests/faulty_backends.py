@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import dist_train
+from dist_train.config_fit import RuleConfig
 from dist_train.program import Program
 from dist_train.quantization import graph_rewrite
 from dist_train.quantization.fx import FXBackend
@@ -20,7 +21,6 @@ from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.prepared_graph import PreparedGraph
 from dist_train.quantization.prepared_modules import PreparedModules
 from dist_train.quantization.pt2e import PT2EBackend
-from dist_train.quantization.rules import Rule
 
 Edit = Callable[[Graph], None]
 
@@ -35,7 +35,7 @@ class _Edited(PT2EBackend):
 
     edit: ClassVar[Edit]
 
-    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[Rule] = ()) -> PreparedGraph:
+    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedGraph:
         restore = graph_rewrite.restore_batch_norms
 
         def faulty(graph: Graph, literals: Any) -> None:
@@ -50,7 +50,7 @@ class _Edited(PT2EBackend):
 class Stock(PT2EBackend):
     """torchao's own prepare_qat_pt2e: every batch norm gets eps 1e-5 and momentum 0.1."""
 
-    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[Rule] = ()) -> PreparedGraph:
+    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedGraph:
         with _without_restoring(lambda graph: None):
             return super().prepare(model, example, rules)
 
@@ -86,7 +86,7 @@ class OtherDropout(_Edited):
 class FXOtherLiterals(FXBackend):
     """The same three, in the modules of fx."""
 
-    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[Rule] = ()) -> PreparedModules:
+    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedModules:
         prepared = super().prepare(model, example, rules)
         norm = prepared.get_submodule(prepared.batch_norms["bn2"])
         assert isinstance(norm, _BatchNorm)
