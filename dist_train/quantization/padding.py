@@ -97,7 +97,7 @@ def number_graph_paddings(graph: Graph) -> None:
         source, weight, rest = given[0], given[1], given[2:]
         spatial = weight.meta["val"].dim() - 2
         defaults: list[Any] = [None, [1], "valid", [1], 1]
-        bias, stride, padding, dilation, groups = [*rest, *defaults[len(rest) :]]
+        bias, stride, padding, dilation, groups = list(rest) + defaults[len(rest) :]
         # One number for each dimension, as torchao's patterns of convolution and batch norm have them.
         stride, dilation = (each if len(each) == spatial else [*each] * spatial for each in (stride, dilation))
         pairs = _pairs(padding, weight.meta["val"].shape[2:], dilation)

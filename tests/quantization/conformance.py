@@ -128,9 +128,10 @@ def _cell(model: Model, backend: str, outcome: str, notes: list[str]) -> str:
     kind = model.for_backend(backend)
     if outcome == INT8:
         return INT8 if kind == model.name else f"{INT8}, as `{kind}`"
-    if outcome not in notes:
-        notes.append(outcome)
-    return f"refused ({notes.index(outcome) + 1})"
+    note = re.sub(r"^\w+ (?=has no )", "the model ", outcome)  # one note for all classes that lack the same
+    if note not in notes:
+        notes.append(note)
+    return f"refused ({notes.index(note) + 1})"
 
 
 def block(text: str) -> str:
