@@ -34,6 +34,7 @@ from dist_train.models.weights import digest, load_weights
 from dist_train.progress import Progress
 from dist_train.quantization.backend import build_backend
 from dist_train.run_dir import RunDir
+from dist_train.same_model import FLOAT, SameModel
 from dist_train.selection import INT8
 from dist_train.stages.context import Context
 from dist_train.tasks import Task
@@ -117,12 +118,14 @@ def make_context(
         progress.say(PROMISE)
     model = _model(config, splits, world)
     folder = CheckpointFolder(run_dir.checkpoints)
-    weights = (
-        None if _holds_its_weights(config, folder) else _load_initial_weights(config, model, splits, world, progress)
-    )
     task: Task = registry.tasks.get(config.task.name)(splits.num_outputs, config.task.args)
     _check_metrics(config, task)
     try_out(config, model, splits, task, world)
+    same_model = SameModel()
+    same_model.require(FLOAT, model, torch.zeros(2, *splits.input_shape, device=world.device))
+    weights = (
+        None if _holds_its_weights(config, folder) else _load_initial_weights(config, model, splits, world, progress)
+    )
     if _QUANTIZES & set(config.stages):
         build_backend(config.qat).check(model, config.qat.rules)
         if bits := simulated_bits(config.qat.rules):
@@ -140,6 +143,7 @@ def make_context(
         progress=progress,
         model=model,
         threads=threads,
+        same_model=same_model,
         results={
             "run": config.run.name,
             "world_size": world.world_size,

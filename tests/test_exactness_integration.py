@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,4 +117,49 @@ def test_killed_at_random_moments_a_run_ends_like_an_undisturbed_one(
             assert time.monotonic() - start < 40
     assert len(set(hit)) >= 2, hit
     train_done(world_size, *command(config, killed))
+    assert_same_result(undisturbed, killed)
+
+
+# Ten steps of QAT, a checkpoint after each: BatchNorm freezes before step 3, the ranges before step 5.
+BOUNDARIES = CONFIG.replace("num_train: 403", "num_train: 240").replace("{width: 8}", "{width: 4, blocks: 1}")
+BOUNDARIES = BOUNDARIES.replace("epochs: 4", "epochs: 1").replace("{epochs: 3, ", "{epochs: 1, ")
+BOUNDARIES = BOUNDARIES.replace("every_steps: 4", "every_steps: 1")
+
+
+def latest(run_dir: Path) -> str | None:
+    return CheckpointFolder(RunDir(run_dir).checkpoints).latest
+
+
+def at_work_on(run_dir: Path) -> str | None:
+    return (read_json(RunDir(run_dir).status) or {}).get("stage")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_before_and_after_every_boundary_a_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
+    config, undisturbed, killed = tmp_path / "exact.yaml", tmp_path / "undisturbed", tmp_path / "killed"
+    config.write_text(BOUNDARIES.replace("data:\n", f"data:\n  cache_dir: {tmp_path / 'cache'}\n"))
+    train_done(3, *command(config, undisturbed))
+    moments: dict[str, Callable[[], bool]] = {
+        "ptq": lambda: at_work_on(killed) == "ptq",
+        **{
+            name: lambda name=name: latest(killed) == name  # type: ignore[misc]
+            for name in ("ptq-end", "qat-00000003", "qat-00000004", "qat-00000006", "qat-end")
+        },
+        "convert": lambda: at_work_on(killed) == "convert",
+        "convert-end": lambda: latest(killed) == "convert-end",
+        "export": lambda: (killed / "export" / "manifest.json").exists(),
+        "export-end": lambda: latest(killed) == "export-end",
+    }
+    found: list[Any] = []
+    for moment, reached in moments.items():
+        with train(3, *command(config, killed)) as ranks:
+            assert ranks.until(reached), f"{moment}: {ranks.printed()}"
+            ranks.kill()
+        found.append(latest(killed))
+    # A kill may come a step after what was waited for, but not past the next boundary.
+    assert found[0] == "train-end" and found[1] in ("ptq-end", "qat-00000001")
+    assert [name[:5] for name in found[2:5]] == ["qat-0"] * 3 and "qat-00000010" not in found
+    assert found[5:] == ["qat-end", "qat-end", "convert-end", "convert-end", "export-end"]
+    train_done(3, *command(config, killed))
     assert_same_result(undisturbed, killed)

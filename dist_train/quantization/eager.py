@@ -20,6 +20,7 @@ from dist_train.quantization import torch_ao
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize
 from dist_train.quantization.float_model import quietly
 from dist_train.quantization.integer import IntegerModel, integer_program
+from dist_train.quantization.padding import refuse_uneven_padding
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.prepared_modules import PreparedModules, statistics_names
 from dist_train.quantization.ranges import Ranges
@@ -55,6 +56,7 @@ class EagerBackend:
                 "--qat.backend pt2e or fx, which take any model; or one made for it, such as --model.name quantized_resnet18",
             )
         torch_ao.check_model(model)
+        refuse_uneven_padding(model)
 
     def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedModules:
         """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from dist_train.quantization import torch_ao
 from dist_train.quantization.float_model import quietly
 from dist_train.quantization.graph_rewrite import name_fake_quantizers
 from dist_train.quantization.integer import IntegerModel, integer_program
+from dist_train.quantization.padding import pad_before_modules
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.prepared_modules import PreparedModules, statistics_names
 from dist_train.quantization.ranges import Ranges
@@ -61,6 +63,7 @@ class FXBackend:
             names = statistics_names(float_copy)
             # Traced in evaluation mode, so that functional dropout is off in training, too.
             graph = _trace(float_copy.eval())
+            pad_before_modules(graph)
             prepared = torch_ao.prepare_qat_fx(graph.train(), mapping, (example,))
         name_fake_quantizers(prepared)
         result = PreparedModules(prepared, names)
@@ -78,7 +81,7 @@ class FXBackend:
         model = copy.deepcopy(prepared.model).cpu().eval()
         assert isinstance(model, GraphModule)
         with quietly(), integer_kernels(self.engine):
-            return IntegerModel(torch_ao.convert_fx(model), self.engine)
+            return IntegerModel(_copy_before_means(torch_ao.convert_fx(model)), self.engine)
 
     def serialize(self, converted: nn.Module, example: Tensor) -> Program:
         """See QuantizationBackend.serialize."""
@@ -120,3 +123,15 @@ def _trace(model: nn.Module) -> GraphModule:
             f"torch.fx cannot trace {type(model).__name__}: {first}",
             "make forward free of branches that depend on the data, or try --qat.backend pt2e",
         ) from error
+
+
+def _copy_before_means(model: GraphModule) -> GraphModule:
+    """torch's integer mean over height and width fails where both are 1 and the strides are those of channels_last ("required rank 4")."""
+    for node in list(model.graph.nodes):
+        if node.args and (node.op, node.target) in (("call_method", "mean"), ("call_function", torch.mean)):
+            with model.graph.inserting_before(node):
+                contiguous: dict[str, Any] = {"memory_format": torch.contiguous_format}
+                copied = model.graph.call_method("clone", (node.args[0],), contiguous)
+            node.args = (copied, *node.args[1:])
+    model.recompile()
+    return model

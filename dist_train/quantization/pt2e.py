@@ -23,7 +23,8 @@ from dist_train.quantization.float_model import (
     refuse_cumulative_average,
     refuse_untracked_statistics,
 )
-from dist_train.quantization.graph_rewrite import aten, attribute, constant, layer_of
+from dist_train.quantization.graph_rewrite import attribute, constant, layer_of
+from dist_train.quantization.padding import number_graph_paddings
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.prepared_graph import PreparedGraph
 from dist_train.quantization.quantizer import RuleQuantizer
@@ -50,6 +51,7 @@ class PT2EBackend:
             _make_affine(float_copy)
             graph = _export(float_copy, example)
             _refuse_known_failures(graph.graph)
+            number_graph_paddings(graph.graph)
             _keep_batch_norms_invertible(graph)
             literals = graph_rewrite.batch_norm_literals(graph.graph)
             quantized = prepare_qat_pt2e(graph, quantizer)
@@ -158,12 +160,6 @@ def _make_affine(model: nn.Module) -> None:
 
 
 def _refuse_known_failures(graph: Graph) -> None:
-    for node in graph.nodes:
-        if node.target in (aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding):
-            raise QuantizationError(
-                f"{layer_of(node)}: a convolution with padding={node.args[4]!r} cannot be quantized by PT2E",
-                "give the padding as a number: 'same' with an odd kernel is padding=dilation * (kernel_size - 1) // 2, 'valid' is padding=0",
-            )
     for node in graph_rewrite.batch_norms(graph):
         if node.args[3] is None:
             raise refuse_untracked_statistics(layer_of(node))

@@ -20,6 +20,7 @@ from dist_train.quantization.float_model import (
     refuse_cumulative_average,
     refuse_untracked_statistics,
 )
+from dist_train.quantization.padding import number_paddings
 
 try:
     from torch.ao.quantization import FakeQuantizeBase, QConfig, get_default_qat_qconfig
@@ -113,7 +114,11 @@ def check_model(model: nn.Module) -> None:
 
 
 def make_ready(model: nn.Module) -> nn.Module:
-    """Gives every batch norm a weight by which QAT can divide, in place. One without gets ones, and zeros for bias, that are not trained."""
+    """Gives every batch norm a weight by which QAT can divide, and convolutions numbers for their padding, in place.
+
+    A batch norm without a weight gets ones, and zeros for bias, that are not trained.
+    """
+    number_paddings(model)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             if module.weight is None:

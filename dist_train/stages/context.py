@@ -32,6 +32,7 @@ from dist_train.quantization.backend import QuantizationBackend, build_backend
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.retention import Retention
 from dist_train.run_dir import RunDir, replace_json
+from dist_train.same_model import PREPARED, SameModel
 from dist_train.strategies.base import Strategy
 from dist_train.tasks import Task
 from dist_train.trackers.base import Trackers
@@ -75,6 +76,7 @@ class Context:
     program: Program | None = None
     ranges_sha256: str = ""
     probe: dict[str, torch.Tensor] = field(default_factory=dict)
+    same_model: SameModel = field(default_factory=SameModel)
     _prepared: PreparedModel | None = None
     retention: Retention = field(init=False)
     _kept_source: Source | None = None
@@ -102,6 +104,7 @@ class Context:
             if self.config.model.channels_last:
                 example = example.contiguous(memory_format=torch.channels_last)
             self._prepared = self.backend.prepare(self.model, example, self.config.qat.rules)
+            self.same_model.require(PREPARED, self._prepared, example)
             if self.quantized is not None:
                 self._prepared.load_state_dict(self.quantized)
         return self._prepared
@@ -288,6 +291,7 @@ class Context:
             record = {
                 "data": self.splits.fingerprint,
                 "described": self._described,
+                "same_model": self.same_model.state_dict(),
                 "results": self.results,
                 "finished_stages": self.finished,
                 "retention": self.retention.note(state["stage"], name),

@@ -232,7 +232,6 @@ def conv(**settings: object) -> nn.Conv2d:
 @pytest.mark.parametrize(
     ("model", "message", "hint"),
     [
-        (Variant(conv(padding="same"), plain), "conv: .*padding='same'", "kernel_size - 1"),
         (Variant(conv(), branching), "cannot trace Variant: ", "branches"),
         (Variant(conv(), normalised, bn=nn.BatchNorm2d(4, momentum=None)), "bn: .*momentum=None", "0.1"),
         (
@@ -244,7 +243,6 @@ def conv(**settings: object) -> nn.Conv2d:
         (nn.Sequential(nn.Flatten(), nn.Softmax(1)), "nothing that can be quantized", "stages"),
     ],
     ids=[
-        "padding-same",
         "data-dependent",
         "cumulative-average",
         "no-running-statistics",

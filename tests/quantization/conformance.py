@@ -1,0 +1,166 @@
+"""Which models which backend quantizes: each pair tried the whole way through a real run, and the table of what came of it.
+
+`python -m tests.quantization.conformance` tries all (about four minutes), writes the record beside this file and the README's table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+import dist_train
+from dist_train.errors import DistTrainError
+from dist_train.torchvision_names import QUANTIZABLE
+from tests.quantization import conformance_nets
+from tests.ranks import ROOT
+
+BACKENDS = ("pt2e", "fx", "eager")
+RECORD = Path(__file__).with_suffix(".json")
+README = ROOT / "README.md"
+INT8 = "int8"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A row of the table.
+
+    Attributes:
+        name: of a registered model, torchvision's or one of `conformance_nets`.
+        size: pixels of a side of the images.
+        args: of the model.
+        more: whether it is beyond the models that the suite is about.
+    """
+
+    name: str
+    size: int = 32
+    args: tuple[tuple[str, int], ...] = ()
+    more: bool = False
+
+    def for_backend(self, backend: str) -> str:
+        """The eager backend wants a model with stubs: torchvision's quantizable one, where there is one."""
+        quantizable = f"quantized_{self.name}"
+        return quantizable if backend == "eager" and quantizable in QUANTIZABLE else self.name
+
+
+MODELS = (
+    Model("resnet18"),
+    Model("resnet50"),
+    Model("mobilenet_v2"),
+    Model("mobilenet_v3_small"),
+    Model("mobilenet_v3_large"),
+    Model("efficientnet_b0"),
+    Model("vit_b_16", args=(("image_size", 32),)),
+    Model("convnext_tiny"),
+    Model("mlp", args=(("size", 32),)),
+    Model("reused_module"),
+    Model("same_padding"),
+    Model("branch_on_data"),
+    Model("shufflenet_v2_x0_5", 64, more=True),
+    Model("squeezenet1_1", more=True),
+    Model("densenet121", more=True),
+    Model("googlenet", more=True),
+    Model("regnet_y_400mf", more=True),
+    Model("mnasnet0_5", more=True),
+    Model("swin_t", more=True),
+)
+
+_CONFIG = """\
+run: {{name: conformance, dir: {folder}/run, threads_per_rank: 1, device: cpu}}
+data:
+  name: two_patterns
+  cache_dir: {folder}/cache
+  args: {{channels: 3, size: {size}}}
+  global_batch_size: 8
+  eval_batch_size: 32
+model: {{name: settled, args: {{kind: {kind}, size: {size}, args: {args}}}}}
+stages: [qat, convert, export]
+ptq: {{samples: 16}}
+qat: {{backend: {backend}, epochs: 1, optim: {{lr: 0.0001}}}}
+convert: {{agreement_bound: 0.9}}
+export: {{latency: false}}
+"""
+# The weights are not trained, and rounding grows from layer to layer of a deep random network: hence the looser bound of `convert`.
+
+
+def try_pair(model: Model, backend: str, folder: Path) -> str:
+    """`INT8` where the model went the whole way and every gate passed; else what the refusal says, on one line.
+
+    Any other error than one for people is raised: it is a bug.
+    """
+    kind = model.for_backend(backend)
+    file = folder / "conformance.yaml"
+    settings = {"folder": folder, "size": model.size, "kind": kind, "backend": backend}
+    file.write_text(_CONFIG.format(**settings, args=json.dumps(dict(model.args))))
+    try:
+        results = dist_train.run(dist_train.load_config(file))
+    except DistTrainError as error:
+        return re.sub(r"\s+", " ", f"{error.message} -> {error.hint}").replace(str(folder), "")
+    assert results["gates"].keys() == {"prepare", "convert", "artifact"}
+    assert all(gate["passed"] for gate in results["gates"].values())
+    assert results["stages"]["qat"]["steps"] == 2
+    return INT8
+
+
+def record() -> dict[str, dict[str, str]]:
+    """What was seen last: model -> backend -> as `try_pair`."""
+    seen: dict[str, dict[str, str]] = json.loads(RECORD.read_text())
+    return seen
+
+
+def table(seen: dict[str, dict[str, str]]) -> str:
+    """The Markdown table of a record, with each refusal as a note under it."""
+    notes: list[str] = []
+    lines = ["| model | " + " | ".join(f"`{backend}`" for backend in BACKENDS) + " |", "|---|---|---|---|"]
+    for model in MODELS:
+        cells = [_cell(model, backend, seen[model.name][backend], notes) for backend in BACKENDS]
+        lines.append(f"| `{model.name}` | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *(f"{number}. {note}" for number, note in enumerate(notes, start=1))])
+
+
+def _cell(model: Model, backend: str, outcome: str, notes: list[str]) -> str:
+    kind = model.for_backend(backend)
+    if outcome == INT8:
+        return INT8 if kind == model.name else f"{INT8}, as `{kind}`"
+    note = re.sub(r"^\w+ (?=has no )", "the model ", outcome)  # one note for all classes that lack the same
+    if note not in notes:
+        notes.append(note)
+    return f"refused ({notes.index(note) + 1})"
+
+
+def block(text: str) -> str:
+    """What stands between the README's marks."""
+    found = re.search(r"<!-- conformance -->\n(.*?)\n<!-- /conformance -->", text, re.DOTALL)
+    assert found, "README.md has no block <!-- conformance --> ... <!-- /conformance -->"
+    return found.group(1)
+
+
+def _try_all(names: Iterable[str]) -> None:
+    """Tries the models named (all by default) and writes record and README."""
+    torch.set_num_threads(1)
+    for model in MODELS:
+        if names and model.name not in names:
+            continue
+        outcomes = {}
+        for backend in BACKENDS:
+            with tempfile.TemporaryDirectory() as folder:
+                outcomes[backend] = try_pair(model, backend, Path(folder))
+            print(model.name, backend, outcomes[backend], flush=True)
+        seen = (record() if RECORD.exists() else {}) | {model.name: outcomes}
+        ordered = {each.name: seen[each.name] for each in MODELS if each.name in seen}
+        RECORD.write_text(json.dumps(ordered, indent=1) + "\n")
+    if {model.name for model in MODELS} == record().keys():
+        text = README.read_text()
+        README.write_text(text.replace(block(text), table(record())))
+
+
+assert conformance_nets  # its import registers the models
+
+if __name__ == "__main__":
+    _try_all(sys.argv[1:])

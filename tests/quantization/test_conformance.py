@@ -1,0 +1,35 @@
+"""Every model with every backend: the whole way, or a refusal that says what to do; and README says what was seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.quantization import conformance
+from tests.quantization.conformance import BACKENDS, INT8, MODELS, README, Model
+
+
+def test_the_readme_s_table_is_that_of_the_record() -> None:
+    assert conformance.block(README.read_text()) == conformance.table(conformance.record())
+
+
+def test_each_model_of_torchvision_goes_the_whole_way_with_pt2e_and_fx() -> None:
+    seen = conformance.record()
+    assert list(seen) == [model.name for model in MODELS]
+    refused = {(name, backend) for name, row in seen.items() for backend in ("pt2e", "fx") if row[backend] != INT8}
+    assert refused == {("branch_on_data", "pt2e"), ("branch_on_data", "fx")}
+
+
+def test_each_refusal_says_what_to_change() -> None:
+    for row in conformance.record().values():
+        for outcome in row.values():
+            message, _, hint = outcome.partition(" -> ")
+            assert outcome == INT8 or (message and hint)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_the_record_is_what_happens(model: Model, backend: str, tmp_path: Path) -> None:
+    assert conformance.try_pair(model, backend, tmp_path) == conformance.record()[model.name][backend]
