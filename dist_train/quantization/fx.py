@@ -40,6 +40,8 @@ class FXBackend:
         """See QuantizationBackend.check."""
         skipped_modules([name for name, _ in model.named_modules()], rules)
         torch_ao.check_model(model)
+        with quietly():
+            pad_before_modules(_trace(copy.deepcopy(model).eval()))
 
     def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[Rule] = ()) -> PreparedModules:
         """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
