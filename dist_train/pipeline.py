@@ -186,6 +186,7 @@ def _run(config: Config, run_dir: RunDir, world: World, attempt: int, warnings: 
     ledger.close()
     world.barrier("end")
     if world.is_main:
+        context.folder.keep_only(set(context.finished.values()))  # a kill may have come before older ones were removed
         replace_json(run_dir.results, context.results)
         status.set(state="done")
         trackers.close()

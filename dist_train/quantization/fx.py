@@ -45,6 +45,8 @@ class FXBackend:
         for rule in rules:
             _refuse_unsupported(rule)
         torch_ao.check_model(model)
+        with quietly():
+            pad_before_modules(_trace(copy.deepcopy(model).eval()))
 
     def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedModules:
         """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
