@@ -55,7 +55,7 @@ def test_several_nodes_find_rank_0_anew_after_each_restart_by_the_interface_of_t
     assert environ["GLOO_SOCKET_IFNAME"] == "eth1"
     own = replace(several, environment=(("GLOO_SOCKET_IFNAME", "ib0"),))
     assert torchrun.command(own).environ["GLOO_SOCKET_IFNAME"] == "ib0"
-    assert set(torchrun.command(JOB).environ) == {"DIST_TRAIN_NUM_PROCESSES"}
+    assert set(torchrun.command(JOB).environ) == {"DIST_TRAIN_NUM_PROCESSES", "DIST_TRAIN_EXIT_FILE"}
 
 
 def test_launch_names_the_interface_of_the_local_address_unless_one_is_named(
