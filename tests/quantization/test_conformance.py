@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from tests.quantization import conformance
 from tests.quantization.conformance import BACKENDS, INT8, MODELS, README, Model
@@ -28,8 +29,14 @@ def test_each_refusal_says_what_to_change() -> None:
             assert outcome == INT8 or (message and hint)
 
 
-@pytest.mark.slow
+IN_CI = ("resnet18", "mobilenet_v3_small", "mlp", "reused_module", "same_padding", "branch_on_data")
+
+
+def marked(model: Model) -> ParameterSet:
+    return pytest.param(model, id=model.name, marks=pytest.mark.slow if model.name in IN_CI else pytest.mark.long)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize("model", map(marked, MODELS))
 def test_the_record_is_what_happens(model: Model, backend: str, tmp_path: Path) -> None:
     assert conformance.try_pair(model, backend, tmp_path) == conformance.record()[model.name][backend]

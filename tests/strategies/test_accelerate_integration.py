@@ -81,7 +81,9 @@ def test_bf16_in_the_users_accelerate_config_is_seen_in_the_forward_of_both_rank
         told = (tmp_path / rank).read_text().split("\n")
         assert {"train torch.bfloat16", "eval torch.bfloat16"} <= set(told), told
         for mode in ("eval", "train"):
-            assert told.count(f"{mode} torch.float32") <= 2, "the trial forward and the fingerprint before training alone"
+            assert told.count(f"{mode} torch.float32") <= 2, (
+                "the trial forward and the fingerprint before training alone"
+            )
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert (environment["strategy"], environment["precision"], environment["world_size"]) == ("accelerate", "bf16", 2)
 
