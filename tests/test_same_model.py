@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import dist_train
-from dist_train.config_fit import QATConfig
+from dist_train.config_fit import QATConfig, RuleConfig
 from dist_train.errors import RunDirError
 from dist_train.quantization.backend import build_backend
 from dist_train.same_model import FLOAT, PREPARED, SameModel
@@ -92,14 +91,12 @@ def test_nothing_is_compared_with_another_version_of_torch(monkeypatch: pytest.M
     ("backend", "rules", "shown"),
     [
         ("eager", [], "quantizers.conv2_input.step_low"),
-        ("fx", [SimpleNamespace(match="conv2", skip=True)], "conv2"),
+        ("fx", [RuleConfig(match="conv2", skip=True)], "conv2"),
     ],
     ids=["another backend", "another rule"],
 )
-def test_another_preparation_of_the_same_model_is_refused(
-    backend: str, rules: list[SimpleNamespace], shown: str
-) -> None:
-    def prepared(backend: str, rules: list[SimpleNamespace]) -> nn.Module:
+def test_another_preparation_of_the_same_model_is_refused(backend: str, rules: list[RuleConfig], shown: str) -> None:
+    def prepared(backend: str, rules: list[RuleConfig]) -> nn.Module:
         torch.manual_seed(0)
         made = build_backend(QATConfig.model_validate({"backend": backend}))
         return made.prepare(StubNet(5, 1), EXAMPLE, rules)
