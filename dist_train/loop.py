@@ -158,7 +158,8 @@ def _train(run: Fit, state: TrainState) -> None:
             for hook in run.hooks:
                 hook.before_step(step)
             if first_step:
-                run.strategy.settle(wrapped, batch.micro_batches[0].inputs)
+                with world.heartbeat.within("set-up", at_least=world.timeout):  # it compiles, and connects the ranks
+                    run.strategy.settle(wrapped, batch.micro_batches[0].inputs)
             run.profile.before_step(step)
             seed_everything(derive_key("step", run.seed, run.stage, step, world.rank))
             sums = train_step(wrapped, batch, run.task, run.strategy)

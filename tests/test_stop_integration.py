@@ -72,7 +72,7 @@ def case(tmp_path: Path) -> Case:
 def steps_saved(case: Case) -> list[int]:
     """Steps of the checkpoints within the stage."""
     names = CheckpointFolder(case.run_dir.checkpoints).names()
-    return [int(name.partition("-")[2]) for name in names if not name.endswith("-end")]
+    return [int(name.split("-")[1]) for name in names if not name.endswith("-end")]
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_one_checkpoint(case: Case) -> None:
