@@ -91,6 +91,12 @@ def _restore_in_child() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
+def ignore_until_exit() -> None:
+    """For a process whose exit code is settled: it may take a second to end, and a signal is often sent twice."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def held_back() -> Iterator[None]:
     """Processes that the body starts get no signal before they say what they do with it; this process gets its own a moment later."""

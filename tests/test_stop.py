@@ -16,7 +16,8 @@ import torch
 import dist_train
 from dist_train.data.augment import Augmentation
 from dist_train.data.loader import Source
-from dist_train.run_dir import RunDir
+from dist_train.run_dir import RunDir, read_json
+from dist_train.status import Status, fail
 from dist_train.stop import ignore_in_worker, listening
 from dist_train.tasks import Classification
 from tests.small_runs import STEPS, Runs
@@ -74,6 +75,16 @@ def test_what_was_said_to_an_earlier_run_here_is_not_heard_by_this_one(
     assert runs("run", "--task.name", "asks_to_stop", "--train.epochs", "1") == 0
     assert not run_dir.stuck(0).exists() and not run_dir.stopping(0).exists()
     assert not run_dir.stop.exists(), "it came too late"
+
+
+def test_what_befalls_a_run_that_is_done_makes_no_failure_of_it(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    status = Status(run_dir, "run", 0)
+    status.set(state="done")
+    fail(run_dir, 0, BrokenPipeError())
+    assert read_json(run_dir.status)["state"] == "done"
+    fail(run_dir, 1, ValueError("of the next attempt"))
+    assert read_json(run_dir.status)["state"] == "failed"
 
 
 class _Rows(torch.utils.data.Dataset[Any]):

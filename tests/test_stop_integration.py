@@ -99,6 +99,19 @@ def test_under_an_agent_a_rank_that_was_stopped_ends_with_0_so_that_it_is_not_st
 
 
 @pytest.mark.slow
+def test_a_signal_to_a_rank_that_has_stopped_and_is_about_to_exit_changes_nothing(case: Case) -> None:
+    """As where Slurm sends it to all processes, and the agent, which gets it too, passes it on."""
+    case.run_dir.path.mkdir()
+    case.run_dir.stop.touch()
+    with case.start(1, "exit 0 0 wait") as ranks:
+        case.reached(ranks)
+        os.kill(ranks.processes[0].pid, signal.SIGTERM)
+        case.go()
+        assert ranks.wait() == [75], ranks.printed()
+    assert case.status()["state"] == "preempted"
+
+
+@pytest.mark.slow
 def test_the_file_stop_ends_the_run_and_is_gone_then(case: Case, undisturbed: bytes) -> None:
     with case.start(2, "forward 0 14 wait") as ranks:
         case.reached(ranks)
