@@ -33,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(VERBS, "", list(sys.argv[1:] if arguments is None else arguments))
     except Preempted as stop:
+        if arguments is None:  # the program itself, not a call of it
+            from dist_train.stop import ignore_until_exit
+
+            ignore_until_exit()
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"dist-train: {stop}", file=sys.stderr)
         return exit_code_when_preempted(os.environ)

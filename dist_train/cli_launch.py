@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
@@ -26,6 +27,7 @@ from dist_train.run_dir import RunDir, read_json, refuse_foreign
 
 USAGE = "{torchrun,accelerate,slurm} [OPTION ...] CONFIG [--dotted.key VALUE ...]"
 _PATIENCE_SECONDS = 20.0
+_SAVING_SECONDS = 15  # that an agent waits longer than its ranks need at most
 _ACTIONS = ("dry_run", "submit", "follow")
 
 
@@ -56,7 +58,13 @@ def launch(arguments: list[str]) -> int:
     base = config.run.dir or Path("runs") / config.run.name
     actions = {name: values.pop(name, False) for name in _ACTIONS}
     environment = values.pop("env")
-    defaults: dict[str, Any] = {"python": sys.executable, "rdzv_id": config.run.name}
+    grace = math.ceil(config.stop.grace)
+    defaults: dict[str, Any] = {
+        "python": sys.executable,
+        "rdzv_id": config.run.name,
+        "shutdown_timeout": grace + _SAVING_SECONDS,
+        "stop_before": max(Job.stop_before, grace + 4 * _SAVING_SECONDS),
+    }
     job = Job(
         arguments=(*words, "--run.dir", str(base)),
         run_dir=str(base),

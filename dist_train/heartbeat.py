@@ -34,13 +34,15 @@ class Heartbeat:
         memory = memoryview(bytearray(SIZE)) if memory is None else memory
         self._floats, self._ints, self._stage = memory[:96].cast("d"), memory[:96].cast("q"), memory[_STAGE]
         self._timeout = timeout
+        self.patience = 0.0
+        """Seconds that every phase may take at least, while models are compiled."""
 
     def identify(self, rank: int, world_size: int, attempt: int) -> None:
         self._ints[_RANK], self._ints[_WORLD_SIZE], self._ints[_ATTEMPT] = rank, world_size, attempt + 1
 
     def enter(self, phase: Phase, at_least: float = 0.0) -> None:
         """The rank begins `phase`, or goes on in it: it is alive. `at_least`: seconds that it may take though the timeout is less."""
-        self._floats[_LIMIT] = max(self._timeout, at_least) if self._timeout else 0.0
+        self._floats[_LIMIT] = max(self._timeout, self.patience, at_least) if self._timeout else 0.0
         self._ints[_PHASE] = PHASES.index(phase)
         self._floats[_BEAT] = time.monotonic()
 

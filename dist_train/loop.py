@@ -144,13 +144,15 @@ def _train(run: Fit, state: TrainState) -> None:
     world = run.strategy.world
     lag = 1 if world.device.type == "cuda" else 0
     outlook = Outlook(run.stage, run.total_steps, run.log_every, run.progress, run.trackers, lag)
-    first_step = True
+    first_step, first_epoch = True, state.step // run.steps_per_epoch
     if state.epoch_open:  # it was stopped between the last step of an epoch and its evaluation
         for hook in run.hooks:
             hook.before_step(state.step - 1)
         _end_epoch(run, state, (state.step - 1) // run.steps_per_epoch)
     while state.step < run.total_steps and not state.selection.stop:
         epoch, first = divmod(state.step, run.steps_per_epoch)
+        # An epoch has all the shapes, each of which is compiled.
+        world.heartbeat.patience = world.timeout if run.compile and epoch == first_epoch else 0.0
         world.heartbeat.begin("data")
         for batch in outlook.clock.timed(run.loader.epoch(epoch, first, run.steps_per_epoch)):
             step = state.step
@@ -158,7 +160,8 @@ def _train(run: Fit, state: TrainState) -> None:
             for hook in run.hooks:
                 hook.before_step(step)
             if first_step:
-                run.strategy.settle(wrapped, batch.micro_batches[0].inputs)
+                with world.heartbeat.within("set-up", at_least=world.timeout):  # it compiles, and connects the ranks
+                    run.strategy.settle(wrapped, batch.micro_batches[0].inputs)
             run.profile.before_step(step)
             seed_everything(derive_key("step", run.seed, run.stage, step, world.rank))
             sums = train_step(wrapped, batch, run.task, run.strategy)
@@ -180,6 +183,7 @@ def _train(run: Fit, state: TrainState) -> None:
                 _save(run, state)
                 _stop_if(outlook.stop_agreed, run, state)
             world.heartbeat.begin("data")
+        world.heartbeat.patience = 0.0
         state.left_out += outlook.drain()
         _require_finite(state)
         state.epoch_open = True

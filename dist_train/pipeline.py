@@ -112,6 +112,7 @@ def _open(config: Config, run_dir: RunDir) -> int:
         run_dir.path.mkdir(parents=True, exist_ok=True)
         status = read_json(run_dir.status)
         attempt = 0 if status is None else int(status["restarts"]) + 1
+        run_dir.forget(attempt)
         Status(run_dir, config.run.name, attempt).set()
         if not (run_dir.checkpoints / "latest.json").exists():
             replace_text(run_dir.config, dump(config))
@@ -189,6 +190,7 @@ def _run(config: Config, run_dir: RunDir, world: World, attempt: int, warnings: 
         context.folder.keep_only(set(context.finished.values()))  # a kill may have come before older ones were removed
         replace_json(run_dir.results, context.results)
         status.set(state="done")
+        run_dir.stop.unlink(missing_ok=True)  # it came too late
         trackers.close()
         print_results(context.results)
         _say_paths(run_dir, progress)
@@ -235,6 +237,7 @@ def _run_stages(context: Context, attempt: int, status: Status) -> None:
         if interrupted is not None and not interrupted["finished"] and interrupted["stage"] == name:
             context.resume = interrupted["payload"]
         world.heartbeat.at_step(name, 0)
+        world.heartbeat.begin("set-up", at_least=world.timeout)
         if world.is_main:
             status.set(state="running", stage=name, step=0)
         stopwatch = Stopwatch()

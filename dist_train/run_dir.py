@@ -83,6 +83,12 @@ class RunDir:
     def wandb(self) -> Path:
         return self.logs / "wandb"
 
+    def forget(self, attempt: int) -> None:
+        """Removes what an attempt of the same number said, before the counting began anew here."""
+        self.stopping(attempt).unlink(missing_ok=True)
+        if self.stuck(attempt).exists():
+            shutil.rmtree(self.stuck(attempt))
+
     def details(self, model: str) -> Path:
         """What the final evaluation of a model showed besides its scalars."""
         return self.report / f"{model}.json"

@@ -41,12 +41,13 @@ class Status(Tracker):
 def fail(run_dir: RunDir, attempt: int, error: BaseException) -> None:
     """Notes a failure, by whichever rank it happened on. The first one of an attempt stays, but a cause replaces its echo on a peer.
 
-    What is only the echo of a rank that stopped as it was asked to is no failure.
+    What is only the echo of a rank that stopped as it was asked to is no failure. Nor is what befalls a rank that has only to leave: done
+    is done.
     """
     fields = read_json(run_dir.status) or {"stage": None, "step": 0}
     echo = isinstance(error, PeerError)
     ours = fields.get("restarts") == attempt
-    if ours and echo and fields.get("state") == "preempted":
+    if ours and (fields.get("state") == "done" or (echo and fields.get("state") == "preempted")):
         return
     if not (ours and fields.get("state") == "failed") or (_is_echo(fields["error"]) and not echo):
         text = f"{type(error).__name__}: {error}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import multiprocessing
 import multiprocessing.util as multiprocessing_exit
 import os
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h: a signal for when the parent is gone
 
 
 class StopRequest:
@@ -89,12 +91,30 @@ def _restore_in_child() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
+def ignore_until_exit() -> None:
+    """For a process whose exit code is settled: it may take a second to end, and a signal is often sent twice."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Processes that the body starts get no signal before they say what they do with it; this process gets its own a moment later."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def ignore_in_worker(worker: int) -> None:
     """As a DataLoader's `worker_init_fn`: a worker lives through a signal that is meant for all processes of a job, as the rank needs its
-    batches to end a step. It then outlives `terminate` too, and is killed when the rank exits.
+    batches to end a step. It then outlives `terminate` too, and is killed when the rank exits, or is killed itself.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _kill_daemons() -> None:

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,7 +21,7 @@ from pathlib import Path
 from dist_train.config import Config
 from dist_train.heartbeat import SIZE, Heartbeat
 from dist_train.ranks import exit_code_when_preempted
-from dist_train.stop import StopRequest
+from dist_train.stop import StopRequest, held_back
 
 STACK_SIGNAL = signal.SIGRTMIN + 7  # nothing else is known to use it; faulthandler answers it in C
 NO_ORDER = 255
@@ -55,13 +56,14 @@ def watched(config: Config, stop: StopRequest) -> Iterator[Heartbeat]:
             "grace": config.stop.grace,
             "exit_code": exit_code_when_preempted(os.environ),
         }
-        watcher = subprocess.Popen(
-            [sys.executable, "-m", "dist_train.watcher", json.dumps(given)],
-            pass_fds=(record, stacks, signals, order),
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
+        with held_back():  # until it ignores them
+            watcher = subprocess.Popen(
+                [sys.executable, "-m", "dist_train.watcher", json.dumps(given)],
+                pass_fds=(record, stacks, signals, order),
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
         try:
             yield heartbeat
         finally:
@@ -77,9 +79,12 @@ def watched(config: Config, stop: StopRequest) -> Iterator[Heartbeat]:
 
 
 def _shared_file(name: str, stack: ExitStack) -> int:
-    number = os.memfd_create(name)
-    stack.callback(os.close, number)
-    return number
+    if hasattr(os, "memfd_create"):
+        number = os.memfd_create(name)
+        stack.callback(os.close, number)
+        return number
+    # Pythons that were built with an old C library, as many portable ones are, do not have it.
+    return stack.enter_context(tempfile.TemporaryFile(prefix=f"dist-train-{name}-")).fileno()
 
 
 def _pipe(stack: ExitStack) -> tuple[int, int]:

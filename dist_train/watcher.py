@@ -28,6 +28,7 @@ _LONG_STEP_SECONDS = 2.0  # only a rank that is quiet for so long looks for file
 _GATHER_SECONDS = 8.0  # for the reports of all ranks
 _STACKS_SECONDS = 3.0
 _OBEY_SECONDS = 1.5  # between the order to end and SIGKILL
+_SUSPENDED_SECONDS = 5.0  # that a sleep was too long by: this process did not run, and so the rank did not either
 
 
 class Watcher:
@@ -47,7 +48,8 @@ class Watcher:
         self._run_dir = RunDir(Path(run_dir))
         self._grace, self._exit_code = grace, exit_code
         self._asked: float | None = None
-        self._gone = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
+        self._gone = _pidfd(pid)
+        self._awake = time.monotonic()
 
     def run(self) -> None:
         while self._alive() and not self._pulse.ended:
@@ -57,7 +59,10 @@ class Watcher:
 
     def _sleep(self, seconds: float) -> None:
         """Less where the rank ends or gets a signal."""
+        began = time.monotonic()
         select.select([self._signals] if self._gone is None else [self._signals, self._gone], [], [], seconds)
+        if time.monotonic() - began > seconds + _SUSPENDED_SECONDS:
+            self._awake = time.monotonic()
 
     def _alive(self) -> bool:
         if self._gone is not None:
@@ -83,11 +88,11 @@ class Watcher:
         return any(number in numbers for number in (signal.SIGTERM, signal.SIGUSR2))
 
     def _told(self) -> bool:
-        """By the file STOP, or by another rank whose step is long."""
+        """By the file STOP, or by another rank whose step is long. (Path.exists would raise what a file system says for a moment.)"""
         quiet, attempt = self._pulse.age > _LONG_STEP_SECONDS, self._pulse.attempt
-        if (self._pulse.rank == 0 or quiet) and self._run_dir.stop.exists():
+        if (self._pulse.rank == 0 or quiet) and os.path.exists(self._run_dir.stop):
             self._pulse.stop_reason = STOP_REASONS[1]
-        elif quiet and attempt is not None and self._run_dir.stopping(attempt).exists():
+        elif quiet and attempt is not None and os.path.exists(self._run_dir.stopping(attempt)):
             self._pulse.stop_reason = STOP_REASONS[2]
         return bool(self._pulse.stop_reason)
 
@@ -113,9 +118,10 @@ class Watcher:
         limit = self._pulse.limit
         if not limit or self._pulse.ended:
             return
-        attempt, age = self._pulse.attempt, self._pulse.age
+        # Where the whole job was suspended (Ctrl-Z, Slurm's gang scheduling), so was this process.
+        attempt, age = self._pulse.attempt, min(self._pulse.age, time.monotonic() - self._awake)
         # Another rank may have seen it first, as this one was still going on when that one got stuck.
-        seen = age > limit / 4 and attempt is not None and self._run_dir.stuck(attempt).exists()
+        seen = age > limit / 4 and attempt is not None and os.path.exists(self._run_dir.stuck(attempt))
         if age > limit or seen:
             self._end_stuck(attempt, age, limit)
 
@@ -138,7 +144,8 @@ class Watcher:
 
     def _ask_for_stacks(self) -> str:
         """The rank's Python stacks; faulthandler writes them where the process can run at all."""
-        os.kill(self._pid, STACK_SIGNAL)
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, STACK_SIGNAL)
         end, size = time.monotonic() + _STACKS_SECONDS, 0
         while time.monotonic() < end:
             time.sleep(0.1)
@@ -150,7 +157,10 @@ class Watcher:
 
     def _state(self) -> str:
         """The kernel's letter for the process: R running, S sleeping, D in the kernel (disk), T stopped."""
-        return Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()[0]
+        try:
+            return Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:  # no /proc here, or the process has just ended
+            return "?"
 
     def _gather(self, folder: Path, own: Report, stacks: str) -> list[Report]:
         """What all ranks report, or those that do within a while."""
@@ -181,6 +191,14 @@ class Watcher:
             with suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
         raise SystemExit(0)
+
+
+def _pidfd(pid: int) -> int | None:
+    """None where Python or the kernel (before 5.3, or in a container that forbids it) does not have them."""
+    try:
+        return os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
+    except OSError:
+        return None
 
 
 def main(given: dict[str, Any]) -> None:

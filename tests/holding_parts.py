@@ -7,6 +7,7 @@ lock (how: lock). Without HOLD nothing holds.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import time
@@ -56,6 +57,9 @@ class _Rows(torch.utils.data.Dataset[Any]):
         if len(self) == 120:
             hold("data")
         return self._images[index], index % 6
+
+
+atexit.register(hold, "exit")
 
 
 @dist_train.register_dataset("held")

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 180.0
 
@@ -91,12 +93,28 @@ class Ranks:
             time.sleep(0.005)
         return True
 
+    def until_alone(self, rank: int, deadline: float = 10.0) -> bool:
+        """Waits until of this rank's process group nobody is left but those that are dead and not yet buried."""
+        end = time.monotonic() + deadline
+        while time.monotonic() < end:
+            if not any(_is_of(process, self.processes[rank].pid) for process in psutil.process_iter()):
+                return True
+            time.sleep(0.05)
+        return False
+
     def output(self, rank: int) -> str:
         self.outputs[rank].seek(0)
         return self.outputs[rank].read()
 
     def printed(self) -> str:
         return "\n".join(f"--- rank {rank}\n{self.output(rank)}" for rank in range(len(self.outputs)))
+
+
+def _is_of(process: psutil.Process, group: int) -> bool:
+    try:
+        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
 
 
 def train(world_size: int, *arguments: str, environ: dict[str, str] | None = None) -> Ranks:

@@ -13,6 +13,7 @@ from torch import nn
 from dist_train import loop
 from dist_train.errors import NonFiniteLossError
 from dist_train.evaluate import Evaluation
+from dist_train.heartbeat import Heartbeat
 from dist_train.loop import fit
 from dist_train.outlook import Outlook
 from dist_train.tasks import Classification
@@ -261,10 +262,13 @@ def test_bf16_autocast_trains_with_float32_parameters() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_model_trains_like_an_eager_one() -> None:
     found = []
+    world = World(heartbeat=Heartbeat(timeout=5.0))
     for compile in (False, True):
-        model = mlp()
-        made = make(World(), model, micro=4, compile=compile)
+        model, limits = mlp(), Watch(lambda: world.heartbeat.limit)
+        made = make(world, model, micro=4, compile=compile, hooks=[limits])
         state = fit(made.run, model, None)
+        # Compiling is not being stuck.
+        assert limits.seen == [world.timeout if compile else 5.0] * 4 + [5.0] * 4
         found.append((made.recorder.of("loss"), flat(state.chosen), state.metrics["top1"]))
         assert all("_orig_mod" not in name for name in model.state_dict())
     assert found[1][0] == pytest.approx(found[0][0], abs=1e-5) and found[1][1] == pytest.approx(found[0][1], abs=1e-5)

@@ -72,7 +72,7 @@ def case(tmp_path: Path) -> Case:
 def steps_saved(case: Case) -> list[int]:
     """Steps of the checkpoints within the stage."""
     names = CheckpointFolder(case.run_dir.checkpoints).names()
-    return [int(name.partition("-")[2]) for name in names if not name.endswith("-end")]
+    return [int(name.split("-")[1]) for name in names if not name.endswith("-end")]
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_one_checkpoint(case: Case) -> None:
@@ -95,6 +95,19 @@ def test_under_an_agent_a_rank_that_was_stopped_ends_with_0_so_that_it_is_not_st
         os.kill(ranks.processes[0].pid, signal.SIGTERM)
         case.go()
         assert ranks.wait() == [0], ranks.printed()
+    assert case.status()["state"] == "preempted"
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_rank_that_has_stopped_and_is_about_to_exit_changes_nothing(case: Case) -> None:
+    """As where Slurm sends it to all processes, and the agent, which gets it too, passes it on."""
+    case.run_dir.path.mkdir()
+    case.run_dir.stop.touch()
+    with case.start(1, "exit 0 0 wait") as ranks:
+        case.reached(ranks)
+        os.kill(ranks.processes[0].pid, signal.SIGTERM)
+        case.go()
+        assert ranks.wait() == [75], ranks.printed()
     assert case.status()["state"] == "preempted"
 
 

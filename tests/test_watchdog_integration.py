@@ -68,6 +68,27 @@ def test_a_stopped_process_is_named_and_does_not_stay(case: Case) -> None:
 
 
 @pytest.mark.slow
+def test_a_data_worker_that_is_stuck_does_not_outlive_its_rank(case: Case) -> None:
+    with case.start(1, "data 0 70 wait", *WATCHED) as ranks:
+        case.reached(ranks)
+        ends(ranks)
+        assert ranks.until_alone(0), "a process of its group is left"
+
+
+@pytest.mark.slow
+def test_a_job_that_was_suspended_and_goes_on_is_left_alone(case: Case) -> None:
+    """As by Ctrl-Z, or by Slurm where jobs take turns: all its processes were stopped for longer than the timeout."""
+    with case.start(1, "forward 0 14 wait", *WATCHED, "--train.epochs", "2") as ranks:
+        case.reached(ranks)
+        os.killpg(ranks.processes[0].pid, signal.SIGSTOP)
+        time.sleep(2 * TIMEOUT)
+        os.killpg(ranks.processes[0].pid, signal.SIGCONT)
+        time.sleep(TIMEOUT / 2)
+        case.go()
+        assert ranks.wait() == [0], ranks.printed()
+
+
+@pytest.mark.slow
 def test_a_run_that_goes_on_slowly_is_left_alone(case: Case) -> None:
     """Each step is well within the timeout; all of them together are not."""
     with case.start(1, "forward 0 14 wait", *WATCHED, "--train.epochs", "2") as ranks:

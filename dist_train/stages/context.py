@@ -256,7 +256,9 @@ class Context:
     def save_step(
         self, stage: str, step: int, state: dict[str, Any], best_first: Sequence[int], needed: int | None
     ) -> None:
-        name, best = self._step_name(stage, step), [self._step_name(stage, each) for each in best_first]
+        # The state of the same step after its evaluation gets a name of its own, while the one before is in force.
+        name = self._step_name(stage, step) + ("-open" if state["epoch_open"] else "")
+        best = [self._step_name(stage, each) for each in best_first]
         kept = {name} if needed is None else {name, self._step_name(stage, needed)}
 
         def choose(names: Sequence[str]) -> set[str]:

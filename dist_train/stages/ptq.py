@@ -69,7 +69,9 @@ def initialise_ranges(prepared: PreparedModel, batches: Iterable[Batch], world: 
     prepared.observe(True)
     prepared.fake_quantize(False)
     ranges.drop()
+    world.heartbeat.begin("evaluate")
     for batch in batches:
+        world.heartbeat.enter("evaluate")
         prepared(batch.inputs)
     ranges.update(world.all_reduce(ranges.observed(), "max"), averaging=1.0)
     ranges.require_known()
@@ -78,6 +80,7 @@ def initialise_ranges(prepared: PreparedModel, batches: Iterable[Batch], world: 
         histograms = Histograms(ranges)
         with histograms.counting():
             for batch in batches:
+                world.heartbeat.enter("evaluate")
                 prepared(batch.inputs)
         world.all_reduce(histograms.counts, "sum")
         if settings.ranges == "percentile":

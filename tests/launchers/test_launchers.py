@@ -75,6 +75,20 @@ def test_launch_names_the_interface_of_the_local_address_unless_one_is_named(
     assert "GLOO_SOCKET_IFNAME" not in capsys.readouterr().out
 
 
+def test_an_agent_waits_longer_than_the_ranks_may_take_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.yaml").write_text("run: {name: small}\nstages: [train]\nstop: {grace: 199.5}\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["launch", "torchrun", "--dry-run", "small.yaml"]) == EXIT_DONE
+    assert "--shutdown-timeout 215 " in capsys.readouterr().out
+    assert main(["launch", "slurm", "--dry-run", "small.yaml"]) == EXIT_DONE
+    script = capsys.readouterr().out
+    assert "--shutdown-timeout 215 " in script and "--signal=B:USR2@260\n" in script
+    assert main(["launch", "torchrun", "--dry-run", "--shutdown-timeout", "50", "small.yaml"]) == EXIT_DONE
+    assert "--shutdown-timeout 50 " in capsys.readouterr().out
+
+
 def test_nodes_that_are_given_no_port_find_the_same_one_and_another_job_s_find_another() -> None:
     several = replace(JOB, nodes=(2, 2), endpoint="gpu1")
     assert torchrun.port(several) == torchrun.port(replace(several, is_host=True, local_addr="10.0.0.2"))
