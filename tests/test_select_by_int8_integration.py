@@ -34,6 +34,7 @@ def test_the_epoch_that_is_best_as_int8_is_handed_on_and_patience_counts_it(tmp_
     assert models["fake_quant"].keys() == {"top1", "top5", "loss", "count"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_selection_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     settings = [*QAT, "--qat.backend", "fx", "--task.name", "interruptible"]

@@ -58,6 +58,7 @@ def test_the_message_names_the_rank_and_the_phase_and_the_stacks_are_kept(
         assert "in hold" in stacks[int(hold.split()[1])], "also where a C call holds the interpreter's lock"
 
 
+@pytest.mark.slow
 def test_a_stopped_process_is_named_and_does_not_stay(case: Case) -> None:
     with case.start(2, "forward 1 14 wait", *WATCHED) as ranks:
         case.reached(ranks)
