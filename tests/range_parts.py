@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,15 @@ class Net(PreparedModel):
     @property
     def fixed_fake_quantizers(self) -> list[nn.Module]:
         return []
+
+    def literals(self) -> Iterator[tuple[str, float]]:
+        return iter([("norm.eps", self.norm.eps)])
+
+    def keep_dropout(self) -> None:
+        raise NotImplementedError("there is none")
+
+    def batch_moments(self) -> AbstractContextManager[None]:
+        raise NotImplementedError("nobody asks for them here")
 
     def train(self, mode: bool = True) -> Net:
         super().train(mode)
