@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import os
 import shutil
 import signal
@@ -99,7 +100,7 @@ class Paired:
     half_width: float
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± {self.half_width:.2f}"
+        return f"{self.mean:+.2f} ± " + ("-" if math.isnan(self.half_width) else f"{self.half_width:.2f}")
 
 
 class Failed(Exception):
@@ -193,11 +194,12 @@ class Bench:
             command = [sys.executable, *agent, "-m", "dist_train", "run", str(CONFIG), *settings]
             log = run_dir.with_name(f"{run_dir.name}.log")
             code = call(command, log, self.options.timeout)
-            if state(here) == "preempted":
+            if code == 0 and state(here) == "preempted":  # under torchrun a stopped rank exits 0
                 stopped()
             if code != 0 or state(here) != "done":
                 last = "\n".join(f"  | {line}" for line in log.read_text(errors="replace").splitlines()[-15:])
-                raise Failed(f"{run_dir}: {code}, all of it in {log}\n{last}")
+                how = f"exit code {code}" if isinstance(code, int) else code
+                raise Failed(f"{run_dir}: {how}; all it printed is in {log}\n{last}")
         elif changed := differences(recorded_config(here), config):
             raise ConfigError(changed, f"{run_dir} holds a run with other settings: --out with another folder")
         found: dict[str, Any] = read_json(here.results)
@@ -351,7 +353,7 @@ def finite(value: Any) -> Any:
         return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list):
         return [finite(each) for each in value]
-    return None if value != value else value
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 if __name__ == "__main__":
