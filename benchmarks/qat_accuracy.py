@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import math
 import os
 import shutil
 import signal
@@ -94,13 +93,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Paired:
-    """The mean over seeds of a difference to FP32 in points, and half the width of its 95 % interval; NaN for one seed."""
+    """The mean over seeds of a difference to FP32 in points, and half the width of its 95 % interval; None for one seed."""
 
     mean: float
-    half_width: float
+    half_width: float | None
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± " + ("-" if math.isnan(self.half_width) else f"{self.half_width:.2f}")
+        return f"{self.mean:+.2f} ± " + ("-" if self.half_width is None else f"{self.half_width:.2f}")
 
 
 class Failed(Exception):
@@ -111,7 +110,7 @@ def paired(differences_in_points: Sequence[float]) -> Paired:
     n = len(differences_in_points)
     mean = statistics.mean(differences_in_points)
     if n == 1:
-        return Paired(mean, float("nan"))
+        return Paired(mean, None)
     quantile = float(student_t.ppf(0.975, n - 1))
     return Paired(mean, quantile * statistics.stdev(differences_in_points) / n**0.5)
 
@@ -336,7 +335,7 @@ def main() -> int:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     summary = [asdict(each) | {"passed": each.passed} for each in found]
     written = {"settings": settings, "bar": BAR, "passed": passed, "summary": summary, "failed": failed}
-    replace_json(options.json, finite(written | {"rows": [asdict(row) for row in rows]}))
+    replace_json(options.json, written | {"rows": [asdict(row) for row in rows]})
     print(f"\nbar: |mean of int8 - fp32| at most {BAR} point: {'passed' if passed else 'MISSED'}")
     print(f"written: {options.json}")
     return 0 if passed else EXIT_FAILED
@@ -345,15 +344,6 @@ def main() -> int:
 def stopped(*_: object) -> None:
     print("\nqat_accuracy: stopped; the same command goes on", file=sys.stderr)
     raise SystemExit(EXIT_PREEMPTED)
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN, which the interval of one seed is: null."""
-    if isinstance(value, dict):
-        return {key: finite(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 if __name__ == "__main__":
