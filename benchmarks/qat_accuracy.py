@@ -17,7 +17,8 @@ Stop it at any moment (Ctrl-C, SIGTERM) and type the same line: finished runs ar
 
 The bar: |mean over the seeds of int8 - FP32| is at most 0.1 point, for every model and backend. A gain counts as a miss, too: then qat
 trained what `train` had left to learn, and the pair does not show what quantization costs. The interval of 95 % is Student's t over the
-seeds. Exit code 0: within the bar; 1: it is missed, or a run failed; 75: stopped, to be resumed.
+seeds. The gate `convert` is off, so that what it would refuse is measured, too: column `agree` is what it looks at, the share of the test
+images on which int8 decides as fake quantization does, the least of the seeds. Exit code 0: within the bar; 1: it is missed, or a run failed; 75: stopped, to be resumed.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from scipy.stats import t as student_t
 
 from dist_train import load_config
 from dist_train.config_data import DataConfig
+from dist_train.config_fit import ConvertConfig
 from dist_train.config_sources import differences
 from dist_train.data.arrays import ImageArrays
 from dist_train.data.idx import fashion_mnist
@@ -55,6 +57,7 @@ FIGURES = ("fp32", "ptq", "fake_quant", "int8")
 # Before an averaged model is handed on, its BatchNorm statistics are estimated anew. Moving ones of MobileNetV3, whose momentum is 0.01,
 # still hold 2 % of their first values, 1, after the default's 378 steps: of variances that are far smaller.
 EMA_DECAY = 0.98
+GATE = ConvertConfig().agreement_bound
 GRACE = 60  # seconds: torchrun's own 30 until it kills its ranks, and some
 
 
@@ -78,7 +81,11 @@ ALL = {"models": list(MODELS), "train_samples": TRAIN_SAMPLES, "epochs": 8, "qat
 
 @dataclass(frozen=True)
 class Row:
-    """Top-1 of one float model and what one backend made of it; `lowered` is int8 in its runtime, None where it ran in none."""
+    """Top-1 of one float model and what one backend made of it.
+
+    `lowered`: of int8 in its runtime; None where it ran in none. `agreement`: share of the images on which int8 decides as the
+    fake-quantized model does, in process or in the runtime, whichever is less.
+    """
 
     model: str
     backend: str
@@ -88,6 +95,7 @@ class Row:
     fake_quant: float
     int8: float
     lowered: float | None
+    agreement: float
     seconds: float
 
 
@@ -166,7 +174,8 @@ class Bench:
             if model_name is None:
                 continue
             qat = ["--stages", "[ptq, qat, convert]", "--qat.backend", backend, "--qat.optim.lr", str(options.qat_lr)]
-            qat += epochs("qat", options.qat_epochs)
+            # What the gate would refuse is measured here all the same, and said.
+            qat += ["--convert.agreement_bound", "0", *epochs("qat", options.qat_epochs)]
             start = ["--model.name", model_name, "--model.init_from", str(folder / "fp32")]
             try:
                 found = self.run(folder / backend, [*own, *start, *qat])
@@ -224,7 +233,8 @@ def row_of(name: str, backend: str, seed: int, fp32: dict[str, Any], found: dict
     models = fp32["models"] | found["models"]
     top1 = {figure: models[figure]["top1"] for figure in FIGURES}
     lowered = models["int8"].get("lowered", {}).get("top1")
-    return Row(name, backend, seed, **top1, lowered=lowered, seconds=seconds(found))
+    agreement = min(found["gates"][gate]["value"] for gate in ("convert", "lowered") if gate in found["gates"])
+    return Row(name, backend, seed, **top1, lowered=lowered, agreement=agreement, seconds=seconds(found))
 
 
 def call(command: list[str], log: Path, timeout: float) -> int | str:
@@ -256,6 +266,8 @@ class Summary:
     means: dict[str, float]
     ptq_minus_fp32: Paired
     int8_minus_fp32: Paired
+    agreement: float
+    """The least of the seeds."""
 
     @property
     def passed(self) -> bool:
@@ -268,18 +280,20 @@ def summaries(rows: Sequence[Row]) -> list[Summary]:
         own = [row for row in rows if (row.model, row.backend) == (model, backend)]
         means = {name: statistics.mean(getattr(row, name) for row in own) for name in FIGURES}
         ptq, int8 = (paired([100 * (getattr(row, name) - row.fp32) for row in own]) for name in ("ptq", "int8"))
-        found.append(Summary(model, backend, len(own), means, ptq, int8))
+        agreement = min(row.agreement for row in own)
+        found.append(Summary(model, backend, len(own), means, ptq, int8, agreement))
     return found
 
 
 def table(found: Sequence[Summary]) -> str:
     head = f"{'model':19} {'backend':7} {'seeds':>5}" + "".join(f" {name:>10}" for name in FIGURES)
-    lines = [f"{head} {'ptq - fp32':>16} {'int8 - fp32':>16}  bar"]
+    lines = [f"{head} {'ptq - fp32':>16} {'int8 - fp32':>16} {'agree':>8}  bar"]
     for each in found:
         means = "".join(f" {mean:10.2%}" for mean in each.means.values())
         pairs, verdict = (each.ptq_minus_fp32, each.int8_minus_fp32), "passed" if each.passed else "MISSED"
         line = f"{each.model:19} {each.backend:7} {each.seeds:5}{means}" + "".join(f" {pair!s:>16}" for pair in pairs)
-        lines.append(f"{line}  {verdict}")
+        refused = f", below the gate of {GATE:.0%}" if each.agreement < GATE else ""
+        lines.append(f"{line} {each.agreement:8.2%}  {verdict}{refused}")
     return "\n".join(lines)
 
 
