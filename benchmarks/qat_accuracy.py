@@ -205,9 +205,9 @@ class Bench:
             if code == 0 and state(here) == "preempted":  # under torchrun a stopped rank exits 0
                 stopped()
             if code != 0 or state(here) != "done":
-                last = "\n".join(f"  | {line}" for line in log.read_text(errors="replace").splitlines()[-15:])
                 how = f"exit code {code}" if isinstance(code, int) else code
-                raise Failed(f"{run_dir}: {how}; all it printed is in {log}\n{last}")
+                why = (read_json(here.status) or {}).get("error") or "it did not say why"
+                raise Failed(f"{run_dir}: {how}: {why}\n  all it printed: {log}")
         elif changed := differences(recorded_config(here), config):
             raise ConfigError(changed, f"{run_dir} holds a run with other settings: --out with another folder")
         found: dict[str, Any] = read_json(here.results)
