@@ -1,0 +1,366 @@
+"""Top-1 of FP32, post-training quantization and int8 by each backend: on Fashion-MNIST, 2 ranks, over paired seeds.
+
+    pip install -e '.[quickstart]'
+    python benchmarks/qat_accuracy.py [--all] [--seeds 3] [--models small_resnet ...] [--backends pt2e fx eager]
+        [--train-samples 16000] [--epochs 6] [--qat-epochs 1] [--out runs/qat_accuracy] [--json qat_accuracy.json]
+
+Every figure is of the real program, `torchrun --nproc_per_node 2 -m dist_train run configs/fashion_mnist.yaml ...`: for each model and
+seed one run with the stage `train`, and from its float model (`model.init_from`) one run of `ptq`, `qat` and `convert` for each backend.
+So all of a seed's figures belong to one float model, and their differences are paired. The eager backend takes part where torchvision
+has the model in a quantizable form. Each top-1 is of all 10,000 test images.
+
+By default small_resnet and mobilenet_v3_small, 6 epochs of 16,000 images without augmentation, 1 of qat: 15 minutes or so on 2 idle cores.
+`--all` adds resnet18 and mobilenet_v2 and trains as configs/fashion_mnist.yaml says, 8 epochs of 60,000 images with augmentation, 2 of qat:
+4 hours or so. --models, --train-samples, --epochs, --qat-epochs and --augment change either.
+
+Stop it at any moment (Ctrl-C, SIGTERM) and type the same line: finished runs are read, not run again, and the interrupted one resumes.
+
+The bar: |mean over the seeds of int8 - FP32| is at most 0.1 point, for every model and backend. A gain counts as a miss, too: then qat
+trained what `train` had left to learn, and the pair does not show what quantization costs. The interval of 95 % is Student's t over the
+seeds. Exit code 0: within the bar; 1: it is missed, or a run failed; 75: stopped, to be resumed.
+
+The gate of `convert` is off, so that what it would refuse is measured, too, and said. Column `agree` is what it looks at: the share of the
+test images on which int8 decides as the fake-quantized model does, in process and in its runtime, the least of the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import shutil
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import t as student_t
+
+from dist_train import load_config
+from dist_train.config_data import DataConfig
+from dist_train.config_fit import ConvertConfig
+from dist_train.config_sources import differences
+from dist_train.data.arrays import ImageArrays
+from dist_train.data.idx import fashion_mnist
+from dist_train.errors import EXIT_FAILED, EXIT_PREEMPTED, ConfigError, DistTrainError
+from dist_train.run_dir import RunDir, read_json, recorded_config, replace_json
+
+BAR = 0.1  # points
+RANKS, TRAIN_SAMPLES = 2, 60_000
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "fashion_mnist.yaml"
+BACKENDS = ("pt2e", "fx", "eager")
+FIGURES = ("fp32", "ptq", "fake_quant", "int8")
+# Before an averaged model is handed on, its BatchNorm statistics are estimated anew. Moving ones of MobileNetV3, whose momentum is 0.01,
+# still hold 2 % of their first values, 1, after the default's 378 steps: of variances that are far smaller.
+EMA_DECAY = 0.98
+GATE = ConvertConfig().agreement_bound
+GRACE = 60  # seconds: torchrun's own 30 until it kills its ranks, and some
+
+
+@dataclass(frozen=True)
+class Model:
+    lr: float
+    """Of `train`, for a global batch of 256."""
+    quantizable: str | None = None
+    """The same network with the same parameters, for the eager backend."""
+
+
+MODELS = {
+    "small_resnet": Model(0.2),
+    "mobilenet_v3_small": Model(0.1),
+    "resnet18": Model(0.1, "quantized_resnet18"),
+    "mobilenet_v2": Model(0.1, "quantized_mobilenet_v2"),
+}
+DEFAULT = {"models": list(MODELS)[:2], "train_samples": 16_000, "epochs": 6, "qat_epochs": 1, "augment": False}
+ALL = {"models": list(MODELS), "train_samples": TRAIN_SAMPLES, "epochs": 8, "qat_epochs": 2, "augment": True}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Top-1 of one float model and what one backend made of it.
+
+    `lowered`: of int8 in its runtime; None where it ran in none. `agreement`: share of the images on which int8 decides as the
+    fake-quantized model does, in process or in the runtime, whichever is less.
+    """
+
+    model: str
+    backend: str
+    seed: int
+    fp32: float
+    ptq: float
+    fake_quant: float
+    int8: float
+    lowered: float | None
+    agreement: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The mean over seeds of a difference to FP32 in points, and half the width of its 95 % interval; None for one seed."""
+
+    mean: float
+    half_width: float | None
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ± " + ("-" if self.half_width is None else f"{self.half_width:.2f}")
+
+
+class Failed(Exception):
+    """A run ended without results; the rest of the benchmark goes on."""
+
+
+def paired(differences_in_points: Sequence[float]) -> Paired:
+    n = len(differences_in_points)
+    mean = statistics.mean(differences_in_points)
+    if n == 1:
+        return Paired(mean, None)
+    quantile = float(student_t.ppf(0.975, n - 1))
+    return Paired(mean, quantile * statistics.stdev(differences_in_points) / n**0.5)
+
+
+def first_rows(root: Path | None, count: int, folder: Path) -> Path:
+    """A folder with the first `count` training images of Fashion-MNIST and all test images, as IDX files; made where it is not there.
+
+    Fashion-MNIST's files are shuffled: the first rows are of all classes.
+    """
+    if folder.is_dir():
+        return folder
+    splits = fashion_mnist(DataConfig(name="fashion_mnist", root=root))
+    beside = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    for name, part, limit in (("train", splits.train, count), ("t10k", splits.eval, None)):
+        assert isinstance(part, ImageArrays)
+        images, labels = part.images[:limit, 0].numpy(), part.targets[:limit].to(torch.uint8).numpy()
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)  # 8: unsigned bytes
+            (beside / f"{name}-{kind}-ubyte").write_bytes(header + array.tobytes())
+    beside.rename(folder)
+    return folder
+
+
+class Bench:
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.folder: Path = options.out / f"{options.train_samples}-{options.epochs}-{options.qat_epochs}"
+        self.common = ["--run.device", "cpu", "--run.threads_per_rank", "1"]
+        if not options.augment:
+            self.common += ["--data.augment", "[]"]
+        if options.train_samples < TRAIN_SAMPLES:
+            data = first_rows(options.root, options.train_samples, options.out / f"data-{options.train_samples}")
+            self.common += ["--data.root", str(data)]
+        elif options.root is not None:
+            self.common += ["--data.root", str(options.root)]
+
+    def rows(self, name: str, seed: int) -> tuple[list[Row], list[str]]:
+        """One row for each backend, from one float model; and what failed, in words."""
+        folder, model, options = self.folder / name / f"seed-{seed}", MODELS[name], self.options
+        own = [*self.common, "--run.seed", str(seed)]
+        train = ["--stages", "[train]", "--train.optim.lr", str(model.lr), "--train.ema_decay", str(EMA_DECAY)]
+        train += epochs("train", options.epochs)
+        try:
+            fp32 = self.run(folder / "fp32", [*own, "--model.name", name, *train])
+        except Failed as error:
+            return [], [str(error)]
+        print(f"{name} seed {seed} fp32: {fp32['models']['fp32']['top1']:.2%}, {seconds(fp32):.0f} s", flush=True)
+        rows, failed = [], []
+        for backend in options.backends:
+            model_name = model.quantizable if backend == "eager" else name
+            if model_name is None:
+                continue
+            qat = ["--stages", "[ptq, qat, convert]", "--qat.backend", backend, "--qat.optim.lr", str(options.qat_lr)]
+            # What the gate would refuse is measured here all the same, and said.
+            qat += ["--convert.agreement_bound", "0", *epochs("qat", options.qat_epochs)]
+            start = ["--model.name", model_name, "--model.init_from", str(folder / "fp32")]
+            try:
+                found = self.run(folder / backend, [*own, *start, *qat])
+            except Failed as error:
+                failed.append(str(error))
+                continue
+            row = row_of(name, backend, seed, fp32, found)
+            rows.append(row)
+            print(f"{name} seed {seed} {backend}: int8 {row.int8:.2%}, {row.seconds:.0f} s", flush=True)
+        return rows, failed
+
+    def run(self, run_dir: Path, settings: list[str]) -> dict[str, Any]:
+        """results.json of this run, which is started, or resumed, unless it is done.
+
+        Raises:
+            Failed: it ended otherwise; its log is beside its directory.
+            ConfigError: the directory holds a run with other settings.
+            SystemExit: it was stopped.
+        """
+        settings = ["--run.name", f"qat_accuracy-{run_dir.name}", "--run.dir", str(run_dir), *settings]
+        here, config = RunDir(run_dir), load_config(CONFIG, settings)
+        if state(here) != "done":
+            agent = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
+            command = [sys.executable, *agent, "-m", "dist_train", "run", str(CONFIG), *settings]
+            log = run_dir.with_name(f"{run_dir.name}.log")
+            code = call(command, log, self.options.timeout)
+            if code == 0 and state(here) == "preempted":  # under torchrun a stopped rank exits 0
+                stopped()
+            if code != 0 or state(here) != "done":
+                how = f"exit code {code}" if isinstance(code, int) else code
+                why = (read_json(here.status) or {}).get("error") or "it did not say why"
+                raise Failed(f"{run_dir}: {how}: {why}\n  all it printed: {log}")
+        elif changed := differences(recorded_config(here), config):
+            raise ConfigError(changed, f"{run_dir} holds a run with other settings: --out with another folder")
+        found: dict[str, Any] = read_json(here.results)
+        return found
+
+
+def epochs(stage: str, count: int) -> list[str]:
+    """Evaluated at their end alone, which is what counts here."""
+    return [f"--{stage}.epochs", str(count), f"--{stage}.evaluate_every", str(count)]
+
+
+def state(run_dir: RunDir) -> str | None:
+    status = read_json(run_dir.status)
+    return None if status is None else str(status["state"])
+
+
+def seconds(results: dict[str, Any]) -> float:
+    """Of all stages; set-up not counted, nor what was repeated after a kill."""
+    return float(sum(stage["seconds"] for stage in results["stages"].values()))
+
+
+def row_of(name: str, backend: str, seed: int, fp32: dict[str, Any], found: dict[str, Any]) -> Row:
+    models = fp32["models"] | found["models"]
+    top1 = {figure: models[figure]["top1"] for figure in FIGURES}
+    lowered = models["int8"].get("lowered", {}).get("top1")
+    agreement = min(found["gates"][gate]["value"] for gate in ("convert", "lowered") if gate in found["gates"])
+    return Row(name, backend, seed, **top1, lowered=lowered, agreement=agreement, seconds=seconds(found))
+
+
+def call(command: list[str], log: Path, timeout: float) -> int | str:
+    """Runs it, its output added to `log`; its exit code, or that it took too long. Where we are stopped, so is it."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        try:
+            return process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return f"no end after {timeout:.0f} s (--timeout)"
+        finally:
+            if process.poll() is None:
+                process.terminate()  # torchrun hands it on, and the ranks save
+                try:
+                    process.wait(GRACE)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of one model and backend, over the seeds: means of top-1, and differences to FP32 in points."""
+
+    model: str
+    backend: str
+    seeds: int
+    means: dict[str, float]
+    ptq_minus_fp32: Paired
+    int8_minus_fp32: Paired
+    agreement: float
+    """The least of the seeds."""
+
+    @property
+    def passed(self) -> bool:
+        return abs(self.int8_minus_fp32.mean) <= BAR + 1e-9  # the mean of binary fractions may round up
+
+
+def summaries(rows: Sequence[Row]) -> list[Summary]:
+    found = []
+    for model, backend in dict.fromkeys((row.model, row.backend) for row in rows):
+        own = [row for row in rows if (row.model, row.backend) == (model, backend)]
+        means = {name: statistics.mean(getattr(row, name) for row in own) for name in FIGURES}
+        ptq, int8 = (paired([100 * (getattr(row, name) - row.fp32) for row in own]) for name in ("ptq", "int8"))
+        agreement = min(row.agreement for row in own)
+        found.append(Summary(model, backend, len(own), means, ptq, int8, agreement))
+    return found
+
+
+def table(found: Sequence[Summary]) -> str:
+    head = f"{'model':19} {'backend':7} {'seeds':>5}" + "".join(f" {name:>10}" for name in FIGURES)
+    lines = [f"{head} {'ptq - fp32':>16} {'int8 - fp32':>16} {'agree':>8}  bar"]
+    for each in found:
+        means = "".join(f" {mean:10.2%}" for mean in each.means.values())
+        pairs, verdict = (each.ptq_minus_fp32, each.int8_minus_fp32), "passed" if each.passed else "MISSED"
+        line = f"{each.model:19} {each.backend:7} {each.seeds:5}{means}" + "".join(f" {pair!s:>16}" for pair in pairs)
+        refused = f", below the gate of {GATE:.0%}" if each.agreement < GATE else ""
+        lines.append(f"{line} {each.agreement:8.2%}  {verdict}{refused}")
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="all models, all images, more epochs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--models", nargs="+", choices=MODELS)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--train-samples", type=int, help="images of an epoch")
+    parser.add_argument("--epochs", type=int, help="of train")
+    parser.add_argument("--qat-epochs", type=int)
+    parser.add_argument("--augment", action=argparse.BooleanOptionalAction, help="crop and flip")
+    parser.add_argument("--qat-lr", type=float, default=0.001)
+    parser.add_argument("--root", type=Path, default=None, help="folder of Fashion-MNIST's four files")
+    parser.add_argument("--out", type=Path, default=Path("runs/qat_accuracy"), help="folder of the runs")
+    parser.add_argument("--timeout", type=float, default=7200.0, help="seconds for one run")
+    parser.add_argument("--json", type=Path, default=Path("qat_accuracy.json"))
+    options = parser.parse_args()
+    for name, value in (ALL if options.all else DEFAULT).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def main() -> int:
+    options = parse()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stopped)
+    load = os.getloadavg()[0]
+    rows, failed = list[Row](), list[str]()
+    try:
+        bench = Bench(options)
+        for name in options.models:
+            for seed in range(options.seeds):
+                done, lost = bench.rows(name, seed)
+                rows += done
+                failed += lost
+    except DistTrainError as error:
+        print(f"qat_accuracy: {error}", file=sys.stderr)
+        return error.exit_code
+    found = summaries(rows)
+    print(
+        f"\n{datetime.date.today()} torch {torch.__version__}, {RANKS} ranks, {os.cpu_count()} cores (load {load:.1f} before)"
+    )
+    print(f"{options.train_samples} images, {options.epochs} epochs and {options.qat_epochs} of qat; differences in")
+    print("points, ± half the 95 % interval of the paired mean (Student's t)\n")
+    print(table(found))
+    for each in failed:
+        print(f"\nFAILED {each}")
+    missed = [each for each in found if not each.passed]
+    passed = bool(found) and not missed and not failed
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    summary = [asdict(each) | {"passed": each.passed} for each in found]
+    written = {"settings": settings, "bar": BAR, "passed": passed, "summary": summary, "failed": failed}
+    replace_json(options.json, written | {"rows": [asdict(row) for row in rows]})
+    print(f"\nbar: |mean of int8 - fp32| at most {BAR} point: {'passed' if passed else 'MISSED'}")
+    print(f"written: {options.json}")
+    return 0 if passed else EXIT_FAILED
+
+
+def stopped(*_: object) -> None:
+    print("\nqat_accuracy: stopped; the same command goes on", file=sys.stderr)
+    raise SystemExit(EXIT_PREEMPTED)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
