@@ -84,18 +84,20 @@ def assert_same_result(left: Path, right: Path) -> None:
     assert results[0]["models"] == results[1]["models"]
 
 
+def lines(run_dir: Path) -> int:
+    """Lines of metrics.jsonl: the run's progress."""
+    path = RunDir(run_dir).metrics
+    return path.read_text().count("\n") if path.exists() else 0
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_a_run_ends_like_an_undisturbed_one(
     world_size: int, config: Path, tmp_path: Path
 ) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    with train(world_size, *command(config, undisturbed)) as ranks:
-        ranks.until(RunDir(undisturbed).status.exists)
-        start = time.monotonic()
-        assert ranks.wait() == [0] * world_size, ranks.printed()
-        seconds = time.monotonic() - start
-
+    train_done(world_size, *command(config, undisturbed))
+    total = lines(undisturbed)
     draw = random.Random(world_size)
     hit = []
     for attempt in range(KILLS):
@@ -104,8 +106,10 @@ def test_killed_at_random_moments_a_run_ends_like_an_undisturbed_one(
                 lambda attempt=attempt: (read_json(RunDir(killed).status) or {}).get("restarts") == attempt
             )
             assert opened, ranks.printed()
-            # The moments of ten kills spread over the whole run; every other one takes a single rank.
-            time.sleep(draw.uniform(0.1, 0.5) * seconds)
+            # The moments of ten kills spread over the whole run, however fast it is; every other one takes a single rank.
+            goal = lines(killed) + draw.uniform(0.1, 0.5) * total
+            ranks.until(lambda goal=goal: lines(killed) >= goal)
+            time.sleep(draw.uniform(0, 0.5))
             status = read_json(RunDir(killed).status)
             hit.append(status["stage"])
             if status["state"] == "done":
