@@ -9,14 +9,15 @@ seed one run with the stage `train`, and from its float model (`model.init_from`
 So all of a seed's figures belong to one float model, and their differences are paired. The eager backend takes part where torchvision
 has the model in a quantizable form. Each top-1 is of all 10,000 test images.
 
-By default small_resnet and mobilenet_v3_small, 6 epochs of 16,000 images without augmentation, 1 of qat: 15 minutes or so on 2 idle cores.
+By default small_resnet and mobilenet_v3_small, 6 epochs of 16,000 images without augmentation, 1 of qat: 15 minutes on 2 idle
+cores by an estimate, not measured.
 `--all` adds resnet18 and mobilenet_v2 and trains as configs/fashion_mnist.yaml says, 8 epochs of 60,000 images with augmentation, 2 of qat:
-4 hours or so. --models, --train-samples, --epochs, --qat-epochs and --augment change either.
+4 hours by the same estimate. --models, --train-samples, --epochs, --qat-epochs and --augment change either.
 
 Stop it at any moment (Ctrl-C, SIGTERM) and type the same line: finished runs are read, not run again, and the interrupted one resumes.
 
-The bar: |mean over the seeds of int8 - FP32| is at most 0.1 point, for every model and backend. A gain counts as a miss, too: then qat
-trained what `train` had left to learn, and the pair does not show what quantization costs. The interval of 95 % is Student's t over the
+The bar: |mean over the seeds of int8 - FP32| is at most 0.1 point, for every model and backend. A gain counts as a miss, too: it is
+noise, or qat trained what `train` had left to learn, and the pair does not show what quantization costs. The interval of 95 % is Student's t over the
 seeds. Exit code 0: within the bar; 1: it is missed, or a run failed; 75: stopped, to be resumed.
 
 The gate of `convert` is off, so that what it would refuse is measured, too, and said. Column `agree` is what it looks at: the share of the
