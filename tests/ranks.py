@@ -39,7 +39,7 @@ class Ranks:
         self.processes = []
         for rank in range(world_size):
             variables = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "SLURM"))}
-            variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (environ or {})
+            variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"} | (environ or {})
             if world_size > 1:
                 variables |= {
                     "RANK": str(rank),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchao.quantization.pt2e import FakeQuantizeBase
 
 from dist_train.errors import QuantizationError
+from dist_train.quantization.masks import equal
 
 # A range of zero width still needs a scale that can be inverted in float32.
 SMALLEST_SCALE = 1e-12
@@ -18,23 +19,21 @@ SMALLEST_SCALE = 1e-12
 class _QuantizeDequantize(torch.autograd.Function):
     """x -> (clamp(round(x / scale) + zero_point, low, high) - zero_point) * scale, with the straight-through estimator.
 
-    The gradient passes where x was not clipped (Jacob et al., https://arxiv.org/abs/1712.05877). The mask is recomputed in backward:
-    keeping it would cost a byte per activation. Arithmetic is that of `quantized_decomposed.quantize_per_tensor`, in float32.
+    The gradient passes where x was not clipped (Jacob et al., https://arxiv.org/abs/1712.05877), which a byte per activation remembers.
+    Arithmetic is that of `quantized_decomposed.quantize_per_tensor`, in float32.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-        ctx.save_for_backward(x, scale, zero_point)
-        ctx.bounds = low, high
-        q = torch.clamp(torch.round(x.float() * (1.0 / scale)) + zero_point, low, high)
-        return ((q - zero_point) * scale).to(x.dtype)
+        q = torch.round(x.float() * (1.0 / scale)) + zero_point
+        clamped = torch.clamp(q, low, high)
+        ctx.save_for_backward(equal(q, clamped))
+        return ((clamped - zero_point) * scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        x, scale, zero_point = ctx.saved_tensors
-        low, high = ctx.bounds
-        q = torch.round(x.float() * (1.0 / scale)) + zero_point
-        return torch.where((q >= low) & (q <= high), grad, torch.zeros_like(grad)), None, None, None, None
+        (inside,) = ctx.saved_tensors
+        return grad * inside.to(grad.dtype), None, None, None, None
 
 
 class _QuantizeDequantizeWeight(torch.autograd.Function):

@@ -40,22 +40,30 @@ class FoldedBatchNorm:
     """A convolution with the batch norm that QAT folds into its weight: nodes of one graph.
 
     `eps` is `running_var + eps`; `scale_factor` is the batch norm's weight / sqrt(running_var + eps); `scaled_weight` is the
-    convolution's weight times that factor; the convolution's output is divided by it again (`unscaled`) before `batch_norm`
-    (Krishnamoorthi, https://arxiv.org/abs/1806.08342, section 3.2.2; torchao's `_get_qat_conv_bn_pattern`).
+    convolution's weight times that factor, and what `unscaling` divides by it again before `batch_norm`: as torchao writes it
+    (`_get_qat_conv_bn_pattern`, after Krishnamoorthi, https://arxiv.org/abs/1806.08342, section 3.2.2) the convolution's output,
+    after `divide_weights` the quantized weight.
     """
 
     eps: Node
     scale_factor: Node
     scaled_weight: Node
     convolution: Node
-    unscaled: Node
+    unscaling: Node
     batch_norm: Node
+
+    @property
+    def weight(self) -> Node:
+        """The scaled weight, fake-quantized where the convolution is."""
+        weight: Any = self.convolution.args[1]
+        whole: Node = weight.args[0] if weight is self.unscaling else weight
+        return whole
 
     @property
     def bias(self) -> Node | None:
         """The convolution's own bias, which is added after the division."""
         added: Any = self.batch_norm.args[0]
-        return None if added is self.unscaled else added.args[1].args[0]
+        return None if added in (self.convolution, self.unscaling) else added.args[1].args[0]
 
     @property
     def layer(self) -> str:
@@ -63,7 +71,7 @@ class FoldedBatchNorm:
 
     @property
     def quantized(self) -> bool:
-        return self.convolution.args[1] is not self.scaled_weight
+        return self.weight is not self.scaled_weight
 
 
 def layer_of(node: Node) -> str:
@@ -137,22 +145,24 @@ def folded_batch_norms(graph: Graph) -> list[FoldedBatchNorm]:
 
 
 def _folded(batch_norm: Node) -> FoldedBatchNorm | None:
-    unscaled: Any = batch_norm.args[0]  # Any: what is unlike the pattern is found by comparing targets
-    if _is(unscaled, aten.add.Tensor) and _is(
-        unscaled.args[0], aten.div.Tensor
-    ):  # a convolution with a bias: added after the division
-        unscaled = unscaled.args[0]
-    if not _is(unscaled, aten.div.Tensor) or not _is(unscaled.args[1], aten.reshape.default):
+    output: Any = batch_norm.args[0]  # Any: what is unlike the pattern is found by comparing targets
+    if _is(output, aten.add.Tensor) and _is(output.args[0], aten.div.Tensor, *CONVOLUTIONS):
+        output = output.args[0]  # a convolution with a bias: added after the division
+    convolution: Any = output.args[0] if _is(output, aten.div.Tensor) else output
+    if not _is(convolution, *CONVOLUTIONS):
         return None
-    scale_factor, convolution = unscaled.args[1].args[0], unscaled.args[0]
-    if not _is(scale_factor, aten.div.Tensor) or not _is(convolution, *CONVOLUTIONS):
+    unscaling = output if output is not convolution else convolution.args[1]
+    if not _is(unscaling, aten.div.Tensor) or not _is(unscaling.args[1], aten.reshape.default):
+        return None
+    scale_factor = unscaling.args[1].args[0]
+    if not _is(scale_factor, aten.div.Tensor):
         return None
     eps = scale_factor.args[1].args[0]
-    weight = convolution.args[1]
+    weight = unscaling.args[0] if output is convolution else convolution.args[1]
     scaled_weight = weight.args[0] if weight.op == "call_module" else weight
     if not _is(eps, aten.add.Tensor) or eps.args[0].target != batch_norm_tensors(batch_norm)[3]:
         return None
-    return FoldedBatchNorm(eps, scale_factor, scaled_weight, convolution, unscaled, batch_norm)
+    return FoldedBatchNorm(eps, scale_factor, scaled_weight, convolution, unscaling, batch_norm)
 
 
 def _is(node: object, *targets: object) -> bool:
@@ -166,6 +176,26 @@ def undo_needless_folding(graph: Graph) -> None:
             convolution = folded.convolution
             convolution.args = (convolution.args[0], folded.scaled_weight.args[0], folded.bias, *convolution.args[3:])
             folded.batch_norm.args = (convolution, *folded.batch_norm.args[1:])
+    graph.eliminate_dead_code()
+
+
+def divide_weights(graph: Graph) -> None:
+    """Divides the quantized weight of each folded convolution by the scale factor, instead of the convolution's output.
+
+    The two are the same but for rounding, as a convolution is linear in its weight. An output has many times the elements of a weight,
+    and its division a backward with a reduction over all of them.
+    """
+    for folded in folded_batch_norms(graph):
+        convolution, output = folded.convolution, folded.unscaling
+        if output is convolution.args[1]:
+            continue
+        factor: Any = folded.scaled_weight.args[1]  # shaped like the weight
+        with graph.inserting_before(convolution):
+            weight = graph.call_function(aten.div.Tensor, (folded.weight, factor))
+        weight.meta = dict(folded.scaled_weight.meta)
+        convolution.args = (convolution.args[0], weight, *convolution.args[2:])
+        output.replace_all_uses_with(convolution)
+        graph.erase_node(output)
     graph.eliminate_dead_code()
 
 
@@ -190,7 +220,7 @@ def fold_batch_norms(module: GraphModule) -> None:
             nodes[kind].meta = dict(folded.scaled_weight.meta)
         nodes["bias"].meta.pop("val", None)
         folded.scaled_weight.replace_all_uses_with(nodes["weight"])
-        convolution.args = (*convolution.args[:2], nodes["bias"], *convolution.args[3:])
+        convolution.args = (convolution.args[0], folded.weight, nodes["bias"], *convolution.args[3:])
         folded.batch_norm.replace_all_uses_with(convolution)
     graph.eliminate_dead_code()
     module.recompile()

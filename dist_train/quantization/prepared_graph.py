@@ -22,6 +22,7 @@ from dist_train.quantization.graph_rewrite import (
     use_batch_statistics,
     use_dropout,
 )
+from dist_train.quantization.masks import use_byte_masks
 from dist_train.quantization.prepared import PreparedModel
 
 _Code = Callable[[nn.Module, Tensor], Tensor]
@@ -71,8 +72,8 @@ class PreparedGraph(PreparedModel):
             graph,
             dict(module.meta),
             evaluate=evaluate,
-            train=_code(module, _with(graph, use_batch_statistics)),
-            train_frozen=evaluate,
+            train=_code(module, _with(graph, use_byte_masks, use_batch_statistics)),
+            train_frozen=_code(module, _with(graph, use_byte_masks)),
             moments=_code(module, _with(graph, partial(use_batch_statistics, momentum=1.0))),
         )
         self._leaving_moments = False
@@ -116,8 +117,8 @@ class PreparedGraph(PreparedModel):
         graph = self.blueprint.graph
         self.blueprint = replace(
             self.blueprint,
-            train=_code(self, _with(graph, use_batch_statistics, use_dropout)),
-            train_frozen=_code(self, _with(graph, use_dropout)),
+            train=_code(self, _with(graph, use_byte_masks, use_batch_statistics, use_dropout)),
+            train_frozen=_code(self, _with(graph, use_byte_masks, use_dropout)),
         )
 
     @contextmanager

@@ -57,6 +57,7 @@ class PT2EBackend:
             quantized = prepare_qat_pt2e(graph, quantizer)
         graph_rewrite.restore_batch_norms(quantized.graph, literals)
         graph_rewrite.undo_needless_folding(quantized.graph)
+        graph_rewrite.divide_weights(quantized.graph)
         graph_rewrite.name_fake_quantizers(quantized)
         _keep_unused_buffers(quantized, float_copy)
         prepared = PreparedGraph(quantized)
