@@ -1,19 +1,26 @@
-"""int8 accuracy and activation ranges of QAT where each rank sees other classes: stock QAT under DDP against ours.
+"""Whose data QAT learns from under DDP, where each rank sees other classes: rank 0's, as stock QAT does, or those of all ranks.
 
-    python benchmarks/qat_ddp.py [--train 12000] [--epochs 2] [--batch 128] [--seeds 1] [--json qat_ddp.json]
+    python benchmarks/qat_ddp.py [--seeds 3] [--train 4096] [--epochs 2] [--batch 128] [--json qat_ddp.json]
 
-Two real gloo ranks on Fashion-MNIST. Shards `mixed`: rows at random. Shards `by class`: rank 0 sees classes 0 to 4, rank 1 classes 5 to
-9. All methods get the same rows in the same steps on the same ranks, from one float model that was trained on mixed rows, with the same
-rate, schedule and freezing (BatchNorm's statistics after 30 % of the steps, observers after 50 %):
+Two real gloo ranks on Fashion-MNIST. Shards `by class`: rank 0 sees classes 0 to 4, rank 1 classes 5 to 9 (federated sites, sorted
+files: the worst case of ranks whose data differ). Shards `mixed`, the control: rows at random, as most training has them. For each seed
+one float model is trained on mixed rows, and calibrated once on mixed rows. From it every method starts, with the same ranges; all take
+the same rows in the same steps, the same optimizer and schedule, the same averaging of ranges, weight scales that follow the weights,
+torch.ao's x86 grid and placement, and the same freezing (BatchNorm's statistics after 30 % of the steps, ranges after 50 %):
 
-    stock         torch.ao's FX QAT, its default observers, DistributedDataParallel as it comes (buffers of rank 0 are broadcast)
-    ours fx       the same integer kernels, dist_train's loop: BatchNorm's statistics and ranges of all ranks
-    ours pt2e     dist_train's loop and its default backend
+    stock          torch.ao's FX QAT and observers, DistributedDataParallel as it comes: it broadcasts rank 0's buffers
+    ours, rank 0   dist_train's loop, told to take ranges and BatchNorm's statistics from rank 0: what stock does, by our code
+    ours           dist_train's loop as it is: ranges and statistics of all ranks
 
-A range's error: how far its two ends are off, in units of its right width. Right is what the finished model itself shows on mixed rows of
-the training set: the mean over batches of a batch's smallest and largest value, in evaluation mode. What it shows: shards by class are the
-worst case of ranks whose data differ (federated sites, sorted files); with mixed shards, which most training has, both must be close.
-It does not show what SyncBatchNorm would change: in each method BatchNorm normalises by its own rank's rows until it is frozen.
+Between the last two the only difference is whose data ranges and statistics come from. Stock differs from the second in how it
+quantizes, too: by a range that already holds the batch, where ours lags a step. Each method is also run by one process on the concatenated
+batches (`stock, one`, `ours, one`), and a range's error is how far its two ends are from the same range there, in units of that
+range's width. It is not 0 for ours either: until it is frozen, BatchNorm normalises by a rank's own rows in every method, which
+SyncBatchNorm would change, and so weights differ too. It shows what it costs in ranges, and in int8 accuracy on the whole test set, to
+learn from one rank's data, for one small network that is trained briefly: after the 32 steps until ranges freeze, where they started still
+weighs 0.95 ** 32 = 19 %. Three seeds tell a large effect from none, not a small one. The rate is `qat`'s default: at ten times that, QAT
+of a float model that was trained more briefly still diverged as soon as BatchNorm stood still, in one process too, stock as ours. By a
+count of steps and of their processor time: about 7 minutes on 2 idle cores.
 """
 
 from __future__ import annotations
@@ -30,7 +37,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,51 +48,63 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao.nn.intrinsic.qat import freeze_bn_stats
-from torch.ao.quantization import FakeQuantizeBase, disable_observer, get_default_qat_qconfig_mapping
+from torch.ao.quantization import FakeQuantizeBase, QConfig, QConfigMapping, disable_observer, get_default_qat_qconfig
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
+from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.config import RunConfig
 from dist_train.config_data import DataConfig
-from dist_train.config_fit import FitConfig, QATConfig
+from dist_train.config_fit import FitConfig, QATConfig, steps_in
 from dist_train.data.arrays import ImageArrays, Splits, open_splits
 from dist_train.data.augment import Augmentation
 from dist_train.data.idx import fashion_mnist
 from dist_train.data.loader import EstimationLoader, EvaluationLoader, Source, TrainLoader
 from dist_train.data.sampler import ElasticDistributedSampler
-from dist_train.evaluate import Evaluation, evaluate
+from dist_train.evaluate import Evaluation
 from dist_train.forming import join
 from dist_train.hooks import FreezeSchedule, Hook
 from dist_train.ledger import NoLedger
 from dist_train.loop import Fit, fit
+from dist_train.models.batch_norm import running_statistics
 from dist_train.models.small import small_resnet
+from dist_train.optim import build_optimizer, build_schedule
 from dist_train.progress import Progress
 from dist_train.quantization.backend import build_backend
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize
 from dist_train.quantization.ranges import Ranges
-from dist_train.reduction import StepReduction
+from dist_train.reduction import Pending, StepReduction, StepSums
 from dist_train.reestimation import estimate_ranges
 from dist_train.strategies.ddp import DDP
+from dist_train.strategies.single import Single
 from dist_train.tasks import Classification
 from dist_train.trackers.base import Trackers
 from dist_train.world import World
 
-RANKS, CLASSES, FREEZE_BATCH_NORM, FREEZE_RANGES = 2, 10, 0.3, 0.5
+RANKS, CLASSES = 2, 10
 SHARDS = ("mixed", "by class")
+QAT = QATConfig.model_validate({"backend": "fx", "engine": "x86", "freeze_batch_norm": 0.3, "freeze_ranges": 0.5})
 
 
 @dataclass
 class Row:
-    """Of one method on one kind of shards: top-1 of the test set, and errors of the activations' ranges."""
+    """Of one method: top-1 of the test set; errors of the activations' ranges, None for one process, which they are held against."""
 
     shards: str
     method: str
     seed: int
-    fake_quant: float
     int8: float
-    range_error_median: float
-    range_error_max: float
-    seconds: float
+    ranges: list[tuple[float, float]]
+    range_error_median: float | None = None
+    range_error_max: float | None = None
+
+    def against(self, one: Row) -> None:
+        """Fills the errors in."""
+        errors = [
+            (abs(low - right_low) + abs(high - right_high)) / (right_high - right_low)
+            for (low, high), (right_low, right_high) in zip(self.ranges, one.ranges, strict=True)
+        ]
+        self.range_error_median, self.range_error_max = statistics.median(errors), max(errors)
 
 
 class NoCheckpoints:
@@ -96,6 +115,35 @@ class NoCheckpoints:
         raise AssertionError("the last model is handed on")
 
 
+class OfRank0(StepReduction):
+    """Ranges and BatchNorm's statistics of rank 0's rows alone; loss and counts of all."""
+
+    def __init__(self, world: World, model: nn.Module, ranges: Ranges) -> None:
+        super().__init__(world, model, ranges, QAT.averaging)
+        self._own, self._of_model = ranges, running_statistics(model)
+
+    def __call__(self, sums: StepSums, step: int) -> Pending:
+        for buffer in self._of_model:
+            dist.broadcast(buffer, src=0)
+        if dist.get_rank() != 0:
+            self._own.drop()  # the maximum over ranks is then rank 0's
+        return super().__call__(sums, step)
+
+
+def activations(prepared: GraphModule) -> list[nn.Module]:
+    """The fake-quantize modules of activations, ours or torch.ao's, in the order of the graph."""
+    called = [str(node.target) for node in prepared.graph.nodes if node.op == "call_module"]
+    modules = dict.fromkeys(
+        prepared.get_submodule(name) for name in called
+    )  # some are shared, by torch.ao under several names
+    return [
+        each
+        for each in modules
+        if isinstance(each, ActivationFakeQuantize)
+        or (isinstance(each, FakeQuantizeBase) and getattr(each, "dtype", None) == torch.quint8)
+    ]
+
+
 class Bench:
     """The data, on this rank, and what every method does with it."""
 
@@ -104,59 +152,64 @@ class Bench:
         self.world, self.splits, self.options, self.seed = world, splits, options, seed
         self.task = Classification(CLASSES, {})
         self.example = torch.zeros(2, *splits.input_shape)
+        self.model = self.float_model()
+        self.fp32 = self.evaluate(self.model, world)
+        self.start = self.calibrated()
 
     def source(self, arrays: Any) -> Source:
         augmentation = Augmentation([], seed=self.seed, mean=self.splits.mean, std=self.splits.std)
         return Source(arrays, augmentation, self.world.device, False, 0, self.seed)
 
-    def arranged(self, shards: str, epochs: int) -> ImageArrays:
+    def arranged(self, shards: str, rows_of_epoch: int, epochs: int) -> ImageArrays:
         """The rows of all steps in the order of their use; of each global batch the first half is rank 0's."""
         rng, batch, train = np.random.default_rng(self.seed), self.options.batch, self.splits.train
         assert isinstance(train, ImageArrays)
-        targets = train.targets.numpy()
-        pools = [
-            rng.permutation(np.flatnonzero(targets // 5 == half))[: self.options.train // 2] for half in range(RANKS)
-        ]
-        steps, orders = self.options.train // batch, []
+        halves = train.targets.numpy() // (CLASSES // RANKS)
+        pools = [rng.permutation(np.flatnonzero(halves == half))[: rows_of_epoch // RANKS] for half in range(RANKS)]
+        steps, orders = rows_of_epoch // batch, []
         for _ in range(epochs):
             if shards == "mixed":
                 orders.append(rng.permutation(np.concatenate(pools))[: steps * batch])
             else:
-                halves = [rng.permutation(pool)[: steps * batch // 2].reshape(steps, batch // 2) for pool in pools]
-                orders.append(np.concatenate(halves, axis=1).reshape(-1))
+                parts = [rng.permutation(pool)[: steps * batch // RANKS].reshape(steps, -1) for pool in pools]
+                orders.append(np.concatenate(parts, axis=1).reshape(-1))
         rows = torch.from_numpy(np.concatenate(orders))
         return ImageArrays(train.images[rows], train.targets[rows])
 
-    def evaluate(self, call: Callable[[Tensor], Tensor]) -> float:
-        loader = EvaluationLoader(self.source(self.splits.eval), 250, RANKS, self.world.rank, self.options.test)
-        return float(evaluate(call, loader, self.task, self.world).metrics["top1"])
-
-    def estimation(self) -> EstimationLoader:
-        return EstimationLoader(
-            self.source(self.splits.train),
-            8 * self.options.batch,
-            self.options.batch,
-            self.seed,
-            RANKS,
-            self.world.rank,
-        )
+    @torch.no_grad()
+    def evaluate(self, call: Callable[[Tensor], Tensor], world: World) -> float:
+        """Top-1 of the test set, shared by the ranks of `world`. torchmetrics would share it with all, whatever `world` is."""
+        source = self.source(self.splits.eval)
+        right = torch.zeros(2)
+        for batch in EvaluationLoader(source, 250, world.world_size, world.rank, self.options.test):
+            right += torch.tensor([(call(batch.inputs).argmax(1) == batch.targets).sum(), len(batch.targets)])
+        hits, count = world.all_reduce(right, "sum").tolist()
+        return float(hits / count)
 
     def fit(
-        self, model: nn.Module, arrays: ImageArrays, lr: float, reduction: StepReduction, hooks: list[Hook]
+        self,
+        model: nn.Module,
+        arrays: ImageArrays,
+        lr: float,
+        world: World,
+        reduction: StepReduction,
+        hooks: list[Hook],
     ) -> None:
         """dist_train's own loop over the rows in their order."""
-        rank, batch = self.world.rank, self.options.batch
-        sampler = ElasticDistributedSampler(range(len(arrays)), RANKS, rank, shuffle=False, global_batch_size=batch)
+        size, batch = world.world_size, self.options.batch
+        sampler = ElasticDistributedSampler(
+            range(len(arrays)), size, world.rank, shuffle=False, global_batch_size=batch
+        )
         loader = TrainLoader(self.source(arrays), sampler, None)
         run = Fit(
             stage="qat",
             seed=self.seed,
-            config=FitConfig.model_validate({"optim": {"lr": lr}}),
+            config=fit_config(lr),
             epochs=1,
             steps_per_epoch=loader.steps_per_epoch,
             loader=loader,
             task=self.task,
-            strategy=DDP(self.world, "fp32"),
+            strategy=DDP(world, "fp32") if size > 1 else Single(world, "fp32"),
             reduction=reduction,
             hooks=hooks,
             evaluate=lambda chosen: Evaluation({"top1": 0.0, "loss": 0.0, "count": 0}, torch.empty(0)),
@@ -173,126 +226,130 @@ class Bench:
     def float_model(self) -> nn.Module:
         torch.manual_seed(self.seed)
         model = small_resnet(CLASSES, 1, width=self.options.width)
-        self.fit(model, self.arranged("mixed", self.options.float_epochs), 0.1, StepReduction(self.world, model), [])
+        rows = self.arranged("mixed", self.options.float_train, self.options.float_epochs)
+        self.fit(model, rows, 0.1, self.world, StepReduction(self.world, model), [])
         return model.eval()
 
-    def ours(self, model: nn.Module, arrays: ImageArrays, backend_name: str) -> tuple[float, float, list[float]]:
-        """Top-1 of fake quantization and of int8, and the ranges' errors."""
-        settings = QATConfig.model_validate(
-            {"backend": backend_name, "freeze_batch_norm": FREEZE_BATCH_NORM, "freeze_ranges": FREEZE_RANGES}
-        )
-        backend = build_backend(settings)
-        prepared = backend.prepare(model, self.example)
+    def calibrated(self) -> list[tuple[float, float]]:
+        """The ranges that all methods start from: of mixed rows, by all ranks."""
+        prepared = build_backend(QAT).prepare(self.model, self.example)
         prepared.fake_quantize(False)
-        estimate_ranges(prepared, self.estimation(), self.world)
-        prepared.fake_quantize(True)
-        ranges = Ranges(prepared)
-        reduction = StepReduction(self.world, prepared, ranges, settings.averaging)
-        steps = len(arrays) // self.options.batch
-        self.fit(
-            prepared, arrays, self.options.lr, reduction, [FreezeSchedule(settings, steps, prepared, ranges, reduction)]
+        batch, world = self.options.batch, self.world
+        samples = EstimationLoader(
+            self.source(self.splits.train), 8 * batch, batch, self.seed, world.world_size, world.rank
         )
-        prepared.eval()
-        found = {each: (float(each.low), float(each.high)) for each in prepared.fake_quantizers}
-        return self.evaluate(prepared), self.evaluate(backend.convert(prepared)), self.errors(prepared, found)
+        estimate_ranges(prepared, samples, world)
+        return [(float(each.low), float(each.high)) for each in activations(prepared.model)]
 
-    def stock(self, model: nn.Module, arrays: ImageArrays) -> tuple[float, float, list[float]]:
-        """As `ours`, by a loop as people write it."""
-        prepared = prepare_qat_fx(copy.deepcopy(model).train(), get_default_qat_qconfig_mapping("x86"), (self.example,))
-        wrapped, rank, half = DistributedDataParallel(prepared), self.world.rank, self.options.batch // RANKS
-        optimizer = torch.optim.SGD(wrapped.parameters(), lr=self.options.lr, momentum=0.9)
-        steps = len(arrays) // self.options.batch
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        rows = (
-            np.arange(first, first + half)
-            for first in range(rank * half, steps * self.options.batch, self.options.batch)
+    def ours(
+        self, arrays: ImageArrays, world: World, of_rank_0: bool = False
+    ) -> tuple[float, list[tuple[float, float]]]:
+        """Top-1 of int8, and the ranges."""
+        backend = build_backend(QAT)
+        prepared = backend.prepare(self.model, self.example)
+        ranges, quantizers = Ranges(prepared), activations(prepared.model)
+        assert set(quantizers) == set(ranges.modules)
+        known = dict(zip(quantizers, self.start, strict=True))
+        ranges.assign(*torch.tensor([known[each] for each in ranges.modules]).unbind(1))
+        reduction = (
+            OfRank0(world, prepared, ranges) if of_rank_0 else StepReduction(world, prepared, ranges, QAT.averaging)
         )
-        for step, batch in enumerate(self.source(arrays).batches(rows, None)):
-            if step == round(FREEZE_BATCH_NORM * steps):
+        steps = len(arrays) // self.options.batch
+        hooks: list[Hook] = [FreezeSchedule(QAT, steps, prepared, ranges, reduction)]
+        self.fit(prepared, arrays, self.options.lr, world, reduction, hooks)
+        prepared.eval()
+        found = [(float(each.low), float(each.high)) for each in quantizers]
+        return self.evaluate(backend.convert(prepared), world), found
+
+    def stock(self, arrays: ImageArrays, world: World) -> tuple[float, list[tuple[float, float]]]:
+        """As `ours`, by torch's own parts."""
+        default = get_default_qat_qconfig("x86")
+        qconfig = QConfig(
+            activation=default.activation.with_args(averaging_constant=QAT.averaging),
+            weight=default.weight.with_args(averaging_constant=1.0),
+        )
+        prepared = prepare_qat_fx(
+            copy.deepcopy(self.model).train(), QConfigMapping().set_global(qconfig), (self.example,)
+        )
+        observers = [each.activation_post_process for each in activations(prepared)]
+        for observer, (low, high) in zip(observers, self.start, strict=True):
+            observer.min_val.fill_(low)
+            observer.max_val.fill_(high)
+        together = world.world_size > 1
+        called = DistributedDataParallel(prepared) if together else prepared
+        steps, config = len(arrays) // self.options.batch, fit_config(self.options.lr)
+        optimizer = build_optimizer(prepared, config.optim)
+        schedule = build_schedule(optimizer, config.schedule, steps, steps)
+        for step, batch in enumerate(self.source(arrays).batches(self.shares(len(arrays), world), None)):
+            if step == steps_in(QAT.freeze_batch_norm, steps):
                 prepared.apply(freeze_bn_stats)
-            if step == round(FREEZE_RANGES * steps):
-                prepared.apply(disable_observer)
-            optimizer.zero_grad()
-            F.cross_entropy(wrapped(batch.inputs), batch.targets).backward()
+            if step == steps_in(QAT.freeze_ranges, steps):
+                for each in activations(prepared):
+                    disable_observer(each)
+            F.cross_entropy(called(batch.inputs), batch.targets).backward()
             optimizer.step()
+            optimizer.zero_grad()
             schedule.step()
-        for buffer in prepared.buffers():  # what would be saved: rank 0's
-            dist.broadcast(buffer, src=0)
-        prepared.apply(disable_observer)
-        prepared.eval()
-        found = {
-            each: (float(each.activation_post_process.min_val), float(each.activation_post_process.max_val))
-            for each in prepared.modules()
-            if isinstance(each, FakeQuantizeBase) and each.dtype == torch.quint8
-        }
-        return self.evaluate(prepared), self.evaluate(convert_fx(copy.deepcopy(prepared))), self.errors(prepared, found)
+        if together:
+            for buffer in prepared.buffers():  # what would be saved: rank 0's
+                dist.broadcast(buffer, src=0)
+        prepared.apply(disable_observer).eval()
+        found = [(float(each.min_val), float(each.max_val)) for each in observers]
+        return self.evaluate(convert_fx(prepared), world), found
 
-    @torch.no_grad()
-    def errors(self, prepared: nn.Module, found: dict[nn.Module, tuple[float, float]]) -> list[float]:
-        """Of each range in `found`, by its fake-quantize module."""
-        seen: dict[nn.Module, list[tuple[float, float]]] = {each: [] for each in found}
+    def shares(self, rows: int, world: World) -> Iterator[np.ndarray]:
+        share = self.options.batch // world.world_size
+        for first in range(0, rows, self.options.batch):
+            yield np.arange(first + world.rank * share, first + (world.rank + 1) * share)
 
-        def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen[module].append((float(inputs[0].min()), float(inputs[0].max())))
-
-        for each in found:
-            if isinstance(each, ActivationFakeQuantize):
-                each.observing = False
-        handles = [each.register_forward_pre_hook(look) for each in found]
-        for batch in self.estimation():
-            prepared(batch.inputs)
-        for handle in handles:
-            handle.remove()
-        sums = torch.tensor([[sum(ends) for ends in zip(*seen[each], strict=True)] for each in found])
-        right = self.world.all_reduce(sums, "sum") / (len(next(iter(seen.values()))) * RANKS)
-        return [
-            (abs(low - float(right_low)) + abs(high - float(right_high))) / float(right_high - right_low)
-            for (low, high), (right_low, right_high) in zip(found.values(), right, strict=True)
-        ]
+    def rows(self, shards: str) -> list[Row]:
+        arrays = self.arranged(shards, self.options.train, self.options.epochs)
+        # Each rank is the one process of one method, at the same time.
+        alone = self.stock(arrays, World()) if self.world.is_main else self.ours(arrays, World())
+        outcomes = dict(zip(("stock, one", "ours, one"), self.world.gather(alone), strict=True))
+        outcomes["stock"] = self.stock(arrays, self.world)
+        outcomes["ours, rank 0"] = self.ours(arrays, self.world, of_rank_0=True)
+        outcomes["ours"] = self.ours(arrays, self.world)
+        rows = {method: Row(shards, method, self.seed, *outcome) for method, outcome in outcomes.items()}
+        for method, row in rows.items():
+            if not method.endswith(", one"):
+                row.against(rows[f"{method.split(',')[0]}, one"])
+        return list(rows.values())
 
 
-def measure(world: World, splits: Splits, options: argparse.Namespace) -> tuple[list[Row], list[float]]:
-    rows, float_top1 = [], []
-    for seed in range(options.seeds):
-        bench = Bench(world, splits, options, seed)
-        model = bench.float_model()
-        float_top1.append(bench.evaluate(model))
-        for shards in SHARDS:
-            arrays = bench.arranged(shards, options.epochs)
-            methods: dict[str, Callable[[], tuple[float, float, list[float]]]] = {
-                "stock": lambda: bench.stock(model, arrays),  # noqa: B023 (called in this round)
-                "ours fx": lambda: bench.ours(model, arrays, "fx"),  # noqa: B023
-                "ours pt2e": lambda: bench.ours(model, arrays, "pt2e"),  # noqa: B023
-            }
-            for name, run in methods.items():
-                start = time.perf_counter()
-                fake_quant, int8, errors = run()
-                seconds = time.perf_counter() - start
-                rows.append(Row(shards, name, seed, fake_quant, int8, statistics.median(errors), max(errors), seconds))
-    return rows, float_top1
+def fit_config(lr: float) -> FitConfig:
+    return FitConfig.model_validate({"optim": {"lr": lr}})
 
 
-def table(rows: Iterable[Row], float_top1: list[float]) -> str:
-    rows = list(rows)
-    lines = [f"{'shards':9} {'method':10} {'fake-quant':>11} {'int8':>8} {'range error: median':>20} {'max':>8}"]
+def table(rows: list[Row], fp32: list[float]) -> str:
+    """The mean over seeds, then each seed in brackets."""
+    lines = [f"{'shards':9} {'method':13} {'int8':>8}  {'of each seed':24} range error: median, max (each seed)"]
     for shards in SHARDS:
         for method in dict.fromkeys(row.method for row in rows):
             own = [row for row in rows if (row.shards, row.method) == (shards, method)]
-            means = [statistics.mean(getattr(row, name) for row in own) for name in list(Row.__annotations__)[3:7]]
-            lines.append(f"{shards:9} {method:10} {means[0]:11.2%} {means[1]:8.2%} {means[2]:20.1%} {means[3]:8.1%}")
-    return "\n".join([f"FP32 top-1 {statistics.mean(float_top1):.2%}", *lines])
+            line = f"{shards:9} {method:13} {statistics.mean(row.int8 for row in own):8.2%}"
+            line += f"  {' '.join(f'{row.int8:.2%}' for row in own):24}"
+            errors = [
+                f"{row.range_error_median:.1%}, {row.range_error_max:.1%}"
+                for row in own
+                if row.range_error_max is not None
+            ]
+            lines.append(f"{line} {'; '.join(errors)}".rstrip())
+    each = " ".join(f"{value:.2%}" for value in fp32)
+    return "\n".join([f"FP32 top-1 {statistics.mean(fp32):.2%} ({each})", *lines])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=int, default=12_000, help="rows of an epoch")
+    parser.add_argument("--train", type=int, default=4_096, help="rows of an epoch of QAT")
     parser.add_argument("--test", type=int, default=10_000, help="rows that are evaluated")
+    parser.add_argument("--float-train", type=int, default=12_000, help="rows of an epoch of float training")
     parser.add_argument("--float-epochs", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2, help="of QAT")
     parser.add_argument("--batch", type=int, default=128, help="global batch")
-    parser.add_argument("--lr", type=float, default=0.01, help="of QAT")
+    parser.add_argument("--lr", type=float, default=QAT.optim.lr, help="of QAT")
     parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--root", type=Path, default=None, help="folder of Fashion-MNIST's four files")
     parser.add_argument("--json", type=Path, default=Path("qat_ddp.json"))
     options = parser.parse_args()
@@ -305,7 +362,12 @@ def main() -> None:
     with join(RunConfig(device="cpu")) as world, tempfile.TemporaryDirectory() as folder:
         data = DataConfig(name="fashion_mnist", root=options.root, cache_dir=Path(folder))
         splits = open_splits(lambda: fashion_mnist(data), Path(folder), World())
-        rows, float_top1 = measure(world, splits, options)
+        rows, fp32 = list[Row](), list[float]()
+        for seed in range(options.seeds):
+            bench = Bench(world, splits, options, seed)
+            fp32.append(bench.fp32)
+            for shards in SHARDS:
+                rows += bench.rows(shards)
         assert all(math.isfinite(row.int8) for row in rows)
         if not world.is_main:
             return
@@ -316,9 +378,9 @@ def main() -> None:
     print(
         f"{options.train} rows x {options.epochs} epochs, batch {options.batch}, {options.seeds} seed(s), {seconds:.0f} s\n"
     )
-    print(table(rows, float_top1))
+    print(table(rows, fp32))
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    found = {"settings": settings, "fp32": float_top1, "rows": [asdict(row) for row in rows], "seconds": seconds}
+    found = {"settings": settings, "fp32": fp32, "rows": [asdict(row) for row in rows], "seconds": seconds}
     options.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"\nwritten: {options.json}")
 

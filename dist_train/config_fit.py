@@ -103,7 +103,7 @@ class HalfConfig(Settings):
 
 class PTQConfig(Settings):
     samples: PositiveInt = 512
-    """Training samples, over all ranks, from which the ranges are initialised."""
+    """Training samples, over all ranks, from which the ranges are initialised: drawn by the seed, of a stream the first ones."""
     ranges: Literal["min_max", "percentile", "mse"] = "min_max"
     """min_max: the smallest and largest value; percentile, mse: clipped, by a second pass that counts the values in bins."""
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99

@@ -97,5 +97,31 @@ def test_they_train_evaluate_and_convert_together(row: int, tmp_path: Path) -> N
         assert saved, ranks.printed()
         ranks.kill()
     train_done(world_size, *again, deadline=DEADLINE)
-    first, second = states(tmp_path / "run"), states(tmp_path / "killed")
+    assert_same_bytes(tmp_path / "run", tmp_path / "killed")
+
+
+def assert_same_bytes(left: Path, right: Path) -> None:
+    first, second = states(left), states(right)
     assert first.keys() == second.keys() and [key for key in first if first[key] != second[key]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_qat_killed_after_batch_norm_froze_ends_with_the_bytes_of_an_undisturbed_run(
+    tmp_path: Path,
+) -> None:
+    _, words = command(0, tmp_path, "run")
+    words += ["--import", "tests.stub_parts", "--model.name", "stub_net", "--model.args", "{}", "--compile", "true"]
+    # Of 11 steps: BatchNorm freezes before the fourth, which is another graph.
+    words += ["--stages", "[ptq, qat]", "--qat.epochs", "1", "--checkpoint.every_steps", "1"]
+    words += ["--qat.freeze_batch_norm", "0.3", "--run.dir"]
+    train_done(1, *words, str(tmp_path / "run"), deadline=DEADLINE)
+    killed = tmp_path / "killed"
+    latest = RunDir(killed).checkpoints / "latest.json"
+    with train(1, *words, str(killed)) as ranks:
+        saved = ranks.until(lambda: (read_json(latest) or {}).get("name", "") >= "qat-00000004", DEADLINE)
+        assert saved, ranks.printed()
+        ranks.kill()
+    assert "qat-00000004" <= (read_json(latest) or {})["name"] < "qat-00000011", "killed on the way"
+    train_done(1, *words, str(killed), deadline=DEADLINE)
+    assert_same_bytes(tmp_path / "run", killed)

@@ -79,8 +79,17 @@ class PreparedModules(PreparedModel):
     def train(self, mode: bool = True) -> PreparedModules:
         """As any module's, but dropout stays off unless it is kept, and so do the statistics of batch norms once they are frozen."""
         super().train(mode)
-        for module in self.modules():
-            dropped = isinstance(module, _DropoutNd) and not self._dropout
-            if dropped or (self.batch_norm_frozen and isinstance(module, _BatchNorm)):
+        for module in self.model.modules():
+            if isinstance(module, _BatchNorm):
+                off = self.batch_norm_frozen
+            else:
+                off = not self._dropout and _may_drop_out(module)
+            if off:
                 module.training = False
         return self
+
+
+def _may_drop_out(module: nn.Module) -> bool:
+    """Whether its own forward may: a module that is not torch's may call functional dropout, by its own `training`."""
+    drops = isinstance(module, (_DropoutNd, nn.MultiheadAttention, nn.RNNBase))
+    return drops or not type(module).__module__.startswith("torch.")

@@ -140,18 +140,22 @@ def run_loop(
 
 def estimation(context: Context, settings: FitConfig) -> tuple[EstimationLoader, World, Autocast]:
     """What the statistics of a moving average are estimated from, and how."""
+    batches = estimation_batches(context, settings.ema_samples, context.config.data.eval_batch_size)
+    return batches, context.world, context.strategy.autocast
+
+
+def estimation_batches(context: Context, samples: int, rows: int) -> EstimationLoader:
+    """This rank's batches of `rows` of as many training samples, drawn by the seed: over all ranks the same at any world size."""
     config, world = context.config, context.world
-    size = config.data.eval_batch_size
-    batches = EstimationLoader(
+    return EstimationLoader(
         context.source(context.splits.train, config.run.seed),
-        2 * size if config.debug.fast_dev_run else settings.ema_samples,
-        size,
+        2 * config.data.eval_batch_size if config.debug.fast_dev_run else samples,
+        rows,
         config.run.seed,
         world.world_size,
         world.rank,
         shuffle=context.splits.steps_per_epoch is None,
     )
-    return batches, world, context.strategy.autocast
 
 
 def _for_this_batch(context: Context, stage: str, settings: FitConfig) -> FitConfig:

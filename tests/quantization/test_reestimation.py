@@ -21,6 +21,7 @@ from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
 from dist_train.reestimation import estimate_moments, estimate_ranges
 from dist_train.world import World
+from tests.stub_parts import StubNet
 
 
 def batches(*sizes: int) -> list[Batch]:
@@ -127,12 +128,13 @@ def test_batches_to_estimate_from_are_the_same_at_any_world_size(size: int, samp
     assert size < 50 or of(1, seed=2) != alone, "drawn by the seed, not the first ones"
 
 
-@pytest.mark.parametrize("backend", ["pt2e", "fx"])
+@pytest.mark.parametrize("backend", ["pt2e", "fx", "eager"])
 def test_dropout_is_on_in_training_where_it_is_kept_also_with_frozen_statistics(
     backend: str, tiny: nn.Module, prepared: PreparedModel, images: Tensor
 ) -> None:
-    if backend == "fx":
-        prepared = build_backend(QATConfig(backend="fx")).prepare(tiny, images)
+    if backend != "pt2e":
+        net = StubNet() if backend == "eager" else tiny
+        prepared = build_backend(QATConfig(backend=backend)).prepare(net, images)
     calibrate(prepared, images).observe(False)
     expected = prepared.eval()(images)
 
@@ -150,6 +152,35 @@ def test_dropout_is_on_in_training_where_it_is_kept_also_with_frozen_statistics(
     assert torch.equal(prepared.eval()(images), expected)
     with prepared.batch_moments():
         assert torch.equal(at(0), at(1))
+
+
+class OwnForward(StubNet):
+    """Drops out by a function, and inside a module of torch's whose forward does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.LSTM(8, 8, num_layers=2, dropout=0.5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu1(self.bn1(self.conv1(self.quant(x))))
+        x = nn.functional.dropout(self.dequant(x), 0.5, self.training)
+        return self.recurrent(x.mean(3).transpose(1, 2))[0].mean(1)
+
+    def fuse_model(self, is_qat: bool) -> None:
+        assert is_qat
+
+
+def test_under_eager_dropout_in_a_forward_of_ones_own_is_off_too_unless_it_is_kept(images: Tensor) -> None:
+    prepared = build_backend(QATConfig(backend="eager")).prepare(OwnForward(), images)
+    calibrate(prepared, images).observe(False)
+    norm = prepared.model.get_submodule("bn1")
+    before = moments(prepared)
+    first, second = prepared.train()(images), prepared(images)
+    assert torch.equal(first, second) and norm.training and moments(prepared) != before, (
+        "batch norms alone are in training"
+    )
+    prepared.keep_dropout()
+    assert not torch.equal(prepared(images), prepared(images))
 
 
 def test_functional_dropout_that_fx_has_made_a_constant_cannot_be_kept(images: Tensor) -> None:
