@@ -178,6 +178,7 @@ def test_auto_in_a_run_chooses_warns_and_tells_the_manifest_why(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     settings = ["--export.formats", "[auto]", "--import", "tests.sluggish_format", "--train.epochs", "2"]
+    settings += ["--export.latency_batch_sizes", "[1]"]
     path = config(tmp_path, "[train, ptq, convert, export]")
     printed = train_done(1, "run", str(path), "--run.dir", str(tmp_path / "run"), *settings)
     rows = {row["format"]: row for row in read_json(RunDir(tmp_path / "run").results)["models"]["int8"]["runtimes"]}

@@ -165,8 +165,8 @@ def _make_room_for_biases(graph: GraphModule) -> None:
             continue
         integers, scales = (value_of(graph, each) for each in weight.args[:2])
         assert integers is not None and scales is not None
-        arrays = (each.detach().numpy() for each in (integers, scales, bias))
-        changed = with_room_for_bias(*arrays, input_scale=_parameters(inputs)[0])
+        weights, steps, biases = (each.detach().numpy() for each in (integers, scales, bias))
+        changed = with_room_for_bias(weights, steps, biases, _parameters(inputs)[0])
         for kept, array in zip((integers, scales), changed, strict=True):
             kept.copy_(torch.as_tensor(array))
 
