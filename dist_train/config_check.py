@@ -157,7 +157,7 @@ def _exports(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
             yield Problem("export.formats", message, hint="--half.dtype fp16, or --export.models '[fp32]'")
         if int8 and config.qat.backend in ("fx", "eager"):
             message = (
-                f"{name!r} cannot be written of the TorchScript that the backend {config.qat.backend!r} makes of int8"
+                f"{format!r} cannot be written of the TorchScript that the backend {config.qat.backend!r} makes of int8"
             )
             hint = f"--qat.backend pt2e, or later, of the float model: dist-train export RUN_DIR --format {format} --model fp32"
             yield Problem("export.formats", message, hint=hint)
@@ -166,10 +166,6 @@ def _exports(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
                 f"{format!r} cannot be written of int8: qat.rules ask for fewer than 8 bits, which are only simulated"
             )
             hint = "--export.formats '[pt2]', or --export.models '[fp32]', or 8 bits in qat.rules"
-            yield Problem("export.formats", message, hint=hint)
-        elif int8 and format == "executorch":
-            message = "'executorch' cannot take int8 of uint8 activations, which is what the x86 quantizer makes; XNNPACK wants int8"
-            hint = "--export.models '[fp32]', or leave it out and: dist-train export RUN_DIR --format executorch --model fp32"
             yield Problem("export.formats", message, hint=hint)
 
 

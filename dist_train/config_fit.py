@@ -117,7 +117,7 @@ class WeightQuantizationConfig(Settings):
     bits: Bits = 8
     """Below 8 the integers are simulated in int8 (pt2e only)."""
     scheme: Literal["symmetric", "affine"] = "symmetric"
-    """affine: with a zero point, so that the smallest and largest weight take all integers (pt2e only; for OpenVINO and ONNX Runtime, as Inductor's kernels take no zero point)."""
+    """affine: with a zero point, so that the smallest and largest weight take all integers (pt2e only; for OpenVINO and ONNX Runtime, as the kernels of Inductor and XNNPACK take no zero point)."""
     granularity: Literal["channel", "tensor"] = "channel"
     """A scale for each output channel, or one for all."""
 

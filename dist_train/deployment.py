@@ -17,7 +17,7 @@ from dist_train.errors import ArtifactError
 from dist_train.half import Dtype, HalfModel
 from dist_train.lowering.base import LoweringUnavailable, Written
 from dist_train.lowering.choice import Choice
-from dist_train.lowering.comparison import LARGEST_DIFFERENCE, Candidate, relative_difference
+from dist_train.lowering.comparison import Candidate, is_rounding, relative_difference
 from dist_train.program import Program, load_program, open_program, program_bytes
 
 _SUFFIXES = {"pt2": "pt2", "torchscript": "ts"}
@@ -114,9 +114,12 @@ class Bundle:
     def add_choice(self, each: Deployable, choice: Choice, probe: Tensor, threads: int) -> list[str]:
         """Adds the format that was chosen for an added model; nothing where that is the program itself.
 
-        Returns lines for the user.
+        The manifest says which runtime was chosen and why, whichever it is. Returns lines for the user.
         """
         best = choice.best
+        self.models[each.name].pop("chosen", None)
+        if best is not None:
+            self.models[each.name]["chosen"] = {"format": best.format, "runtime": best.runtime, "why": choice.why()}
         if best is None or best.written is None:
             return choice.lines()
         return [*choice.lines(), self.add_format(each, best.format, probe, threads, best.written)]
@@ -132,10 +135,10 @@ class Bundle:
             ArtifactError: the format and the model do not go together, or its answers are wrong.
         """
         written = written or write_format(each, name, probe, threads)
-        difference = max(  # one row too: OpenVINO was seen to go wrong there alone
-            relative_difference(written.call, each.candidate.call, rows) for rows in (probe, probe[:1])
-        )
-        if not difference <= LARGEST_DIFFERENCE:
+        sizes = (probe, probe[:1])  # one row too: OpenVINO was seen to go wrong there alone
+        differences = [relative_difference(written.call, each.candidate.call, rows) for rows in sizes]
+        difference = max(differences)
+        if not all(is_rounding(found, each.candidate, rows) for found, rows in zip(differences, sizes, strict=True)):
             raise ArtifactError(
                 f"{each.name} as {name} is wrong: {written.runtime} answers differently "
                 f"({difference:.2g} of the largest output)",
@@ -195,7 +198,7 @@ def describe_data(splits: Splits) -> dict[str, Any]:
 def manifest(
     bundle: Bundle, described: Mapping[str, Any], task: str, results: Mapping[str, Any], ranges_sha256: str | None
 ) -> dict[str, Any]:
-    """What a user of the artifact must know; nothing that differs between a run and its repetition."""
+    """What a user of the artifact must know; nothing that differs between a run and its repetition, but what `auto` chose."""
     return {
         "models": bundle.models,
         "default": bundle.default,

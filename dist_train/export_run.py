@@ -15,13 +15,23 @@ from dist_train.artifact_store import read_artifact, write_artifact
 from dist_train.artifact_verify import verify_in_fresh_process
 from dist_train.assembly import configure_torch
 from dist_train.config_fit import simulated_bits
-from dist_train.deployment import Bundle, Deployable, chosen_models, deploy_float, deploy_half, deploy_int8, manifest
+from dist_train.deployment import (
+    Bundle,
+    Deployable,
+    chosen_models,
+    deploy_float,
+    deploy_half,
+    deploy_int8,
+    manifest,
+    simulation,
+)
 from dist_train.errors import GateError, RunDirError
 from dist_train.lowering.choice import choose_format
 from dist_train.lowering.comparison import Candidate, drawn_from
 from dist_train.models.build import build_model
 from dist_train.reopen import FinishedRun, reopen
 from dist_train.run_dir import read_json, replace_json
+from dist_train.tasks import Task
 
 _PROBE_ROWS = 16
 
@@ -58,11 +68,15 @@ def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | No
     lines = [f"{name}: {bundle.models[name]['file']}"]
     table: list[dict[str, Any]] | None = None
     for each in wanted:
-        if each == "auto":
-            float_model = _float_model(run)
+        if each == "auto" and deployable.simulated_bits:
+            lines.append(f"{name}: no format but the program: {simulation(deployable.simulated_bits)}")
+        elif each == "auto":
+            float_model, settings = _float_model(run), run.config.export
             candidates = {"fp32": Candidate(float_model, float_model), name: deployable.candidate}
-            images, sizes = drawn_from(probe, run.config.run.seed), run.config.export.latency_batch_sizes
-            choice = choose_format(name, candidates, probe, images, sizes, run.threads)
+            images, sizes = drawn_from(probe, run.config.run.seed), settings.latency_batch_sizes
+            task: Task = registry.tasks.get(run.config.task.name)(run.described["num_outputs"], run.config.task.args)
+            bound = run.config.convert.agreement_bound
+            choice = choose_format(name, candidates, probe, images, sizes, run.threads, task, bound)
             lines += bundle.add_choice(deployable, choice, probe, run.threads)
             table = choice.rows()
         else:

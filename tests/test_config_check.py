@@ -52,7 +52,8 @@ def places(tree: dict[str, Any], environ: dict[str, str] | None = None) -> list[
         ({"convert": {"runtime": "openvino"}, "qat": {"backend": "fx"}}, ["convert.runtime"]),
         ({"stages": ["train"], "convert": {"runtime": "openvino"}, "qat": {"backend": "fx"}}, []),
         *(({"convert": {"runtime": name}}, []) for name in ("auto", "openvino", "onnxruntime", "none")),
-        ({"export": {"formats": ["executorch"]}}, ["export.formats"]),
+        ({"export": {"formats": ["executorch"]}}, []),
+        ({"export": {"formats": ["executorch"]}, "qat": {"backend": "fx"}}, ["export.formats"]),
         ({"stages": ["train", "half", "export"], "export": {"formats": ["onnx", "executorch"]}}, ["export.formats"]),
         (
             {"stages": ["train", "half", "export"], "export": {"formats": ["onnx"]}, "half": {"dtype": "fp16"}},

@@ -31,8 +31,7 @@ def check_onnx(subject: Subject) -> Iterator[Line]:
 
 
 def check_executorch(subject: Subject) -> Iterator[Line]:
-    """Of the float model: its kernels want other integers than PT2E makes for x86."""
-    yield _written(subject, "executorch", of_float=True)
+    yield _written(subject, "executorch")
 
 
 def check_inductor(subject: Subject) -> Iterator[Line]:
@@ -51,7 +50,7 @@ def check_inductor(subject: Subject) -> Iterator[Line]:
         )
 
 
-def _written(subject: Subject, name: str, of_float: bool = False) -> Line:
+def _written(subject: Subject, name: str) -> Line:
     entry = registry.export_formats.entry(name)
     if entry.missing():
         text = f"{name}: {', '.join(entry.missing())} not installed"
@@ -63,22 +62,21 @@ def _written(subject: Subject, name: str, of_float: bool = False) -> Line:
         written = write(model, images(), 1)
         return written.runtime, written.call
 
-    return _tried(subject, name, lower, of_float)
+    return _tried(subject, name, lower)
 
 
-def _tried(subject: Subject, name: str, lower: Callable[[Model], tuple[str, Call]], of_float: bool = False) -> Line:
+def _tried(subject: Subject, name: str, lower: Callable[[Model], tuple[str, Call]]) -> Line:
     """`lower` gives the runtime's name, and the model in it."""
     from dist_train.lowering import LoweringUnavailable
 
     hint = "report this with the versions above; the other formats do not depend on it"
     try:
-        model, expected = (tiny_net(), tiny_net()(images()).detach()) if of_float else _int8()
+        model, expected = _int8()
         runtime, call = lower(model)
     except (DistTrainError, LoweringUnavailable) as error:
         return subject.lacking(name, f"{name}: {error}", hint)
     difference = float((call(images()) - expected).abs().max() / expected.abs().max())
-    what = "an FP32" if of_float else "an int8"
-    said = f"{name}: {what} model of a few layers runs in {runtime}, and differs by {difference:.1%}"
+    said = f"{name}: an int8 model of a few layers runs in {runtime}, and differs by {difference:.1%}"
     return good(said) if difference < _BOUND else subject.lacking(name, said, hint)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from dist_train import registry
 from dist_train.lowering import inductor
 from dist_train.lowering.base import LoweringUnavailable, Written
-from dist_train.lowering.comparison import LARGEST_DIFFERENCE, Candidate, relative_difference
+from dist_train.lowering.comparison import Candidate, is_rounding, relative_difference
 from dist_train.lowering.latency import compare_latency
+from dist_train.tasks import Task
 from dist_train.torchscript import trace
 
 Call = Callable[[Tensor], Tensor]
@@ -30,7 +31,7 @@ class Trial:
         format: what is written for it; pt2 for the program itself.
         left_out: why it was not measured, "" where it was.
         difference: the largest one of its answers from those of the model in memory, in units of the largest answer.
-        agreement: share of the answers whose largest output is the same one.
+        agreement: share of the answers that decide the same, as the task counts it.
         latency_ms: median milliseconds by model (this one, and fp32) and batch size.
         written: what a format's writer gave.
     """
@@ -83,13 +84,21 @@ class Choice:
             times = "; ".join(f"{name} {_milliseconds(values)}" for name, values in each.latency_ms.items())
             chosen = ", chosen" if each is self.best else ""
             said.append(
-                f"{self.model}: {each.runtime}: {times}; same class {each.agreement:.1%}, "
+                f"{self.model}: {each.runtime}: {times}; same decision {each.agreement:.1%}, "
                 f"differs by {each.difference:.2g} of the largest output{chosen}"
             )
         others = sorted(self._cost(each) for each in measured if each is not self.best)
         why = f"the next takes {others[0] / self._cost(self.best):.2f} times as long" if others else "the only one"
         said.append(f"{self.model}: {self.best.format} for {self.best.runtime}, the fastest that answers right ({why})")
         return said + [line for each in measured for line in slower_than_float(each.latency_ms, each.runtime)]
+
+    def why(self) -> str:
+        """Why the best one is it, without the times, which are of this machine and this hour."""
+        assert self.best is not None
+        measured = [each.runtime for each in self.trials if not each.left_out]
+        left_out = [f"{each.runtime} left out: {each.left_out}" for each in self.trials if each.left_out]
+        fastest = f"the fastest of {', '.join(measured)}" if len(measured) > 1 else "the only one that answers right"
+        return "; ".join([f"{fastest} on the machine that exported it", *left_out])
 
     def _cost(self, trial: Trial) -> float:
         return cost(trial.latency_ms[self.model])
@@ -124,15 +133,18 @@ def choose_format(
     images: Callable[[int], Tensor],
     batch_sizes: Sequence[int],
     threads: int,
+    task: Task,
+    agreement_bound: float,
 ) -> Choice:
     """Tries `candidates[name]` in every registered format's runtime and under Inductor; TorchScript runs as it is.
 
     candidates: `name` and, to compare with in the same runtime, fp32. probe: float32 [rows, C, H, W], what answers are compared on, one
-    row too. images: batch size -> float32 [B, C, H, W]. All that are measured take turns.
+    row too. images: batch size -> float32 [B, C, H, W]. agreement_bound: least share of the probe's rows on which a runtime decides,
+    in the eyes of the task, as the model in memory; that of the gate `lowered`. All that are measured take turns.
     """
     others = {"fp32": candidates["fp32"]} if name != "fp32" and "fp32" in candidates else {}
     trials = [
-        _try(trial, make, name, candidates[name], others, probe)
+        _try(trial, make, name, candidates[name], others, probe, task, agreement_bound)
         for trial, make in _runtimes(candidates[name], probe, threads)
     ]
     running = [each for each in trials if not each.left_out]
@@ -175,18 +187,31 @@ def _as_script(each: Candidate, probe: Tensor) -> Call:
 
 
 def _try(
-    trial: Trial, make: Make, name: str, model: Candidate, others: Mapping[str, Candidate], probe: Tensor
+    trial: Trial,
+    make: Make,
+    name: str,
+    model: Candidate,
+    others: Mapping[str, Candidate],
+    probe: Tensor,
+    task: Task,
+    agreement_bound: float,
 ) -> Trial:
     """`trial` with its calls and its fidelity, or why it is left out."""
     try:
         trial.calls[name], trial.written = make(model)
         if trial.written is not None:
             trial.runtime = trial.written.runtime
-        answers, expected = trial.calls[name](probe), model.call(probe)
-        trial.difference = max(relative_difference(trial.calls[name], model.call, rows) for rows in (probe, probe[:1]))
-        trial.agreement = float((answers.argmax(1) == expected.argmax(1)).float().mean())
-        if not trial.difference <= LARGEST_DIFFERENCE:
+        trial.agreement = _agreement(task, trial.calls[name](probe), model.call(probe))
+        sizes = (probe, probe[:1])
+        differences = [relative_difference(trial.calls[name], model.call, rows) for rows in sizes]
+        trial.difference = float(torch.tensor(differences).max())  # NaN where one is
+        if not all(is_rounding(found, model, rows) for found, rows in zip(differences, sizes, strict=True)):
             trial.left_out = f"it answers differently ({trial.difference:.2g} of the largest output)"
+        elif not trial.agreement >= agreement_bound:
+            trial.left_out = (
+                f"it decides the same on {trial.agreement:.1%} of the samples tried alone, and convert.agreement_bound is "
+                f"{agreement_bound:g} (it differs by {trial.difference:.2g} of the largest output)"
+            )
     except LoweringUnavailable as reason:
         trial.left_out = str(reason)
     for other, candidate in others.items() if not trial.left_out else ():
@@ -194,6 +219,15 @@ def _try(
             call, _ = make(candidate)
         except LoweringUnavailable:
             continue  # a format for int8 is chosen all the same; only the comparison is missing
-        if relative_difference(call, candidate.call, probe) <= LARGEST_DIFFERENCE:
+        if is_rounding(relative_difference(call, candidate.call, probe), candidate, probe):
             trial.calls[other] = call
     return trial
+
+
+def _agreement(task: Task, answers: Tensor, expected: Tensor) -> float:
+    """As `evaluate.agreement`, on rows in hand."""
+    ours, theirs = task.decide(answers), task.decide(expected)
+    if theirs.is_floating_point():
+        spread = theirs.std(0, correction=0).clamp(min=torch.finfo(torch.float32).eps)
+        ours, theirs = ours / spread, theirs / spread
+    return float(task.agree(ours, theirs).mean())

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-_LARGEST_BIAS = 2.0**30  # leaves int32 room for the sum of products
+from dist_train.lowering.kernel_arithmetic import scale_and_zero_point, summand_range, with_room_for_bias
 
 
 class _Graph:
@@ -57,10 +57,7 @@ class _Graph:
 def quantize_summands(model: ModelProto) -> int:
     """Quantizes, in place, each convolution's output that is added to a quantized tensor where the sum is quantized in turn.
 
-    No range has to be learned: what lies outside of [lowest sum - highest other, highest sum - lowest other] is clipped in the sum
-    too, whatever the other summand is, so that this range clips nothing that counts. What it costs is one more rounding.
-
-    Returns how many.
+    Its range is that of `summand_range`. Returns how many.
     """
     graph, count = _Graph(model), 0
     for addition in [node for node in graph.proto.node if node.op_type == "Add"]:
@@ -79,14 +76,12 @@ def quantize_summands(model: ModelProto) -> int:
         name, other = addition.input[place], summands[1 - place]
         if graph.only_reader(name) is None or not (_per_tensor(graph, other) and _per_tensor(graph, after)):
             continue
-        (low, high), (other_low, other_high) = _range(graph, after), _range(graph, other)
-        low, high = low - other_high, high - other_low
         integers = np.iinfo(graph.value(after.input[2]).dtype)
-        scale = (high - low) / (integers.max - integers.min)
-        zero_point = np.clip(round(integers.min - low / scale), integers.min, integers.max).astype(integers.dtype)
+        values = summand_range(_range(graph, after), _range(graph, other))
+        scale, zero_point = scale_and_zero_point(values, int(integers.min), int(integers.max))
         parameters = [
             graph.constant(f"{name}_scale", np.float32(scale)),
-            graph.constant(f"{name}_zero_point", np.asarray(zero_point)),
+            graph.constant(f"{name}_zero_point", np.asarray(zero_point, integers.dtype)),
         ]
         quantize = helper.make_node("QuantizeLinear", [name, *parameters], [f"{name}_quantized"])
         dequantize = helper.make_node("DequantizeLinear", [f"{name}_quantized", *parameters], [f"{name}_dequantized"])
@@ -114,10 +109,7 @@ def _range(graph: _Graph, node: Any) -> tuple[float, float]:
 def quantize_biases(model: ModelProto) -> int:
     """Writes, in place, the bias of each layer of quantized input and weight as int32 of scale input * weight, as kernels add it.
 
-    Where a channel's weight is so small beside its bias that this would overflow (a channel that weight decay emptied), the
-    channel's scale becomes larger; what its weight then loses is below 1e-3 of the bias, less than a step of the output.
-
-    Returns how many.
+    See `with_room_for_bias`. Returns how many.
     """
     graph, count = _Graph(model), 0
     for layer in [node for node in graph.proto.node if node.op_type in ("Conv", "Gemm") and len(node.input) == 3]:
@@ -131,10 +123,9 @@ def quantize_biases(model: ModelProto) -> int:
         values, weights, scales = (graph.value(name) for name in (bias, *weight.input[:2]))
         if scales.shape != values.shape or scales.shape != weights.shape[:1] or graph.value(weight.input[2]).any():
             continue
-        enough = np.maximum(scales, np.abs(values) / (_LARGEST_BIAS * input_scale)).astype(np.float32)
-        if (enough > scales).any():
-            ratio = (scales / enough).reshape(-1, *[1] * (weights.ndim - 1))
-            graph.replace(weight.input[0], np.round(weights * ratio).astype(weights.dtype))
+        roomy, enough = with_room_for_bias(weights, scales, values, input_scale)
+        if enough is not scales:
+            graph.replace(weight.input[0], roomy)
             graph.replace(weight.input[1], enough)
         scale = (enough * np.float32(input_scale)).astype(np.float32)
         name = f"{layer.output[0]}_bias"

@@ -95,10 +95,13 @@ class Export(Stage):
         self, context: Context, bundle: Bundle, deployables: dict[str, Deployable], name: str, probe: torch.Tensor
     ) -> tuple[list[str], list[dict[str, Any]]]:
         """`auto`: lines for the user, and the table."""
+        if deployables[name].simulated_bits:
+            return [f"{name}: no format but the program: {simulation(deployables[name].simulated_bits)}"], []
         candidates = {each: deployable.candidate for each, deployable in deployables.items()}
         sizes, images = self.settings.latency_batch_sizes, drawn_from(probe, context.config.run.seed)
         context.progress.say(f"{self.name}: trying the runtimes for {name}")
-        choice = choose_format(name, candidates, probe, images, sizes, context.threads)
+        bound = context.config.convert.agreement_bound
+        choice = choose_format(name, candidates, probe, images, sizes, context.threads, context.task, bound)
         return bundle.add_choice(deployables[name], choice, probe, context.threads), choice.rows()
 
     def _time(

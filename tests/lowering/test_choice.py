@@ -13,6 +13,7 @@ from dist_train import registry
 from dist_train.lowering.base import LoweringUnavailable, Written
 from dist_train.lowering.choice import Choice, choose_format, cost, slower_than_float
 from dist_train.lowering.comparison import Candidate
+from dist_train.tasks import Classification
 from tests.converted_nets import float_net, images
 
 
@@ -28,6 +29,19 @@ def runtime(seconds: float, factor: float = 1.0, extra: float = 0.0) -> registry
         return Written({"bin": b"written"}, call, f"runtime {seconds}", "never")
 
     return registry.Entry(write)
+
+
+def swapping(model: nn.Module, example: Tensor, threads: int) -> Written:
+    """Answers almost right, and decides otherwise on the last row of several."""
+
+    def call(batch: Tensor) -> Tensor:
+        answer: Tensor = model(batch).clone()
+        if len(batch) > 1:
+            first, second = answer[-1].topk(2).indices
+            answer[-1, first], answer[-1, second] = answer[-1, second].clone(), answer[-1, first].clone()
+        return answer
+
+    return Written({"bin": b"written"}, call, "swapping 1", "never")
 
 
 def refusing(model: nn.Module, example: Tensor, threads: int) -> Written:
@@ -51,7 +65,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, registry.Entr
         monkeypatch.setattr(registry.export_formats, "_entries", formats)
         int8, net = Int8().eval(), float_net()
         candidates = {"int8": Candidate(int8, int8), "fp32": Candidate(net, net)}
-        return choose_format("int8", candidates, images(4), images, [1, 2], 1)
+        return choose_format("int8", candidates, images(4), images, [1, 2], 1, Classification(10, {}), 0.99)
 
     return choose
 
@@ -79,9 +93,21 @@ def test_the_fastest_that_answers_right_is_chosen_and_the_others_say_why_not(cho
     assert rows["refusing"]["left_out"] == "it wants another model"
     assert rows["absent"]["left_out"] == "pip install no-such-package"
     assert "no C++ compiler" in rows["pt2"]["left_out"]
+    assert choice.why().startswith("the fastest of runtime 0.004, runtime 0.02 on the machine that exported it; ")
+    assert "refusing left out: it wants another model" in choice.why()
     said = "\n".join(choice.lines())
     assert "int8: quick for runtime 0.004, the fastest that answers right (the next takes " in said
     assert "warning" not in said
+
+
+def test_a_runtime_that_decides_otherwise_is_left_out_though_its_numbers_are_close(choose) -> None:
+    choice = choose({"swapping": registry.Entry(swapping), "slow": runtime(0.02)})
+    assert choice.best is not None
+    assert choice.best.format == "slow"
+    row = next(row for row in choice.rows() if row["format"] == "swapping")
+    assert (
+        "decides the same on 75.0% of the samples tried alone, and convert.agreement_bound is 0.99" in row["left_out"]
+    )
 
 
 def test_int8_slower_than_float_in_its_runtime_is_warned_of(choose) -> None:
@@ -102,7 +128,7 @@ def test_torchscript_runs_as_it_is_with_the_float_model_traced_beside_it() -> No
     net = float_net()
     traced = torch.jit.trace(net, images(2), check_trace=False)
     candidates = {"int8": Candidate(traced, None), "fp32": Candidate(net, net)}
-    choice = choose_format("int8", candidates, images(4), images, [1], 1)
+    choice = choose_format("int8", candidates, images(4), images, [1], 1, Classification(10, {}), 0.99)
     assert choice.best is not None
     assert (choice.best.runtime, choice.best.format, choice.best.written) == ("torchscript", "pt2", None)
     assert set(choice.best.latency_ms) == {"int8", "fp32"}

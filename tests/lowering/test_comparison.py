@@ -7,7 +7,13 @@ import torch
 
 from dist_train.half import HalfModel
 from dist_train.lowering import Lowered, LoweringUnavailable
-from dist_train.lowering.comparison import Candidate, relative_difference, require_same_answers, time_models
+from dist_train.lowering.comparison import (
+    Candidate,
+    is_rounding,
+    relative_difference,
+    require_same_answers,
+    time_models,
+)
 from dist_train.lowering.openvino import computes_in, missing_modules
 from tests.converted_nets import float_net, images
 
@@ -33,11 +39,21 @@ def test_half_is_timed_in_the_runtime_of_the_others_where_it_computes_in_half(na
 def test_wrong_answers_are_not_timed():
     wrong = Lowered("swift", lambda batch: -float_net()(batch))
     with pytest.raises(LoweringUnavailable, match=r"swift answers differently for fp32 at batch 3 \(2 of the largest"):
-        require_same_answers("fp32", wrong, float_net(), images(3))
+        require_same_answers("fp32", wrong, Candidate(float_net(), None), images(3))
     nan = Lowered("swift", lambda batch: float_net()(batch) * float("nan"))
     with pytest.raises(LoweringUnavailable, match="nan of the largest"):
-        require_same_answers("fp32", nan, float_net(), images(3))
+        require_same_answers("fp32", nan, Candidate(float_net(), None), images(3))
 
 
 def test_a_difference_is_in_units_of_the_largest_output():
     assert relative_difference(lambda x: x + 1, lambda x: x, torch.tensor([2.0, -4.0])) == 0.25
+
+
+def test_a_model_that_multiplies_roundings_may_differ_by_what_it_differs_by_itself(program):
+    stable, batch = program.module(), images(8)
+    steep = Candidate(lambda batch: torch.sin(300 * stable(batch)), program)  # a last bit of its input decides
+    assert is_rounding(0.5, steep, batch)
+    assert not is_rounding(0.5, Candidate(stable, program), batch)
+    assert not is_rounding(0.5, Candidate(steep.call, None), batch)  # a float model is not rounded
+    assert not is_rounding(float("nan"), steep, batch)
+    assert is_rounding(0.2, Candidate(stable, program), batch)

@@ -63,8 +63,3 @@ def test_float_and_half_go_to_executorch(float_model):
         with torch.no_grad():
             expected = model(images(5))
         assert (written.call(images(5)) - expected).abs().max() < 0.01 * expected.abs().max()
-
-
-def test_int8_of_x86_is_refused_for_executorch_and_it_is_said_why(program):
-    with pytest.raises(LoweringUnavailable, match="uint8 activations.*XNNPACK"):
-        write("executorch")(program, images(2), 1)

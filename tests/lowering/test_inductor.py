@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dist_train.config_fit import RuleConfig
 from dist_train.lowering import LoweringUnavailable
 from dist_train.lowering.inductor import compiler, lower
 from dist_train.quantization.pt2e import PT2EBackend, export_converted
 from dist_train.quantization.ranges import Ranges
-from tests.converted_nets import images
+from tests.converted_nets import float_net, images
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
@@ -63,3 +64,34 @@ def test_int8_on_images_of_one_channel_is_right_at_every_batch_size():
     lowered = lower(program, inputs[:1], 1)
     for rows in (1, 2, 5, 16):
         assert (lowered.call(inputs[:rows]) - expected[:rows]).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_zero_points_per_channel_are_refused_before_anything_is_compiled(monkeypatch):
+    # Inductor's pattern takes them into oneDNN's kernels, which do not read them: off by the size of the output, at any batch size.
+    monkeypatch.setattr("dist_train.lowering.inductor.compiler", lambda: "g++")
+    monkeypatch.setattr(torch, "compile", None)
+    program = affine("channel")
+    with pytest.raises(LoweringUnavailable, match=r"ignores the zero points .*\(1 layers, by scheme affine"):
+        lower(program, images(1), 1)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_one_zero_point_for_all_channels_is_right():
+    program = affine("tensor")
+    expected = program.module()(images(4))
+    assert (lower(program, images(1), 1).call(images(4)) - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def affine(granularity):
+    net = float_net()
+    with torch.no_grad():
+        net[7].weight += net[7].weight.std()
+    rule = RuleConfig.model_validate(
+        {"match": {"type": "Linear"}, "weight": {"scheme": "affine", "granularity": granularity}}
+    )
+    prepared = PT2EBackend().prepare(net, images(2), [rule]).eval()
+    ranges = Ranges(prepared)
+    prepared(images(16))
+    ranges.update(ranges.observed(), 1.0)
+    return export_converted(PT2EBackend().convert(prepared), images(2))

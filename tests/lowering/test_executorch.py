@@ -1,0 +1,151 @@
+"""int8 in ExecuTorch: XNNPACK's integer kernels for every int8 layer, the same answers, and a reason where there are none."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from dist_train import registry
+from dist_train.config_fit import RuleConfig
+from dist_train.lowering.base import LoweringUnavailable
+from dist_train.lowering.xnnpack import for_xnnpack
+from dist_train.quantization.pt2e import PT2EBackend, export_converted
+from dist_train.quantization.ranges import Ranges
+from tests.converted_nets import images
+
+pytestmark = pytest.mark.skipif(
+    bool(missing := registry.export_formats.entry("executorch").missing()), reason=f"not installed: {missing}"
+)
+
+
+class Residual(nn.Module):
+    """What ResNet and MobileNetV2 are made of: a residual sum, a depthwise convolution with ReLU6, dropout before the last layer."""
+
+    def __init__(self, activation: type[nn.Module] = nn.ReLU6) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.depthwise, self.activation = nn.Conv2d(16, 16, 3, stride=2, padding=1, groups=16), activation()
+        self.pointwise, self.head = nn.Conv2d(16, 32, 1), nn.Linear(32, 10)
+        self.head.weight.data *= 8  # logits far enough apart for argmax to mean something
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.conv(x))
+        x = torch.relu(self.pointwise(self.activation(self.depthwise(x))))
+        x = nn.functional.adaptive_avg_pool2d(x, 1).flatten(1)
+        return self.head(nn.functional.dropout(x, 0.2, self.training))
+
+
+def quantized(net: nn.Module, rules: Sequence[dict[str, Any]] = ()) -> tuple[nn.Module, ExportedProgram]:
+    backend, batch = PT2EBackend(), images(64)
+    prepared = backend.prepare(net, batch[:2], [RuleConfig.model_validate(each) for each in rules]).eval()
+    ranges = Ranges(prepared)
+    prepared(batch)
+    ranges.update(ranges.observed(), 1.0)
+    converted = backend.convert(prepared)
+    return converted, export_converted(converted, batch[:2])
+
+
+def residual(activation: type[nn.Module] = nn.ReLU6) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Residual(activation).eval()
+
+
+def write(program: ExportedProgram | nn.Module) -> Any:
+    return registry.export_formats.get("executorch")(program, images(1), 1)
+
+
+def operators(program: ExportedProgram) -> tuple[Counter[str], Counter[str]]:
+    """Those outside and those inside of XNNPACK's part, as ExecuTorch divides what it is given."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    exported = torch.export.export(for_xnnpack(program, images(1)), (images(1),))
+    edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).exported_program().graph_module
+    outside, inside = Counter[str](), Counter[str]()
+    parts = [each.original_module.graph_module for name, each in edge.named_children() if name.startswith("lowered_")]
+    for graph, counted in [(edge, outside), *((each, inside) for each in parts)]:
+        counted.update(node.target.__name__ for node in graph.graph.nodes if node.op == "call_function")
+    return outside, inside
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        pytest.param([], id="channel"),
+        pytest.param(
+            [{"match": {"type": "*"}, "weight": {"granularity": "tensor"}}], id="tensor", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_int8_answers_as_in_process(rules) -> None:
+    converted, program = quantized(residual(), rules)
+    written = write(program)
+    with torch.no_grad():
+        expected = converted(images(32))
+    answer = written.call(images(32))
+    assert (answer - expected).abs().max() < 0.02 * expected.abs().max()
+    varying = expected - expected.mean(0)
+    assert (answer - expected).norm() < 0.3 * varying.norm()
+    assert written.runtime.startswith("executorch ")
+
+
+def test_every_int8_layer_runs_in_integers_and_what_is_skipped_in_float() -> None:
+    _, program = quantized(residual(), [{"match": "stem", "skip": True}])
+    outside, inside = operators(program)
+    assert set(outside) == {"executorch_call_delegate", "getitem"}
+    assert inside["aten.convolution.default"] + inside["aten.linear.default"] == 5
+    assert inside["quantized_decomposed.dequantize_per_channel.default"] == 4  # of the weights; a float layer has none
+    # The last layer's input, and that of the convolution that is added to what is float: their outputs are float.
+    assert inside["quantized_decomposed.choose_qparams.tensor"] == 2
+
+
+@pytest.mark.slow
+def test_a_channel_whose_bias_would_overflow_int32_stays_right() -> None:
+    net = residual()
+    with torch.no_grad():
+        net.conv.weight[3] *= 1e-9
+    converted, program = quantized(net)
+    with torch.no_grad():
+        expected = converted(images(8))
+    assert (write(program).call(images(8)) - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_the_program_is_not_changed() -> None:
+    _, program = quantized(residual())
+    before, answer = str(program.graph), program.module()(images(4))
+    for_xnnpack(program, images(1))
+    assert str(program.graph) == before
+    assert torch.equal(program.module()(images(4)), answer)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_weights_with_zero_points_are_refused_by_their_scheme(granularity: str) -> None:
+    net = residual()
+    with torch.no_grad():
+        net.conv.weight += 0.1
+    rule = {"match": "conv", "weight": {"scheme": "affine", "granularity": granularity}}
+    with pytest.raises(LoweringUnavailable, match="weights with zero points .scheme affine in qat.rules."):
+        write(quantized(net, [rule])[1])
+
+
+@pytest.mark.parametrize("part", ["weight", "activation"])
+def test_fewer_than_eight_bits_are_refused(part: str) -> None:
+    with pytest.raises(LoweringUnavailable, match="8 bits only"):
+        write(quantized(residual(), [{"match": "conv", part: {"bits": 4}}])[1])
+
+
+@pytest.mark.slow
+def test_an_int8_layer_that_would_be_computed_in_float_is_refused() -> None:
+    _, program = quantized(residual(nn.Hardswish))
+    with pytest.raises(
+        LoweringUnavailable, match="no integer kernel for 1 of the layers.*1 of them grouped.*Hardswish"
+    ):
+        write(program)
