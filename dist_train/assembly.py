@@ -32,7 +32,7 @@ from dist_train.ledger import Ledger, NoLedger
 from dist_train.models.build import build_model, check_model, initial_weights
 from dist_train.models.weights import digest, load_weights
 from dist_train.progress import Progress
-from dist_train.quantization.backend import build_backend
+from dist_train.quantization.backend import as_configuration, build_backend
 from dist_train.run_dir import RunDir
 from dist_train.same_model import FLOAT, SameModel
 from dist_train.selection import INT8
@@ -127,7 +127,10 @@ def make_context(
         None if _holds_its_weights(config, folder) else _load_initial_weights(config, model, splits, world, progress)
     )
     if _QUANTIZES & set(config.stages):
-        build_backend(config.qat).check(model, config.qat.rules)
+        # Once a run: a resume was checked when it began, and its fingerprint says whether it is the same model.
+        example = torch.zeros(2, *splits.input_shape, device=world.device) if folder.latest is None else None
+        with as_configuration():
+            build_backend(config.qat).check(model, config.qat.rules, example)
         if bits := simulated_bits(config.qat.rules):
             progress.say(f"int8: {simulation(bits)}")
     return Context(

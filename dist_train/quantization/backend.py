@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from dist_train import registry
 from dist_train.config_fit import QATConfig, RuleConfig
+from dist_train.errors import EXIT_CONFIG, QuantizationError
 from dist_train.program import Program
 from dist_train.quantization.prepared import PreparedModel
 
@@ -18,8 +20,10 @@ from dist_train.quantization.prepared import PreparedModel
 class QuantizationBackend(Protocol):
     """No method changes what it is given, draws from the global random generator, or communicates."""
 
-    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = ()) -> None:
+    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
         """What can be seen in the untrained model: called before the first stage, so that nobody trains for nothing.
+
+        example: as of `prepare`; None where it was checked with one before, as on a resume. With one the check tries what may fail.
 
         Raises:
             QuantizationError: as `prepare`.
@@ -42,6 +46,16 @@ class QuantizationBackend(Protocol):
 
     def serialize(self, converted: nn.Module, example: Tensor) -> Program:
         """What `convert` returned, as bytes that are equal in every process; the batch size stays free."""
+
+
+@contextmanager
+def as_configuration() -> Iterator[None]:
+    """A model that the backend cannot take is a mistake of the configuration: running it again will not help (exit code 78)."""
+    try:
+        yield
+    except QuantizationError as error:
+        error.exit_code = EXIT_CONFIG
+        raise
 
 
 def build_backend(config: QATConfig) -> QuantizationBackend:

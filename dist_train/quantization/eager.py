@@ -24,6 +24,7 @@ from dist_train.quantization.padding import refuse_uneven_padding
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.prepared_modules import PreparedModules, statistics_names
 from dist_train.quantization.ranges import Ranges
+from dist_train.quantization.rehearsal import rehearse
 from dist_train.quantization.rules import resolve_rules
 from dist_train.torchscript import integer_kernels
 
@@ -39,8 +40,13 @@ class EagerBackend:
         """
         self.engine = torch_ao.choose_engine(engine)
 
-    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = ()) -> None:
+    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
         """See QuantizationBackend.check. Rules are refused: only the model's author can put stubs around a module."""
+        self._check_modules(model, rules)
+        if example is not None:
+            rehearse(self, model, example, rules)
+
+    def _check_modules(self, model: nn.Module, rules: Sequence[RuleConfig]) -> None:
         if resolve_rules(model, rules):
             raise QuantizationError(
                 "the eager backend takes no rules: the model itself says where integers begin and end",
@@ -60,7 +66,7 @@ class EagerBackend:
 
     def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedModules:
         """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
-        self.check(model, rules)
+        self._check_modules(model, rules)
         with quietly():
             prepared = torch_ao.make_ready(copy.deepcopy(model)).train()
             names = statistics_names(prepared)

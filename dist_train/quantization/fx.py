@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao.quantization.qconfig_mapping import QConfigMapping, get_default_qat_qconfig_mapping
 from torch.fx import GraphModule
@@ -22,9 +25,19 @@ from dist_train.quantization.padding import pad_before_modules
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.prepared_modules import PreparedModules, statistics_names
 from dist_train.quantization.ranges import Ranges
+from dist_train.quantization.rehearsal import rehearse
 from dist_train.quantization.rules import resolve_rules, shown
+from dist_train.quantization.whereabouts import where
 from dist_train.torchscript import integer_kernels
 
+# An average of integers on the grid of what it averages is coarse: it takes up a small part of that range, and where it falls
+# between two integers (a quarter of all means of 2 x 2 are such ties) kernel and simulation round each its own way.
+_AVERAGES: tuple[Any, ...] = (
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
+    *(torch.mean, "mean"),
+)
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # whose weights are simulated, see `_mapping`
 
 
@@ -39,18 +52,24 @@ class FXBackend:
         """
         self.engine = torch_ao.choose_engine(engine)
 
-    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = ()) -> None:
+    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
         """See QuantizationBackend.check."""
+        self._check_modules(model, rules)
+        if example is not None:
+            rehearse(self, model, example, rules)
+        else:
+            with quietly():
+                pad_before_modules(_trace(copy.deepcopy(model).eval()))
+
+    def _check_modules(self, model: nn.Module, rules: Sequence[RuleConfig]) -> None:
         resolve_rules(model, rules)
         for rule in rules:
             _refuse_unsupported(rule)
         torch_ao.check_model(model)
-        with quietly():
-            pad_before_modules(_trace(copy.deepcopy(model).eval()))
 
     def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedModules:
         """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
-        self.check(model, rules)
+        self._check_modules(model, rules)
         mapping = _mapping(self.engine)
         modules = dict(model.named_modules(remove_duplicate=False))
         for name, rule in resolve_rules(model, rules).items():
@@ -66,6 +85,7 @@ class FXBackend:
             # Traced in evaluation mode, so that functional dropout is off in training, too.
             graph = _trace(float_copy.eval())
             pad_before_modules(graph)
+            _keep_factors_in_float(graph, mapping)
             prepared = torch_ao.prepare_qat_fx(graph.train(), mapping, (example,))
         name_fake_quantizers(prepared)
         result = PreparedModules(prepared, names)
@@ -83,7 +103,10 @@ class FXBackend:
         model = copy.deepcopy(prepared.model).cpu().eval()
         assert isinstance(model, GraphModule)
         with quietly(), integer_kernels(self.engine):
-            return IntegerModel(_copy_before_means(torch_ao.convert_fx(model)), self.engine)
+            stay_float = _hide(model)
+            converted = torch_ao.convert_fx(model)
+            _show(converted, stay_float)
+            return IntegerModel(converted, self.engine)
 
     def serialize(self, converted: nn.Module, example: Tensor) -> Program:
         """See QuantizationBackend.serialize."""
@@ -105,7 +128,7 @@ def _mapping(engine: str) -> QConfigMapping:
     """torch.ao's default for the engine; ours in place of its fake quantization, but for outputs of fixed ranges (a sigmoid's).
 
     What torch.ao would quantize at conversion without having simulated it in training (transposed convolutions, normalisations
-    with weights, PReLU) stays in floating point.
+    with weights, PReLU) stays in floating point, and so do averages: what reads one is given integers of a range of its own.
     """
     default, mapping = get_default_qat_qconfig_mapping(engine), QConfigMapping().set_global(torch_ao.qconfig(engine))
     assert default.global_qconfig is not None
@@ -113,7 +136,17 @@ def _mapping(engine: str) -> QConfigMapping:
     for kind, qconfig in default.object_type_qconfigs.items():
         unsimulated = qconfig is not None and getattr(getattr(qconfig.activation, "p", None), "func", None) is usual
         mapping.set_object_type(kind, None if unsimulated or kind is nn.PReLU else qconfig)
+    for kind in _AVERAGES:
+        mapping.set_object_type(kind, None)
     return mapping
+
+
+def _keep_factors_in_float(graph: GraphModule, mapping: QConfigMapping) -> None:
+    """Products of an activation and a number: the kernel scales the grid by it, where torch.ao simulates the activation's own grid."""
+    for kind in (operator.mul, torch.mul):
+        for index, node in enumerate(graph.graph.find_nodes(op="call_function", target=kind)):
+            if len(node.all_input_nodes) == 1 and len(node.args) == 2 and node.args[0] is not node.args[1]:
+                mapping.set_module_name_object_type_order("", kind, index, None)
 
 
 def _trace(model: nn.Module) -> GraphModule:
@@ -122,18 +155,44 @@ def _trace(model: nn.Module) -> GraphModule:
     except (RuntimeError, TypeError, ValueError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise QuantizationError(
-            f"torch.fx cannot trace {type(model).__name__}: {first}",
-            "make forward free of branches that depend on the data, or try --qat.backend pt2e",
+            f"torch.fx cannot trace {where(model, error) or type(model).__name__}: {first}",
+            "make forward free of branches that depend on the data, or try --qat.backend pt2e; "
+            "or eager, where the model has stubs of its own",
         ) from error
 
 
-def _copy_before_means(model: GraphModule) -> GraphModule:
-    """torch's integer mean over height and width fails where both are 1 and the strides are those of channels_last ("required rank 4")."""
-    for node in list(model.graph.nodes):
-        if node.args and (node.op, node.target) in (("call_method", "mean"), ("call_function", torch.mean)):
-            with model.graph.inserting_before(node):
-                contiguous: dict[str, Any] = {"memory_format": torch.contiguous_format}
-                copied = model.graph.call_method("clone", (node.args[0],), contiguous)
-            node.args = (copied, *node.args[1:])
+@dataclass(frozen=True)
+class _Operation:
+    """What a node called before it was hidden; the module, where it was one."""
+
+    op: str
+    target: Any
+    module: nn.Module | None
+
+
+def _hidden(*args: Any, **kwargs: Any) -> Tensor:
+    """Stands in for an operation without a qconfig while torch.ao converts: it gives some of them integer kernels all the same."""
+    raise AssertionError("only a name in a graph")
+
+
+def _hide(model: GraphModule) -> dict[str, _Operation]:
+    """Replaces what is to stay in floating point by `_hidden`, in place; by the names of the nodes."""
+    found, modules = dict[str, _Operation](), dict(model.named_modules(remove_duplicate=False))
+    qconfigs = model.meta["_observed_graph_module_attrs"].node_name_to_qconfig
+    for node in model.graph.nodes:
+        if node.op.startswith("call_") and qconfigs.get(node.name, node) is None:
+            module = modules[str(node.target)] if node.op == "call_module" else None
+            found[node.name] = _Operation(node.op, node.target, module)
+            node.op, node.target = "call_function", _hidden
     model.recompile()
-    return model
+    return found
+
+
+def _show(model: GraphModule, hidden: Mapping[str, _Operation]) -> None:
+    """Undoes `_hide`, in place, after conversion, which drops modules that no node calls."""
+    for node in model.graph.find_nodes(op="call_function", target=_hidden):
+        operation = hidden[node.name]
+        if operation.module is not None:
+            model.add_submodule(operation.target, operation.module)
+        node.op, node.target = operation.op, operation.target
+    model.recompile()

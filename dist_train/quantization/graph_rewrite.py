@@ -56,7 +56,8 @@ class FoldedBatchNorm:
     def weight(self) -> Node:
         """The scaled weight, fake-quantized where the convolution is."""
         weight: Any = self.convolution.args[1]
-        whole: Node = weight.args[0] if weight is self.unscaling else weight
+        whole: Any = weight.args[0] if weight is self.unscaling else weight
+        assert isinstance(whole, Node)
         return whole
 
     @property

@@ -31,16 +31,20 @@ from dist_train.quantization.quantizer import RuleQuantizer
 from dist_train.quantization.ranges import Ranges
 from dist_train.quantization.rules import resolve_rules
 from dist_train.quantization.versions import check_versions
+from dist_train.quantization.whereabouts import where
 
 
 class PT2EBackend:
     """Implements `dist_train.quantization.backend.QuantizationBackend`."""
 
-    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = ()) -> None:
-        """See QuantizationBackend.check."""
+    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
+        """See QuantizationBackend.check. With an example the model is exported; what comes after that takes any graph."""
         check_versions()
         resolve_rules(model, rules)
         refuse_cumulative_average(model)
+        if example is not None:
+            with quietly():
+                _exported(copy.deepcopy(model).eval(), example)
 
     def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedGraph:
         """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
@@ -48,9 +52,7 @@ class PT2EBackend:
         quantizer = RuleQuantizer(resolve_rules(model, rules))
         with quietly():
             float_copy = copy.deepcopy(model).eval()
-            _make_affine(float_copy)
-            graph = _export(float_copy, example)
-            _refuse_known_failures(graph.graph)
+            graph = _exported(float_copy, example)
             number_graph_paddings(graph.graph)
             _keep_batch_norms_invertible(graph)
             literals = graph_rewrite.batch_norm_literals(graph.graph)
@@ -121,6 +123,14 @@ def _synthetic(example: Tensor) -> Tensor:
     return torch.zeros((2, *example.shape[1:]), dtype=example.dtype, device=example.device)
 
 
+def _exported(model: nn.Module, example: Tensor) -> GraphModule:
+    """The graph of a copy of the float model, which is changed; refuses what cannot be prepared."""
+    _make_affine(model)
+    graph = _export(model, example)
+    _refuse_known_failures(graph.graph)
+    return graph
+
+
 def _export(model: nn.Module, example: Tensor) -> GraphModule:
     """Strict export: under the default one X86InductorQuantizer cannot tell modules apart that are called twice."""
     device = next((parameter.device for parameter in model.parameters()), example.device)
@@ -136,8 +146,9 @@ def _export(model: nn.Module, example: Tensor) -> GraphModule:
     ) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise QuantizationError(
-            f"torch.export cannot trace {type(model).__name__}: {first}",
-            "make forward free of branches and shapes that depend on the data; see the cause above for the line",
+            f"torch.export cannot trace {where(model, error) or type(model).__name__}: {first}",
+            "make forward free of branches and shapes that depend on the data, or try --qat.backend fx; "
+            "or eager, where the model has stubs of its own",
         ) from error
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)

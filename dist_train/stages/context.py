@@ -28,7 +28,7 @@ from dist_train.evaluate import Evaluation, evaluate
 from dist_train.ledger import Ledger, NoLedger
 from dist_train.program import Program
 from dist_train.progress import Progress
-from dist_train.quantization.backend import QuantizationBackend, build_backend
+from dist_train.quantization.backend import QuantizationBackend, as_configuration, build_backend
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.retention import Retention
 from dist_train.run_dir import RunDir, replace_json
@@ -103,7 +103,8 @@ class Context:
             example = self.example(2).to(self.world.device)
             if self.config.model.channels_last:
                 example = example.contiguous(memory_format=torch.channels_last)
-            self._prepared = self.backend.prepare(self.model, example, self.config.qat.rules)
+            with as_configuration():
+                self._prepared = self.backend.prepare(self.model, example, self.config.qat.rules)
             self.same_model.require(PREPARED, self._prepared, example)
             if self.quantized is not None:
                 self._prepared.load_state_dict(self.quantized)

@@ -16,6 +16,7 @@ from dist_train.quantization.clipping import Histograms, least_error_ranges, per
 from dist_train.quantization.float_model import float_literals
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
+from dist_train.reestimation import estimate_moments
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
 from dist_train.stages.train import estimation_batches
@@ -50,7 +51,25 @@ def calibrate(context: Context, prepared: PreparedModel, settings: PTQConfig) ->
     The samples are drawn by the seed, as the first ones of a sorted dataset are of one class; of a stream they are the first ones.
     """
     rows = min(_CALIBRATION_ROWS, context.config.data.eval_batch_size)
-    initialise_ranges(prepared, estimation_batches(context, settings.samples, rows), context.world, settings)
+    batches = estimation_batches(context, settings.samples, rows)
+    if _knows_no_data(context.model):
+        context.progress.say(
+            "batch norm has no statistics yet: they are estimated first, from the samples of the ranges"
+        )
+        prepared.fake_quantize(False)
+        estimate_moments(prepared, batches, context.world)
+    initialise_ranges(prepared, batches, context.world, settings)
+
+
+def _knows_no_data(model: nn.Module) -> bool:
+    """Whether all batch norms have the statistics that they were made with, as in a model whose training begins with qat.
+
+    By these a deep network's activations fade or grow from layer to layer, and its ranges in evaluation mode say nothing of those in
+    training, where each batch is normalised: EfficientNet-B0's end at 1e-13, by which every activation and gradient would be clipped.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_var is not None]
+    pairs = [(norm.get_buffer("running_mean"), norm.get_buffer("running_var")) for norm in norms]
+    return bool(pairs) and all(bool((mean == 0).all()) and bool((variance == 1).all()) for mean, variance in pairs)
 
 
 @torch.no_grad()

@@ -101,7 +101,8 @@ def try_pair(model: Model, backend: str, folder: Path) -> str:
     try:
         results = dist_train.run(dist_train.load_config(file))
     except DistTrainError as error:
-        return re.sub(r"\s+", " ", f"{error.message} -> {error.hint}").replace(str(folder), "")
+        said = re.sub(r"\s+", " ", f"{error.message} -> {error.hint}").replace(str(folder), "")
+        return re.sub(r"(?<=\.py) line \d+", "", said)
     assert results["gates"].keys() == {"prepare", "convert", "artifact"}
     assert all(gate["passed"] for gate in results["gates"].values())
     assert results["stages"]["qat"]["steps"] == 2

@@ -11,6 +11,7 @@ import torch
 from dist_train import codec
 from dist_train.artifact import load_artifact
 from dist_train.checkpoint import CheckpointFolder
+from dist_train.errors import EXIT_CONFIG
 from dist_train.run_dir import RunDir, read_json
 from tests.ranks import train, train_done
 
@@ -69,7 +70,7 @@ def test_two_ranks_go_the_classic_way_to_an_artifact_that_is_verified(config: Pa
 def test_a_model_without_stubs_is_refused_before_it_is_trained(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with train(1, *command(config, run, "eager"), "--model.name", "small_resnet") as ranks:
-        assert ranks.wait() == [1], ranks.printed()
+        assert ranks.wait() == [EXIT_CONFIG], ranks.printed()
         assert "has no QuantStub" in ranks.output(0)
         assert "--qat.backend pt2e or fx" in ranks.output(0)
         assert "Traceback" not in ranks.output(0)
