@@ -112,6 +112,7 @@ def test_a_channel_whose_bias_would_overflow_int32_stays_right() -> None:
     net = residual()
     with torch.no_grad():
         net.conv.weight[3] *= 1e-9
+        net.conv.bias[3] = 3.0
     converted, program = quantized(net)
     with torch.no_grad():
         expected = converted(images(8))
