@@ -173,6 +173,7 @@ def test_auto_writes_the_fastest_and_leaves_its_table_in_the_results(
 
 
 @needs("onnx")
+@pytest.mark.slow
 def test_auto_in_a_run_chooses_warns_and_tells_the_manifest_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
