@@ -12,15 +12,16 @@ import ctypes
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import dist_train
+from dist_train.config_fit import RuleConfig
 from dist_train.quantization.fx import FXBackend
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.tasks import Classification
@@ -109,6 +110,9 @@ class Kept(Tracker):
 
 @dist_train.register_quantization_backend("held")
 class HeldBackend(FXBackend):
+    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
+        super().check(model, rules)  # does not convert on trial: the stage is what is held
+
     def convert(self, prepared: PreparedModel) -> GraphModule:
         hold("convert")
         return super().convert(prepared)
