@@ -31,36 +31,30 @@ import datetime
 import os
 import shutil
 import signal
-import statistics
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import t as student_t
+from qat_accuracy_table import BAR, FIGURES, Row, summaries, table
 
 from dist_train import load_config
 from dist_train.config_data import DataConfig
-from dist_train.config_fit import ConvertConfig
 from dist_train.config_sources import differences
 from dist_train.data.arrays import ImageArrays
 from dist_train.data.idx import fashion_mnist
 from dist_train.errors import EXIT_FAILED, EXIT_PREEMPTED, ConfigError, DistTrainError
 from dist_train.run_dir import RunDir, read_json, recorded_config, replace_json
 
-BAR = 0.1  # points
 RANKS, TRAIN_SAMPLES = 2, 60_000
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "fashion_mnist.yaml"
 BACKENDS = ("pt2e", "fx", "eager")
-FIGURES = ("fp32", "ptq", "fake_quant", "int8")
 # Before an averaged model is handed on, its BatchNorm statistics are estimated anew. Moving ones of MobileNetV3, whose momentum is 0.01,
 # still hold 2 % of their first values, 1, after the default's 378 steps: of variances that are far smaller.
 EMA_DECAY = 0.98
-GATE = ConvertConfig().agreement_bound
 GRACE = 60  # seconds: torchrun's own 30 until it kills its ranks, and some
 
 
@@ -82,48 +76,8 @@ DEFAULT = {"models": list(MODELS)[:2], "train_samples": 16_000, "epochs": 6, "qa
 ALL = {"models": list(MODELS), "train_samples": TRAIN_SAMPLES, "epochs": 8, "qat_epochs": 2, "augment": True}
 
 
-@dataclass(frozen=True)
-class Row:
-    """Top-1 of one float model and what one backend made of it.
-
-    `lowered`: of int8 in its runtime; None where it ran in none. `agreement`: share of the images on which int8 decides as the
-    fake-quantized model does, in process or in the runtime, whichever is less.
-    """
-
-    model: str
-    backend: str
-    seed: int
-    fp32: float
-    ptq: float
-    fake_quant: float
-    int8: float
-    lowered: float | None
-    agreement: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Paired:
-    """The mean over seeds of a difference to FP32 in points, and half the width of its 95 % interval; None for one seed."""
-
-    mean: float
-    half_width: float | None
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± " + ("-" if self.half_width is None else f"{self.half_width:.2f}")
-
-
 class Failed(Exception):
     """A run ended without results; the rest of the benchmark goes on."""
-
-
-def paired(differences_in_points: Sequence[float]) -> Paired:
-    n = len(differences_in_points)
-    mean = statistics.mean(differences_in_points)
-    if n == 1:
-        return Paired(mean, None)
-    quantile = float(student_t.ppf(0.975, n - 1))
-    return Paired(mean, quantile * statistics.stdev(differences_in_points) / n**0.5)
 
 
 def first_rows(root: Path | None, count: int, folder: Path) -> Path:
@@ -257,47 +211,6 @@ def call(command: list[str], log: Path, timeout: float) -> int | str:
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Of one model and backend, over the seeds: means of top-1, and differences to FP32 in points."""
-
-    model: str
-    backend: str
-    seeds: int
-    means: dict[str, float]
-    ptq_minus_fp32: Paired
-    int8_minus_fp32: Paired
-    agreement: float
-    """The least of the seeds."""
-
-    @property
-    def passed(self) -> bool:
-        return abs(self.int8_minus_fp32.mean) <= BAR + 1e-9  # the mean of binary fractions may round up
-
-
-def summaries(rows: Sequence[Row]) -> list[Summary]:
-    found = []
-    for model, backend in dict.fromkeys((row.model, row.backend) for row in rows):
-        own = [row for row in rows if (row.model, row.backend) == (model, backend)]
-        means = {name: statistics.mean(getattr(row, name) for row in own) for name in FIGURES}
-        ptq, int8 = (paired([100 * (getattr(row, name) - row.fp32) for row in own]) for name in ("ptq", "int8"))
-        agreement = min(row.agreement for row in own)
-        found.append(Summary(model, backend, len(own), means, ptq, int8, agreement))
-    return found
-
-
-def table(found: Sequence[Summary]) -> str:
-    head = f"{'model':19} {'backend':7} {'seeds':>5}" + "".join(f" {name:>10}" for name in FIGURES)
-    lines = [f"{head} {'ptq - fp32':>16} {'int8 - fp32':>16} {'agree':>8}  bar"]
-    for each in found:
-        means = "".join(f" {mean:10.2%}" for mean in each.means.values())
-        pairs, verdict = (each.ptq_minus_fp32, each.int8_minus_fp32), "passed" if each.passed else "MISSED"
-        line = f"{each.model:19} {each.backend:7} {each.seeds:5}{means}" + "".join(f" {pair!s:>16}" for pair in pairs)
-        refused = f", below the gate of {GATE:.0%}" if each.agreement < GATE else ""
-        lines.append(f"{line} {each.agreement:8.2%}  {verdict}{refused}")
-    return "\n".join(lines)
 
 
 def parse() -> argparse.Namespace:

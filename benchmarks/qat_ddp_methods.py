@@ -1,0 +1,285 @@
+"""The float model, the data and the methods that qat_ddp.py compares, on this rank."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.ao.nn.intrinsic.qat import freeze_bn_stats
+from torch.ao.quantization import FakeQuantizeBase, QConfig, QConfigMapping, disable_observer, get_default_qat_qconfig
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
+from torch.fx import GraphModule
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_train.config_fit import FitConfig, QATConfig, steps_in
+from dist_train.data.arrays import ImageArrays, Splits
+from dist_train.data.augment import Augmentation
+from dist_train.data.loader import EstimationLoader, EvaluationLoader, Source, TrainLoader
+from dist_train.data.sampler import ElasticDistributedSampler
+from dist_train.evaluate import Evaluation
+from dist_train.hooks import FreezeSchedule, Hook
+from dist_train.ledger import NoLedger
+from dist_train.loop import Fit, fit
+from dist_train.models.batch_norm import running_statistics
+from dist_train.models.small import small_resnet
+from dist_train.optim import build_optimizer, build_schedule
+from dist_train.progress import Progress
+from dist_train.quantization.backend import build_backend
+from dist_train.quantization.fake_quantize import ActivationFakeQuantize
+from dist_train.quantization.ranges import Ranges
+from dist_train.reduction import Pending, StepReduction, StepSums
+from dist_train.reestimation import estimate_ranges
+from dist_train.strategies.ddp import DDP
+from dist_train.strategies.single import Single
+from dist_train.tasks import Classification
+from dist_train.trackers.base import Trackers
+from dist_train.world import World
+
+RANKS, CLASSES = 2, 10
+SHARDS = ("mixed", "by class")
+QAT = QATConfig.model_validate({"backend": "fx", "engine": "x86", "freeze_batch_norm": 0.3, "freeze_ranges": 0.5})
+
+
+@dataclass
+class Row:
+    """Of one method: top-1 of the test set; errors of the activations' ranges, None for one process, which they are held against."""
+
+    shards: str
+    method: str
+    seed: int
+    int8: float
+    ranges: list[tuple[float, float]]
+    range_error_median: float | None = None
+    range_error_max: float | None = None
+
+    def against(self, one: Row) -> None:
+        """Fills the errors in."""
+        errors = [
+            (abs(low - right_low) + abs(high - right_high)) / (right_high - right_low)
+            for (low, high), (right_low, right_high) in zip(self.ranges, one.ranges, strict=True)
+        ]
+        self.range_error_median, self.range_error_max = statistics.median(errors), max(errors)
+
+
+class NoCheckpoints:
+    def save_step(self, *_: Any) -> None:
+        return
+
+    def load_step(self, stage: str, step: int) -> dict[str, Any]:
+        raise AssertionError("the last model is handed on")
+
+
+class OfRank0(StepReduction):
+    """Ranges and BatchNorm's statistics of rank 0's rows alone; loss and counts of all."""
+
+    def __init__(self, world: World, model: nn.Module, ranges: Ranges) -> None:
+        super().__init__(world, model, ranges, QAT.averaging)
+        self._own, self._of_model = ranges, running_statistics(model)
+
+    def __call__(self, sums: StepSums, step: int) -> Pending:
+        for buffer in self._of_model:
+            dist.broadcast(buffer, src=0)
+        if dist.get_rank() != 0:
+            self._own.drop()  # the maximum over ranks is then rank 0's
+        return super().__call__(sums, step)
+
+
+def activations(prepared: GraphModule) -> list[nn.Module]:
+    """The fake-quantize modules of activations, ours or torch.ao's, in the order of the graph."""
+    called = [str(node.target) for node in prepared.graph.nodes if node.op == "call_module"]
+    modules = dict.fromkeys(
+        prepared.get_submodule(name) for name in called
+    )  # some are shared, by torch.ao under several names
+    return [
+        each
+        for each in modules
+        if isinstance(each, ActivationFakeQuantize)
+        or (isinstance(each, FakeQuantizeBase) and getattr(each, "dtype", None) == torch.quint8)
+    ]
+
+
+class Bench:
+    """The data, on this rank, and what every method does with it."""
+
+    def __init__(self, world: World, splits: Splits, options: argparse.Namespace, seed: int) -> None:
+        assert isinstance(splits.train, ImageArrays)
+        self.world, self.splits, self.options, self.seed = world, splits, options, seed
+        self.task = Classification(CLASSES, {})
+        self.example = torch.zeros(2, *splits.input_shape)
+        self.model = self.float_model()
+        self.fp32 = self.evaluate(self.model, world)
+        self.start = self.calibrated()
+
+    def source(self, arrays: Any) -> Source:
+        augmentation = Augmentation([], seed=self.seed, mean=self.splits.mean, std=self.splits.std)
+        return Source(arrays, augmentation, self.world.device, False, 0, self.seed)
+
+    def arranged(self, shards: str, rows_of_epoch: int, epochs: int) -> ImageArrays:
+        """The rows of all steps in the order of their use; of each global batch the first half is rank 0's."""
+        rng, batch, train = np.random.default_rng(self.seed), self.options.batch, self.splits.train
+        assert isinstance(train, ImageArrays)
+        halves = train.targets.numpy() // (CLASSES // RANKS)
+        pools = [rng.permutation(np.flatnonzero(halves == half))[: rows_of_epoch // RANKS] for half in range(RANKS)]
+        steps, orders = rows_of_epoch // batch, []
+        for _ in range(epochs):
+            if shards == "mixed":
+                orders.append(rng.permutation(np.concatenate(pools))[: steps * batch])
+            else:
+                parts = [rng.permutation(pool)[: steps * batch // RANKS].reshape(steps, -1) for pool in pools]
+                orders.append(np.concatenate(parts, axis=1).reshape(-1))
+        rows = torch.from_numpy(np.concatenate(orders))
+        return ImageArrays(train.images[rows], train.targets[rows])
+
+    @torch.no_grad()
+    def evaluate(self, call: Callable[[Tensor], Tensor], world: World) -> float:
+        """Top-1 of the test set, shared by the ranks of `world`. torchmetrics would share it with all, whatever `world` is."""
+        source = self.source(self.splits.eval)
+        right = torch.zeros(2)
+        for batch in EvaluationLoader(source, 250, world.world_size, world.rank, self.options.test):
+            right += torch.tensor([(call(batch.inputs).argmax(1) == batch.targets).sum(), len(batch.targets)])
+        hits, count = world.all_reduce(right, "sum").tolist()
+        return float(hits / count)
+
+    def fit(
+        self,
+        model: nn.Module,
+        arrays: ImageArrays,
+        lr: float,
+        world: World,
+        reduction: StepReduction,
+        hooks: list[Hook],
+    ) -> None:
+        """dist_train's own loop over the rows in their order."""
+        size, batch = world.world_size, self.options.batch
+        sampler = ElasticDistributedSampler(
+            range(len(arrays)), size, world.rank, shuffle=False, global_batch_size=batch
+        )
+        loader = TrainLoader(self.source(arrays), sampler, None)
+        run = Fit(
+            stage="qat",
+            seed=self.seed,
+            config=fit_config(lr),
+            epochs=1,
+            steps_per_epoch=loader.steps_per_epoch,
+            loader=loader,
+            task=self.task,
+            strategy=DDP(world, "fp32") if size > 1 else Single(world, "fp32"),
+            reduction=reduction,
+            hooks=hooks,
+            evaluate=lambda chosen: Evaluation({"top1": 0.0, "loss": 0.0, "count": 0}, torch.empty(0)),
+            checkpoints=NoCheckpoints(),
+            checkpoint_every=None,
+            ledger=NoLedger(),
+            trackers=Trackers([]),
+            log_every=10**9,
+            progress=Progress(False, 1e9, io.StringIO()),
+            compile=False,
+        )
+        fit(run, model, None)
+
+    def float_model(self) -> nn.Module:
+        torch.manual_seed(self.seed)
+        model = small_resnet(CLASSES, 1, width=self.options.width)
+        rows = self.arranged("mixed", self.options.float_train, self.options.float_epochs)
+        self.fit(model, rows, 0.1, self.world, StepReduction(self.world, model), [])
+        return model.eval()
+
+    def calibrated(self) -> list[tuple[float, float]]:
+        """The ranges that all methods start from: of mixed rows, by all ranks."""
+        prepared = build_backend(QAT).prepare(self.model, self.example)
+        prepared.fake_quantize(False)
+        batch, world = self.options.batch, self.world
+        samples = EstimationLoader(
+            self.source(self.splits.train), 8 * batch, batch, self.seed, world.world_size, world.rank
+        )
+        estimate_ranges(prepared, samples, world)
+        return [(float(each.low), float(each.high)) for each in activations(prepared.model)]
+
+    def ours(
+        self, arrays: ImageArrays, world: World, of_rank_0: bool = False
+    ) -> tuple[float, list[tuple[float, float]]]:
+        """Top-1 of int8, and the ranges."""
+        backend = build_backend(QAT)
+        prepared = backend.prepare(self.model, self.example)
+        ranges, quantizers = Ranges(prepared), activations(prepared.model)
+        assert set(quantizers) == set(ranges.modules)
+        known = dict(zip(quantizers, self.start, strict=True))
+        ranges.assign(*torch.tensor([known[each] for each in ranges.modules]).unbind(1))
+        reduction = (
+            OfRank0(world, prepared, ranges) if of_rank_0 else StepReduction(world, prepared, ranges, QAT.averaging)
+        )
+        steps = len(arrays) // self.options.batch
+        hooks: list[Hook] = [FreezeSchedule(QAT, steps, prepared, ranges, reduction)]
+        self.fit(prepared, arrays, self.options.lr, world, reduction, hooks)
+        prepared.eval()
+        found = [(float(each.low), float(each.high)) for each in quantizers]
+        return self.evaluate(backend.convert(prepared), world), found
+
+    def stock(self, arrays: ImageArrays, world: World) -> tuple[float, list[tuple[float, float]]]:
+        """As `ours`, by torch's own parts."""
+        default = get_default_qat_qconfig("x86")
+        qconfig = QConfig(
+            activation=default.activation.with_args(averaging_constant=QAT.averaging),
+            weight=default.weight.with_args(averaging_constant=1.0),
+        )
+        prepared = prepare_qat_fx(
+            copy.deepcopy(self.model).train(), QConfigMapping().set_global(qconfig), (self.example,)
+        )
+        observers = [each.activation_post_process for each in activations(prepared)]
+        for observer, (low, high) in zip(observers, self.start, strict=True):
+            observer.min_val.fill_(low)
+            observer.max_val.fill_(high)
+        together = world.world_size > 1
+        called = DistributedDataParallel(prepared) if together else prepared
+        steps, config = len(arrays) // self.options.batch, fit_config(self.options.lr)
+        optimizer = build_optimizer(prepared, config.optim)
+        schedule = build_schedule(optimizer, config.schedule, steps, steps)
+        for step, batch in enumerate(self.source(arrays).batches(self.shares(len(arrays), world), None)):
+            if step == steps_in(QAT.freeze_batch_norm, steps):
+                prepared.apply(freeze_bn_stats)
+            if step == steps_in(QAT.freeze_ranges, steps):
+                for each in activations(prepared):
+                    disable_observer(each)
+            F.cross_entropy(called(batch.inputs), batch.targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        if together:
+            for buffer in prepared.buffers():  # what would be saved: rank 0's
+                dist.broadcast(buffer, src=0)
+        prepared.apply(disable_observer).eval()
+        found = [(float(each.min_val), float(each.max_val)) for each in observers]
+        return self.evaluate(convert_fx(prepared), world), found
+
+    def shares(self, rows: int, world: World) -> Iterator[np.ndarray]:
+        share = self.options.batch // world.world_size
+        for first in range(0, rows, self.options.batch):
+            yield np.arange(first + world.rank * share, first + (world.rank + 1) * share)
+
+    def rows(self, shards: str) -> list[Row]:
+        arrays = self.arranged(shards, self.options.train, self.options.epochs)
+        # Each rank is the one process of one method, at the same time.
+        alone = self.stock(arrays, World()) if self.world.is_main else self.ours(arrays, World())
+        outcomes = dict(zip(("stock, one", "ours, one"), self.world.gather(alone), strict=True))
+        outcomes["stock"] = self.stock(arrays, self.world)
+        outcomes["ours, rank 0"] = self.ours(arrays, self.world, of_rank_0=True)
+        outcomes["ours"] = self.ours(arrays, self.world)
+        rows = {method: Row(shards, method, self.seed, *outcome) for method, outcome in outcomes.items()}
+        for method, row in rows.items():
+            if not method.endswith(", one"):
+                row.against(rows[f"{method.split(',')[0]}, one"])
+        return list(rows.values())
+
+
+def fit_config(lr: float) -> FitConfig:
+    return FitConfig.model_validate({"optim": {"lr": lr}})
