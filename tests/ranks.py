@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 
+from tests.warm import ORIGIN_OF_RANKS, WarmProcess, can_be_warm
+
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 180.0
 
@@ -32,11 +34,17 @@ class Ranks:
     """Rank processes of one run; `with` kills what is left of them."""
 
     def __init__(
-        self, world_size: int, command: Sequence[str], environ: dict[str, str] | None = None, folder: Path | None = None
+        self,
+        world_size: int,
+        command: Sequence[str],
+        environ: dict[str, str] | None = None,
+        folder: Path | None = None,
+        cold: bool = False,
     ) -> None:
+        """cold: they import torch themselves, see tests/warm.py."""
         self.port = port = str(free_port())
         self.outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115 (closed by __exit__)
-        self.processes = []
+        self.processes: list[subprocess.Popen[bytes] | WarmProcess] = []
         for rank in range(world_size):
             variables = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "SLURM"))}
             variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"} | (environ or {})
@@ -49,6 +57,9 @@ class Ranks:
                 }
                 variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             out = self.outputs[rank]
+            if not cold and can_be_warm(command, environ or {}):
+                self.processes.append(ORIGIN_OF_RANKS.take(rank).start(command, variables, out, folder))
+                continue
             process = subprocess.Popen(
                 [sys.executable, *command],
                 env=variables,
@@ -117,14 +128,14 @@ def _is_of(process: psutil.Process, group: int) -> bool:
         return False
 
 
-def train(world_size: int, *arguments: str, environ: dict[str, str] | None = None) -> Ranks:
+def train(world_size: int, *arguments: str, environ: dict[str, str] | None = None, cold: bool = False) -> Ranks:
     """`python -m dist_train ...` on each rank."""
-    return Ranks(world_size, ["-m", "dist_train", *arguments], environ)
+    return Ranks(world_size, ["-m", "dist_train", *arguments], environ, cold=cold)
 
 
-def train_done(world_size: int, *arguments: str, deadline: float = DEADLINE) -> str:
+def train_done(world_size: int, *arguments: str, deadline: float = DEADLINE, cold: bool = False) -> str:
     """Runs to the end, expects success, and returns what rank 0 printed."""
-    with train(world_size, *arguments) as ranks:
+    with train(world_size, *arguments, cold=cold) as ranks:
         codes = ranks.wait(deadline)
         assert codes == [0] * world_size, f"exit codes {codes}\n{ranks.printed()}"
         return ranks.output(0)

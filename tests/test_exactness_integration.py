@@ -96,7 +96,7 @@ def test_killed_at_random_moments_a_run_ends_like_an_undisturbed_one(
     world_size: int, config: Path, tmp_path: Path
 ) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    train_done(world_size, *command(config, undisturbed))
+    train_done(world_size, *command(config, undisturbed), cold=True)
     total = lines(undisturbed)
     draw = random.Random(world_size)
     hit = []
@@ -143,7 +143,7 @@ def at_work_on(run_dir: Path) -> str | None:
 def test_killed_before_and_after_every_boundary_a_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     config, undisturbed, killed = tmp_path / "exact.yaml", tmp_path / "undisturbed", tmp_path / "killed"
     config.write_text(BOUNDARIES.replace("data:\n", f"data:\n  cache_dir: {tmp_path / 'cache'}\n"))
-    train_done(3, *command(config, undisturbed))
+    train_done(3, *command(config, undisturbed), cold=True)
     moments: dict[str, Callable[[], bool]] = {
         "ptq": lambda: at_work_on(killed) == "ptq",
         **{
