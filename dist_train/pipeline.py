@@ -177,7 +177,7 @@ def _run(config: Config, run_dir: RunDir, world: World, attempt: int, warnings: 
         _run_stages(context, attempt, status)
     except BaseException as error:
         if isinstance(error, Preempted) and world.is_main:
-            status.set(state="preempted")
+            status.preempted()
             run_dir.stop.unlink(missing_ok=True)  # it is honoured: the same command is to go on
         with suppress(OSError):
             ledger.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -32,6 +33,10 @@ class Status(Tracker):
         self._written = time.monotonic()
         replace_json(self.run_dir.status, self._fields)
 
+    def preempted(self) -> None:
+        """The attempt ended as it was asked to; what was saved of it is what counts."""
+        self.set(state="preempted", step=_saved_step(self.run_dir, self._fields))
+
     def log(self, stage: str, epoch: int, step: int, scalars: Mapping[str, float]) -> None:
         self._fields |= {"stage": stage, "step": step}
         if time.monotonic() - self._written >= _SECONDS:
@@ -60,7 +65,22 @@ def preempt(run_dir: RunDir, attempt: int) -> None:
     if fields is None or fields.get("restarts") != attempt:
         return
     if fields.get("state") == "running" or (fields.get("state") == "failed" and _is_echo(fields.get("error"))):
-        replace_json(run_dir.status, {**fields, "state": "preempted", "error": None})
+        replace_json(
+            run_dir.status, {**fields, "state": "preempted", "step": _saved_step(run_dir, fields), "error": None}
+        )
+
+
+def _saved_step(run_dir: RunDir, fields: Mapping[str, Any]) -> int:
+    """How many steps of the stage the newest checkpoint holds: 0 where it is an earlier stage's, and what it did if it is its end."""
+    stage, latest = fields["stage"], read_json(run_dir.checkpoints / "latest.json")
+    name = "" if latest is None else str(latest["name"])
+    within = re.fullmatch(rf"{re.escape(str(stage))}-(\d+)(-open)?", name)
+    if within is not None:
+        return int(within[1])
+    if name == f"{stage}-end":
+        results = read_json(run_dir.results) or {"stages": {}}
+        return int(results["stages"].get(stage, {}).get("steps", 0))
+    return 0
 
 
 def _is_echo(text: object) -> bool:

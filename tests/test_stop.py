@@ -25,11 +25,12 @@ from tests.small_runs import STEPS, Runs
 
 @dist_train.register_task("asks_to_stop")
 class AsksToStop(Classification):
-    """Gets SIGTERM in the forward of the step that `at` numbers, and puts the file STOP in `late` when it evaluates."""
+    """Gets SIGTERM in the forward of the step that `at` numbers, and when it evaluates puts the file STOP in `late`, or gets it then."""
 
     at: int | None = None
     seen = 0
     late: Path | None = None
+    evaluating = False
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if outputs.requires_grad:
@@ -38,6 +39,8 @@ class AsksToStop(Classification):
                 os.kill(os.getpid(), signal.SIGTERM)
         elif AsksToStop.late is not None:
             AsksToStop.late.touch()
+        elif AsksToStop.evaluating:
+            os.kill(os.getpid(), signal.SIGTERM)
         return super().loss(outputs, targets)
 
 
@@ -55,6 +58,7 @@ def test_a_stop_at_the_last_step_of_an_epoch_goes_on_with_its_evaluation(
     monkeypatch.setattr(AsksToStop, "at", 2 * STEPS + STEPS - 1)
     assert runs("stopped", *options) == 75
     assert runs.checkpoints("stopped").names() == [f"train-{STEPS:08d}-open"]
+    assert read_json(runs.folder / "stopped" / "status.json")["step"] == STEPS
     assert runs("stopped", *options) == 0
     assert runs.product("stopped") == runs.product("undisturbed")
     assert runs.results("stopped")["models"] == runs.results("undisturbed")["models"]
@@ -85,6 +89,16 @@ def test_what_befalls_a_run_that_is_done_makes_no_failure_of_it(tmp_path: Path) 
     assert read_json(run_dir.status)["state"] == "done"
     fail(run_dir, 1, ValueError("of the next attempt"))
     assert read_json(run_dir.status)["state"] == "failed"
+
+
+def test_a_stop_between_stages_says_how_many_steps_the_finished_one_has(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--task.name", "asks_to_stop", "--train.epochs", "1", "--stages", "[train, half]")
+    monkeypatch.setattr(AsksToStop, "evaluating", True)
+    assert runs("run", *options) == 75
+    status = read_json(runs.folder / "run" / "status.json")
+    assert (status["state"], status["stage"], status["step"]) == ("preempted", "train", STEPS)
 
 
 class _Rows(torch.utils.data.Dataset[Any]):

@@ -86,7 +86,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_one_checkpoint(
         assert first == STEPS < last < 2 * STEPS
         assert f"stopped in train after step {last} of 30, which is saved" in ranks.output(0)
         assert "stopped in" not in ranks.output(1)
-    assert (case.status()["state"], case.status()["error"]) == ("preempted", None)
+    assert case.status() == {"state": "preempted", "stage": "train", "step": last, "restarts": 0, "error": None}
 
 
 def test_under_an_agent_a_rank_that_was_stopped_ends_with_0_so_that_it_is_not_started_again(case: Case) -> None:
@@ -164,7 +164,7 @@ def test_a_step_that_is_longer_than_the_grace_is_given_up_and_the_last_checkpoin
         assert set(ranks.wait()) <= codes | {1}, ranks.printed()
         assert time.monotonic() - began < 4 + 15
         assert "was asked to stop and still was in" in ranks.printed()
-    assert case.status()["state"] == "preempted"
+    assert (case.status()["state"], case.status()["step"]) == ("preempted", STEPS)
     assert steps_saved(case) == [STEPS]
     assert case.finished() == undisturbed
 
@@ -179,6 +179,7 @@ def test_a_conversion_is_given_up_and_the_checkpoint_before_it_serves(case: Case
     assert case.status()["state"] == "preempted"
     folder = CheckpointFolder(case.run_dir.checkpoints)
     assert folder.latest == "qat-end"
+    assert (case.status()["stage"], case.status()["step"]) == ("convert", 0)
 
 
 @pytest.mark.slow
