@@ -121,6 +121,18 @@ def test_a_signal_before_the_end_becomes_a_stop_file_that_the_next_attempt_does_
     assert attempts(run) == ["stopping no STOP", "done no STOP"]
 
 
+def test_a_signal_while_the_configuration_is_checked_is_no_reason_to_fail(cluster: Cluster, folder: Path) -> None:
+    check = folder / "check"
+    number = cluster.submit(planned(cluster, folder, "done", "--env", f"HELD_CHECK={check}"), folder)
+    cluster.until(check.exists, 120, lambda: cluster.output(number))
+    cluster.run("scancel", "--batch", "--signal=USR2", number)
+    Path(f"{check}.go").touch()
+    job = cluster.ended(number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), cluster.output(number)
+    assert "asking the ranks to stop (USR2)" in cluster.output(number)
+    assert attempts(folder / "runs" / "small") == ["done no STOP"]
+
+
 def test_scancel_during_a_save_does_not_bring_the_job_back(cluster: Cluster, folder: Path) -> None:
     run = folder / "runs" / "small"
     number = cluster.submit(planned(cluster, folder, "stopping,done"), folder)
