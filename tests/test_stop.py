@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from dist_train.run_dir import RunDir, read_json
 from dist_train.status import Status, fail
 from dist_train.stop import ignore_in_worker, listening
 from dist_train.tasks import Classification
+from tests.ranks import ROOT
 from tests.small_runs import STEPS, Runs
 
 
@@ -153,3 +156,47 @@ def test_a_worker_does_not_outlive_a_rank_that_is_killed() -> None:
             os.kill(worker, signal.SIGKILL)
     with pytest.raises(EOFError):
         receive.recv()
+
+
+LIBRARY = """
+import multiprocessing, pathlib, signal, sys
+import numpy as np, torch
+from dist_train.data.augment import Augmentation
+from dist_train.data.source import Source
+from dist_train.stop import listening
+from tests.test_stop import _Rows
+
+def users(ready):
+    def clean_up(number, frame):
+        pathlib.Path(sys.argv[1]).touch()
+        sys.exit()
+    signal.signal(signal.SIGTERM, clean_up)
+    ready.set()
+    signal.pause()
+
+context = multiprocessing.get_context("fork")
+ready = context.Event()
+daemon = context.Process(target=users, args=(ready,), daemon=True)
+daemon.start()
+ready.wait()
+with listening():
+    source = Source(_Rows(), Augmentation([], seed=0, mean=(), std=()), torch.device("cpu"), False, 1, 0)
+    assert len(list(source.batches(iter([np.arange(4)]), None))) == 1
+    kept = source._loader._iterator  # as where it is still in use: its worker ignores SIGTERM
+    kept._shutdown_workers = lambda: None
+"""
+
+
+def test_a_daemon_of_a_user_s_own_can_clean_up_when_a_program_ends_and_a_worker_of_ours_does_not_hold_it_up(
+    tmp_path: Path,
+) -> None:
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [sys.executable, "-c", LIBRARY, str(tmp_path / "cleaned up")],
+        env=environ,
+        cwd=tmp_path,
+        check=True,
+        timeout=60,
+        capture_output=True,
+    )
+    assert (tmp_path / "cleaned up").exists()
