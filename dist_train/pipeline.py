@@ -17,7 +17,7 @@ from dist_train.choices import choose, look
 from dist_train.config import Config
 from dist_train.config_sources import differences, dump
 from dist_train.environment import describe
-from dist_train.errors import ConfigError, Preempted, Problem, RunDirError, SetupError
+from dist_train.errors import ConfigError, PeerError, Preempted, Problem, RunDirError, SetupError
 from dist_train.forming import join
 from dist_train.ledger import Ledger, NoLedger, record_expectation
 from dist_train.progress import Progress
@@ -25,7 +25,7 @@ from dist_train.ranks import detect
 from dist_train.run_dir import RunDir, read_json, recorded_config, refuse_foreign, replace_json, replace_text
 from dist_train.stages.base import Stage, Stopwatch
 from dist_train.stages.context import Context
-from dist_train.status import Status, fail
+from dist_train.status import Status, fail, stopped_under_this_agent, was_preempted
 from dist_train.stop import listening
 from dist_train.summary import print_results
 from dist_train.trackers.base import Trackers
@@ -56,6 +56,8 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
             print(f"this run is done: {run_dir.path}; for another one choose another --run.name or --run.dir")
             print_results(done)
         return done
+    if stopped_under_this_agent(run_dir, os.environ):
+        raise Preempted("it was asked to stop, and so does not go on although the launcher started it again")
     attempt: int | None = None
     try:
         with (
@@ -73,6 +75,8 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
         if attempt is not None and not isinstance(error, Preempted):
             with suppress(OSError):  # a full disk must not hide the error that it caused
                 fail(run_dir, attempt, error)
+            if isinstance(error, PeerError) and was_preempted(run_dir, attempt):
+                raise Preempted("another rank was asked to stop and given up; the last checkpoint serves") from error
         raise
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Mapping
 from typing import Any
+
+import psutil
 
 from dist_train.errors import PeerError
 from dist_train.run_dir import RunDir, read_json, replace_json
@@ -68,6 +71,25 @@ def preempt(run_dir: RunDir, attempt: int) -> None:
         replace_json(
             run_dir.status, {**fields, "state": "preempted", "step": _saved_step(run_dir, fields), "error": None}
         )
+
+
+def was_preempted(run_dir: RunDir, attempt: int) -> bool:
+    fields = read_json(run_dir.status)
+    return fields is not None and (fields["state"], fields["restarts"]) == ("preempted", attempt)
+
+
+def stopped_under_this_agent(run_dir: RunDir, environ: Mapping[str, str]) -> bool:
+    """Whether torchrun's agent started this rank again although the ranks before it ended as they were asked to.
+
+    It does so where one of them had to be killed: any exit code but 0 is a failure to it. A stop that was honoured before the agent
+    began is none that it overlooked.
+    """
+    if environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return False
+    fields = read_json(run_dir.status)
+    if fields is None or fields["state"] != "preempted":
+        return False
+    return run_dir.status.stat().st_mtime > psutil.Process(os.getppid()).create_time()
 
 
 def _saved_step(run_dir: RunDir, fields: Mapping[str, Any]) -> int:
