@@ -32,6 +32,8 @@ from dist_train.trackers.base import Trackers
 from dist_train.watchdog import watched
 from dist_train.world import World, resolve_threads
 
+_SEEN_SECONDS = 20.0  # for what rank 0 wrote to be seen by all
+
 
 def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
     """Runs or resumes what the config describes, on all ranks; every rank of the world calls it.
@@ -138,7 +140,7 @@ def _check_shared(run_dir: RunDir, world: World) -> None:
     token = world.on_rank_0(lambda: uuid.uuid4().hex, "agreeing on a token")
     path = run_dir.path / f".token-{token}"
     world.on_rank_0(lambda: path.write_text(token) and None, "writing a token")
-    end = time.monotonic() + 20
+    end = time.monotonic() + _SEEN_SECONDS
     while not path.exists() and time.monotonic() < end:
         with suppress(OSError):  # not even the parent is there
             os.listdir(run_dir.path.parent)  # asks NFS anew
