@@ -201,7 +201,7 @@ from tests.slurm import Cluster
 with Cluster() as cluster:
     folder = Path(sys.argv[1])
     number = cluster.submit("#!/bin/bash\nsrun sleep 1000\n", folder, "--nodes=2")
-    cluster.until(lambda: len(cluster.processes("sleep 1000")) >= 2, 120)
+    cluster.until(lambda: len(cluster.processes("/sleep 1000")) >= 2, 120)
     print(cluster.dir, flush=True)
     sys.stdin.read()
 """
