@@ -9,7 +9,7 @@ import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -22,11 +22,12 @@ from dist_train.config import RunConfig
 from dist_train.errors import PeerError, Preempted, SetupError
 from dist_train.hostlist import show_hostnames
 from dist_train.preflight import check_addresses, check_interfaces, find_rank_0, hosts_store, whereabouts
-from dist_train.ranks import detect
+from dist_train.ranks import RankPlan, detect
 from dist_train.world import FAREWELL_SECONDS, World
 
 T = TypeVar("T")
 _FORMING_SECONDS = 300.0
+_ANSWER_SECONDS = 15.0  # for a store, which answers at once, on the busiest node
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
@@ -122,6 +123,26 @@ def _device(requested: str, local_rank: int, local_world_size: int) -> torch.dev
     return torch.device("cuda", local_rank)
 
 
+def _require_store(plan: RankPlan) -> None:
+    """Asked in a thread: of something else that listens and says nothing, torch 2.14's client waits for an answer for ever.
+
+    Raises:
+        SetupError: what accepts connections at MASTER_PORT is no store for ranks.
+    """
+    limit, outcome = timedelta(seconds=_ANSWER_SECONDS), list[bool]()
+
+    def connect() -> None:
+        with suppress(dist.DistError):
+            dist.TCPStore(plan.master_addr, plan.master_port, is_master=False, timeout=limit, wait_for_workers=False)
+            outcome.append(True)
+
+    asking = threading.Thread(target=connect, daemon=True)
+    asking.start()
+    asking.join(_ANSWER_SECONDS)
+    if not outcome:
+        raise plan.port_taken()
+
+
 def _form(run: RunConfig) -> World:
     plan = detect(os.environ, show_hostnames)
     os.environ.update(plan.variables())
@@ -136,6 +157,8 @@ def _form(run: RunConfig) -> World:
         return world
     check_interfaces(os.environ, device.type == "cuda")
     find_rank_0(plan, os.environ, lambda sentence: print(f"dist-train: {sentence}", file=sys.stderr, flush=True))
+    if not hosts_store(plan, os.environ):
+        _require_store(plan)
     timeout = timedelta(seconds=run.timeout)
     # The store first: it is what ranks wait on while rank 0 works alone. With torchrun on one node it is the agent's, and outlives the ranks.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -17,7 +17,7 @@ from dist_train.choices import choose, look
 from dist_train.config import Config
 from dist_train.config_sources import differences, dump
 from dist_train.environment import describe
-from dist_train.errors import ConfigError, Preempted, Problem, RunDirError, SetupError
+from dist_train.errors import ConfigError, PeerError, Preempted, Problem, RunDirError, SetupError
 from dist_train.forming import join
 from dist_train.ledger import Ledger, NoLedger, record_expectation
 from dist_train.progress import Progress
@@ -25,12 +25,14 @@ from dist_train.ranks import detect
 from dist_train.run_dir import RunDir, read_json, recorded_config, refuse_foreign, replace_json, replace_text
 from dist_train.stages.base import Stage, Stopwatch
 from dist_train.stages.context import Context
-from dist_train.status import Status, fail
+from dist_train.status import Status, fail, stopped_under_this_agent, was_preempted
 from dist_train.stop import listening
 from dist_train.summary import print_results
 from dist_train.trackers.base import Trackers
 from dist_train.watchdog import watched
 from dist_train.world import World, resolve_threads
+
+_SEEN_SECONDS = 20.0  # for what rank 0 wrote to be seen by all
 
 
 def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
@@ -56,6 +58,8 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
             print(f"this run is done: {run_dir.path}; for another one choose another --run.name or --run.dir")
             print_results(done)
         return done
+    if stopped_under_this_agent(run_dir, os.environ):
+        raise Preempted("it was asked to stop, and so does not go on although the launcher started it again")
     attempt: int | None = None
     try:
         with (
@@ -73,6 +77,8 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
         if attempt is not None and not isinstance(error, Preempted):
             with suppress(OSError):  # a full disk must not hide the error that it caused
                 fail(run_dir, attempt, error)
+            if isinstance(error, PeerError) and was_preempted(run_dir, attempt):
+                raise Preempted("another rank was asked to stop and given up; the last checkpoint serves") from error
         raise
 
 
@@ -134,7 +140,7 @@ def _check_shared(run_dir: RunDir, world: World) -> None:
     token = world.on_rank_0(lambda: uuid.uuid4().hex, "agreeing on a token")
     path = run_dir.path / f".token-{token}"
     world.on_rank_0(lambda: path.write_text(token) and None, "writing a token")
-    end = time.monotonic() + 20
+    end = time.monotonic() + _SEEN_SECONDS
     while not path.exists() and time.monotonic() < end:
         with suppress(OSError):  # not even the parent is there
             os.listdir(run_dir.path.parent)  # asks NFS anew
@@ -177,7 +183,7 @@ def _run(config: Config, run_dir: RunDir, world: World, attempt: int, warnings: 
         _run_stages(context, attempt, status)
     except BaseException as error:
         if isinstance(error, Preempted) and world.is_main:
-            status.set(state="preempted")
+            status.preempted()
             run_dir.stop.unlink(missing_ok=True)  # it is honoured: the same command is to go on
         with suppress(OSError):
             ledger.close()

@@ -63,7 +63,7 @@ class RankPlan:
             raise self.port_taken()
 
     def port_taken(self) -> SetupError:
-        """For the rank that would listen at a port, where something else does."""
+        """Where something else listens at the port than what ranks would meet at."""
         hint = (
             "start the step again (each step has another port), or choose one: MASTER_PORT"
             if self.source == "slurm"

@@ -75,6 +75,15 @@ class RunDir:
         """What the watchdog saw of each rank when none went on."""
         return self.logs / f"stuck-{attempt}"
 
+    def asked(self, attempt: int, number: int) -> Path:
+        """What ranks say of themselves, asked by one that waits too long; the attempt's questions are numbered from 0."""
+        return self.logs / f".asked-{attempt}-{number}"
+
+    def questions(self, attempt: int) -> list[int]:
+        """The numbers of those that are there."""
+        names = os.listdir(self.logs) if self.logs.exists() else []
+        return [int(name.rpartition("-")[2]) for name in names if name.startswith(f".asked-{attempt}-")]
+
     @property
     def tensorboard(self) -> Path:
         return self.logs / "tensorboard"
@@ -84,10 +93,11 @@ class RunDir:
         return self.logs / "wandb"
 
     def forget(self, attempt: int) -> None:
-        """Removes what an attempt of the same number said, before the counting began anew here."""
+        """Removes what an attempt of the same number said, before the counting began anew here, and questions of any."""
         self.stopping(attempt).unlink(missing_ok=True)
-        if self.stuck(attempt).exists():
-            shutil.rmtree(self.stuck(attempt))
+        for said in (self.stuck(attempt), *self.logs.glob(".asked-*")):
+            if said.exists():
+                shutil.rmtree(said)
 
     def details(self, model: str) -> Path:
         """What the final evaluation of a model showed besides its scalars."""

@@ -11,7 +11,9 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from types import FrameType
+from weakref import WeakSet
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h: a signal for when the parent is gone
@@ -80,7 +82,7 @@ def _prepare_children() -> None:
         _prepared = True
         os.register_at_fork(after_in_child=_restore_in_child)
         assert multiprocessing_exit  # its own exit function is registered by the import, and so runs after ours
-        atexit.register(_kill_daemons)
+        atexit.register(_kill_workers)
 
 
 def _restore_in_child() -> None:
@@ -107,6 +109,18 @@ def held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+_workers: WeakSet[BaseProcess] = WeakSet()
+
+
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """For what starts data workers, with `ignore_in_worker`: signals are held back, and the workers are killed when this process exits."""
+    before = set(multiprocessing.active_children())
+    with held_back():
+        yield
+    _workers.update(set(multiprocessing.active_children()) - before)
+
+
 def ignore_in_worker(worker: int) -> None:
     """As a DataLoader's `worker_init_fn`: a worker lives through a signal that is meant for all processes of a job, as the rank needs its
     batches to end a step. It then outlives `terminate` too, and is killed when the rank exits, or is killed itself.
@@ -117,9 +131,10 @@ def ignore_in_worker(worker: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _kill_daemons() -> None:
-    """multiprocessing would terminate the daemons among the children, and wait for one that hangs."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the death of a worker for a failure
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+def _kill_workers() -> None:
+    """multiprocessing would terminate them, which they ignore, and wait. A user's own daemons are left to it."""
+    alive = [worker for worker in _workers if worker.is_alive()]
+    if alive:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the death of a worker for a failure
+    for worker in alive:
+        worker.kill()

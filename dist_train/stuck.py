@@ -60,6 +60,13 @@ def verdict(reports: Sequence[Report], world_size: int, folder: Path | None) -> 
     return ", ".join(said), f"{hint}\n  -> if this takes so long by right, raise --watchdog.timeout ({longest.limit:g})"
 
 
+def explained(reports: Sequence[Report]) -> bool:
+    """Whether those that are overdue wait for one that is behind them and goes on, so that nobody is stuck."""
+    overdue = [report for report in reports if report.age > report.limit]
+    going_on = [report for report in reports if report.age <= report.limit and report.state not in _STOPPED]
+    return any(all(tuple(one.position) < tuple(late.position) for late in overdue) for one in going_on)
+
+
 def culprits(reports: Sequence[Report]) -> list[Report]:
     """Those that cannot run, else those that are behind."""
     stopped = [report for report in reports if report.state in _STOPPED]

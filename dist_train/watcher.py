@@ -9,22 +9,25 @@ import json
 import mmap
 import os
 import select
+import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dist_train.errors import EXIT_FAILED, DistTrainError, StuckError
 from dist_train.heartbeat import SIZE, STOP_REASONS, Heartbeat
 from dist_train.run_dir import RunDir, read_json, replace_json
 from dist_train.status import fail, preempt
-from dist_train.stuck import Report, verdict
+from dist_train.stuck import Report, explained, verdict
 from dist_train.watchdog import STACK_SIGNAL
 
 _POLL_SECONDS = 0.5
 _LONG_STEP_SECONDS = 2.0  # only a rank that is quiet for so long looks for files: the others agree in their steps
+_LIVELY_SECONDS = 2.0  # between two looks for a question, of a rank that goes on
 _GATHER_SECONDS = 8.0  # for the reports of all ranks
 _STACKS_SECONDS = 3.0
 _OBEY_SECONDS = 1.5  # between the order to end and SIGKILL
@@ -49,13 +52,16 @@ class Watcher:
         self._grace, self._exit_code = grace, exit_code
         self._asked: float | None = None
         self._gone = _pidfd(pid)
-        self._awake = time.monotonic()
+        self._awake = self._looked = time.monotonic()
+        self._explained = 0.0
+        self._questions = 0
 
     def run(self) -> None:
         while self._alive() and not self._pulse.ended:
             self._look_for_stop()
             self._look_for_stuck()
             self._sleep(_POLL_SECONDS)
+        self._forget_last_question()
 
     def _sleep(self, seconds: float) -> None:
         """Less where the rank ends or gets a signal."""
@@ -119,41 +125,73 @@ class Watcher:
         if not limit or self._pulse.ended:
             return
         # Where the whole job was suspended (Ctrl-Z, Slurm's gang scheduling), so was this process.
-        attempt, age = self._pulse.attempt, min(self._pulse.age, time.monotonic() - self._awake)
-        # Another rank may have seen it first, as this one was still going on when that one got stuck.
-        seen = age > limit / 4 and attempt is not None and os.path.exists(self._run_dir.stuck(attempt))
-        if age > limit or seen:
-            self._end_stuck(attempt, age, limit)
+        now = time.monotonic()
+        attempt, age = self._pulse.attempt, min(self._pulse.age, now - self._awake)
+        overdue = age > limit and now - self._explained > limit
+        if overdue or (attempt is not None and self._is_asked(attempt, quiet=age > limit / 4)):
+            self._answer(attempt, age, limit)
 
-    def _end_stuck(self, attempt: int | None, age: float, limit: float) -> None:
+    def _is_asked(self, attempt: int, quiet: bool) -> bool:
+        """Whether another rank waits for too long, and so asks all: the one that it waits for may go on, or have just got stuck."""
+        now = time.monotonic()
+        if not quiet and now - self._looked < _LIVELY_SECONDS:
+            return False
+        self._looked = now
+        return self._last_question(attempt) >= self._questions
+
+    def _last_question(self, attempt: int) -> int:
+        """The number of the last one; -1 where there was none."""
+        with suppress(OSError):
+            return max(self._run_dir.questions(attempt), default=-1)
+        return -1
+
+    def _answer(self, attempt: int | None, age: float, limit: float) -> None:
+        """All ranks say how they are, and each draws the same conclusion: the run goes on, or ends."""
         pulse = self._pulse
         stacks = self._ask_for_stacks()
         own = Report(
             pulse.rank, pulse.stage, pulse.step, pulse.phase, pulse.position, age, limit, self._state(), bool(stacks)
         )
-        folder = self._run_dir.stuck(attempt) if attempt is not None else None
-        reports = [own] if folder is None else self._gather(folder, own, stacks)
-        text, hint = verdict(reports, pulse.world_size or 1, folder)
+        if attempt is None:  # nobody knows the run directory yet
+            self._end_stuck(None, [own])
+        self._questions = max(self._questions, self._last_question(attempt))
+        reports = self._gather(self._run_dir.asked(attempt, self._questions), own)
+        if explained(reports):
+            self._forget_last_question()  # all have answered a later one, so nobody reads it any more
+            self._questions += 1
+            self._explained = time.monotonic()
+            return
+        self._keep(self._run_dir.stuck(attempt), stacks)
+        self._end_stuck(attempt, reports)
+
+    def _forget_last_question(self) -> None:
+        if self._pulse.rank == 0 and self._pulse.attempt is not None and self._questions:
+            shutil.rmtree(self._run_dir.asked(self._pulse.attempt, self._questions - 1), ignore_errors=True)
+
+    def _end_stuck(self, attempt: int | None, reports: Sequence[Report]) -> NoReturn:
+        folder = None if attempt is None else self._run_dir.stuck(attempt)
+        text, hint = verdict(reports, self._pulse.world_size or 1, folder)
         error = StuckError(text, hint)
         if attempt is not None:
             with suppress(OSError, DistTrainError):
                 fail(self._run_dir, attempt, error)
-        if pulse.rank == min(report.rank for report in reports):
+        if self._pulse.rank == min(report.rank for report in reports):
             self._say(str(error))
         self._end(EXIT_FAILED)
 
     def _ask_for_stacks(self) -> str:
         """The rank's Python stacks; faulthandler writes them where the process can run at all."""
+        before = size = os.fstat(self._stacks).st_size
         with suppress(ProcessLookupError):
             os.kill(self._pid, STACK_SIGNAL)
-        end, size = time.monotonic() + _STACKS_SECONDS, 0
+        end = time.monotonic() + _STACKS_SECONDS
         while time.monotonic() < end:
             time.sleep(0.1)
             now = os.fstat(self._stacks).st_size
-            if now and now == size:  # it has ceased to grow
+            if now > before and now == size:  # it has ceased to grow
                 break
             size = now
-        return os.pread(self._stacks, size, 0).decode(errors="replace")
+        return os.pread(self._stacks, size - before, before).decode(errors="replace")
 
     def _state(self) -> str:
         """The kernel's letter for the process: R running, S sleeping, D in the kernel (disk), T stopped."""
@@ -162,26 +200,33 @@ class Watcher:
         except OSError:  # no /proc here, or the process has just ended
             return "?"
 
-    def _gather(self, folder: Path, own: Report, stacks: str) -> list[Report]:
+    def _gather(self, folder: Path, own: Report) -> list[Report]:
         """What all ranks report, or those that do within a while."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"rank{own.rank}.txt").write_text(
-                stacks or "this process could not run, and so not say where it is\n"
-            )
             replace_json(folder / f"rank{own.rank}.json", vars(own))
             end = time.monotonic() + _GATHER_SECONDS
             while time.monotonic() < end and len(list(folder.glob("rank*.json"))) < self._pulse.world_size:
                 time.sleep(0.1)
             return [Report(**read_json(file)) for file in sorted(folder.glob("rank*.json"))]
         except (OSError, DistTrainError) as error:
-            self._say(f"the stacks of rank {own.rank} cannot be kept: {error}")
+            self._say(f"rank {own.rank} cannot say to the others where it is: {error}")
             return [own]
+
+    def _keep(self, folder: Path, stacks: str) -> None:
+        rank = self._pulse.rank
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"rank{rank}.txt").write_text(
+                stacks or "this process could not run, and so not say where it is\n"
+            )
+        except OSError as error:
+            self._say(f"the stacks of rank {rank} cannot be kept: {error}")
 
     def _say(self, text: str) -> None:
         print(f"dist-train: {text}", file=sys.stderr, flush=True)
 
-    def _end(self, code: int) -> None:
+    def _end(self, code: int) -> NoReturn:
         """The rank ends itself where it can run at all; else it is killed."""
         os.write(self._order, bytes([code]))
         end = time.monotonic() + _OBEY_SECONDS

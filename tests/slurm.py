@@ -96,6 +96,14 @@ class Cluster:
             "OMP_NUM_THREADS": "1",
         }
         self._daemons: list[subprocess.Popen[bytes]] = []
+        # Outlives a pytest that is killed: the pipe's other end is closed by whatever ends this process.
+        gone, self._alive = os.pipe()
+        command = [sys.executable, "-m", "tests.slurm", str(self.dir), str(gone)]
+        environ = os.environ | {"PYTHONPATH": str(ROOT)}
+        self._survivor = subprocess.Popen(
+            command, env=environ, pass_fds=[gone], stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        os.close(gone)
 
     def __enter__(self) -> Cluster:
         try:
@@ -148,23 +156,12 @@ class Cluster:
                 except subprocess.TimeoutExpired:
                     daemon.kill()
                     daemon.wait(20)
-            left = self.processes()
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            shutil.rmtree(self.dir, ignore_errors=True)
+            os.close(self._alive)
+            self._survivor.wait(60)  # it does what is left to do
 
     def processes(self, *words: str) -> dict[int, str]:
         """Running processes of this cluster whose command line holds all `words`: pid -> command line."""
-        mark = f"SLURM_CONF={self.dir}/slurm.conf".encode()
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if mark in (folder / "environ").read_bytes().split(b"\0"):
-                    line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                    if line and all(word in line for word in words):
-                        found[int(folder.name)] = line
-        return found
+        return processes_of(self.dir, *words)
 
     def run(
         self,
@@ -218,6 +215,29 @@ class Cluster:
         return "\n".join(f"--- {file.name}\n{file.read_text()[-2000:]}" for file in files)
 
 
+def processes_of(folder: Path, *words: str) -> dict[int, str]:
+    mark = f"SLURM_CONF={folder}/slurm.conf".encode()
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if line and all(word in line for word in words):
+                    found[int(process.name)] = line
+    return found
+
+
+def kill_all(folder: Path) -> None:
+    """Also those that the killed had started in the meantime."""
+    end = time.monotonic() + 30
+    while (left := processes_of(folder)) and time.monotonic() < end:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _free(port: int) -> bool:
     with socket.socket() as probe:
         try:
@@ -225,3 +245,8 @@ def _free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+if __name__ == "__main__":
+    os.read(int(sys.argv[2]), 1)  # nothing comes, but the end
+    kill_all(Path(sys.argv[1]))

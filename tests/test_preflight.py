@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import sys
@@ -12,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from dist_train import preflight
+from dist_train import forming, preflight
 from dist_train.config import RunConfig
 from dist_train.errors import EXIT_CONFIG, DistTrainError, SetupError
 from dist_train.forming import join
@@ -210,6 +211,36 @@ def test_a_master_port_that_is_taken_is_named_by_the_rank_that_would_listen(monk
         ):
             pytest.fail("a world at a port that is taken")
     assert caught.value.exit_code == EXIT_CONFIG and "ss -tlnp" in caught.value.hint
+
+
+@pytest.mark.parametrize("banner", [b"", b"SSH-2.0-OpenSSH_9.2\r\n"])
+def test_a_master_port_at_which_something_else_answers_is_named_by_a_rank_that_would_connect(
+    banner: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forming, "_ANSWER_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        accepted: list[socket.socket] = []
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):  # closed, at the test's end
+                while True:
+                    accepted.append(other.accept()[0])
+                    accepted[-1].sendall(banner)
+
+        threading.Thread(target=accept, daemon=True).start()
+        port = str(other.getsockname()[1])
+        for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", port)
+        with (
+            pytest.raises(SetupError, match=f"MASTER_PORT {port} on 127.0.0.1, .* is taken") as caught,
+            join(RunConfig(device="cpu", timeout=5)),
+        ):
+            pytest.fail("a world at somebody else's port")
+        for each in accepted:
+            each.close()
+    assert "another MASTER_PORT" in caught.value.hint
 
 
 def main() -> int:

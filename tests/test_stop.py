@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,18 @@ from dist_train.run_dir import RunDir, read_json
 from dist_train.status import Status, fail
 from dist_train.stop import ignore_in_worker, listening
 from dist_train.tasks import Classification
+from tests.ranks import ROOT
 from tests.small_runs import STEPS, Runs
 
 
 @dist_train.register_task("asks_to_stop")
 class AsksToStop(Classification):
-    """Gets SIGTERM in the forward of the step that `at` numbers, and puts the file STOP in `late` when it evaluates."""
+    """Gets SIGTERM in the forward of the step that `at` numbers, and when it evaluates puts the file STOP in `late`, or gets it then."""
 
     at: int | None = None
     seen = 0
     late: Path | None = None
+    evaluating = False
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if outputs.requires_grad:
@@ -38,6 +42,8 @@ class AsksToStop(Classification):
                 os.kill(os.getpid(), signal.SIGTERM)
         elif AsksToStop.late is not None:
             AsksToStop.late.touch()
+        elif AsksToStop.evaluating and AsksToStop.seen:
+            os.kill(os.getpid(), signal.SIGTERM)
         return super().loss(outputs, targets)
 
 
@@ -55,6 +61,7 @@ def test_a_stop_at_the_last_step_of_an_epoch_goes_on_with_its_evaluation(
     monkeypatch.setattr(AsksToStop, "at", 2 * STEPS + STEPS - 1)
     assert runs("stopped", *options) == 75
     assert runs.checkpoints("stopped").names() == [f"train-{STEPS:08d}-open"]
+    assert read_json(runs.folder / "stopped" / "status.json")["step"] == STEPS
     assert runs("stopped", *options) == 0
     assert runs.product("stopped") == runs.product("undisturbed")
     assert runs.results("stopped")["models"] == runs.results("undisturbed")["models"]
@@ -85,6 +92,16 @@ def test_what_befalls_a_run_that_is_done_makes_no_failure_of_it(tmp_path: Path) 
     assert read_json(run_dir.status)["state"] == "done"
     fail(run_dir, 1, ValueError("of the next attempt"))
     assert read_json(run_dir.status)["state"] == "failed"
+
+
+def test_a_stop_between_stages_says_how_many_steps_the_finished_one_has(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--task.name", "asks_to_stop", "--train.epochs", "1", "--stages", "[train, half]")
+    monkeypatch.setattr(AsksToStop, "evaluating", True)
+    assert runs("run", *options) == 75
+    status = read_json(runs.folder / "run" / "status.json")
+    assert (status["state"], status["stage"], status["step"]) == ("preempted", "train", STEPS)
 
 
 class _Rows(torch.utils.data.Dataset[Any]):
@@ -139,3 +156,47 @@ def test_a_worker_does_not_outlive_a_rank_that_is_killed() -> None:
             os.kill(worker, signal.SIGKILL)
     with pytest.raises(EOFError):
         receive.recv()
+
+
+LIBRARY = """
+import multiprocessing, pathlib, signal, sys
+import numpy as np, torch
+from dist_train.data.augment import Augmentation
+from dist_train.data.source import Source
+from dist_train.stop import listening
+from tests.test_stop import _Rows
+
+def users(ready):
+    def clean_up(number, frame):
+        pathlib.Path(sys.argv[1]).touch()
+        sys.exit()
+    signal.signal(signal.SIGTERM, clean_up)
+    ready.set()
+    signal.pause()
+
+context = multiprocessing.get_context("fork")
+ready = context.Event()
+daemon = context.Process(target=users, args=(ready,), daemon=True)
+daemon.start()
+ready.wait()
+with listening():
+    source = Source(_Rows(), Augmentation([], seed=0, mean=(), std=()), torch.device("cpu"), False, 1, 0)
+    assert len(list(source.batches(iter([np.arange(4)]), None))) == 1
+    kept = source._loader._iterator  # as where it is still in use: its worker ignores SIGTERM
+    kept._shutdown_workers = lambda: None
+"""
+
+
+def test_a_daemon_of_a_user_s_own_can_clean_up_when_a_program_ends_and_a_worker_of_ours_does_not_hold_it_up(
+    tmp_path: Path,
+) -> None:
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [sys.executable, "-c", LIBRARY, str(tmp_path / "cleaned up")],
+        env=environ,
+        cwd=tmp_path,
+        check=True,
+        timeout=60,
+        capture_output=True,
+    )
+    assert (tmp_path / "cleaned up").exists()

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from dist_train.checkpoint import CheckpointFolder
@@ -86,7 +87,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_one_checkpoint(
         assert first == STEPS < last < 2 * STEPS
         assert f"stopped in train after step {last} of 30, which is saved" in ranks.output(0)
         assert "stopped in" not in ranks.output(1)
-    assert (case.status()["state"], case.status()["error"]) == ("preempted", None)
+    assert case.status() == {"state": "preempted", "stage": "train", "step": last, "restarts": 0, "error": None}
 
 
 def test_under_an_agent_a_rank_that_was_stopped_ends_with_0_so_that_it_is_not_started_again(case: Case) -> None:
@@ -153,20 +154,41 @@ def test_all_processes_are_told_at_any_moment_and_end_at_the_next_step_as_if_not
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "codes"), [("wait", {75}), ("lock", {75, -signal.SIGKILL})])
+@pytest.mark.parametrize(
+    ("how", "asked", "codes"),
+    [
+        ("wait", 0, {75}),  # the other one, which waits for the stuck one
+        ("wait", 1, {75}),
+        ("lock", 0, {75, -signal.SIGKILL}),
+    ],
+)
 def test_a_step_that_is_longer_than_the_grace_is_given_up_and_the_last_checkpoint_serves(
-    case: Case, undisturbed: bytes, how: str, codes: set[int]
+    case: Case, undisturbed: bytes, how: str, asked: int, codes: set[int]
 ) -> None:
     with case.start(2, f"forward 1 14 {how}", "--stop.grace", "4") as ranks:
         case.reached(ranks)
-        os.kill(ranks.processes[0].pid, signal.SIGTERM)  # the other one, which waits for the stuck one
+        os.kill(ranks.processes[asked].pid, signal.SIGTERM)
         began = time.monotonic()
-        assert set(ranks.wait()) <= codes | {1}, ranks.printed()
+        assert set(ranks.wait()) <= codes, ranks.printed()
         assert time.monotonic() - began < 4 + 15
         assert "was asked to stop and still was in" in ranks.printed()
-    assert case.status()["state"] == "preempted"
+    assert (case.status()["state"], case.status()["step"]) == ("preempted", STEPS)
     assert steps_saved(case) == [STEPS]
     assert case.finished() == undisturbed
+
+
+@pytest.mark.slow
+def test_an_agent_that_starts_ranks_again_does_not_undo_a_stop_of_which_it_knows_nothing(case: Case) -> None:
+    """One had to be killed, which is a failure to the agent."""
+    words = [*("launch", "torchrun", "--nproc-per-node", "2", "--restarts", "2"), *case.words[1:], "--stop.grace", "4"]
+    with train(1, *words, environ={"HOLD": "forward 1 14 lock", "HOLD_DIR": str(case.folder)}) as launch:
+        case.reached(launch)
+        family = psutil.Process(launch.processes[0].pid).children(recursive=True)
+        rank_0 = [each for each in family if "dist_train" in each.cmdline() and each.environ().get("RANK") == "0"]
+        rank_0[0].send_signal(signal.SIGTERM)
+        assert launch.wait(60) == [75], launch.printed()
+        assert "it was asked to stop, and so does not go on" in launch.printed()
+    assert case.status() == {"state": "preempted", "stage": "train", "step": STEPS, "restarts": 0, "error": None}
 
 
 @pytest.mark.slow
@@ -179,6 +201,7 @@ def test_a_conversion_is_given_up_and_the_checkpoint_before_it_serves(case: Case
     assert case.status()["state"] == "preempted"
     folder = CheckpointFolder(case.run_dir.checkpoints)
     assert folder.latest == "qat-end"
+    assert (case.status()["stage"], case.status()["step"]) == ("convert", 0)
 
 
 @pytest.mark.slow

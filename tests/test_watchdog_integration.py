@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from dist_train.run_dir import read_json
+from dist_train.config_sources import load
+from dist_train.forming import join
+from dist_train.run_dir import RunDir, read_json
+from dist_train.stop import listening
+from dist_train.watchdog import watched
 from tests.ranks import Ranks
 from tests.test_stop_integration import Case
 
@@ -97,3 +102,47 @@ def test_a_run_that_goes_on_slowly_is_left_alone(case: Case) -> None:
         time.sleep(TIMEOUT / 2)
         case.go()
         assert ranks.wait() == [0], ranks.printed()
+
+
+def test_a_rank_that_waits_for_one_that_goes_on_ends_nothing(case: Case) -> None:
+    with Ranks(
+        2, ["-m", "tests.test_watchdog_integration", str(case.config), str(case.run_dir.path), "goes on"]
+    ) as ranks:
+        assert ranks.wait(60) == [0, 0], ranks.printed()
+        assert "no progress" not in ranks.printed()
+        assert "rank 1 asked three times" in ranks.output(0)
+    assert not case.run_dir.stuck(0).exists()
+    assert len(case.run_dir.questions(0)) <= 1, "what was answered is removed"
+
+
+@pytest.mark.slow
+def test_a_rank_that_went_on_for_long_and_then_is_stuck_is_named(case: Case) -> None:
+    with Ranks(
+        2, ["-m", "tests.test_watchdog_integration", str(case.config), str(case.run_dir.path), "stays"]
+    ) as ranks:
+        assert ranks.wait(60) == [1, 1], ranks.printed()
+        assert "rank 0 is stuck in `evaluate`, rank 1 waits in `collective`" in ranks.printed()
+        assert "no word from" not in ranks.printed()
+    assert all((case.run_dir.stuck(0) / f"rank{rank}.txt").stat().st_size for rank in (0, 1))
+
+
+def main(file: str, folder: str, what: str) -> None:
+    """Rank 1 waits in a collective for rank 0, which beats until it was asked twice how it is, and then comes, or comes never."""
+    config = load(file, ["--import", "tests.holding_parts", "--run.dir", folder, "--watchdog.timeout", "1"]).config
+    run_dir = RunDir(Path(folder))
+    with listening() as stop, watched(config, stop) as heartbeat, join(config.run) as world:
+        world.heartbeat, world.stop = heartbeat, stop
+        heartbeat.identify(world.rank, 2, 0)
+        heartbeat.begin("evaluate")
+        while world.rank == 0 and max(run_dir.questions(0), default=-1) < 2:
+            heartbeat.enter("evaluate")
+            time.sleep(0.05)
+        if world.rank == 0:
+            print("rank 1 asked three times", flush=True)
+        while world.rank == 0 and what == "stays":
+            time.sleep(0.05)
+        world.barrier("end")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

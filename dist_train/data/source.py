@@ -14,7 +14,7 @@ from dist_train.data.augment import Augmentation
 from dist_train.data.items import EVALUATION, Failure, Keyed, Keys, stacked
 from dist_train.data.stream import read_stream
 from dist_train.errors import CorruptSampleError, DataError
-from dist_train.stop import held_back, ignore_in_worker
+from dist_train.stop import ignore_in_worker, starting_workers
 
 _PREFETCH = 4  # batches that each worker makes ahead
 
@@ -90,7 +90,7 @@ class Source:
             )
         self._keys.set(epoch, rows)
         try:
-            with held_back():  # until the workers ignore them
+            with starting_workers():
                 fetched = iter(self._loader)
             for batch, failures in fetched:
                 yield _checked(batch, failures, self.skips_corrupt)

@@ -19,7 +19,7 @@ from dist_train.data.arrays import Batch
 from dist_train.data.items import EVALUATION, Failure, seed_everything, stacked, triple
 from dist_train.data.permutation import derive_key
 from dist_train.errors import DataError
-from dist_train.stop import held_back, ignore_in_worker
+from dist_train.stop import ignore_in_worker, starting_workers
 
 PROMISE = (
     "the training data is a stream: step k consumes the same items on any number of ranks, and a resumed run reads past those that "
@@ -40,7 +40,7 @@ def read_stream(
     loader = DataLoader(
         _Batches(dataset, rows, seed, epoch), batch_size=None, num_workers=1, worker_init_fn=ignore_in_worker
     )
-    with held_back():  # until the worker ignores them
+    with starting_workers():
         return iter(loader)
 
 

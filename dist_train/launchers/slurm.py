@@ -123,19 +123,42 @@ field() { sed -n "s/^ *\\"$1\\": *\\"\\{0,1\\}\\([^\\",]*\\).*/\\1/p" "$home/sta
 checkpoint() { cat "$home/checkpoints/latest.json" 2>/dev/null; }
 first() { srun "${srun_options[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 --relative=0 "${container[@]}" "$python" "$@"; }
 
-first -m dist_train config check "${arguments[@]}" || exit
+rm -f "$home/logs/exit_78" "$home/STOP" # it stopped the job that was here before
+asked=
+ask_to_stop() {
+  echo "dist-train: asking the ranks to stop ($1)"
+  asked=$1
+  [ ! -d "$home" ] || touch "$home/STOP"
+}
+trap 'ask_to_stop USR2' USR2
+trap 'ask_to_stop TERM' TERM
+requeue() { # the end of a job that was stopped
+  if [ "${SLURM_RESTART_COUNT:-0}" -ge "$max_requeues" ]; then
+    echo "dist-train: not requeued: it was $max_requeues times already"
+  elif ! scontrol show job "$job" | grep -q JobState=RUNNING; then
+    echo "dist-train: not requeued: the job was cancelled"
+  else
+    scontrol requeue "$job" && echo "dist-train: requeued"
+  fi
+  exit 75
+}
+
+first -m dist_train config check "${arguments[@]}"
+code=$?
+if [ "$code" = 143 ]; then
+  asked=TERM # Slurm tells a step before its script
+elif [ "$code" != 0 ]; then
+  exit "$code"
+fi
 export MASTER_ADDR MASTER_PORT
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=${port:-$(first -m dist_train.ports "$job.${SLURM_RESTART_COUNT:-0}")}
-[ -n "$MASTER_PORT" ] || exit 78
+[ -n "$asked" ] || [ -n "$MASTER_PORT" ] || exit 78
 
 attempt=$(field restarts) saved=$(checkpoint)
-rm -f "$home/logs/exit_78" "$home/STOP" # it stopped the job that was here before
 mkdir -p "$home/logs" || exit 78
 log=$home/logs/slurm-$job.${SLURM_RESTART_COUNT:-0}
-ask_to_stop() { echo "dist-train: asking the ranks to stop ($1)"; touch "$home/STOP"; }
-trap 'ask_to_stop USR2' USR2
-trap 'ask_to_stop TERM' TERM
+[ -z "$asked" ] || requeue # nothing was begun, so nothing has to be saved; from here on the file STOP is there
 
 """
 
@@ -163,12 +186,7 @@ case $state in
 esac
 if [ "$(checkpoint)" = "$saved" ]; then
   echo "dist-train: not requeued: no checkpoint since the start of this attempt"
-elif [ "${SLURM_RESTART_COUNT:-0}" -ge "$max_requeues" ]; then
-  echo "dist-train: not requeued: it was $max_requeues times already"
-elif ! scontrol show job "$job" | grep -q JobState=RUNNING; then
-  echo "dist-train: not requeued: the job was cancelled"
-else
-  scontrol requeue "$job" && echo "dist-train: requeued"
+  exit 75
 fi
-exit 75
+requeue
 """

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from dist_train.hostlist import parse_hostlist
+from tests import slurm
 from tests.ranks import ROOT
 from tests.slurm import SMALL, Cluster
 
@@ -121,6 +125,18 @@ def test_a_signal_before_the_end_becomes_a_stop_file_that_the_next_attempt_does_
     assert attempts(run) == ["stopping no STOP", "done no STOP"]
 
 
+def test_a_signal_while_the_configuration_is_checked_is_no_reason_to_fail(cluster: Cluster, folder: Path) -> None:
+    check = folder / "check"
+    number = cluster.submit(planned(cluster, folder, "done", "--env", f"HELD_CHECK={check}"), folder)
+    cluster.until(check.exists, 120, lambda: cluster.output(number))
+    cluster.run("scancel", "--batch", "--signal=USR2", number)
+    Path(f"{check}.go").touch()
+    job = cluster.ended(number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), cluster.output(number)
+    assert "asking the ranks to stop (USR2)" in cluster.output(number)
+    assert attempts(folder / "runs" / "small") == ["done no STOP"]
+
+
 def test_scancel_during_a_save_does_not_bring_the_job_back(cluster: Cluster, folder: Path) -> None:
     run = folder / "runs" / "small"
     number = cluster.submit(planned(cluster, folder, "stopping,done"), folder)
@@ -161,7 +177,11 @@ def test_a_job_that_fails_at_once_is_not_requeued(cluster: Cluster, folder: Path
 def test_the_ready_batch_file_takes_the_quickstart_all_the_way_on_two_nodes_with_two_ranks_each(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    quickstart = (ROOT / "configs" / "quickstart.yaml").read_text()
+    fewer = quickstart.replace("epochs: 10", "epochs: 2").replace("epochs: 3", "epochs: 1")
+    assert fewer.count("epochs: 2\n") == fewer.count("epochs: 1\n") == 1
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quickstart.yaml").write_text(fewer + "export: {latency: false}\n")
     number = cluster.submit((ROOT / "launch" / "slurm.sbatch").read_text(), tmp_path)
     job = cluster.ended(number)
     assert (job["JobState"], job["NumNodes"]) == ("COMPLETED", "2"), cluster.output(number)
@@ -172,3 +192,36 @@ def test_the_ready_batch_file_takes_the_quickstart_all_the_way_on_two_nodes_with
     assert results["models"]["int8"]["count"] == 360 and all(gate["passed"] for gate in results["gates"].values())
     assert (run / "export" / "model.pt2").exists()
     assert json.loads((run / "environment.json").read_text())["local_world_size"] == 2
+
+
+KILLED = r"""
+import sys
+from pathlib import Path
+from tests.slurm import Cluster
+with Cluster() as cluster:
+    folder = Path(sys.argv[1])
+    number = cluster.submit("#!/bin/bash\nsrun sleep 1000\n", folder, "--nodes=2")
+    cluster.until(lambda: len(cluster.processes("/sleep 1000")) >= 2, 120)
+    print(cluster.dir, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_a_pytest_that_is_killed_leaves_nothing_of_its_slurm_behind(tmp_path: Path) -> None:
+    reason = slurm.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().strip())
+        assert {"munged", "slurmctld", "slurmd", "sleep"} <= {
+            Path(line.split()[0]).name.rstrip(":") for line in slurm.processes_of(folder).values()
+        }
+        process.kill()
+    end = time.monotonic() + 60
+    while (slurm.processes_of(folder) or folder.exists()) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert slurm.processes_of(folder) == {} and not folder.exists()
