@@ -14,7 +14,7 @@ from torch import nn
 from dist_train.errors import GateError
 from dist_train.run_dir import RunDir, read_json
 from dist_train.stages.context import Context
-from dist_train.stages.ptq import _relative_difference
+from dist_train.stages.ptq import _draw_variances, _relative_difference
 from dist_train.world import World
 
 
@@ -49,3 +49,33 @@ def test_a_model_that_answers_nan_does_not_look_like_an_equal_one() -> None:
     )
     assert measured[0] == 0
     assert not float(measured.max()) <= 1e-4
+
+
+def deep_net() -> nn.Sequential:
+    """Each layer's weights are large, and its batch norm takes that back, as trained statistics do."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for _ in range(16):
+        convolution, norm = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8, eps=1e-3)
+        with torch.no_grad():
+            convolution.weight.mul_(2e3)
+            assert norm.running_var is not None
+            norm.running_var.fill_(1.3e6)
+        layers += [convolution, norm, nn.ReLU()]
+    return nn.Sequential(*layers).eval()
+
+
+def test_drawn_variances_leave_a_deep_trained_net_what_it_computes_and_show_another_eps() -> None:
+    float_model, images = deep_net(), torch.rand(2, 8, 8, 8)
+    prepared = deep_net()
+    norms = [
+        (module, other) for module, other in zip(prepared, float_model, strict=True) if "Norm" in str(type(module))
+    ]
+    with torch.no_grad():
+        before = float_model(images)
+        assert before.abs().max() > 1e-3
+        _draw_variances(norms, seed=0)
+        torch.testing.assert_close(float_model(images), before, rtol=1e-3, atol=1e-5)
+        assert float(_relative_difference(prepared, float_model, images)) == 0
+        norms[-1][0].eps = 1e-5  # type: ignore[assignment]
+        assert float(_relative_difference(prepared, float_model, images)) > 1e-3

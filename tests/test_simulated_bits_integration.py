@@ -39,3 +39,20 @@ def test_two_ranks_take_four_bits_the_whole_way_to_an_artifact(
     assert model(torch.zeros(3, 1, 8, 8)).shape == (3, 6)
     assert main(["export", str(run), "--format", "onnx"]) == 1
     assert "int8 cannot be written as onnx: its 4 and 6-bit integers are simulated" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_auto_writes_no_format_of_simulated_bits_and_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = Runs(tmp_path)
+    settings = ["--stages", "[ptq, convert, export]", "--export.formats", "[auto]", "--convert.agreement_bound", "0"]
+    assert runs("run", *settings, "--export.latency", "false", "--qat.rules", RULES) == 0
+    reason = "int8: no format but the program: its 4 and 6-bit integers are simulated"
+    assert reason in capsys.readouterr().out
+    export = tmp_path / "run" / "export"
+    before = {path.name for path in export.iterdir()}
+    assert {"model.pt2", "manifest.json"} <= before <= {"model.pt2", "manifest.json", "SHA256SUMS"}
+    assert main(["export", str(tmp_path / "run"), "--format", "auto", "--model", "int8"]) == 0
+    assert reason in capsys.readouterr().out
+    assert {path.name for path in export.iterdir()} == before

@@ -71,6 +71,7 @@ class EagerBackend:
             prepared = torch_ao.make_ready(copy.deepcopy(model)).train()
             names = statistics_names(prepared)
             prepared.fuse_model(is_qat=True)  # type: ignore[operator]
+            _average_in_float(prepared, example)
             prepared.qconfig = torch_ao.qconfig(self.engine)  # type: ignore[assignment]
             torch_ao.prepare_qat(prepared, inplace=True)
         result = PreparedModules(prepared, names).eval()
@@ -88,6 +89,49 @@ class EagerBackend:
     def serialize(self, converted: nn.Module, example: Tensor) -> Program:
         """See QuantizationBackend.serialize."""
         return integer_program(converted, example)
+
+
+class _FloatAverage(nn.Module):
+    """A pool of integers that averages in floating point; the result gets integers of a range of its own."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.dequant, self.pool, self.quant = DeQuantStub(), pool, QuantStub()
+
+    def forward(self, x: Tensor) -> Tensor:
+        average: Tensor = self.quant(self.pool(self.dequant(x)))
+        return average
+
+
+class _Inside(Tensor):
+    """What comes from a tensor between QuantStub and DeQuantStub, where the converted model has integers: torch keeps the class."""
+
+
+@torch.no_grad()
+def _average_in_float(model: nn.Module, example: Tensor) -> None:
+    """Puts pools that average between stubs into `_FloatAverage`, in place. Functional ones in the model's own code are out of reach."""
+    inside, hooks, training = set[nn.Module](), [], model.training
+    for module in model.modules():
+        if isinstance(module, QuantStub):
+            hooks.append(module.register_forward_hook(lambda _, args, output: output.as_subclass(_Inside)))
+        elif isinstance(module, DeQuantStub):
+            hooks.append(module.register_forward_hook(lambda _, args, output: output.as_subclass(Tensor)))
+        elif isinstance(module, torch_ao.AVERAGES):
+            hooks.append(
+                module.register_forward_hook(
+                    lambda pool, args, _: inside.add(pool) if isinstance(args[0], _Inside) else None
+                )
+            )
+    try:
+        model.eval()(example)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    for owner in list(model.modules()):
+        for name, child in list(owner._modules.items()):
+            if child in inside:
+                setattr(owner, name, _FloatAverage(child))
 
 
 @torch.no_grad()

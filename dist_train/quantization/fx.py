@@ -30,10 +30,8 @@ from dist_train.quantization.rules import resolve_rules, shown
 from dist_train.quantization.whereabouts import where
 from dist_train.torchscript import integer_kernels
 
-# An average of integers on the grid of what it averages is coarse: it takes up a small part of that range, and where it falls
-# between two integers (a quarter of all means of 2 x 2 are such ties) kernel and simulation round each its own way.
 _AVERAGES: tuple[Any, ...] = (
-    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *torch_ao.AVERAGES,
     *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
     *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
     *(torch.mean, "mean"),

@@ -34,6 +34,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "AVERAGES",
     "check_model",
     "choose_engine",
     "convert",
@@ -43,6 +44,13 @@ __all__ = [
     "prepare_qat_fx",
     "qconfig",
 ]
+
+# Kept in floating point. An average of integers on the grid of what it averages is coarse: it takes up a small part of that range,
+# and where it falls between two integers (a quarter of all means of 2 x 2 are such ties) kernel and simulation round each its own way.
+AVERAGES = (
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+)
 
 # torchao's base, from which ours derive, is another class than torch.ao's, by which these flows find fake-quantize modules.
 for ours in (ActivationFakeQuantize, WeightFakeQuantize):

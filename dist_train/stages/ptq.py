@@ -167,20 +167,23 @@ def _changed_literals(model: nn.Module, prepared: PreparedModel) -> list[str]:
 
 
 def _draw_variances(pairs: Sequence[tuple[nn.Module, nn.Module]], seed: int) -> None:
-    """The same variances in both batch norms of a pair; their weight grows with the deviation, or deep networks would overflow.
+    """The same variances in both batch norms of a pair; each weight grows with the deviation, so that the factor stays what it was.
 
-    A backend that takes another eps for the float model's is then off by its square root, as much as ever.
+    The float model then computes what it did before, and no layer of a deep one overflows, as those without their trained factors
+    would. A backend that takes another eps for the float model's is off by its square root, as much as ever.
     """
     generator = torch.Generator().manual_seed(seed)
     low, high = (torch.tensor(bound).log() for bound in _VARIANCES)
     for module, float_module in pairs:
         assert isinstance(float_module, _BatchNorm) and float_module.running_var is not None
         drawn = torch.rand(float_module.running_var.shape, generator=generator)
-        variance = torch.exp(low + (high - low) * drawn)
+        variance, eps = torch.exp(low + (high - low) * drawn), float_module.eps
+        growth = torch.sqrt((variance + eps) / (float_module.running_var.cpu() + eps))
         for each in (module, float_module):
             each.get_buffer("running_var").copy_(variance)
             if float_module.weight is not None:
-                each.get_parameter("weight").copy_(torch.sqrt(variance + float_module.eps))
+                weight = each.get_parameter("weight")
+                weight.mul_(growth.to(weight.device))
 
 
 def _relative_difference(left: nn.Module, right: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
