@@ -2,7 +2,7 @@
 
     pip install -e '.[quickstart]'
     python benchmarks/qat_accuracy.py [--all] [--seeds 3] [--models small_resnet ...] [--backends pt2e fx eager]
-        [--train-samples 16000] [--epochs 6] [--qat-epochs 1] [--out runs/qat_accuracy] [--json qat_accuracy.json]
+        [--engine onednn] [--train-samples 16000] [--epochs 6] [--qat-epochs 1] [--out runs/qat_accuracy] [--json qat_accuracy.json]
 
 Every figure is of the real program, `torchrun --nproc_per_node 2 -m dist_train run configs/fashion_mnist.yaml ...`: for each model and
 seed one run with the stage `train`, and from its float model (`model.init_from`) one run of `ptq`, `qat` and `convert` for each backend.
@@ -10,7 +10,7 @@ So all of a seed's figures belong to one float model, and their differences are 
 has the model in a quantizable form. Each top-1 is of all 10,000 test images.
 
 By default small_resnet and mobilenet_v3_small, 6 epochs of 16,000 images without augmentation, 1 of qat: 15 minutes on 2 idle
-cores by an estimate, not measured.
+cores by an estimate (with other work beside it 9 runs of mobilenet_v3_small took 10).
 `--all` adds resnet18 and mobilenet_v2 and trains as configs/fashion_mnist.yaml says, 8 epochs of 60,000 images with augmentation, 2 of qat:
 4 hours by the same estimate. --models, --train-samples, --epochs, --qat-epochs and --augment change either.
 
@@ -131,11 +131,14 @@ class Bench:
             if model_name is None:
                 continue
             qat = ["--stages", "[ptq, qat, convert]", "--qat.backend", backend, "--qat.optim.lr", str(options.qat_lr)]
+            kernels = "" if options.engine == "auto" or backend == "pt2e" else f"-{options.engine}"
+            if kernels:
+                qat += ["--qat.engine", options.engine]
             # What the gate would refuse is measured here all the same, and said.
             qat += ["--convert.agreement_bound", "0", *epochs("qat", options.qat_epochs)]
             start = ["--model.name", model_name, "--model.init_from", str(folder / "fp32")]
             try:
-                found = self.run(folder / backend, [*own, *start, *qat])
+                found = self.run(folder / f"{backend}{kernels}", [*own, *start, *qat])
             except Failed as error:
                 failed.append(str(error))
                 continue
@@ -219,6 +222,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=MODELS)
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument(
+        "--engine", default="auto", help="integer kernels of fx and eager: onednn has 8 bits for activations"
+    )
     parser.add_argument("--train-samples", type=int, help="images of an epoch")
     parser.add_argument("--epochs", type=int, help="of train")
     parser.add_argument("--qat-epochs", type=int)
