@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train import registry
 from dist_train.checkpoint import CheckpointFolder
@@ -171,6 +172,9 @@ def advise(context: Context, warnings: Sequence[Problem]) -> None:
     if not isinstance(context.splits.train, ImageArrays):
         cores = len(os.sched_getaffinity(0))
         found += too_many_workers(context.config.data.workers, world.local_world_size, cores)
+    if context.config.sync_batchnorm and not any(isinstance(each, _BatchNorm) for each in context.model.modules()):
+        message = f"does nothing: the model {context.config.model.name} has no BatchNorm"
+        found.append(Problem("sync_batchnorm", message, hint="--sync_batchnorm false"))
     for problem in found:
         context.progress.warn(str(problem))
 

@@ -76,6 +76,12 @@ class DataError(DistTrainError):
     """A dataset is missing, corrupt or not what the model expects."""
 
 
+class ModelError(DataError):
+    """A model takes or returns something else than it must: running it again will not help."""
+
+    exit_code = EXIT_CONFIG
+
+
 class CorruptSampleError(DataError):
     """An item of a dataset that cannot be decoded; `data.on_corrupt: skip` leaves it out."""
 

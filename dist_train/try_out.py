@@ -12,7 +12,7 @@ from dist_train import registry
 from dist_train.config import Config
 from dist_train.config_data import DataConfig
 from dist_train.data.arrays import ImageArrays, Splits
-from dist_train.errors import ConfigError, DataError, Problem
+from dist_train.errors import ConfigError, DataError, ModelError, Problem
 from dist_train.tasks import Task
 from dist_train.world import World
 
@@ -26,6 +26,7 @@ def try_out(config: Config, model: nn.Module, splits: Splits, task: Task, world:
     Raises:
         ConfigError: an augmentation would move the images and leave their masks.
         DataError: targets are not the task's, or the model's outputs are not those of the data.
+        ModelError: the model returns no tensor, or has parameters of another type than the images.
     """
     targets = _targets(splits)
     for each in targets:
@@ -71,6 +72,7 @@ def _forward(config: Config, model: nn.Module, inputs: torch.Tensor) -> Any:
     try:
         return model(inputs)
     except RuntimeError as error:
+        _require_float32(model)
         if not _ours(registry.models.entry(config.model.name)):
             raise  # with its traceback: it is the user's own
         raise DataError(
@@ -79,9 +81,19 @@ def _forward(config: Config, model: nn.Module, inputs: torch.Tensor) -> Any:
         ) from error
 
 
+def _require_float32(model: nn.Module) -> None:
+    """Of a model that failed."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise ModelError(
+                f"the model cannot take the images, which are float32: its {name} is {str(parameter.dtype)[6:]}",
+                "return model.float() where it is built; --precision bf16 computes in less, with float32 parameters",
+            )
+
+
 def _one_tensor(outputs: Any, when: str = "") -> torch.Tensor:
     if not isinstance(outputs, torch.Tensor):
-        raise DataError(
+        raise ModelError(
             f"{when}the model returns a {type(outputs).__name__}, not a tensor",
             "return the logits alone from its forward, in train mode too: without auxiliary outputs",
         )

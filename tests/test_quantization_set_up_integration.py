@@ -56,6 +56,26 @@ def test_the_run_ends_before_the_first_step_with_the_place_and_what_to_type(
     assert re.search(message, said(runs, "run"))
 
 
+@pytest.mark.parametrize(
+    ("rules", "message", "hint"),
+    [
+        ("[{match: '*', skip: true}]", "has nothing that can be quantized", "remove rules that skip too much"),
+        ("[{match: {type: ReLU}, activation: {bits: 4}}]", "{type: ReLU} changes nothing", "match a convolution"),
+        (
+            "[{match: {type: ReLU}, skip: true}]",
+            "{type: ReLU} changes nothing",
+            "match the convolution or Linear before",
+        ),
+    ],
+)
+def test_pt2e_finds_rules_without_effect_before_the_first_step(
+    rules: str, message: str, hint: str, runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runs("run", *STAGES, "--qat.rules", rules) == EXIT_CONFIG
+    assert hint in capsys.readouterr().err.partition("->")[2]
+    assert message in said(runs, "run")
+
+
 @pytest.mark.slow
 def test_every_rank_ends_by_itself_with_78(tmp_path: Path) -> None:
     runs = Runs(tmp_path)

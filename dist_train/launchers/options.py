@@ -11,6 +11,8 @@ from typing import Any
 from dist_train.errors import UsageError
 
 LAUNCHERS = ("torchrun", "accelerate", "slurm")
+_WITH_PORT = re.compile(r"([^:]*|\[.*\]):\d*")  # more colons are an IPv6 address
+_SBATCH = re.compile(r"--[a-z][a-z-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
 
 
@@ -35,6 +37,13 @@ def _port(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and 0 < int(text) < 65536):
         raise ValueError("must be a port, 1 to 65535")
     return int(text)
+
+
+def _host(text: str) -> str:
+    host = _WITH_PORT.fullmatch(text)
+    if host:
+        raise ValueError(f"must be a host alone; a port has an option of its own: --endpoint {host[1]} --port PORT")
+    return text
 
 
 def _boolean(text: str) -> bool:
@@ -77,7 +86,7 @@ OPTIONS = (
     Option("shutdown_timeout", "SECONDS", _count(1), "between SIGTERM and SIGKILL: time for a checkpoint"),
     Option("env", "NAME=VALUE", _variable, "a variable for the ranks; repeatable", LAUNCHERS, repeats=True),
     Option("python", "PATH", str, "the interpreter of the ranks; by default this one"),
-    Option("endpoint", "HOST", str, "several nodes: the node where they meet", _AGENTS),
+    Option("endpoint", "HOST", _host, "several nodes: the node where they meet", _AGENTS),
     Option("rdzv_id", "ID", str, "several nodes: the same on all; by default the run's name", _AGENTS),
     Option("local_addr", "ADDR", str, "this node's address, where its name does not resolve to it", ("torchrun",)),
     Option(
@@ -117,7 +126,7 @@ def split(words: Sequence[str]) -> tuple[str, dict[str, Any], list[str]]:
     values: dict[str, Any] = {"sbatch": (), "env": ()}
     while rest and rest[0].startswith("-"):
         name, equals, text = rest.pop(0).partition("=")
-        option = _option(name, launcher)
+        option = _option(name, launcher, text if equals else next((word for word in rest[:1] if word[:1] != "-"), ""))
         if option.parse is None:
             if equals:
                 raise UsageError(f"{name} takes no value", f"type {name} alone")
@@ -137,7 +146,7 @@ def split(words: Sequence[str]) -> tuple[str, dict[str, Any], list[str]]:
     return launcher, values, rest
 
 
-def _option(name: str, launcher: str) -> Option:
+def _option(name: str, launcher: str, value: str) -> Option:
     if name.startswith("--sbatch.") and launcher == "slurm":
         key = name.removeprefix("--sbatch.")
         return Option("sbatch", "VALUE", lambda text: (key, text), "", _SLURM, repeats=True)
@@ -150,6 +159,9 @@ def _option(name: str, launcher: str) -> Option:
     alike = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if alike:
         raise UsageError(f"launch {launcher} has no option {name}", f"did you mean {alike[0]}?")
+    if launcher == "slurm" and _SBATCH.fullmatch(name):
+        hint = f"for an option of sbatch: --sbatch.{name.removeprefix('--')} {value or 'true'}; those of the configuration come after it"
+        raise UsageError(f"launch {launcher} has no option {name}", hint)
     hint = "options of the configuration come after it: launch LAUNCHER [OPTION ...] CONFIG [--dotted.key VALUE ...]"
     raise UsageError(f"launch {launcher} has no option {name}", hint)
 

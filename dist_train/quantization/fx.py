@@ -25,8 +25,8 @@ from dist_train.quantization.padding import pad_before_modules
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.prepared_modules import PreparedModules, statistics_names
 from dist_train.quantization.ranges import Ranges
-from dist_train.quantization.rehearsal import rehearse
-from dist_train.quantization.rules import resolve_rules, shown
+from dist_train.quantization.rehearsal import FAILURES, rehearse
+from dist_train.quantization.rules import idle_skip, resolve_rules, shown, skipped_modules
 from dist_train.quantization.whereabouts import where
 from dist_train.torchscript import integer_kernels
 
@@ -55,15 +55,30 @@ class FXBackend:
         self._check_modules(model, rules)
         if example is not None:
             rehearse(self, model, example, rules)
+            self._refuse_idle_skips(model, example, rules)
         else:
             with quietly():
                 pad_before_modules(_trace(copy.deepcopy(model).eval()))
 
     def _check_modules(self, model: nn.Module, rules: Sequence[RuleConfig]) -> None:
-        resolve_rules(model, rules)
+        resolved = resolve_rules(model, rules)
         for rule in rules:
             _refuse_unsupported(rule)
-        torch_ao.check_model(model)
+        torch_ao.check_model(model, skipped_modules(resolved))
+
+    def _refuse_idle_skips(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig]) -> None:
+        """Raises QuantizationError for a rule that skips modules without weights, where a model prepared without it is the same."""
+        resolved, modules = resolve_rules(model, rules), dict(model.named_modules(remove_duplicate=False))
+        for rule in (each for each in rules if each.skip):
+            owned = [modules[name].parameters(recurse=False) for name, each in resolved.items() if each is rule]
+            if any(parameter.dim() > 1 for parameters in owned for parameter in parameters):
+                continue
+            try:
+                without = self.prepare(model, example, [each for each in rules if each is not rule])
+            except FAILURES:
+                continue  # it is what makes the model one that can be prepared
+            if _layout(without) == _layout(self.prepare(model, example, rules)):
+                raise idle_skip(rule)
 
     def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedModules:
         """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
@@ -109,6 +124,11 @@ class FXBackend:
     def serialize(self, converted: nn.Module, example: Tensor) -> Program:
         """See QuantizationBackend.serialize."""
         return integer_program(converted, example)
+
+
+def _layout(prepared: PreparedModules) -> tuple[object, list[tuple[str, str]]]:
+    """What it computes, and of which modules."""
+    return prepared.model.code, [(name, type(module).__name__) for name, module in prepared.named_modules()]
 
 
 def _refuse_unsupported(rule: RuleConfig) -> None:

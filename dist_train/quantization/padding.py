@@ -107,6 +107,17 @@ def number_graph_paddings(graph: Graph) -> None:
         node.args = (source, weight, bias, stride, [before for before, _ in pairs], dilation, groups)
 
 
+def part_from_convolutions(graph: Graph) -> None:
+    """In an exported graph, in place: a convolution that pads with what is there (`padding_mode="reflect"`) is two operations.
+
+    X86InductorQuantizer takes all operations of a module for its convolution, and fails on the pad.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.pad.default):
+        sources = node.meta.get("source_fn_stack")
+        if sources and isinstance(sources[-1][1], type) and issubclass(sources[-1][1], _ConvNd):
+            node.meta["source_fn_stack"] = [*sources[:-1], (node.name, F.pad)]
+
+
 def _padded(graph: Graph, node: Node, pairs: _Pairs) -> Node:
     """A node before the convolution `node` that pads its input."""
     source: Any = node.args[0]

@@ -24,11 +24,13 @@ from dist_train.quantization.float_model import (
     refuse_untracked_statistics,
 )
 from dist_train.quantization.graph_rewrite import attribute, constant, layer_of
-from dist_train.quantization.padding import number_graph_paddings
+from dist_train.quantization.padding import number_graph_paddings, part_from_convolutions
+from dist_train.quantization.patterns import patterns_exported_once
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.prepared_graph import PreparedGraph
 from dist_train.quantization.quantizer import RuleQuantizer
 from dist_train.quantization.ranges import Ranges
+from dist_train.quantization.rehearsal import rehearse
 from dist_train.quantization.rules import resolve_rules
 from dist_train.quantization.versions import check_versions
 from dist_train.quantization.whereabouts import where
@@ -38,22 +40,25 @@ class PT2EBackend:
     """Implements `dist_train.quantization.backend.QuantizationBackend`."""
 
     def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
-        """See QuantizationBackend.check. With an example the model is exported; what comes after that takes any graph."""
+        """See QuantizationBackend.check. With an example a copy is prepared and converted."""
+        self._check_modules(model, rules)
+        if example is not None:
+            rehearse(self, model, example, rules, instead="fx", run=False)
+
+    def _check_modules(self, model: nn.Module, rules: Sequence[RuleConfig]) -> None:
         check_versions()
         resolve_rules(model, rules)
         refuse_cumulative_average(model)
-        if example is not None:
-            with quietly():
-                _exported(copy.deepcopy(model).eval(), example)
 
     def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedGraph:
         """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
-        self.check(model, rules)
+        self._check_modules(model, rules)
         quantizer = RuleQuantizer(resolve_rules(model, rules))
-        with quietly():
+        with quietly(), patterns_exported_once():
             float_copy = copy.deepcopy(model).eval()
             graph = _exported(float_copy, example)
             number_graph_paddings(graph.graph)
+            part_from_convolutions(graph.graph)
             _keep_batch_norms_invertible(graph)
             literals = graph_rewrite.batch_norm_literals(graph.graph)
             quantized = prepare_qat_pt2e(graph, quantizer)
@@ -65,7 +70,7 @@ class PT2EBackend:
         prepared = PreparedGraph(quantized)
         if not prepared.fake_quantizers:
             raise QuantizationError(
-                f"{type(model).__name__} has nothing that can be quantized: no Conv2d, Linear or matmul that is not skipped",
+                f"{type(model).__name__} has nothing that can be quantized: no Conv2d or Linear that is not skipped",
                 "remove rules that skip too much, or leave `qat` and `convert` out of `stages`",
             )
         return prepared.train(model.training)

@@ -18,7 +18,7 @@ from dist_train.config_fit import ActivationQuantizationConfig, RuleConfig, Weig
 from dist_train.errors import QuantizationError
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
 from dist_train.quantization.graph_rewrite import module_of
-from dist_train.quantization.rules import shown
+from dist_train.quantization.rules import idle_skip, shown
 
 _WEIGHT_SCHEMES = {
     ("symmetric", "channel"): torch.per_channel_symmetric,
@@ -27,6 +27,7 @@ _WEIGHT_SCHEMES = {
     ("affine", "tensor"): torch.per_tensor_affine,
 }
 _ACTIVATION_SCHEMES = {"affine": torch.per_tensor_affine, "symmetric": torch.per_tensor_symmetric}
+_Places = dict[Node, tuple[frozenset[Node], bool]]  # which inputs of a node are quantized, and whether its output is
 
 
 class RuleQuantizer(X86InductorQuantizer):
@@ -47,17 +48,42 @@ class RuleQuantizer(X86InductorQuantizer):
         """Marks the nodes whose inputs or outputs are quantized.
 
         Raises:
-            QuantizationError: a rule for weights or activations matches nothing that is quantized.
+            QuantizationError: a rule for weights or activations matches nothing that is quantized, or one that skips makes no difference.
         """
+        skips = {id(rule): rule for rule in self._rules.values() if rule.skip}.values()
+        without = [(rule, self._places_without(model, rule)) for rule in skips]
+        self._annotate(model)
+        for rule, places in without:
+            if places == _places(model) and not self._holds_weights(model, rule):
+                raise idle_skip(rule)
+        self._apply_rules(model)
+        return model
+
+    def _annotate(self, model: GraphModule) -> None:
         self._annotate_with_config(model, None, self._stay_float)
-        model = super().annotate(model)
+        super().annotate(model)
         # A skipped convolution carries an empty annotation, on which torchao 0.18's fusion of conv and batch norm fails (IndexError).
         for node in model.graph.nodes:
             annotation = _annotation(node)
             if annotation is not None and not annotation.input_qspec_map and annotation.output_qspec is None:
                 del node.meta["quantization_annotation"]
-        self._apply_rules(model)
-        return model
+
+    def _places_without(self, model: GraphModule, rule: RuleConfig) -> _Places:
+        """What would be quantized if no rule held where `rule` does."""
+        rules, self._rules = self._rules, {name: each for name, each in self._rules.items() if each is not rule}
+        self._annotate(model)
+        places, self._rules = _places(model), rules
+        for node in model.graph.nodes:
+            node.meta.pop("quantization_annotation", None)
+        return places
+
+    def _holds_weights(self, model: GraphModule, rule: RuleConfig) -> bool:
+        """Whether what a rule skips has weights that nothing quantizes: it is in floating point, as it shall be, without the rule too."""
+        return any(
+            self._rule(node) is rule and _annotation(node) is None and source.op == "get_attr" and _is_weight(source)
+            for node in model.graph.nodes
+            for source in node.all_input_nodes
+        )
 
     def _rule(self, node: Node) -> RuleConfig | None:
         return self._rules.get(module_of(node))
@@ -83,13 +109,26 @@ class RuleQuantizer(X86InductorQuantizer):
                     annotation.input_qspec_map[source] = _activation_spec(spec, rule.activation)
                     applied.append(rule)
         for rule in self._rules.values():
-            if not rule.skip and rule not in applied:
+            if not rule.skip and all(rule is not each for each in applied):
                 raise QuantizationError(
                     f"the quantization rule {shown(rule)} changes nothing: what it is the first to match is not quantized",
                     "match a convolution or a Linear, or remove the rule",
                 )
         for node in model.graph.nodes:
             _quantize_once(node)
+
+
+def _places(model: GraphModule) -> _Places:
+    found = {node: _annotation(node) for node in model.graph.nodes}
+    return {
+        node: (frozenset(annotation.input_qspec_map), annotation.output_qspec is not None)
+        for node, annotation in found.items()
+        if annotation is not None
+    }
+
+
+def _is_weight(node: Node) -> bool:
+    return "val" in node.meta and node.meta["val"].dim() > 1
 
 
 def _annotation(node: Node) -> QuantizationAnnotation | None:

@@ -1,4 +1,4 @@
-"""Is there an int8 model of this model at all? Tried before training, as integer kernels take less than fake quantization does."""
+"""Is there an int8 model of this model at all? Tried before training, as libraries refuse more than can be seen beforehand."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from dist_train.errors import QuantizationError
 from dist_train.program import Program
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
+from dist_train.quantization.rules import resolve_rules, skipped_modules
+from dist_train.quantization.whereabouts import where_in_graph
+
+# As we, torchao, torch.ao and their kernels fail.
+FAILURES = (QuantizationError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class _Backend(Protocol):
@@ -23,24 +28,55 @@ class _Backend(Protocol):
     def serialize(self, converted: nn.Module, example: Tensor) -> Program: ...
 
 
-def rehearse(backend: _Backend, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig]) -> None:
-    """Prepares, converts and serialises a copy of `model`, with ranges of no meaning, and runs it on batches of several sizes.
+def rehearse(
+    backend: _Backend,
+    model: nn.Module,
+    example: Tensor,
+    rules: Sequence[RuleConfig],
+    instead: str = "pt2e",
+    run: bool = True,
+) -> None:
+    """Prepares and converts a copy of `model`, with ranges of no meaning.
 
-    example: as of `QuantizationBackend.prepare`.
+    Args:
+        example: as of `QuantizationBackend.prepare`.
+        instead: backends to try where this one fails.
+        run: whether to serialise the result, too, and run it on batches of several sizes.
 
     Raises:
         QuantizationError: one of these fails.
     """
-    prepared = backend.prepare(model, example, rules).eval()
+    try:
+        prepared = backend.prepare(model, example, rules).eval()
+    except QuantizationError:
+        raise
+    except FAILURES as error:
+        layer, place = where_in_graph(error)
+        skipped = layer in skipped_modules(resolve_rules(model, rules))
+        rule = (
+            f"--qat.rules '[{{match: \"{layer}\", skip: true}}]'" if layer and not skipped else "change what is named"
+        )
+        raise QuantizationError(
+            f"{type(model).__name__} cannot be prepared for quantization{place}: {_first_line(error)}",
+            f"{rule}, or --qat.backend {instead}",
+        ) from error
     ranges = Ranges(prepared)
     ends = torch.ones(len(ranges), device=example.device)
     ranges.assign(-ends, ends)  # any: those of an untrained model may not be finite
     with torch.no_grad():
         try:
-            backend.serialize(backend.convert(prepared), example)
-        except (AttributeError, RuntimeError, TypeError) as error:  # as torch.ao and its kernels fail
-            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            converted = backend.convert(prepared)
+            if run:
+                backend.serialize(converted, example)
+        except QuantizationError:
+            raise
+        except FAILURES as error:
             raise QuantizationError(
-                f"the integer kernels cannot compute {type(model).__name__} on inputs {list(example.shape[1:])}: {first}",
-                "--qat.backend pt2e; or change the operation: for a mean over maps of one pixel, x.flatten(1) instead",
+                f"the integer kernels cannot compute {type(model).__name__} on inputs {list(example.shape[1:])}: "
+                f"{_first_line(error)}",
+                f"--qat.backend {instead}; or change the operation: for a mean over maps of one pixel, x.flatten(1) instead",
             ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

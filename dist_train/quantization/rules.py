@@ -23,17 +23,19 @@ def resolve_rules(model: nn.Module, rules: Sequence[RuleConfig]) -> dict[str, Ru
     modules = dict(model.named_modules(remove_duplicate=False))
     for rule in rules:
         _require_match(rule, modules)
-    resolved = {}
+    resolved, reached = {}, set[int]()
     for name in modules:
         around = list(_around(name))
-        first = next((rule for rule in rules if any(_matches(rule, each, modules) for each in around)), None)
-        if first is not None:
-            resolved[name] = first
-    for rule in rules:
-        if rule not in resolved.values():
+        for index, rule in enumerate(rules):
+            if any(_matches(rule, each, modules) for each in around):
+                resolved[name] = rule
+                reached.add(index)
+                break
+    for index, rule in enumerate(rules):
+        if index not in reached:
             raise QuantizationError(
                 f"the quantization rule {shown(rule)} is never reached: earlier ones match all that it does",
-                "put it before them: the first rule that matches holds",
+                "put it before them, or remove it: the first rule that matches holds",
             )
     return resolved
 
@@ -41,6 +43,14 @@ def resolve_rules(model: nn.Module, rules: Sequence[RuleConfig]) -> dict[str, Ru
 def skipped_modules(resolved: dict[str, RuleConfig]) -> list[str]:
     """Those of `resolve_rules` that stay in floating point."""
     return [name for name, rule in resolved.items() if rule.skip]
+
+
+def idle_skip(rule: RuleConfig) -> QuantizationError:
+    """The error for a rule that leaves nothing in floating point which would not be there without it."""
+    return QuantizationError(
+        f"the quantization rule {shown(rule)} changes nothing: what it leaves in floating point is not quantized by itself",
+        "match the convolution or Linear before it, which stays in floating point together with what follows it, or remove the rule",
+    )
 
 
 def shown(rule: RuleConfig) -> str:

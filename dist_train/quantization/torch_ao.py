@@ -6,11 +6,14 @@ torch.ao.quantization is deprecated and will be dropped (pytorch/ao#2259); where
 from __future__ import annotations
 
 import platform
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from dist_train.errors import QuantizationError
 from dist_train.quantization.fake_quantize import SMALLEST_SCALE, ActivationFakeQuantize, WeightFakeQuantize
@@ -113,12 +116,18 @@ def _weight(qscheme: torch.qscheme, factory_kwargs: object = None) -> WeightFake
     return quantizer
 
 
-def check_model(model: nn.Module) -> None:
-    """Raises QuantizationError that names a layer which torch.ao cannot prepare for training."""
+def check_model(model: nn.Module, skipped: Collection[str] = ()) -> None:
+    """Raises QuantizationError that names a layer which torch.ao cannot prepare for training; `skipped`: modules that stay float."""
     refuse_cumulative_average(model)
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_var is None:
             raise refuse_untracked_statistics(name)
+        if isinstance(module, (_ConvNd, nn.Linear)) and is_parametrized(module, "weight") and name not in skipped:
+            kinds = ", ".join(type(each).__name__ for each in module.parametrizations["weight"])  # type: ignore[index]
+            raise QuantizationError(
+                f"{name}: its weight is computed by {kinds}, which the fx and eager backends cannot train with",
+                "--qat.backend pt2e, or torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') in the model",
+            )
 
 
 def make_ready(model: nn.Module) -> nn.Module:
@@ -133,5 +142,6 @@ def make_ready(model: nn.Module) -> nn.Module:
                 assert module.running_var is not None  # check_model
                 module.weight = nn.Parameter(torch.ones_like(module.running_var), requires_grad=False)
                 module.bias = nn.Parameter(torch.zeros_like(module.running_var), requires_grad=False)
+                module.affine = True  # torch.ao fuses no other
             keep_invertible(module.weight)
     return model

@@ -5,6 +5,8 @@ version is refused. To move to a new one, look at what is listed here, run tests
 
     torchao.quantization.pt2e.quantize_pt2e     prepare_qat_pt2e, convert_pt2e: the literals that they rewrite (see graph_rewrite.py)
     torchao.quantization.pt2e.quantizer.x86_inductor_quantizer    X86InductorQuantizer.annotate, overridden in quantizer.py, and its _annotate_with_config
+    torchao.quantization.pt2e.qat_utils._get_aten_graph_module_for_pattern   replaced while preparing, see patterns.py
+    node.meta["source_fn_stack"]                of a convolution's pad, see padding.py
     node.meta["quantization_annotation"]        removed where it is empty; its specifications replaced where a rule says so
     torchao.quantization.pt2e.FakeQuantizeBase  the base by which convert finds fake-quantize modules, and `calculate_qparams`
     GraphModule.meta["_observed_graph_module_attrs"]   what prepare leaves for convert; kept in `prepared.Blueprint.meta`

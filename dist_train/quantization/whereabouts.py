@@ -1,13 +1,19 @@
-"""Which module, and which line of its forward, an error of tracing comes from."""
+"""Which module, and which line of its forward, an error of tracing or of preparing a graph comes from."""
 
 from __future__ import annotations
 
 import inspect
 import linecache
+import re
 import traceback
 from pathlib import Path
 
 from torch import nn
+from torch.fx import Node
+
+from dist_train.quantization.graph_rewrite import module_of
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \w+\n\s*(?P<text>.*)')
 
 
 def where(model: nn.Module, error: BaseException) -> str:
@@ -29,6 +35,26 @@ def where(model: nn.Module, error: BaseException) -> str:
             text = linecache.getline(file, line).strip().rstrip(":")
             return f"{name or type(module).__name__}, {Path(file).name} line {line}: {text}"
     return ""
+
+
+def where_in_graph(error: BaseException) -> tuple[str, str]:
+    """(`head.body`, ` at head.body, models.py line 12: x = F.relu(x)`): what was looked at in a graph when `error` was raised.
+
+    Empty where nothing tells; without a line where only torch's own code was traced.
+    """
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        nodes = [value for value in frame.f_locals.values() if isinstance(value, Node)]
+        if not nodes:
+            continue
+        node = nodes[-1]
+        layer = str(node.target) if node.op == "call_module" else module_of(node)
+        written = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+        own = [each for each in written if "torch" not in Path(each["file"]).parts]
+        places = [layer or node.name]
+        if own:
+            places.append(f"{Path(own[-1]['file']).name} line {own[-1]['line']}: {own[-1]['text'].strip()}")
+        return layer, f" at {', '.join(places)}"
+    return "", ""
 
 
 def _covers(kind: type[nn.Module], line: int) -> bool:

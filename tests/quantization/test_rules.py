@@ -78,3 +78,9 @@ def test_a_rule_that_matches_nothing_names_what_is_near(given: RuleConfig, messa
         resolve_rules(model(), [given])
     assert message in error.value.message
     assert hint in error.value.hint
+
+
+def test_a_rule_that_is_given_twice_is_never_reached_the_second_time() -> None:
+    for second in (rule("stem", skip=True), rule("stem", **FOUR)):
+        with pytest.raises(QuantizationError, match=r"'stem' is never reached"):
+            resolve_rules(model(), [rule("stem", skip=True), rule("head", **FOUR), second])
