@@ -204,6 +204,8 @@ class ExportConfig(Settings):
     latency_batch_sizes: list[PositiveInt] = [1, 32]
     deadline: Annotated[PositiveFloat, Field(json_schema_extra=FREE)] = 900.0
     """Seconds that the ranks wait for rank 0 to export."""
+    agreement_samples: Annotated[PositiveInt | None, Field(json_schema_extra=FREE)] = 1024
+    """Gate of each int8 format: samples of the evaluation set, drawn by the seed, on which it must decide in its runtime as the int8 model in process does, by `convert.agreement_bound`. None: all of them."""
     artifact_bound: Annotated[float, Field(ge=0, json_schema_extra=FREE)] = 1e-5
     """Gate: largest difference of the artifact's outputs, loaded in a fresh process, from those of the models in memory."""
     size_bound: Annotated[PositiveFloat | None, Field(json_schema_extra=FREE)] = None

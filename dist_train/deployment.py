@@ -18,9 +18,33 @@ from dist_train.half import Dtype, HalfModel
 from dist_train.lowering.base import LoweringUnavailable, Written
 from dist_train.lowering.choice import Choice
 from dist_train.lowering.comparison import Candidate, is_rounding, relative_difference
+from dist_train.lowering.decisions import Agreement, Decisions
 from dist_train.program import Program, load_program, open_program, program_bytes
 
 _SUFFIXES = {"pt2": "pt2", "torchscript": "ts"}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A format of an int8 model, and how often it decides in its runtime as the model in memory does."""
+
+    format: str
+    runtime: str
+    agreed: Agreement
+
+    def gate(self) -> dict[str, Any]:
+        """Its gate, as the arguments of `Context.gate`; JSON."""
+        return {
+            "name": f"format_{self.format}",
+            "value": self.agreed.share,
+            "bound": self.agreed.bound,
+            "passed": self.agreed.passed,
+            "hint": f"leave {self.format} out and take another format or the program itself (pt2), or loosen "
+            "--convert.agreement_bound; and run again",
+            "detail": f"\nint8 as {self.format} is not written: {self.agreed.in_words()}",
+            "runtime": self.runtime,
+            "samples": self.agreed.samples,
+        }
 
 
 @dataclass(frozen=True)
@@ -33,6 +57,7 @@ class Deployable:
         outputs: the answer of the model in memory, before it became a program, to the probe; float32 [rows, ...].
         candidate: the same for a runtime and for other formats.
         simulated_bits: widths below 8 that an int8 model simulates; see `config_fit.simulated_bits`.
+        decisions: of an int8 model, as which it must decide in every format; None: it is held to rounding alone.
     """
 
     name: str
@@ -40,6 +65,7 @@ class Deployable:
     outputs: Tensor
     candidate: Candidate
     simulated_bits: Sequence[int] = ()
+    decisions: Decisions | None = None
 
 
 def deploy_float(model: nn.Module, probe: Tensor) -> Deployable:
@@ -90,12 +116,16 @@ class Bundle:
         default: name of the model that is `model.*`; the others are `model.NAME.*`.
         models: the manifest's `models`.
         files: by name.
+        judged: the formats that were added of int8 models, for their gates.
+        answers: to the probe, of each format that was added, by model and format, as its runtime gave them here.
     """
 
     def __init__(self, default: str, models: Mapping[str, Any] | None = None, files: Mapping[str, bytes] | None = None):
         self.default = default
         self.models: dict[str, Any] = dict(models or {})
         self.files: dict[str, bytes] = dict(files or {})
+        self.judged: list[Judged] = []
+        self.answers: dict[tuple[str, str], Tensor] = {}
 
     def _stem(self, name: str) -> str:
         return "model" if name == self.default else f"model.{name}"
@@ -111,7 +141,7 @@ class Bundle:
         if program.extra:
             self.models[each.name]["extra"] = sorted(program.extra)
 
-    def add_choice(self, each: Deployable, choice: Choice, probe: Tensor, threads: int) -> list[str]:
+    def add_choice(self, each: Deployable, choice: Choice, probe: Tensor) -> list[str]:
         """Adds the format that was chosen for an added model; nothing where that is the program itself.
 
         The manifest says which runtime was chosen and why, whichever it is. Returns lines for the user.
@@ -122,19 +152,19 @@ class Bundle:
             self.models[each.name]["chosen"] = {"format": best.format, "runtime": best.runtime, "why": choice.why()}
         if best is None or best.written is None:
             return choice.lines()
-        return [*choice.lines(), self.add_format(each, best.format, probe, threads, best.written)]
+        line = self._list(each, best.format, probe, best.written, best.difference, best.agreed)
+        return [*choice.lines(), line]
 
-    def add_format(
-        self, each: Deployable, name: str, probe: Tensor, threads: int, written: Written | None = None
-    ) -> str:
+    def add_format(self, each: Deployable, name: str, probe: Tensor, threads: int) -> str:
         """Writes an added model in another format too, reads it back in its runtime, and holds its answers against the model's.
 
-        written: where it was written already. Returns a line for the user.
+        Whether it decides as the model does is measured, where the model has `decisions`, and left to the gate. Returns a line for
+        the user.
 
         Raises:
             ArtifactError: the format and the model do not go together, or its answers are wrong.
         """
-        written = written or write_format(each, name, probe, threads)
+        written = write_format(each, name, probe, threads)
         sizes = (probe, probe[:1])  # one row too: OpenVINO was seen to go wrong there alone
         differences = [relative_difference(written.call, each.candidate.call, rows) for rows in sizes]
         difference = max(differences)
@@ -144,6 +174,13 @@ class Bundle:
                 f"({difference:.2g} of the largest output)",
                 "take another format, and report this with the model's name",
             )
+        agreed = None if each.decisions is None else each.decisions.agreement(written.call)
+        return self._list(each, name, probe, written, difference, agreed)
+
+    def _list(
+        self, each: Deployable, name: str, probe: Tensor, written: Written, difference: float, agreed: Agreement | None
+    ) -> str:
+        """Takes the files of a format in; a line for the user."""
         names = [f"{self._stem(each.name)}.{suffix}" for suffix in written.files]
         self.files |= dict(zip(names, written.files.values(), strict=True))
         self.models[each.name].setdefault("formats", {})[name] = {
@@ -152,7 +189,14 @@ class Bundle:
             "usage": written.usage,
             "difference": difference,
         }
-        return f"{each.name} as {name}: {names[0]}, {written.runtime} differs by {difference:.2g} of the largest output"
+        with torch.no_grad():
+            self.answers[each.name, name] = written.call(probe)
+        line = f"{each.name} as {name}: {names[0]}, {written.runtime} differs by {difference:.2g} of the largest output"
+        if agreed is None or each.name != "int8":
+            return line
+        self.judged.append(Judged(name, written.runtime, agreed))
+        self.models[each.name]["formats"][name] |= {"agreement": agreed.share, "samples": agreed.samples}
+        return f"{line}; same decision on {agreed.share:.2%} of {agreed.samples:,} samples"
 
 
 def write_format(each: Deployable, name: str, probe: Tensor, threads: int) -> Written:
@@ -199,6 +243,9 @@ def manifest(
     bundle: Bundle, described: Mapping[str, Any], task: str, results: Mapping[str, Any], ranges_sha256: str | None
 ) -> dict[str, Any]:
     """What a user of the artifact must know; nothing that differs between a run and its repetition, but what `auto` chose."""
+    weights = results["models"].get("int8", {}).get("weights")
+    if "int8" in bundle.models and weights is not None:
+        bundle.models["int8"]["weights"] = {key: value for key, value in weights.items() if key != "said"}
     return {
         "models": bundle.models,
         "default": bundle.default,

@@ -1,9 +1,14 @@
-"""Export after the fact: further models and formats of a finished run, from its config.yaml and checkpoints alone."""
+"""Export after the fact: further models and formats of a finished run, from its config.yaml and checkpoints.
+
+Formats of int8 are judged by the run's evaluation set; the rest needs no data.
+"""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +17,9 @@ from torch import nn
 
 from dist_train import registry
 from dist_train.artifact_store import read_artifact, write_artifact
-from dist_train.artifact_verify import verify_in_fresh_process
-from dist_train.assembly import configure_torch
+from dist_train.artifact_verify import Differences, prove
+from dist_train.assembly import configure_torch, make_context
+from dist_train.choices import choose, look
 from dist_train.config_fit import simulated_bits
 from dist_train.deployment import (
     Bundle,
@@ -25,19 +31,25 @@ from dist_train.deployment import (
     manifest,
     simulation,
 )
-from dist_train.errors import GateError, RunDirError
+from dist_train.errors import ConfigError, DataError, GateError, RunDirError
+from dist_train.forming import join
+from dist_train.ledger import NoLedger
 from dist_train.lowering.choice import choose_format
-from dist_train.lowering.comparison import Candidate, drawn_from
+from dist_train.lowering.comparison import LARGEST_DIFFERENCE, Candidate, drawn_from
+from dist_train.lowering.decisions import Decisions
 from dist_train.models.build import build_model
-from dist_train.reopen import FinishedRun, reopen
+from dist_train.progress import Progress
+from dist_train.reopen import FinishedRun, as_trained, reopen
 from dist_train.run_dir import read_json, replace_json
+from dist_train.stages.int8 import format_decisions
 from dist_train.tasks import Task
+from dist_train.trackers.base import Trackers
 
 _PROBE_ROWS = 16
 
 
 def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | None = None) -> list[str]:
-    """Adds a model in these formats to the run's `export/`; needs neither the data nor the run's device.
+    """Adds a model in these formats to the run's `export/`; needs not the run's device, and the data for formats of int8 alone.
 
     formats: pt2 (the program itself, TorchScript for some backends), onnx, openvino, executorch; auto: the fastest here, of those
         installed, by the table that goes into the run's results.json.
@@ -48,7 +60,8 @@ def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | No
     Raises:
         RunDirError: there is no such run, or it has not got that model.
         ArtifactError: the model and the format do not go together, or what was written answers differently.
-        GateError: the program answers differently in a fresh process.
+        GateError: int8 decides otherwise in a format's runtime; or a program or a file answers differently in a fresh process.
+        DataError: the evaluation set by which a format of int8 is judged is not here.
         SetupError: a package is missing.
     """
     run = reopen(run_dir)
@@ -66,7 +79,34 @@ def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | No
     deployable, probe = _deployable(run, name)
     bundle.add(deployable)
     lines = [f"{name}: {bundle.models[name]['file']}"]
-    table: list[dict[str, Any]] | None = None
+    with _judged(run, deployable, wanted) as judged:
+        table = _add_formats(run, bundle, judged, wanted, probe, lines)
+    for format in bundle.judged:
+        if not format.agreed.passed:
+            gate = format.gate()
+            message = f"the gate `{gate['name']}` failed in {format.runtime}:{gate['detail']}"
+            raise GateError(message, "take another format, or the program itself (pt2); the artifact is as it was")
+    ranges = run.product("convert")["ranges_sha256"] if "convert" in run.stages else None
+    content = manifest(bundle, run.described, run.config.task.name, run.results, ranges)
+    settings = run.config.export
+    expected = {name: deployable.outputs}
+    found = prove(bundle.files, content, probe, expected, bundle.answers, settings.deadline)
+    _require_same(found, name, settings.artifact_bound)
+    write_artifact(folder, bundle.files, content)
+    _record(run, name, bundle, table)
+    return lines
+
+
+def _add_formats(
+    run: FinishedRun,
+    bundle: Bundle,
+    deployable: Deployable,
+    wanted: Sequence[str],
+    probe: torch.Tensor,
+    lines: list[str],
+) -> list[dict[str, Any]] | None:
+    """Adds the formats to the bundle and what there is to say of them to the lines; the table of `auto`, None without."""
+    table, name = None, deployable.name
     for each in wanted:
         if each == "auto" and deployable.simulated_bits:
             lines.append(f"{name}: no format but the program: {simulation(deployable.simulated_bits)}")
@@ -75,31 +115,70 @@ def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | No
             candidates = {"fp32": Candidate(float_model, float_model), name: deployable.candidate}
             images, sizes = drawn_from(probe, run.config.run.seed), settings.latency_batch_sizes
             task: Task = registry.tasks.get(run.config.task.name)(run.described["num_outputs"], run.config.task.args)
-            bound = run.config.convert.agreement_bound
-            choice = choose_format(name, candidates, probe, images, sizes, run.threads, task, bound)
-            lines += bundle.add_choice(deployable, choice, probe, run.threads)
+            few = Decisions(deployable.candidate.call, task, [probe], run.config.convert.agreement_bound)
+            choice = choose_format(name, candidates, probe, images, sizes, run.threads, deployable.decisions or few)
+            lines += bundle.add_choice(deployable, choice, probe)
             table = choice.rows()
         else:
             lines.append(bundle.add_format(deployable, each, probe, run.threads))
-    ranges = run.product("convert")["ranges_sha256"] if "convert" in run.stages else None
-    content = manifest(bundle, run.described, run.config.task.name, run.results, ranges)
-    # Proved before it takes the place of an artifact that may be in use.
-    with tempfile.TemporaryDirectory(prefix="dist_train-") as beside:
-        trial = Path(beside) / "export"
-        write_artifact(trial, bundle.files, content)
-        settings = run.config.export
-        difference = verify_in_fresh_process(trial, probe, {name: deployable.outputs}, settings.deadline)[name]
-    if not difference <= settings.artifact_bound:
+    return table
+
+
+@contextmanager
+def _judged(run: FinishedRun, deployable: Deployable, wanted: Sequence[str]) -> Iterator[Deployable]:
+    """The model with what its formats are judged by; int8 alone needs the data for it."""
+    if deployable.name != "int8" or not wanted or deployable.candidate.source is None or deployable.simulated_bits:
+        yield deployable
+        return
+    with join(run.config.run) as world:
+        progress = Progress(False, run.config.log.interval)
+        choices = choose(run.config, look(world, run.threads, threads_kept=True), os.environ, run.precision)
+        try:
+            context = make_context(
+                run.config, run.paths, world, run.threads, progress, Trackers([]), NoLedger(), choices
+            )
+        except (ConfigError, DataError) as error:
+            raise DataError(
+                f"formats of int8 are judged by the run's evaluation set, which cannot be read here: {error.message}",
+                error.hint or "export them where the data is; or --model fp32",
+            ) from error
+        context.splits = as_trained(context.splits, run.described, whole_shape=True)
+        yield dataclasses.replace(deployable, decisions=format_decisions(context, deployable))
+
+
+def _require_same(found: Differences, name: str, bound: float) -> None:
+    """Raises GateError where the program or a file does not answer in a fresh process as it did here."""
+    difference = found.models[name]
+    if not difference <= bound:
         raise GateError(
-            f"{name} was not exported: in a fresh process it differs by {difference:.6g}, bound {settings.artifact_bound:g}",
+            f"{name} was not exported: in a fresh process it differs by {difference:.6g}, bound {bound:g}",
             "report this with the model's name",
         )
-    write_artifact(folder, bundle.files, content)
+    for (model, format), differs in found.formats.items():
+        if not differs <= LARGEST_DIFFERENCE:
+            raise GateError(
+                f"{model} as {format} was not exported: its file answers differently in a fresh process "
+                f"({differs:.2g} of the largest output)",
+                "take another format, and report this with the model's name",
+            )
+
+
+def _record(run: FinishedRun, name: str, bundle: Bundle, table: list[dict[str, Any]] | None) -> None:
+    """What was measured, in the run's results.json."""
+    results = read_json(run.paths.results)
     if table is not None:
-        results = read_json(run.paths.results)
         results["models"].setdefault(name, {})["runtimes"] = table
+    for each in bundle.judged:
+        agreed = each.agreed
+        results["gates"][each.gate()["name"]] = {
+            "value": agreed.share,
+            "bound": agreed.bound,
+            "passed": agreed.passed,
+            "runtime": each.runtime,
+            "samples": agreed.samples,
+        }
+    if table is not None or bundle.judged:
         replace_json(run.paths.results, results)
-    return lines
 
 
 def _name(run: FinishedRun, wanted: str | None) -> str:

@@ -51,16 +51,21 @@ def print_results(results: dict[str, Any]) -> None:
     if gates:
         shown = (f"{gate_name(name, gate)} {gate['value']:.3g} (bound {gate['bound']:g})" for name, gate in gates)
         print(f"gates passed: {', '.join(shown)}")
+    for name, reason in results.get("gates_skipped", {}).items():
+        print(f"gate skipped: {name}: {reason}")
 
 
 def _remarks(results: dict[str, Any]) -> list[str]:
-    """What the figures do not say: that qat was left out, and that int8 simulates fewer bits."""
+    """What the figures do not say: that qat was left out, how much of int8 is int8, and that it simulates fewer bits."""
     remarks = []
     for name, stage in results.get("stages", {}).items():
         if stage.get("left_out"):
             lost, budget = stage["ptq_lost_points"], stage["budget"]
             remarks.append(f"{name}: left out, as ptq loses {lost:.2f} points, within the budget of {budget:g}")
-    bits = results["models"].get("int8", {}).get("simulated_bits")
+    int8 = results["models"].get("int8", {})
+    if int8.get("weights", {}).get("float"):
+        remarks.append(f"int8: {int8['weights']['said']}")
+    bits = int8.get("simulated_bits")
     if bits:
         remarks.append(f"int8: simulates {' and '.join(map(str, bits))} bits where the rules say so")
     return remarks

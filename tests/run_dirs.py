@@ -66,12 +66,24 @@ def finished(path: Path, name: str = "first", lines: list[dict[str, Any]] | None
             "stages": {"train": {"seconds": 3.5, "steps": 8}, "ptq": {"seconds": 1.0}},
             "models": {
                 "fp32": {**figures, "bytes": 4096, "latency_ms": {"1": 0.5}, "runtime": "openvino"},
-                "int8": {**figures, "bytes": 1024, "latency_ms": {"1": 0.25}, "runtime": "openvino"},
+                "int8": {
+                    **figures,
+                    "bytes": 1024,
+                    "latency_ms": {"1": 0.25},
+                    "runtime": "openvino",
+                    "weights": {
+                        "share": 0.6239,
+                        "int8": 6239,
+                        "float": 3761,
+                        "float_modules": {"lstm": 3000, "up": 761},
+                    },
+                },
             },
             "gates": {
                 "convert": {"value": 0.995, "bound": 0.99, "passed": True},
                 "artifact": {"value": None, "bound": 1e-5, "passed": False},
             },
+            "gates_skipped": {"lowered": "onnxscript not installed"},
         },
     )
     for model in ("int8", "fp32"):

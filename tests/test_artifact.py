@@ -377,7 +377,7 @@ def test_every_model_is_proved_in_one_fresh_process(two_models, converted):
     inputs = images(4)
     with torch.no_grad():
         expected = {"int8": converted(inputs), "fp32": float_net()(inputs) + 0.5}
-    found = verify_in_fresh_process(two_models, inputs, expected, DEADLINE)
+    found = verify_in_fresh_process(two_models, inputs, expected, DEADLINE).models
     assert found == {"int8": 0.0, "fp32": pytest.approx(0.5, rel=1e-4)}
 
 
@@ -419,7 +419,7 @@ def test_a_fresh_isolated_process_gives_the_same_bits(artifact, converted):
     inputs = images(6)
     with torch.no_grad():
         expected = converted(inputs)
-    assert verify_in_fresh_process(artifact, inputs, {"int8": expected}, DEADLINE) == {"int8": 0.0}
+    assert verify_in_fresh_process(artifact, inputs, {"int8": expected}, DEADLINE).models == {"int8": 0.0}
 
 
 def test_a_wrong_answer_is_measured_in_a_fresh_process(artifact, converted):
@@ -427,7 +427,7 @@ def test_a_wrong_answer_is_measured_in_a_fresh_process(artifact, converted):
     with torch.no_grad():
         planted = converted(inputs)
     planted[3, 2] += 0.25
-    assert verify_in_fresh_process(artifact, inputs, {"int8": planted}, DEADLINE)["int8"] == pytest.approx(
+    assert verify_in_fresh_process(artifact, inputs, {"int8": planted}, DEADLINE).models["int8"] == pytest.approx(
         0.25, rel=1e-4
     )
 

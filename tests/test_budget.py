@@ -34,6 +34,21 @@ def test_within_the_budget_qat_is_left_out_and_ptq_is_converted(
     assert "qat: left out, as ptq loses" in printed, "the summary has it too"
 
 
+@pytest.mark.parametrize(("bits", "little"), [(8, True), (2, False)])
+def test_without_a_budget_ptq_says_what_it_lost_and_where_that_is_little_how_to_leave_qat_out(
+    bits: int, little: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = Runs(tmp_path)
+    rules = ["--qat.rules", f"[{{match: '*', weight: {{bits: {bits}}}}}]", "--train.epochs", "3"]
+    assert runs("run", "--stages", "[train, ptq, qat]", "--qat.epochs", "1", "--ptq.samples", "64", *rules) == 0
+    models = runs.results("run")["models"]
+    lost = 100 * (models["fp32"]["top1"] - models["ptq"]["top1"])
+    assert (lost <= 0.1) == little, "else there is nothing to see"
+    line = f"ptq: loses {lost:.2f} points of top1 against fp32"
+    hint = "; where that will do, --qat.budget 0.1 leaves qat out"
+    assert f"{line}{hint if little else ''}\n" in capsys.readouterr().out
+
+
 def test_what_was_left_out_stays_so_when_a_run_goes_on(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     drifting = [*SETTINGS, "--qat.budget", "100", "--import", "tests.faulty_parts", "--qat.backend", "drifting"]

@@ -163,8 +163,11 @@ def test_without_a_runtime_the_program_is_judged_in_process_and_the_run_says_so(
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     runs, settings = Runs(tmp_path), ["--stages", "[train, ptq, convert]"]
     assert runs("run", *settings) == 0
-    assert "convert: int8 was judged in process alone: onnxscript" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "convert: int8 was judged in process alone: onnxscript" in printed
+    assert "gate skipped: lowered: onnxscript" in printed
     assert gates(runs)["convert"]["passed"] and "lowered" not in gates(runs)
+    assert runs.results("run")["gates_skipped"]["lowered"].startswith("onnxscript")
     assert runs("other", *settings, "--convert.runtime", "onnxruntime") == 78
     assert "convert.runtime (--convert.runtime): 'onnx' needs onnxscript" in capsys.readouterr().err
 

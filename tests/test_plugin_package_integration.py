@@ -58,7 +58,7 @@ def trained(folder: Path, path: Path, *arguments: str) -> dict[str, Any]:
     results: dict[str, Any] = read_json(run_dir.results)
     assert "  error 0." in printed, "the progress line names the task's score"
     int8 = results["models"]["int8"]
-    assert set(int8) - {"lowered"} == {"error", "loss", "count"} and int8["count"] == 20
+    assert set(int8) - {"lowered", "weights"} == {"error", "loss", "count"} and int8["count"] == 20
     assert results["models"]["int8"]["error"] < 0.3
     assert set(results["norms"]) == {
         f"{name}.{kind}" for name in ("conv", "hidden", "head") for kind in ("weight", "bias")

@@ -14,8 +14,8 @@ from dist_train import registry
 from dist_train.lowering import inductor
 from dist_train.lowering.base import LoweringUnavailable, Written
 from dist_train.lowering.comparison import Candidate, is_rounding, relative_difference
+from dist_train.lowering.decisions import Agreement, Decisions
 from dist_train.lowering.latency import compare_latency
-from dist_train.tasks import Task
 from dist_train.torchscript import trace
 
 Call = Callable[[Tensor], Tensor]
@@ -31,7 +31,7 @@ class Trial:
         format: what is written for it; pt2 for the program itself.
         left_out: why it was not measured, "" where it was.
         difference: the largest one of its answers from those of the model in memory, in units of the largest answer.
-        agreement: share of the answers that decide the same, as the task counts it.
+        agreed: how often it decides the same, as the task counts it; None where it was not asked.
         latency_ms: median milliseconds by model (this one, and fp32) and batch size.
         written: what a format's writer gave.
     """
@@ -40,7 +40,7 @@ class Trial:
     format: str
     left_out: str = ""
     difference: float = math.nan
-    agreement: float = math.nan
+    agreed: Agreement | None = None
     latency_ms: dict[str, dict[str, float]] = field(default_factory=dict)
     written: Written | None = None
     calls: dict[str, Call] = field(default_factory=dict)
@@ -62,11 +62,12 @@ class Choice:
                 "format": each.format,
                 "latency_ms": each.latency_ms,
                 "difference": each.difference,
-                "agreement": each.agreement,
+                "agreement": each.agreed.share,
+                "samples": each.agreed.samples,
                 "chosen": each is self.best,
             }
             for each in self.trials
-            if not each.left_out
+            if not each.left_out and each.agreed is not None
         ]
         return measured + [
             {"runtime": each.runtime, "format": each.format, "left_out": each.left_out, "chosen": False}
@@ -81,10 +82,11 @@ class Choice:
         if self.best is None:
             return [*said, f"{self.model}: no runtime to choose from; pip install 'dist-train[openvino,onnx]'"]
         for each in measured:
+            assert each.agreed is not None
             times = "; ".join(f"{name} {_milliseconds(values)}" for name, values in each.latency_ms.items())
             chosen = ", chosen" if each is self.best else ""
             said.append(
-                f"{self.model}: {each.runtime}: {times}; same decision {each.agreement:.1%}, "
+                f"{self.model}: {each.runtime}: {times}; same decision {each.agreed.share:.1%} of {each.agreed.samples:,}, "
                 f"differs by {each.difference:.2g} of the largest output{chosen}"
             )
         others = sorted(self._cost(each) for each in measured if each is not self.best)
@@ -133,18 +135,17 @@ def choose_format(
     images: Callable[[int], Tensor],
     batch_sizes: Sequence[int],
     threads: int,
-    task: Task,
-    agreement_bound: float,
+    decisions: Decisions,
 ) -> Choice:
     """Tries `candidates[name]` in every registered format's runtime and under Inductor; TorchScript runs as it is.
 
     candidates: `name` and, to compare with in the same runtime, fp32. probe: float32 [rows, C, H, W], what answers are compared on, one
-    row too. images: batch size -> float32 [B, C, H, W]. agreement_bound: least share of the probe's rows on which a runtime decides,
-    in the eyes of the task, as the model in memory; that of the gate `lowered`. All that are measured take turns.
+    row too. images: batch size -> float32 [B, C, H, W]. decisions: of the model in memory, as which a runtime must decide. All that
+    are measured take turns.
     """
     others = {"fp32": candidates["fp32"]} if name != "fp32" and "fp32" in candidates else {}
     trials = [
-        _try(trial, make, name, candidates[name], others, probe, task, agreement_bound)
+        _try(trial, make, name, candidates[name], others, probe, decisions)
         for trial, make in _runtimes(candidates[name], probe, threads)
     ]
     running = [each for each in trials if not each.left_out]
@@ -193,25 +194,24 @@ def _try(
     model: Candidate,
     others: Mapping[str, Candidate],
     probe: Tensor,
-    task: Task,
-    agreement_bound: float,
+    decisions: Decisions,
 ) -> Trial:
     """`trial` with its calls and its fidelity, or why it is left out."""
     try:
         trial.calls[name], trial.written = make(model)
         if trial.written is not None:
             trial.runtime = trial.written.runtime
-        trial.agreement = _agreement(task, trial.calls[name](probe), model.call(probe))
         sizes = (probe, probe[:1])
         differences = [relative_difference(trial.calls[name], model.call, rows) for rows in sizes]
         trial.difference = float(torch.tensor(differences).max())  # NaN where one is
         if not all(is_rounding(found, model, rows) for found, rows in zip(differences, sizes, strict=True)):
             trial.left_out = f"it answers differently ({trial.difference:.2g} of the largest output)"
-        elif not trial.agreement >= agreement_bound:
-            trial.left_out = (
-                f"it decides the same on {trial.agreement:.1%} of the samples tried alone, and convert.agreement_bound is "
-                f"{agreement_bound:g} (it differs by {trial.difference:.2g} of the largest output)"
-            )
+        else:
+            trial.agreed = decisions.agreement(trial.calls[name])
+            if not trial.agreed.passed:
+                trial.left_out = (
+                    f"{trial.agreed.in_words()} (it differs by {trial.difference:.2g} of the largest output)"
+                )
     except LoweringUnavailable as reason:
         trial.left_out = str(reason)
     for other, candidate in others.items() if not trial.left_out else ():
@@ -222,12 +222,3 @@ def _try(
         if is_rounding(relative_difference(call, candidate.call, probe), candidate, probe):
             trial.calls[other] = call
     return trial
-
-
-def _agreement(task: Task, answers: Tensor, expected: Tensor) -> float:
-    """As `evaluate.agreement`, on rows in hand."""
-    ours, theirs = task.decide(answers), task.decide(expected)
-    if theirs.is_floating_point():
-        spread = theirs.std(0, correction=0).clamp(min=torch.finfo(torch.float32).eps)
-        ours, theirs = ours / spread, theirs / spread
-    return float(task.agree(ours, theirs).mean())

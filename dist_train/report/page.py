@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
@@ -99,9 +100,13 @@ def _tiles(run: RunRecord) -> Html:
         made.append(
             ("size", f"{sizes[0] / sizes[1]:.2f} x smaller", f"{sizes[0] / 1024:,.0f} to {sizes[1] / 1024:,.0f} KiB")
         )
+    weights = models.get("int8", {}).get("weights")
+    if weights is not None:
+        made.append(("int8", f"{math.floor(weights['share'] * 1000) / 10:g} % of the weights", _left_float(weights)))
     if gates:
         passed = sum(bool(gate.get("passed")) for gate in gates.values())
-        made.append(("gates", f"{passed} of {len(gates)} passed", ", ".join(gates)))
+        skipped = [f"{name} skipped" for name in run.results.get("gates_skipped", {})]
+        made.append(("gates", f"{passed} of {len(gates)} passed", ", ".join([*gates, *skipped])))
     return element(
         "div",
         *(
@@ -110,6 +115,12 @@ def _tiles(run: RunRecord) -> Html:
         ),
         class_="tiles",
     )
+
+
+def _left_float(weights: dict[str, Any]) -> str:
+    """The largest modules whose weights are no integers."""
+    names = list(weights["float_modules"])
+    return f"floating point: {', '.join(names[:3])}" + (" and more" if names[3:] else "") if names else "all of them"
 
 
 def _results(runs: Sequence[RunRecord]) -> Html:
@@ -141,7 +152,9 @@ def _gates(runs: Sequence[RunRecord]) -> Html:
         ]
         for row in found.rows
     ]
-    return section("Gates", table(found.headers[first:], rows, left=2 - first), _layers(runs))
+    skipped = tables.skipped_gates(runs)
+    more = table(skipped.headers[first:], [row[first:] for row in skipped.rows], left=3 - first) if skipped.rows else ""
+    return section("Gates", table(found.headers[first:], rows, left=2 - first), more, _layers(runs))
 
 
 def _layers(runs: Sequence[RunRecord]) -> Html:

@@ -67,6 +67,14 @@ def gates(runs: Sequence[RunRecord]) -> Table:
     )
 
 
+def skipped_gates(runs: Sequence[RunRecord]) -> Table:
+    """The gates that did not run, and why."""
+    return Table(
+        ["run", "gate", "why it did not run"],
+        [[run.label, *each] for run in runs for each in run.results.get("gates_skipped", {}).items()],
+    )
+
+
 def layers(runs: Sequence[RunRecord]) -> Table:
     """Signal-to-quantization-noise ratio of each layer of the int8 models, in dB, the worst of each run first."""
     return Table(

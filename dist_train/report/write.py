@@ -40,6 +40,7 @@ def _contents(runs: Sequence[RunRecord]) -> dict[str, bytes]:
         ("curves", tables.curves(runs)),
         ("results", tables.results(runs)),
         ("gates", tables.gates(runs)),
+        ("gates_skipped", tables.skipped_gates(runs)),
         ("layers", tables.layers(runs)),
         ("stages", tables.stages(runs)),
     ):

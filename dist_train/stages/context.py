@@ -18,7 +18,7 @@ from dist_train.checkpoint import CheckpointFolder
 from dist_train.config import Config
 from dist_train.data.arrays import ImageArrays, Splits
 from dist_train.data.augment import Augmentation
-from dist_train.data.loader import EvaluationLoader, Source, TrainLoader
+from dist_train.data.loader import EstimationLoader, EvaluationLoader, Source, TrainLoader
 from dist_train.data.mix import Mix, NoMix
 from dist_train.data.permutation import derive_key
 from dist_train.data.sampler import ElasticDistributedSampler
@@ -211,6 +211,13 @@ class Context:
         limit = 2 * size * self.world.world_size if self.config.debug.fast_dev_run else None
         return EvaluationLoader(self._evaluation_source, size, self.world.world_size, self.world.rank, limit)
 
+    def evaluation_sample(self, samples: int | None) -> EstimationLoader:
+        """Rows of the evaluation set, drawn by the seed, all on this rank; None: the whole set."""
+        source, size = self._evaluation_source, self.config.data.eval_batch_size
+        if self.config.debug.fast_dev_run:
+            samples = min(samples or 2 * size, 2 * size)
+        return EstimationLoader(source, samples or len(source), size, self.config.run.seed, 1, 0)
+
     def evaluate(self, model: nn.Module) -> Evaluation:
         """Evaluates a model in the config's precision. Collective."""
         model.eval()
@@ -232,11 +239,20 @@ class Context:
             replace_json(path, {"model": model, "classes": list(self.splits.classes or ()), **found})
 
     def gate(
-        self, name: str, value: float, bound: float, passed: bool, hint: str, detail: str = "", runtime: str = ""
+        self,
+        name: str,
+        value: float,
+        bound: float,
+        passed: bool,
+        hint: str,
+        detail: str = "",
+        runtime: str = "",
+        samples: int = 0,
     ) -> None:
         """Records a measured fidelity; rank 0 writes results.json before a failure ends the run.
 
         detail: what a failure says besides the figures, on rank 0. runtime: where it was measured, if not in process.
+        samples: on how many, where that is not the whole evaluation set.
 
         Raises:
             GateError: on every rank, where it did not pass.
@@ -244,13 +260,19 @@ class Context:
         # JSON has no NaN: a value that is not finite is recorded as null, and never passes.
         passed = passed and math.isfinite(value)
         gate = {"value": value if math.isfinite(value) else None, "bound": bound, "passed": passed}
-        self.results["gates"][name] = gate | ({"runtime": runtime} if runtime else {})
+        extra = {"runtime": runtime, "samples": samples}
+        self.results["gates"][name] = gate | {key: value for key, value in extra.items() if value}
+        self.results.get("gates_skipped", {}).pop(name, None)
         if not passed:
             if self.world.is_main:
                 replace_json(self.run_dir.results, self.results)
             place = f" in {runtime}" if runtime else ""
             message = f"the gate `{name}` failed{place}: measured {value:.6g}, bound {bound:g}"
             raise GateError(message + (detail if self.world.is_main else ""), hint)
+
+    def skip_gate(self, name: str, reason: str) -> None:
+        """Records that a gate did not run, and why: in results.json beside `gates`, whose entries were all measured."""
+        self.results.setdefault("gates_skipped", {})[name] = reason
 
     # What follows is the loop's `Checkpoints`.
 

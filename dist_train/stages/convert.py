@@ -11,15 +11,15 @@ from dist_train.config_fit import ConvertConfig, simulated_bits
 from dist_train.deployment import simulation
 from dist_train.evaluate import evaluate
 from dist_train.program import Program, open_program
+from dist_train.quantization.coverage import LEAST_SHARE
 from dist_train.quantization.fidelity import in_words, layer_noise, noise_table
 from dist_train.quantization.ranges import Ranges
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
-from dist_train.stages.int8 import InRuntime, convert_on_rank_0, judge, open_in_runtime
+from dist_train.stages.int8 import InRuntime, agreement_bound, convert_on_rank_0, judge, open_in_runtime
+from dist_train.stages.weights import count_weights
 
 _NOISE_ROWS = 8  # all outputs of all layers are kept for them
-# Of a fast dev run: two batches teach a model nothing, it decides by a hair, and roundings tip some of that.
-_UNTRAINED_BOUND = 0.9
 
 
 class Convert(Stage):
@@ -31,26 +31,30 @@ class Convert(Stage):
         prepared = context.prepared()
         probe: dict[str, torch.Tensor] = {}
 
-        def inspect(converted: nn.Module) -> dict[str, float]:
+        def inspect(converted: nn.Module) -> dict[str, Any]:
             # What the artifact must answer is asked of the model in memory, before it is serialised.
             probe["inputs"] = context.probe_inputs()
             with torch.no_grad():
                 probe["outputs"] = converted(probe["inputs"])
-            return layer_noise(prepared, converted, probe["inputs"][:_NOISE_ROWS])
+            noise = layer_noise(prepared, converted, probe["inputs"][:_NOISE_ROWS])
+            return {"noise": noise, "weights": count_weights(context, prepared)}
 
         context.progress.say(f"{self.name}: rank 0 converts to int8")
-        program, noise = convert_on_rank_0(context, prepared, inspect)
+        program, found = convert_on_rank_0(context, prepared, inspect)
+        noise, weights = found["noise"], found["weights"]
         context.results["layer_sqnr_db"] = {layer: in_words(ratio) for layer, ratio in noise.items()}
         prepared.observe(False)
         self._gate(context, program, noise)
+        if weights is not None:
+            context.results["models"]["int8"]["weights"] = weights
+            tell = context.progress.say if weights["share"] >= LEAST_SHARE else context.progress.warn
+            tell(f"{self.name}: {weights['said']}")
         return {"program": vars(program), "ranges_sha256": Ranges(prepared).digest(), "probe": probe}
 
     def _gate(self, context: Context, program: Program, noise: dict[str, float]) -> None:
         """int8 in process, then in its runtime, decides as the fake-quantized model does; `noise` are the layers' ratios."""
         reference = evaluate(context.prepared().eval(), context.evaluation_batches(), context.task, context.world)
-        bound, models = self.settings.agreement_bound, context.results["models"]
-        if context.config.debug.fast_dev_run:
-            bound = min(bound, _UNTRAINED_BOUND)
+        bound, models = agreement_bound(context), context.results["models"]
         bits = simulated_bits(context.config.qat.rules)
         table = "\nsignal to quantization noise of each layer, the worst first:\n" + noise_table(noise) if noise else ""
         int8 = judge(context, open_program(program), reference)
@@ -64,6 +68,7 @@ class Convert(Stage):
         opened = simulation(bits) if bits else open_in_runtime(context, program)
         if not isinstance(opened, InRuntime):
             context.progress.say(f"{self.name}: int8 was judged in process alone: {opened}")
+            context.skip_gate("lowered", opened)
             return
         lowered = int8 if opened.name == "torchscript" else judge(context, opened.call, reference)
         if lowered.evaluation is not None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from dist_train.deployment import Deployable
 from dist_train.errors import NonFiniteLossError
 from dist_train.evaluate import Evaluation, agreement, evaluate
 from dist_train.lowering import int8_runtime
 from dist_train.lowering.base import LoweringUnavailable
+from dist_train.lowering.decisions import Decisions
 from dist_train.program import Program, load_program, open_program
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.stages.context import Context
@@ -21,6 +23,14 @@ from dist_train.world import World
 
 Call = Callable[[Tensor], Tensor]
 T = TypeVar("T")
+# Of a fast dev run: two batches teach a model nothing, it decides by a hair, and roundings tip some of that.
+_UNTRAINED_BOUND = 0.9
+
+
+def agreement_bound(context: Context) -> float:
+    """`convert.agreement_bound`, or what can be asked of a fast dev run."""
+    bound = context.config.convert.agreement_bound
+    return min(bound, _UNTRAINED_BOUND) if context.config.debug.fast_dev_run else bound
 
 
 def convert_on_rank_0(
@@ -75,6 +85,19 @@ def judge(context: Context, call: Call, reference: Evaluation) -> Judged:
     except NonFiniteLossError:  # on every rank
         return Judged(None, math.nan)
     return Judged(evaluation, agreement(evaluation, reference, context.task, context.world))
+
+
+def format_decisions(context: Context, deployable: Deployable) -> Decisions:
+    """What the int8 model in process decides on `export.agreement_samples`, for the gates of formats. On one rank."""
+    sample = context.evaluation_sample(context.config.export.agreement_samples)
+
+    class Inputs:
+        """Of the batches; read anew for each model that is asked."""
+
+        def __iter__(self) -> Iterator[Tensor]:
+            return (batch.inputs.cpu().contiguous() for batch in sample)
+
+    return Decisions(deployable.candidate.call, context.task, Inputs(), agreement_bound(context))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from dist_train.world import World
 _VARIANCES = (1e-5, 10.0)  # a fresh network's variances lie near 1, which would hide a wrong eps
 # Of a batch, whatever the world size: ranks take turns with whole batches, and of the default's 512 samples 16 ranks have some.
 _CALIBRATION_ROWS = 32
+_LITTLE = 0.1  # points of the task's metric: the bar that qat itself is measured by
 
 
 class PTQ(Stage):
@@ -39,10 +40,30 @@ class PTQ(Stage):
         evaluation = context.evaluate_prepared(prepared)
         context.results["models"]["ptq"] = evaluation.metrics
         context.keep_details("ptq", evaluation)
+        self._say_loss(context)
         return {"quantized": prepared.state_dict()}
+
+    def _say_loss(self, context: Context) -> None:
+        """How much ptq lost, where the run knows FP32's figure; qat says it itself where it has a budget."""
+        config = context.config
+        if "fp32" not in context.results["models"] or ("qat" in config.stages and config.qat.budget is not None):
+            return
+        lost = lost_points(context)
+        line = f"{self.name}: {'loses' if lost >= 0 else 'gains'} {abs(lost):.2f} points of {context.task.headline} against fp32"
+        if "qat" in config.stages and lost <= _LITTLE:
+            line += f"; where that will do, --qat.budget {_LITTLE:g} leaves qat out"
+        context.progress.say(line)
 
     def restore(self, context: Context, product: dict[str, Any]) -> None:
         context.set_quantized(product["quantized"])
+
+
+def lost_points(context: Context) -> float:
+    """Points (0.01) of the task's metric that ptq lost against FP32, below 0 where it gained; both were evaluated."""
+    models, task = context.results["models"], context.task
+    sign = 1 if task.headline in task.lower_is_better else -1
+    lost: float = 100 * sign * (models["ptq"][task.headline] - models["fp32"][task.headline])
+    return round(lost, 9) + 0.0  # no -0
 
 
 def calibrate(context: Context, prepared: PreparedModel, settings: PTQConfig) -> None:

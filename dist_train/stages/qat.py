@@ -22,7 +22,7 @@ from dist_train.selection import INT8
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
 from dist_train.stages.int8 import convert_on_rank_0, evaluate_int8
-from dist_train.stages.ptq import calibrate, gate_prepare
+from dist_train.stages.ptq import calibrate, gate_prepare, lost_points
 from dist_train.stages.train import LastEvaluation, estimation, run_loop
 
 
@@ -81,10 +81,9 @@ class QAT(Stage):
             evaluation = context.evaluate(context.model)
             models["fp32"] = dict(evaluation.metrics)
             context.keep_details("fp32", evaluation)
-        sign = 1 if task.headline in task.lower_is_better else -1
-        lost = 100 * sign * (models["ptq"][task.headline] - models["fp32"][task.headline])
+        lost = lost_points(context)
         # Written this way NaN, which no comparison is true of, trains.
-        within = round(lost, 9) <= self.settings.budget
+        within = lost <= self.settings.budget
         left_out = within and not self.settings.always
         context.results["stages"].setdefault(self.name, {}).update(
             {"ptq_lost_points": round(lost, 6), "budget": self.settings.budget, "left_out": left_out}

@@ -17,6 +17,7 @@ import torch
 
 import dist_train
 from dist_train.errors import DistTrainError
+from dist_train.quantization.coverage import in_percent
 from dist_train.torchvision_names import QUANTIZABLE
 from tests.quantization import conformance_nets
 from tests.ranks import ROOT
@@ -90,7 +91,8 @@ export: {{latency: false}}
 
 
 def try_pair(model: Model, backend: str, folder: Path) -> str:
-    """`INT8` where the model went the whole way and every gate passed; else what the refusal says, on one line.
+    """`INT8` and the share of the weights that are, where the model went the whole way and every gate passed; else what the refusal
+    says, on one line.
 
     Any other error than one for people is raised: it is a bug.
     """
@@ -106,7 +108,12 @@ def try_pair(model: Model, backend: str, folder: Path) -> str:
     assert results["gates"].keys() == {"prepare", "convert", "lowered", "artifact"}
     assert all(gate["passed"] for gate in results["gates"].values())
     assert results["stages"]["qat"]["steps"] == 2
-    return INT8
+    return f"{INT8}, {in_percent(results['models']['int8']['weights']['share'])} %"
+
+
+def is_int8(outcome: str) -> bool:
+    """Whether an outcome of `try_pair` is of a model that went the whole way."""
+    return outcome.startswith(INT8)
 
 
 def record() -> dict[str, dict[str, str]]:
@@ -127,8 +134,8 @@ def table(seen: dict[str, dict[str, str]]) -> str:
 
 def _cell(model: Model, backend: str, outcome: str, notes: list[str]) -> str:
     kind = model.for_backend(backend)
-    if outcome == INT8:
-        return INT8 if kind == model.name else f"{INT8}, as `{kind}`"
+    if is_int8(outcome):
+        return outcome if kind == model.name else f"{outcome}, as `{kind}`"
     note = re.sub(r"^\w+ (?=has no )", "the model ", outcome)  # one note for all classes that lack the same
     if note not in notes:
         notes.append(note)

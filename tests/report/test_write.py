@@ -54,7 +54,10 @@ def test_a_finished_run_has_a_page_with_plots_and_tables_beside_it(tmp_path: Pat
     assert shown.tags.count("svg") == len(list((run / "report" / "plots").glob("[tq]*.png"))) == 8
     for plot in (run / "report" / "plots").glob("*.png"):
         assert Image.open(plot).size[0] > 300
+    for text in ("62.3 % of the weights", "floating point: lstm, up", "lowered skipped", "onnxscript not installed"):
+        assert text in shown, text
     tables = run / "report" / "tables"
+    assert rows(tables / "gates_skipped.csv")[1:] == [["first", "lowered", "onnxscript not installed"]]
     assert rows(tables / "curves.csv")[:2] == [
         ["run", "stage", "epoch", "step", "attempt", "name", "value"],
         ["first", "train", "0", "0", "0", "loss", "1.0"],
