@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,19 +13,27 @@ from torch import nn
 from torch.fx import GraphModule
 
 import dist_train
+from dist_train.config_fit import RuleConfig
 from dist_train.errors import QuantizationError
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.pt2e import PT2EBackend
 
 
+class _ConvertsInItsStage(PT2EBackend):
+    """What goes wrong is the stage, not the trial at set-up."""
+
+    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: torch.Tensor | None = None) -> None:
+        super().check(model, rules)
+
+
 @dist_train.register_quantization_backend("refusing")
-class Refusing(PT2EBackend):
+class Refusing(_ConvertsInItsStage):
     def convert(self, prepared: PreparedModel) -> GraphModule:
         raise QuantizationError("layer conv7 cannot be converted", "skip it by a rule")
 
 
 @dist_train.register_quantization_backend("endless")
-class Endless(PT2EBackend):
+class Endless(_ConvertsInItsStage):
     def convert(self, prepared: PreparedModel) -> GraphModule:
         threading.Event().wait()
         raise AssertionError("unreachable")
