@@ -112,16 +112,17 @@ def test_compiled_qat_killed_after_batch_norm_froze_ends_with_the_bytes_of_an_un
 ) -> None:
     _, words = command(0, tmp_path, "run")
     words += ["--import", "tests.stub_parts", "--model.name", "stub_net", "--model.args", "{}", "--compile", "true"]
+    words += ["--strategy", "ddp"]
     # Of 11 steps: BatchNorm freezes before the fourth, which is another graph.
     words += ["--stages", "[ptq, qat]", "--qat.epochs", "1", "--checkpoint.every_steps", "1"]
     words += ["--qat.freeze_batch_norm", "0.3", "--run.dir"]
-    train_done(1, *words, str(tmp_path / "run"), deadline=DEADLINE)
+    train_done(2, *words, str(tmp_path / "run"), deadline=DEADLINE)
     killed = tmp_path / "killed"
     latest = RunDir(killed).checkpoints / "latest.json"
-    with train(1, *words, str(killed)) as ranks:
+    with train(2, *words, str(killed)) as ranks:
         saved = ranks.until(lambda: (read_json(latest) or {}).get("name", "") >= "qat-00000004", DEADLINE)
         assert saved, ranks.printed()
         ranks.kill()
     assert "qat-00000004" <= (read_json(latest) or {})["name"] < "qat-00000011", "killed on the way"
-    train_done(1, *words, str(killed), deadline=DEADLINE)
+    train_done(2, *words, str(killed), deadline=DEADLINE)
     assert_same_bytes(tmp_path / "run", killed)

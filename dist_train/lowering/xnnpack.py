@@ -24,7 +24,13 @@ _LAYERS = (_aten.conv2d.default, _aten.linear.default)
 _CLAMPS = (_aten.relu.default, _aten.relu_.default, _aten.hardtanh.default, _aten.hardtanh_.default)  # run in the layer
 _SUMS = (_aten.add.Tensor, _aten.add_.Tensor)
 _RELUS = _CLAMPS[:2]
-_MOVES = (_aten.flatten.using_ints, _aten.view.default, _aten.reshape.default, _aten.permute.default)
+_MOVES = (
+    _aten.flatten.using_ints,
+    _aten.view.default,
+    _aten.reshape.default,
+    _aten.permute.default,
+    _aten.transpose.int,
+)
 _DROPOUTS = (_aten.dropout.default, _aten.dropout_.default)
 _LOW, _HIGH = -128, 127
 _Parameters = tuple[float, int]
@@ -40,8 +46,8 @@ def for_xnnpack(program: ExportedProgram, one: Tensor) -> GraphModule:
     """
     graph = torch.export.export(program.module(check_guards=False), (one,)).module(check_guards=False)
     assert isinstance(graph, GraphModule)
-    for node in graph.graph.find_nodes(op="call_function", target=_DROPOUTS[0]):
-        node.replace_all_uses_with(node.args[0])
+    for node in _calls(graph, *_DROPOUTS):
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph.graph.erase_node(node)
     _give_channels_scales(graph)
     for node in list(_calls(graph, _quantize(), _dequantize())):
@@ -120,14 +126,23 @@ def _range(node: Node) -> tuple[float, float]:
 
 
 def _keep_scales_of_moves(graph: GraphModule) -> None:
-    """XNNPACK moves integers only where they mean the same afterwards: another scale is for the next Q/DQ pair. Exact."""
-    for move in _calls(graph, *_MOVES):
+    """XNNPACK moves integers only where they mean the same afterwards: another scale is for the next Q/DQ pair. Exact.
+
+    What is quantized only after it was moved is quantized before as well, so that what made it has a quantized output.
+    """
+    moves = list(_calls(graph, *_MOVES))
+    for move in moves:
         source = move.args[0]
         if not _is(source, _dequantize()):
             continue
+        parameters = _parameters(source)  # type: ignore[arg-type]
         for reader in list(move.users):
-            if _is(reader, _quantize()) and _parameters(reader) != _parameters(source):  # type: ignore[arg-type]
-                _insert(graph, move, reader, _parameters(source))  # type: ignore[arg-type]
+            if _is(reader, *_MOVES) or (_is(reader, _quantize()) and _parameters(reader) != parameters):
+                _insert(graph, move, reader, parameters)
+    for move in reversed(moves):
+        source, readers = move.args[0], list(move.users)
+        if len(readers) == 1 and _is(readers[0], _quantize()) and not _is(source, _dequantize()):
+            _insert(graph, source, move, _parameters(readers[0]))  # type: ignore[arg-type]
 
 
 def _after(node: Node, *passed: object) -> Node | None:
