@@ -36,7 +36,7 @@ def run(tmp_path: Path, cold: bool, world_size: int = 2, *arguments: str) -> tup
     command = ["-m", "tests.test_warm", *arguments]
     with Ranks(world_size, command, {"GIVEN": "1"}, tmp_path, cold=cold) as ranks:
         assert all(("Warm" in type(each).__name__) != cold for each in ranks.processes)
-        return ranks.wait(60), [ranks.output(rank) for rank in range(world_size)]
+        return ranks.wait(), [ranks.output(rank) for rank in range(world_size)]
 
 
 def test_what_it_sees_is_what_a_cold_one_sees(tmp_path: Path) -> None:

@@ -174,7 +174,8 @@ def _serve(server: socket.socket) -> dict[str, Any] | None:
         end.setblocking(False)
     signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which end ranks themselves
+    # Ctrl-C is for the tests, which end ranks themselves; what ranks do with it may have been inherited, as from nohup.
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         ready = select.select([server, children_end], [], [])[0]
         if children_end in ready:
@@ -195,6 +196,7 @@ def _serve(server: socket.socket) -> dict[str, Any] | None:
             server.sendall(json.dumps({"started": pid}).encode() + b"\n")
             continue
         os.setsid()
+        signal.signal(signal.SIGINT, interrupted)
         os.close(tells)
         os.close(leads)
         signal.set_wakeup_fd(-1)
@@ -222,8 +224,7 @@ def _become(job: dict[str, Any]) -> None:
     for number in (1, 2):
         os.dup2(job["output"], number)
     os.close(job["output"])
-    for number in (signal.SIGCHLD, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.default_int_handler)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.chdir(job["folder"])
     os.environ.clear()
     os.environ.update(job["environ"])
