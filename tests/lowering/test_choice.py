@@ -18,12 +18,12 @@ from dist_train.tasks import Classification
 from tests.converted_nets import float_net, images
 
 
-def runtime(seconds: float, factor: float = 1.0, extra: float = 0.0) -> registry.Entry:
-    """A format whose runtime takes as long as told, `extra` more for a model named int8, and answers `factor` times what is right."""
+def runtime(seconds: float, factor: float = 1.0, extra: float = 0.0, of_float: float = 0.0) -> registry.Entry:
+    """A format whose runtime takes as long as told, `extra` more for int8 and `of_float` for FP32, and answers `factor` times what is right."""
 
     def write(model: nn.Module, example: Tensor, threads: int) -> Written:
         def call(batch: Tensor) -> Tensor:
-            time.sleep(seconds + (extra if isinstance(model, Int8) else 0))
+            time.sleep(seconds + (extra if isinstance(model, Int8) else of_float))
             answer: Tensor = model(batch)
             return factor * answer
 
@@ -78,8 +78,8 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, registry.Entr
 def test_the_fastest_that_answers_right_is_chosen_and_the_others_say_why_not(choose) -> None:
     choice = choose(
         {
-            "quick": runtime(0.004),
-            "slow": runtime(0.02),
+            "quick": runtime(0.004, of_float=0.02),
+            "slow": runtime(0.02, of_float=0.05),
             "wrong": runtime(0.0, factor=-1.0),
             "refusing": registry.Entry(refusing),
             "absent": registry.Entry("no:where", requires={"no_such_module_at_all": "no-such-package"}),
