@@ -15,6 +15,7 @@ from torch.ao.quantization import FixedQParamsFakeQuantize
 from torch.fx import GraphModule, Interpreter, Node
 
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize
+from dist_train.quantization.fx_grids import FloatOutputLinear, clamp_integers
 from dist_train.quantization.graph_rewrite import folded_batch_norms, layer_of
 from dist_train.quantization.integer import IntegerModel
 from dist_train.quantization.prepared import PreparedModel
@@ -153,6 +154,7 @@ def _of_graph(prepared: PreparedGraph, converted: GraphModule, inputs: Tensor) -
 
 def _of_traced(prepared: GraphModule, converted: GraphModule, inputs: Tensor) -> dict[str, float]:
     """What a node gives is fake-quantized by the node after it, and lies on that one's grid."""
+    clamp_integers(prepared)
     modules = dict(prepared.named_modules(remove_duplicate=False))
     wanted = {
         user.name: node.name
@@ -160,6 +162,9 @@ def _of_traced(prepared: GraphModule, converted: GraphModule, inputs: Tensor) ->
         for user in node.users
         if user.op == "call_module" and isinstance(modules[str(user.target)], _FAKE_QUANTIZERS)
     }
+    # But for a head's, which stays in floating point.
+    heads = {name for name, module in converted.named_modules() if isinstance(module, FloatOutputLinear)}
+    wanted |= {node.name: node.name for node in prepared.graph.find_nodes(op="call_module") if node.target in heads}
     return _compare(prepared, wanted, converted, inputs)
 
 

@@ -19,6 +19,13 @@ from dist_train.errors import QuantizationError
 from dist_train.program import Program
 from dist_train.quantization import torch_ao
 from dist_train.quantization.float_model import quietly
+from dist_train.quantization.fx_grids import (
+    all_bits,
+    clamp_integers,
+    float_results,
+    saturating_clamps,
+    use_float_results,
+)
 from dist_train.quantization.graph_rewrite import name_fake_quantizers
 from dist_train.quantization.integer import IntegerModel, integer_program
 from dist_train.quantization.padding import pad_before_modules
@@ -100,6 +107,9 @@ class FXBackend:
             pad_before_modules(graph)
             _keep_factors_in_float(graph, mapping)
             prepared = torch_ao.prepare_qat_fx(graph.train(), mapping, (example,))
+        float_results(prepared)
+        saturating_clamps(prepared)
+        all_bits(prepared)
         name_fake_quantizers(prepared)
         result = PreparedModules(prepared, names)
         if not result.fake_quantizers:
@@ -116,9 +126,11 @@ class FXBackend:
         model = copy.deepcopy(prepared.model).cpu().eval()
         assert isinstance(model, GraphModule)
         with quietly(), integer_kernels(self.engine):
+            clamp_integers(model)
             stay_float = _hide(model)
             converted = torch_ao.convert_fx(model)
             _show(converted, stay_float)
+            use_float_results(converted)
             return IntegerModel(converted, self.engine)
 
     def serialize(self, converted: nn.Module, example: Tensor) -> Program:

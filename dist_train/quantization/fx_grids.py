@@ -1,0 +1,177 @@
+"""Which grid each activation of torch.ao's traced model is given: all bits where the kernels allow them, none where nothing reads integers."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.ao.nn.quantized.reference import Linear as ReferenceLinear
+from torch.fx import GraphModule, Node
+
+from dist_train.quantization.fake_quantize import ActivationFakeQuantize
+
+_MOVES: tuple[Any, ...] = (
+    *("flatten", "reshape", "view", "squeeze", "unsqueeze", "permute", "transpose", "contiguous"),
+    *(torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.permute, torch.transpose),
+    *(nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout),
+)
+_CLAMPS: tuple[Any, ...] = (
+    *(nn.ReLU, torch.relu, F.relu, "relu", "relu_", nn.ReLU6, F.relu6),
+    *(nn.Hardtanh, F.hardtanh),
+)
+# Kernels that make no sums of products, which could overflow, and give a result on a grid of its own.
+_PAIRWISE: tuple[Any, ...] = (
+    operator.add,
+    operator.iadd,
+    torch.add,
+    "add",
+    "add_",
+    operator.mul,
+    torch.mul,
+    "mul",
+    torch.cat,
+)
+_ELEMENTWISE: tuple[Any, ...] = (
+    *(nn.Hardswish, F.hardswish, nn.Hardsigmoid, F.hardsigmoid),
+    *(nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", nn.LeakyReLU, F.leaky_relu, nn.ELU, F.elu),
+)
+
+
+class FloatOutputLinear(nn.Module):
+    """A Linear with weights of integers whose results stay float32: logits should not be rounded to 8 bits.
+
+    One image with logits of 1,000 makes a grid on which those of all others are the same two or three numbers. Of torch.ao's engines
+    only x86 has a kernel for this; a head is a small part of its model, and its integers are multiplied as floating-point numbers.
+
+    Buffers: weight, int8 [out_features, in_features]; scale, float32 [out_features] or [1]; bias, float32 [out_features], or None.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, reference: ReferenceLinear) -> None:
+        """reference: what torch.ao made of the trained one, with symmetric weights."""
+        super().__init__()
+        quantized = reference.get_quantized_weight()
+        per_tensor = quantized.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric)
+        scale = torch.tensor([quantized.q_scale()]) if per_tensor else quantized.q_per_channel_scales()
+        self.register_buffer("weight", quantized.int_repr())
+        self.register_buffer("scale", scale.float())
+        self.register_buffer("bias", None if reference.bias is None else reference.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float32 [..., in_features], as dequantized. Float32 [..., out_features]."""
+        # By `type_as`, which depends on the input: TorchScript would fold a conversion of constants and write floats into the file.
+        products = F.linear(x, self.weight.type_as(x)) * self.scale
+        return products if self.bias is None else products + self.bias
+
+
+def float_results(prepared: GraphModule) -> None:
+    """Takes the fake quantization from the result of each Linear that is an output of the model, in place.
+
+    Through what moves numbers and does not compute, too, such as a reshape.
+    """
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    places = {place for group in _places(prepared, modules) for place in group}
+    for output in prepared.graph.output_node().all_input_nodes:
+        chain = [output]
+        while chain[-1] in places or _kind(chain[-1], modules) in _MOVES:
+            chain.append(chain[-1].all_input_nodes[0])
+        if _kind(chain[-1], modules) is not torch.ao.nn.qat.Linear or any(len(node.users) > 1 for node in chain):
+            continue
+        for place in [node for node in chain if node in places]:
+            place.replace_all_uses_with(place.all_input_nodes[0])
+            prepared.graph.erase_node(place)
+    prepared.recompile()
+
+
+def saturating_clamps(prepared: GraphModule) -> None:
+    """Takes the fake quantization from between a layer and its ReLU or ReLU6, in place; `clamp_integers` puts another one back.
+
+    torch.ao gives both sides of a ReLU6 one grid, of what comes before: 2 of 7 bits may then be spent on numbers that it cuts off. On the
+    grid of what comes after it, integers that saturate are the clamp.
+    """
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    places = [place for group in _places(prepared, modules) for place in group]
+    for place in places:
+        source, readers = place.all_input_nodes[0], list(place.users)
+        layer = hasattr(modules.get(_target(source)), "weight_fake_quant") and len(source.users) == 1
+        if (
+            layer
+            and len(readers) == 1
+            and _kind(readers[0], modules) in _CLAMPS
+            and set(readers[0].users) <= set(places)
+        ):
+            place.replace_all_uses_with(source)
+            prepared.graph.erase_node(place)
+    prepared.recompile()
+
+
+def clamp_integers(prepared: GraphModule) -> None:
+    """Before conversion: a layer's results are quantized before its clamp, too, on the grid of what comes after, in place."""
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    places = [place for group in _places(prepared, modules) for place in group]
+    for place in places:
+        clamp = place.all_input_nodes[0]
+        source = clamp.all_input_nodes[0] if clamp.all_input_nodes else clamp
+        if _kind(clamp, modules) in _CLAMPS and hasattr(modules.get(_target(source)), "weight_fake_quant"):
+            with prepared.graph.inserting_before(clamp):
+                clamp.replace_input_with(source, prepared.graph.call_module(_target(place), (source,)))
+    prepared.recompile()
+
+
+def all_bits(prepared: GraphModule) -> None:
+    """Gives every bit to activations that no product of integers reads, in place: see ActivationFakeQuantize's `range_max`."""
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    for places in _places(prepared, modules):
+        sources = {place.all_input_nodes[0] for place in places}
+        readers = [reader for place in places for reader in place.users]
+        if all(
+            reader in sources or _adds_up_nothing(reader, modules) or _in_float(reader, prepared) for reader in readers
+        ):
+            quantizer = modules[_target(places[0])]
+            assert isinstance(quantizer, ActivationFakeQuantize)
+            quantizer.range_max = quantizer.quant_max
+
+
+def use_float_results(converted: GraphModule) -> None:
+    """Gives weights of integers to the Linears of `float_results`, which torch.ao leaves as references in floating point, in place."""
+    for name, module in list(converted.named_modules()):
+        if type(module) is ReferenceLinear:
+            converted.set_submodule(name, FloatOutputLinear(module))
+
+
+def _places(prepared: GraphModule, modules: Mapping[str, nn.Module]) -> Collection[list[Node]]:
+    """The nodes that call each activation's fake quantization: several where what lies between moves numbers and computes nothing."""
+    found = dict[nn.Module, list[Node]]()
+    for node in prepared.graph.find_nodes(op="call_module"):
+        module = modules[node.target]
+        if isinstance(module, ActivationFakeQuantize):
+            found.setdefault(module, []).append(node)
+    return found.values()
+
+
+def _target(node: Node) -> str:
+    return str(node.target)
+
+
+def _kind(node: Node, modules: Mapping[str, nn.Module]) -> Any:
+    """The module's type, or the function or method."""
+    return type(modules[_target(node)]) if node.op == "call_module" else node.target
+
+
+def _adds_up_nothing(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether its kernel has no sum of products. That of a sum with a number gives no grid of its own."""
+    kind = _kind(node, modules)
+    return kind in (*_ELEMENTWISE, *_CLAMPS) or (kind in _PAIRWISE and len(node.all_input_nodes) > 1)
+
+
+def _in_float(node: Node, prepared: GraphModule) -> bool:
+    """Whether the converted model computes it in floating point, from what is dequantized for it."""
+    qconfigs = prepared.meta["_observed_graph_module_attrs"].node_name_to_qconfig
+    return node.op == "output" or qconfigs.get(node.name, node) is None
