@@ -19,6 +19,7 @@ from dist_train.program import Program
 from dist_train.quantization import torch_ao
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize
 from dist_train.quantization.float_model import quietly
+from dist_train.quantization.float_output import use_float_outputs
 from dist_train.quantization.integer import IntegerModel, integer_program
 from dist_train.quantization.padding import refuse_uneven_padding
 from dist_train.quantization.prepared import PreparedModel
@@ -72,8 +73,11 @@ class EagerBackend:
             names = statistics_names(prepared)
             prepared.fuse_model(is_qat=True)  # type: ignore[operator]
             _average_in_float(prepared, example)
+            heads = _heads(prepared, example)
             prepared.qconfig = torch_ao.qconfig(self.engine)  # type: ignore[assignment]
             torch_ao.prepare_qat(prepared, inplace=True)
+            for head in heads:
+                prepared.get_submodule(head).activation_post_process = nn.Identity()
         result = PreparedModules(prepared, names).eval()
         _drop_unused(result, example)
         return result.train(model.training)
@@ -83,7 +87,13 @@ class EagerBackend:
         assert isinstance(prepared, PreparedModules)
         Ranges(prepared).require_known()
         model = copy.deepcopy(prepared.model).cpu().eval()
+        heads = [
+            name
+            for name, module in model.named_modules()
+            if type(module) is torch.ao.nn.qat.Linear and isinstance(module.activation_post_process, nn.Identity)
+        ]
         with quietly(), integer_kernels(self.engine):
+            use_float_outputs(model, heads)
             return IntegerModel(torch_ao.convert(model, inplace=True), self.engine)
 
     def serialize(self, converted: nn.Module, example: Tensor) -> Program:
@@ -132,6 +142,30 @@ def _average_in_float(model: nn.Module, example: Tensor) -> None:
         for name, child in list(owner._modules.items()):
             if child in inside:
                 setattr(owner, name, _FloatAverage(child))
+
+
+@torch.no_grad()
+def _heads(model: nn.Module, example: Tensor) -> list[str]:
+    """The Linears whose results go straight to a DeQuantStub, by name: these need no integers."""
+    results, found, training = list[tuple[str, Tensor]](), set[str](), model.training
+
+    def stub(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.update(name for name, result in results if result is args[0])
+
+    hooks = [module.register_forward_pre_hook(stub) for module in model.modules() if isinstance(module, DeQuantStub)]
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear:
+            hooks.append(
+                module.register_forward_hook(lambda _, args, result, name=name: results.append((name, result)))
+            )
+    try:
+        model.eval()(example)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    calls = [name for name, _ in results]
+    return [name for name in found if calls.count(name) == 1]
 
 
 @torch.no_grad()

@@ -211,6 +211,12 @@ class WeightFakeQuantize(FakeQuantizeBase):
             return weight
         return _QuantizeDequantizeWeight.apply(weight, *self.parameters_of(weight), self.quant_min, self.quant_max)
 
+    def integers(self, weight: Tensor) -> Tensor:
+        """weight: [out_channels, ...]. Int8 of the same shape, what `forward` simulates."""
+        scale, zero_point = self.parameters_of(weight)
+        steps = torch.round(weight.detach().float() * (1.0 / scale)) + zero_point
+        return torch.clamp(steps, self.quant_min, self.quant_max).to(torch.int8)
+
     def settle(self, weight: Tensor) -> None:
         """Before convert: the weight is final, keep its scale for `calculate_qparams`. Needs no forward to have run."""
         self._final = self.parameters_of(weight)

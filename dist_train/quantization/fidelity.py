@@ -15,7 +15,8 @@ from torch.ao.quantization import FixedQParamsFakeQuantize
 from torch.fx import GraphModule, Interpreter, Node
 
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize
-from dist_train.quantization.fx_grids import FloatOutputLinear, clamp_integers
+from dist_train.quantization.float_output import FloatOutputLinear
+from dist_train.quantization.fx_grids import clamp_integers
 from dist_train.quantization.graph_rewrite import folded_batch_norms, layer_of
 from dist_train.quantization.integer import IntegerModel
 from dist_train.quantization.prepared import PreparedModel
@@ -163,9 +164,13 @@ def _of_traced(prepared: GraphModule, converted: GraphModule, inputs: Tensor) ->
         if user.op == "call_module" and isinstance(modules[str(user.target)], _FAKE_QUANTIZERS)
     }
     # But for a head's, which stays in floating point.
-    heads = {name for name, module in converted.named_modules() if isinstance(module, FloatOutputLinear)}
+    heads = _heads(converted)
     wanted |= {node.name: node.name for node in prepared.graph.find_nodes(op="call_module") if node.target in heads}
     return _compare(prepared, wanted, converted, inputs)
+
+
+def _heads(converted: nn.Module) -> set[str]:
+    return {name for name, module in converted.named_modules() if isinstance(module, FloatOutputLinear)}
 
 
 def _compare(
@@ -179,18 +184,18 @@ def _compare(
 
 
 def _of_modules(prepared: nn.Module, converted: nn.Module, inputs: Tensor) -> dict[str, float]:
-    """Eager mode: modules keep their names, and hold their fake quantization; those that give integers are compared."""
+    """Eager mode: modules keep their names, and hold their fake quantization; heads and those that give integers are compared."""
     answers, ratios = defaultdict[str, list[_Answer]](list), dict[str, float]()
 
-    def keep(name: str, quantizer: nn.Module) -> Callable[..., None]:
+    def keep(name: str, quantizer: nn.Module | None) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            answers[name].append(_Answer(output.clone(), _grid(quantizer)))
+            answers[name].append(_Answer(output.clone(), None if quantizer is None else _grid(quantizer)))
 
         return hook
 
     def compare(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            if not output.is_quantized:
+            if not output.is_quantized and name not in heads:
                 return output
             right = answers[name].pop(0)  # a module may be called several times
             ratios[name] = _worse(ratios.get(name, math.inf), _ratio(right.output, output.dequantize()))
@@ -198,10 +203,13 @@ def _of_modules(prepared: nn.Module, converted: nn.Module, inputs: Tensor) -> di
 
         return hook
 
+    heads = _heads(converted)
     for name, module in prepared.named_modules():
         quantizer = getattr(module, "activation_post_process", None)
         if isinstance(quantizer, _FAKE_QUANTIZERS):
             module.register_forward_hook(keep(name, quantizer))
+        elif name in heads:
+            module.register_forward_hook(keep(name, None))
     prepared(inputs)
     hooks = [
         module.register_forward_hook(compare(name)) for name, module in converted.named_modules() if name in answers

@@ -19,12 +19,13 @@ from dist_train.errors import QuantizationError
 from dist_train.program import Program
 from dist_train.quantization import torch_ao
 from dist_train.quantization.float_model import quietly
+from dist_train.quantization.float_output import use_float_outputs
 from dist_train.quantization.fx_grids import (
     all_bits,
     clamp_integers,
     float_results,
     saturating_clamps,
-    use_float_results,
+    trained_heads,
 )
 from dist_train.quantization.graph_rewrite import name_fake_quantizers
 from dist_train.quantization.integer import IntegerModel, integer_program
@@ -126,11 +127,11 @@ class FXBackend:
         model = copy.deepcopy(prepared.model).cpu().eval()
         assert isinstance(model, GraphModule)
         with quietly(), integer_kernels(self.engine):
+            use_float_outputs(model, trained_heads(model))
             clamp_integers(model)
             stay_float = _hide(model)
             converted = torch_ao.convert_fx(model)
             _show(converted, stay_float)
-            use_float_results(converted)
             return IntegerModel(converted, self.engine)
 
     def serialize(self, converted: nn.Module, example: Tensor) -> Program:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.ao.nn.quantized.reference import Linear as ReferenceLinear
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize
@@ -39,36 +38,6 @@ _ELEMENTWISE: tuple[Any, ...] = (
     *(nn.Hardswish, F.hardswish, nn.Hardsigmoid, F.hardsigmoid),
     *(nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", nn.LeakyReLU, F.leaky_relu, nn.ELU, F.elu),
 )
-
-
-class FloatOutputLinear(nn.Module):
-    """A Linear with weights of integers whose results stay float32: logits should not be rounded to 8 bits.
-
-    One image with logits of 1,000 makes a grid on which those of all others are the same two or three numbers. Of torch.ao's engines
-    only x86 has a kernel for this; a head is a small part of its model, and its integers are multiplied as floating-point numbers.
-
-    Buffers: weight, int8 [out_features, in_features]; scale, float32 [out_features] or [1]; bias, float32 [out_features], or None.
-    """
-
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor | None
-
-    def __init__(self, reference: ReferenceLinear) -> None:
-        """reference: what torch.ao made of the trained one, with symmetric weights."""
-        super().__init__()
-        quantized = reference.get_quantized_weight()
-        per_tensor = quantized.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric)
-        scale = torch.tensor([quantized.q_scale()]) if per_tensor else quantized.q_per_channel_scales()
-        self.register_buffer("weight", quantized.int_repr())
-        self.register_buffer("scale", scale.float())
-        self.register_buffer("bias", None if reference.bias is None else reference.bias.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: float32 [..., in_features], as dequantized. Float32 [..., out_features]."""
-        # By `type_as`, which depends on the input: TorchScript would fold a conversion of constants and write floats into the file.
-        products = F.linear(x, self.weight.type_as(x)) * self.scale
-        return products if self.bias is None else products + self.bias
 
 
 def float_results(prepared: GraphModule) -> None:
@@ -139,11 +108,13 @@ def all_bits(prepared: GraphModule) -> None:
             quantizer.range_max = quantizer.quant_max
 
 
-def use_float_results(converted: GraphModule) -> None:
-    """Gives weights of integers to the Linears of `float_results`, which torch.ao leaves as references in floating point, in place."""
-    for name, module in list(converted.named_modules()):
-        if type(module) is ReferenceLinear:
-            converted.set_submodule(name, FloatOutputLinear(module))
+def trained_heads(prepared: GraphModule) -> Iterator[str]:
+    """The Linears of `float_results`, by name."""
+    modules = dict(prepared.named_modules(remove_duplicate=False))
+    places = {place for group in _places(prepared, modules) for place in group}
+    for node in prepared.graph.find_nodes(op="call_module"):
+        if _kind(node, modules) is torch.ao.nn.qat.Linear and places.isdisjoint(node.users):
+            yield _target(node)
 
 
 def _places(prepared: GraphModule, modules: Mapping[str, nn.Module]) -> Collection[list[Node]]:

@@ -42,6 +42,8 @@ def integers(converted: nn.Module) -> Iterator[Tensor]:
             weight = getattr(module, "weight", None)
             if callable(weight):
                 yield weight()
+            elif isinstance(weight, Tensor):  # of a head, whose results stay floating-point
+                yield weight
         for value in vars(converted.model).values():
             if isinstance(value, torch.ScriptObject):  # of a function's weight
                 yield value.unpack()[0]

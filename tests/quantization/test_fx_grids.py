@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dist_train.config_fit import RuleConfig
 from dist_train.quantization import fx
 from dist_train.quantization.fidelity import layer_noise
+from dist_train.quantization.float_output import FloatOutputLinear
 from dist_train.quantization.fx import FXBackend
-from dist_train.quantization.fx_grids import FloatOutputLinear
 from dist_train.quantization.integer import IntegerModel
 from dist_train.quantization.prepared_modules import PreparedModules
 from dist_train.torchscript import load_script

@@ -163,7 +163,7 @@ def test_the_program_answers_as_the_model_for_any_batch_and_its_state_is_int8_wi
         assert torch.equal(loaded(images[:rows]), converted(images[:rows]))
     state = torch.load(io.BytesIO(program.extra["state_dict.pt"]), weights_only=True)
     weights = [part for value in state.values() for part in (value if isinstance(value, tuple) else (value,))]
-    integers = [w.numel() for w in weights if isinstance(w, Tensor) and w.dtype == torch.qint8]
+    integers = [w.numel() for w in weights if isinstance(w, Tensor) and w.dtype in (torch.qint8, torch.int8)]
     assert sorted(integers) == sorted([8 * 3 * 9, 8 * 8 * 9, 5 * 8])
 
 
@@ -236,7 +236,7 @@ def test_under_fx_a_rule_gives_a_layer_one_scale_and_other_rules_are_refused(net
     assert relative(converted(images), made(images)) < 0.05
     kernels = dict(converted.named_modules())
     assert kernels["model.conv2"].weight().qscheme() == torch.per_tensor_affine
-    assert kernels["model.fc"].weight().qscheme() == torch.per_channel_affine
+    assert len(kernels["model.fc"].scale) == 5
     for settings in ({"weight": {"bits": 4}}, {"weight": {"scheme": "affine"}}, {"activation": {}}):
         with pytest.raises(QuantizationError, match="fx backend's integer kernels") as error:
             backend("fx").check(net, [rule(**settings)])
