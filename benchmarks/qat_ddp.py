@@ -6,14 +6,15 @@ Two real gloo ranks on Fashion-MNIST. Shards `by class`: rank 0 sees classes 0 t
 files: the worst case of ranks whose data differ). Shards `mixed`, the control: rows at random, as most training has them. For each seed
 one float model is trained on mixed rows, and calibrated once on mixed rows. From it every method starts, with the same ranges; all take
 the same rows in the same steps, the same optimizer and schedule, the same averaging of ranges, weight scales that follow the weights,
-torch.ao's x86 grid and placement, and the same freezing (BatchNorm's statistics after 30 % of the steps, ranges after 50 %):
+torch.ao's x86 kernels, and the same freezing (BatchNorm's statistics after 30 % of the steps, ranges after 50 %):
 
     stock          torch.ao's FX QAT and observers, DistributedDataParallel as it comes: it broadcasts rank 0's buffers
     ours, rank 0   dist_train's loop, told to take ranges and BatchNorm's statistics from rank 0: what stock does, by our code
     ours           dist_train's loop as it is: ranges and statistics of all ranks
 
 Between the last two the only difference is whose data ranges and statistics come from. Stock differs from the second in how it
-quantizes, too: by a range that already holds the batch, where ours lags a step. Each method is also run by one process on the concatenated
+quantizes, too: by a range that already holds the batch, where ours lags a step, and at more places, averages and logits, whose ranges
+are not counted. Each method is also run by one process on the concatenated
 batches (`stock, one`, `ours, one`), and a range's error is how far its two ends are from the same range there, in units of that
 range's width. It is not 0 for ours either: until it is frozen, BatchNorm normalises by a rank's own rows in every method, which
 SyncBatchNorm would change, and so weights differ too. It shows what it costs in ranges, and in int8 accuracy on the whole test set, to

@@ -16,9 +16,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao.nn.intrinsic.qat import freeze_bn_stats
-from torch.ao.quantization import FakeQuantizeBase, QConfig, QConfigMapping, disable_observer, get_default_qat_qconfig
+from torch.ao.quantization import (
+    FakeQuantizeBase,
+    QConfig,
+    QConfigMapping,
+    disable_fake_quant,
+    disable_observer,
+    get_default_qat_qconfig,
+)
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter, Node
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.config_fit import FitConfig, QATConfig, steps_in
@@ -38,7 +45,6 @@ from dist_train.quantization.backend import build_backend
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize
 from dist_train.quantization.ranges import Ranges
 from dist_train.reduction import Pending, StepReduction, StepSums
-from dist_train.reestimation import estimate_ranges
 from dist_train.strategies.ddp import DDP
 from dist_train.strategies.single import Single
 from dist_train.tasks import Classification
@@ -48,6 +54,8 @@ from dist_train.world import World
 RANKS, CLASSES = 2, 10
 SHARDS = ("mixed", "by class")
 QAT = QATConfig.model_validate({"backend": "fx", "engine": "x86", "freeze_batch_norm": 0.3, "freeze_ranges": 0.5})
+Ends = dict[str, tuple[float, float]]
+"""The lower and the upper end of each activation's range, by its place."""
 
 
 @dataclass
@@ -58,16 +66,16 @@ class Row:
     method: str
     seed: int
     int8: float
-    ranges: list[tuple[float, float]]
+    ranges: Ends
     range_error_median: float | None = None
     range_error_max: float | None = None
 
     def against(self, one: Row) -> None:
         """Fills the errors in."""
-        errors = [
-            (abs(low - right_low) + abs(high - right_high)) / (right_high - right_low)
-            for (low, high), (right_low, right_high) in zip(self.ranges, one.ranges, strict=True)
-        ]
+        errors = []
+        for name, (low, high) in self.ranges.items():
+            right_low, right_high = one.ranges[name]
+            errors.append((abs(low - right_low) + abs(high - right_high)) / (right_high - right_low))
         self.range_error_median, self.range_error_max = statistics.median(errors), max(errors)
 
 
@@ -94,18 +102,16 @@ class OfRank0(StepReduction):
         return super().__call__(sums, step)
 
 
-def activations(prepared: GraphModule) -> list[nn.Module]:
-    """The fake-quantize modules of activations, ours or torch.ao's, in the order of the graph."""
-    called = [str(node.target) for node in prepared.graph.nodes if node.op == "call_module"]
-    modules = dict.fromkeys(
-        prepared.get_submodule(name) for name in called
-    )  # some are shared, by torch.ao under several names
-    return [
-        each
-        for each in modules
-        if isinstance(each, ActivationFakeQuantize)
-        or (isinstance(each, FakeQuantizeBase) and getattr(each, "dtype", None) == torch.quint8)
-    ]
+def activations(prepared: GraphModule) -> dict[str, nn.Module]:
+    """The fake-quantize modules of activations, ours or torch.ao's, by what is first given to each: a node of the float model's graph."""
+    found = dict[nn.Module, str]()  # some are shared, by torch.ao under several names
+    for node in prepared.graph.find_nodes(op="call_module"):
+        module = prepared.get_submodule(str(node.target))
+        if isinstance(module, ActivationFakeQuantize) or (
+            isinstance(module, FakeQuantizeBase) and getattr(module, "dtype", None) == torch.quint8
+        ):
+            found.setdefault(module, node.all_input_nodes[0].name)
+    return {name: module for module, name in found.items()}
 
 
 class Bench:
@@ -194,26 +200,35 @@ class Bench:
         self.fit(model, rows, 0.1, self.world, StepReduction(self.world, model), [])
         return model.eval()
 
-    def calibrated(self) -> list[tuple[float, float]]:
-        """The ranges that all methods start from: of mixed rows, by all ranks."""
-        prepared = build_backend(QAT).prepare(self.model, self.example)
-        prepared.fake_quantize(False)
-        batch, world = self.options.batch, self.world
-        samples = EstimationLoader(
+    @torch.no_grad()
+    def calibrated(self) -> Ends:
+        """The ranges that all methods start from: of mixed rows, by all ranks, of every node of the graph."""
+        prepared = self.stock_model().eval()
+        prepared.apply(disable_observer).apply(disable_fake_quant)
+        ends, batch, world = dict[str, Tensor](), self.options.batch, self.world  # -low and high
+
+        class Watch(Interpreter):
+            def run_node(self, node: Node) -> Any:
+                result = super().run_node(node)
+                if isinstance(result, Tensor):
+                    seen = torch.stack([-result.amin(), result.amax()])
+                    ends[node.name] = torch.maximum(ends.get(node.name, seen), seen)
+                return result
+
+        rows = EstimationLoader(
             self.source(self.splits.train), 8 * batch, batch, self.seed, world.world_size, world.rank
         )
-        estimate_ranges(prepared, samples, world)
-        return [(float(each.low), float(each.high)) for each in activations(prepared.model)]
+        for samples in rows:
+            Watch(prepared).run(samples.inputs)
+        found = world.all_reduce(torch.stack(list(ends.values())), "max")
+        return {name: (-float(low), float(high)) for name, (low, high) in zip(ends, found, strict=True)}
 
-    def ours(
-        self, arrays: ImageArrays, world: World, of_rank_0: bool = False
-    ) -> tuple[float, list[tuple[float, float]]]:
+    def ours(self, arrays: ImageArrays, world: World, of_rank_0: bool = False) -> tuple[float, Ends]:
         """Top-1 of int8, and the ranges."""
         backend = build_backend(QAT)
         prepared = backend.prepare(self.model, self.example)
         ranges, quantizers = Ranges(prepared), activations(prepared.model)
-        assert set(quantizers) == set(ranges.modules)
-        known = dict(zip(quantizers, self.start, strict=True))
+        known = {module: self.start[name] for name, module in quantizers.items()}
         ranges.assign(*torch.tensor([known[each] for each in ranges.modules]).unbind(1))
         reduction = (
             OfRank0(world, prepared, ranges) if of_rank_0 else StepReduction(world, prepared, ranges, QAT.averaging)
@@ -222,21 +237,23 @@ class Bench:
         hooks: list[Hook] = [FreezeSchedule(QAT, steps, prepared, ranges, reduction)]
         self.fit(prepared, arrays, self.options.lr, world, reduction, hooks)
         prepared.eval()
-        found = [(float(each.low), float(each.high)) for each in quantizers]
+        found = {name: (float(each.low), float(each.high)) for name, each in quantizers.items()}
         return self.evaluate(backend.convert(prepared), world), found
 
-    def stock(self, arrays: ImageArrays, world: World) -> tuple[float, list[tuple[float, float]]]:
-        """As `ours`, by torch's own parts."""
+    def stock_model(self) -> GraphModule:
         default = get_default_qat_qconfig("x86")
         qconfig = QConfig(
             activation=default.activation.with_args(averaging_constant=QAT.averaging),
             weight=default.weight.with_args(averaging_constant=1.0),
         )
-        prepared = prepare_qat_fx(
-            copy.deepcopy(self.model).train(), QConfigMapping().set_global(qconfig), (self.example,)
-        )
-        observers = [each.activation_post_process for each in activations(prepared)]
-        for observer, (low, high) in zip(observers, self.start, strict=True):
+        return prepare_qat_fx(copy.deepcopy(self.model).train(), QConfigMapping().set_global(qconfig), (self.example,))
+
+    def stock(self, arrays: ImageArrays, world: World) -> tuple[float, Ends]:
+        """As `ours`, by torch's own parts."""
+        prepared = self.stock_model()
+        observers = {name: each.activation_post_process for name, each in activations(prepared).items()}
+        for name, observer in observers.items():
+            low, high = self.start[name]
             observer.min_val.fill_(low)
             observer.max_val.fill_(high)
         together = world.world_size > 1
@@ -248,7 +265,7 @@ class Bench:
             if step == steps_in(QAT.freeze_batch_norm, steps):
                 prepared.apply(freeze_bn_stats)
             if step == steps_in(QAT.freeze_ranges, steps):
-                for each in activations(prepared):
+                for each in activations(prepared).values():
                     disable_observer(each)
             F.cross_entropy(called(batch.inputs), batch.targets).backward()
             optimizer.step()
@@ -258,7 +275,7 @@ class Bench:
             for buffer in prepared.buffers():  # what would be saved: rank 0's
                 dist.broadcast(buffer, src=0)
         prepared.apply(disable_observer).eval()
-        found = [(float(each.min_val), float(each.max_val)) for each in observers]
+        found = {name: (float(each.min_val), float(each.max_val)) for name, each in observers.items()}
         return self.evaluate(convert_fx(prepared), world), found
 
     def shares(self, rows: int, world: World) -> Iterator[np.ndarray]:
@@ -274,7 +291,13 @@ class Bench:
         outcomes["stock"] = self.stock(arrays, self.world)
         outcomes["ours, rank 0"] = self.ours(arrays, self.world, of_rank_0=True)
         outcomes["ours"] = self.ours(arrays, self.world)
-        rows = {method: Row(shards, method, self.seed, *outcome) for method, outcome in outcomes.items()}
+        compared = [
+            name for name in outcomes["ours"][1] if name in outcomes["stock"][1]
+        ]  # the places that all methods have
+        rows = {
+            method: Row(shards, method, self.seed, int8, {name: ranges[name] for name in compared})
+            for method, (int8, ranges) in outcomes.items()
+        }
         for method, row in rows.items():
             if not method.endswith(", one"):
                 row.against(rows[f"{method.split(',')[0]}, one"])
