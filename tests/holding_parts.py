@@ -13,6 +13,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import dist_train
+from dist_train import registry
 from dist_train.config_fit import RuleConfig
 from dist_train.quantization.fx import FXBackend
 from dist_train.quantization.prepared import PreparedModel
+from dist_train.stages.context import Context
+from dist_train.stages.export import Export
 from dist_train.tasks import Classification
 from dist_train.trackers.base import Tracker
 
@@ -116,3 +120,12 @@ class HeldBackend(FXBackend):
     def convert(self, prepared: PreparedModel) -> GraphModule:
         hold("convert")
         return super().convert(prepared)
+
+
+class HeldExport(Export):
+    def _export(self, context: Context) -> dict[str, Any]:
+        hold("export")
+        return super()._export(context)
+
+
+registry.stages._entries["export"] = replace(registry.stages._entries["export"], target=HeldExport)

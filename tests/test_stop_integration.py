@@ -191,17 +191,50 @@ def test_an_agent_that_starts_ranks_again_does_not_undo_a_stop_of_which_it_knows
     assert case.status() == {"state": "preempted", "stage": "train", "step": STEPS, "restarts": 0, "error": None}
 
 
+WHOLE = ("--stages", "[train, ptq, qat, convert, export]")
+
+
+def deployed(case: Case) -> dict[str, bytes]:
+    """The files of the artifact, after the run went on to its end."""
+    with train(2, *case.words, *WHOLE, environ={"PLAIN": "1"}) as ranks:
+        assert ranks.wait() == [0, 0], ranks.printed()
+    assert check(case.run_dir.path).ok
+    return {path.name: path.read_bytes() for path in (case.run_dir.path / "export").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return deployed(Case(tmp_path_factory.mktemp("deployed")))
+
+
 @pytest.mark.slow
-def test_a_conversion_is_given_up_and_the_checkpoint_before_it_serves(case: Case) -> None:
-    options = ("--stages", "[train, ptq, qat, convert, export]")
-    with case.start(2, "convert 0 0 wait", *options, "--stop.grace", "3", PLAIN="1") as ranks:
+@pytest.mark.parametrize(("place", "stage"), [("evaluate 1 3 wait", "ptq"), ("evaluate 1 4 wait", "qat")])
+def test_stopped_in_a_later_stage_it_ends_with_the_artifact_of_an_undisturbed_run(
+    case: Case, artifact: dict[str, bytes], place: str, stage: str
+) -> None:
+    with case.start(2, place, *WHOLE, PLAIN="1") as ranks:
         case.reached(ranks)
-        os.kill(ranks.processes[1].pid, signal.SIGUSR2)  # not the one that converts
+        for process in ranks.processes:
+            os.killpg(process.pid, signal.SIGTERM)
+        case.go()
+        assert ranks.wait() == [75, 75], ranks.printed()
+    assert (case.status()["state"], case.status()["stage"]) == ("preempted", stage)
+    assert deployed(case) == artifact
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "before"), [("convert", "qat-end"), ("export", "convert-end")])
+def test_what_rank_0_does_alone_is_given_up_and_the_checkpoint_before_it_serves(
+    case: Case, artifact: dict[str, bytes], stage: str, before: str
+) -> None:
+    with case.start(2, f"{stage} 0 0 wait", *WHOLE, "--stop.grace", "3", PLAIN="1") as ranks:
+        case.reached(ranks)
+        os.kill(ranks.processes[1].pid, signal.SIGUSR2)  # not the one that works
         ranks.wait()
-    assert case.status()["state"] == "preempted"
-    folder = CheckpointFolder(case.run_dir.checkpoints)
-    assert folder.latest == "qat-end"
-    assert (case.status()["stage"], case.status()["step"]) == ("convert", 0)
+    assert case.status() == {"state": "preempted", "stage": stage, "step": 0, "restarts": 0, "error": None}
+    assert CheckpointFolder(case.run_dir.checkpoints).latest == before
+    assert not (case.run_dir.path / "export").exists(), "it would look whole"
+    assert deployed(case) == artifact
 
 
 @pytest.mark.slow
