@@ -110,9 +110,11 @@ def scale_of(converted: nn.Module, layer: str, factor: float) -> None:
 class _Wrong:
     """Corrupts one scale in one layer of the converted model."""
 
+    layer = "conv2"
+
     def convert(self, prepared: PreparedModel) -> nn.Module:
         converted: nn.Module = super().convert(prepared)  # type: ignore[misc]
-        scale_of(converted, "conv2", 40.0)
+        scale_of(converted, self.layer, 40.0)
         return converted
 
 
@@ -123,7 +125,7 @@ class WrongScale(_Wrong, PT2EBackend):
 
 @dist_train.register_quantization_backend("fx_wrong_scale")
 class FXWrongScale(_Wrong, FXBackend):
-    pass
+    layer = "conv1"  # whose outputs are rounded to nothing; without conv2's, a residual branch's, decisions stay
 
 
 @dist_train.register_quantization_backend("other_program")
@@ -138,7 +140,7 @@ class OtherProgram(PT2EBackend):
 
 @dist_train.register_quantization_backend("worse_each_time")
 class WorseEachTime(FXBackend):
-    """The check's conversion and the first one are right, and each further one is ruined: the head's outputs are rounded to nothing."""
+    """The check's conversion and the first one are right, and each further one is ruined: a layer's outputs are rounded to nothing."""
 
     conversions = 0
 
@@ -146,5 +148,5 @@ class WorseEachTime(FXBackend):
         converted = super().convert(prepared)
         WorseEachTime.conversions += 1
         if WorseEachTime.conversions > 2:
-            scale_of(converted, "fc", 1000.0)
+            scale_of(converted, "conv1", 1000.0)
         return converted
