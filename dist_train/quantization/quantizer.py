@@ -27,6 +27,7 @@ _WEIGHT_SCHEMES = {
     ("affine", "tensor"): torch.per_tensor_affine,
 }
 _ACTIVATION_SCHEMES = {"affine": torch.per_tensor_affine, "symmetric": torch.per_tensor_symmetric}
+AVERAGES = (torch.ops.aten.avg_pool2d.default, torch.ops.aten.adaptive_avg_pool2d.default)
 _Places = dict[Node, tuple[frozenset[Node], bool]]  # which inputs of a node are quantized, and whether its output is
 
 
@@ -67,6 +68,8 @@ class RuleQuantizer(X86InductorQuantizer):
             annotation = _annotation(node)
             if annotation is not None and not annotation.input_qspec_map and annotation.output_qspec is None:
                 del node.meta["quantization_annotation"]
+            elif annotation is not None and _averages(node) and annotation.output_qspec is not None:
+                annotation.output_qspec = annotation.input_qspec_map[node.all_input_nodes[0]]
 
     def _places_without(self, model: GraphModule, rule: RuleConfig) -> _Places:
         """What would be quantized if no rule held where `rule` does."""
@@ -125,6 +128,19 @@ def _places(model: GraphModule) -> _Places:
         for node, annotation in found.items()
         if annotation is not None
     }
+
+
+def _averages(node: Node) -> bool:
+    """Whether it is a pool whose averages get integers of a range of their own.
+
+    On the grid of what is averaged, where X86InductorQuantizer puts them, an average of an even number of integers may fall in the
+    middle between two (a quarter of all means of 2 x 2 do), and each runtime's last bit then decides where it is rounded to. That grid
+    is coarse, too: averages take up a small part of its range. A map of one pixel has nothing to average, and is left exact.
+    """
+    if node.op != "call_function" or node.target not in AVERAGES:
+        return False
+    before, after = (each.meta["val"].shape for each in (node.all_input_nodes[0], node))
+    return bool(before != after or node.target is torch.ops.aten.avg_pool2d.default)
 
 
 def _is_weight(node: Node) -> bool:
