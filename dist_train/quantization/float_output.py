@@ -12,7 +12,7 @@ from dist_train.quantization.fake_quantize import WeightFakeQuantize
 
 def use_float_outputs(prepared: nn.Module, heads: Iterable[str]) -> None:
     """Replaces trained Linears, by name, before torch.ao converts the rest, in place."""
-    for name in list(heads):
+    for name in heads:
         trained = prepared.get_submodule(name)
         assert isinstance(trained, nn.Linear)
         prepared.set_submodule(name, FloatOutputLinear(trained))

@@ -127,8 +127,8 @@ class FXBackend:
         model = copy.deepcopy(prepared.model).cpu().eval()
         assert isinstance(model, GraphModule)
         with quietly(), integer_kernels(self.engine):
-            use_float_outputs(model, trained_heads(model))
             clamp_integers(model)
+            use_float_outputs(model, trained_heads(model))
             stay_float = _hide(model)
             converted = torch_ao.convert_fx(model)
             _show(converted, stay_float)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ _CLAMPS: tuple[Any, ...] = (
     *(nn.ReLU, torch.relu, F.relu, "relu", "relu_", nn.ReLU6, F.relu6),
     *(nn.Hardtanh, F.hardtanh),
 )
+_GRIDLESS = (*_MOVES, *_CLAMPS)  # whose kernels take the grid of what they read
 # Kernels that make no sums of products, which could overflow, and give a result on a grid of its own.
 _PAIRWISE: tuple[Any, ...] = (
     operator.add,
@@ -63,16 +65,18 @@ def saturating_clamps(prepared: GraphModule) -> None:
     """Takes the fake quantization from between a layer and its ReLU or ReLU6, in place; `clamp_integers` puts another one back.
 
     torch.ao gives both sides of a ReLU6 one grid, of what comes before: 2 of 7 bits may then be spent on numbers that it cuts off. On the
-    grid of what comes after it, integers that saturate are the clamp.
+    grid of what comes after it, integers that saturate are the clamp. Not of a layer that is called several times: its converted module
+    has one grid for all its results.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
     places = [place for group in _places(prepared, modules) for place in group]
+    calls = _calls(prepared, modules)
     for place in places:
         source, readers = place.all_input_nodes[0], list(place.users)
-        layer = hasattr(modules.get(_target(source)), "weight_fake_quant") and len(source.users) == 1
+        layer = modules.get(_target(source))
         if (
-            layer
-            and len(readers) == 1
+            hasattr(layer, "weight_fake_quant")
+            and calls[layer] == len(source.users) == len(readers) == 1
             and _kind(readers[0], modules) in _CLAMPS
             and set(readers[0].users) <= set(places)
         ):
@@ -95,11 +99,17 @@ def clamp_integers(prepared: GraphModule) -> None:
 
 
 def all_bits(prepared: GraphModule) -> None:
-    """Gives every bit to activations that no product of integers reads, in place: see ActivationFakeQuantize's `range_max`."""
+    """Gives every bit to activations that no product of integers reads, in place: see ActivationFakeQuantize's `range_max`.
+
+    Not to those of a module that is called several times, as in `saturating_clamps`: a product may read its other results.
+    """
     modules = dict(prepared.named_modules(remove_duplicate=False))
+    calls = _calls(prepared, modules)
     for places in _places(prepared, modules):
         sources = {place.all_input_nodes[0] for place in places}
         readers = [reader for place in places for reader in place.users]
+        if any(calls[modules.get(_target(node))] > 1 and _kind(node, modules) not in _GRIDLESS for node in sources):
+            continue
         if all(
             reader in sources or _adds_up_nothing(reader, modules) or _in_float(reader, prepared) for reader in readers
         ):
@@ -108,13 +118,15 @@ def all_bits(prepared: GraphModule) -> None:
             quantizer.range_max = quantizer.quant_max
 
 
-def trained_heads(prepared: GraphModule) -> Iterator[str]:
-    """The Linears of `float_results`, by name."""
+def trained_heads(prepared: GraphModule) -> set[str]:
+    """The Linears of `float_results`, by name. After `clamp_integers`: a clamped layer has no fake quantization behind it before."""
     modules = dict(prepared.named_modules(remove_duplicate=False))
     places = {place for group in _places(prepared, modules) for place in group}
-    for node in prepared.graph.find_nodes(op="call_module"):
-        if _kind(node, modules) is torch.ao.nn.qat.Linear and places.isdisjoint(node.users):
-            yield _target(node)
+    return {
+        _target(node)
+        for node in prepared.graph.find_nodes(op="call_module")
+        if _kind(node, modules) is torch.ao.nn.qat.Linear and places.isdisjoint(node.users)
+    }
 
 
 def _places(prepared: GraphModule, modules: Mapping[str, nn.Module]) -> Collection[list[Node]]:
@@ -125,6 +137,11 @@ def _places(prepared: GraphModule, modules: Mapping[str, nn.Module]) -> Collecti
         if isinstance(module, ActivationFakeQuantize):
             found.setdefault(module, []).append(node)
     return found.values()
+
+
+def _calls(prepared: GraphModule, modules: Mapping[str, nn.Module]) -> Counter[nn.Module | None]:
+    """How many nodes call each module."""
+    return Counter(modules[_target(node)] for node in prepared.graph.find_nodes(op="call_module"))
 
 
 def _target(node: Node) -> str:

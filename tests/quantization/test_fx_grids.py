@@ -142,3 +142,61 @@ def test_the_heads_weights_are_integers_in_the_file(rules: list[dict[str, object
     state = torch.load(io.BytesIO(program.extra["state_dict.pt"]), weights_only=True)
     assert state["head.weight"].dtype == torch.int8
     torch.testing.assert_close(load_script(program.data)(images()), integers(images()), rtol=0, atol=0)
+
+
+class Perceptron(nn.Module):
+    """On the means of a map: a hidden Linear with a clamp, and a head, which may be the same Linear."""
+
+    def __init__(self, clamp: nn.Module, shared: bool) -> None:
+        super().__init__()
+        self.conv, self.hidden, self.clamp = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 16), clamp
+        self.head = self.hidden if shared else nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.clamp(self.hidden(self.conv(x).mean((2, 3)))))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_of_linears_only_the_head_gives_floats(shared: bool) -> None:
+    torch.manual_seed(0)
+    model = prepared(Perceptron(nn.ReLU6(), shared), images(), ENGINES[0])
+    integers = converted(model, ENGINES[0])
+    heads = [name for name, module in integers.model.named_modules() if isinstance(module, FloatOutputLinear)]
+    assert heads == ["hidden" if shared else "head"]
+    assert min(layer_noise(model, integers, images()).values()) > LEAST
+
+
+def test_two_heads_that_are_one_linear() -> None:
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.conv(x)
+            return self.head(y.mean((2, 3))), self.head(y.amax((2, 3)))
+
+    torch.manual_seed(0)
+    model = prepared(Siamese(), images(), ENGINES[0])
+    assert layer_noise(model, converted(model, ENGINES[0]), images())["head"] > LEAST
+
+
+def test_a_layer_called_twice_keeps_a_grid_that_suits_all_its_readers() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.both, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.stem(x))
+            return self.last(nn.functional.relu6(self.both(x))).mean((2, 3)) + self.both(x).mean((2, 3))[:, :4]
+
+    torch.manual_seed(0)
+    engine = "x86" if "x86" in ENGINES else ENGINES[0]
+    model = prepared(Twice(), images(), engine)
+    both = [name for name in grids(model) if name.startswith(("relu6_input", "mean_1_input"))]
+    assert len(both) == 2, grids(model)
+    for name in both:
+        quantizer = model.get_submodule(f"model.quantizers.{name}")
+        assert float(quantizer.low) < 0, "the clamp's own grid would cut off what the other reader needs"
+        assert engine != "x86" or quantizer.range_max == 127, "the last convolution reads these integers"
