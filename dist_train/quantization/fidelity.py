@@ -93,11 +93,11 @@ class _Answer:
     output: Tensor
     grid: tuple[float, int] | None = None
 
-    def on_grid(self, kind: torch.dtype) -> Tensor:
-        """On the reference's own grid: a wrong scale of this integer layer is then not the next one's fault."""
-        if self.grid is None:
-            return self.output.clone()
-        return torch.quantize_per_tensor(self.output, *self.grid, kind)
+    def on_grid(self, like: Tensor) -> Tensor:
+        """On the reference's own grid: a wrong scale of this integer layer is then not the next one's fault. In memory as `like`."""
+        last = like.dim() == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
+        output = self.output.clone(memory_format=torch.channels_last if last else torch.preserve_format)
+        return output if self.grid is None else torch.quantize_per_tensor(output, *self.grid, like.dtype)
 
 
 def _grid(quantizer: nn.Module) -> tuple[float, int]:
@@ -139,7 +139,7 @@ class _Corrected(Interpreter):
             layer = layer.removesuffix(".activation_post_process")  # what a FloatFunctional holds
             actual = result.dequantize() if result.is_quantized else result
             self.ratios[layer] = _worse(self.ratios.get(layer, math.inf), _ratio(right.output, actual))
-        return right.on_grid(result.dtype)
+        return right.on_grid(result)
 
 
 def _of_graph(prepared: PreparedGraph, converted: GraphModule, inputs: Tensor) -> dict[str, float]:
@@ -199,7 +199,7 @@ def _of_modules(prepared: nn.Module, converted: nn.Module, inputs: Tensor) -> di
                 return output
             right = answers[name].pop(0)  # a module may be called several times
             ratios[name] = _worse(ratios.get(name, math.inf), _ratio(right.output, output.dequantize()))
-            return right.on_grid(output.dtype)
+            return right.on_grid(output)
 
         return hook
 

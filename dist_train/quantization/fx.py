@@ -44,6 +44,7 @@ _AVERAGES: tuple[Any, ...] = (
     *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
     *(torch.mean, "mean"),
 )
+_CLAMPS: tuple[Any, ...] = (F.hardtanh, F.relu6, torch.clamp, torch.clip, "clamp", "clamp_", "clip")
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # whose weights are simulated, see `_mapping`
 
 
@@ -132,6 +133,8 @@ class FXBackend:
             stay_float = _hide(model)
             converted = torch_ao.convert_fx(model)
             _show(converted, stay_float)
+            if self.engine == "qnnpack":
+                _clamp_in_order(converted)
             return IntegerModel(converted, self.engine)
 
     def serialize(self, converted: nn.Module, example: Tensor) -> Program:
@@ -227,3 +230,16 @@ def _show(model: GraphModule, hidden: Mapping[str, _Operation]) -> None:
             model.add_submodule(operation.target, operation.module)
         node.op, node.target = operation.op, operation.target
     model.recompile()
+
+
+def _clamp_in_order(converted: GraphModule) -> None:
+    """Before each clamp, in place: qnnpack's takes channels_last, in which its convolutions answer, for an order that it is not."""
+    for node in list(converted.graph.nodes):
+        module = converted.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if (node.op.startswith("call_") and node.target in _CLAMPS) or isinstance(
+            module, (nn.Hardtanh, torch.ao.nn.quantized.ReLU6)
+        ):
+            source = node.all_input_nodes[0]
+            with converted.graph.inserting_before(node):
+                node.replace_input_with(source, converted.graph.call_method("contiguous", (source,)))
+    converted.recompile()

@@ -149,8 +149,10 @@ def _target(node: Node) -> str:
 
 
 def _kind(node: Node, modules: Mapping[str, nn.Module]) -> Any:
-    """The module's type, or the function or method."""
-    return type(modules[_target(node)]) if node.op == "call_module" else node.target
+    """The module's type, or the function or method; None where nothing is called: an input, say, may be named as a method is."""
+    if node.op == "call_module":
+        return type(modules[_target(node)])
+    return node.target if node.op.startswith("call_") else None
 
 
 def _adds_up_nothing(node: Node, modules: Mapping[str, nn.Module]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +85,39 @@ def test_each_engine_computes_what_is_simulated(engine: str) -> None:
     noise = layer_noise(model, converted(model, engine), images())
     assert {"stem.0", "branch", "last", "head"} <= set(noise), "clamped layers and the head are compared, too"
     assert min(noise.values()) > LEAST
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("clamp", [nn.ReLU6(), nn.Hardtanh(-0.2, 0.5), lambda x: torch.clamp(x, -0.2, 0.5)])
+def test_each_engine_clamps_in_the_order_in_memory_that_its_convolutions_answer_in(engine: str, clamp: Any) -> None:
+    class Clamped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.clamp, self.last = nn.Conv2d(3, 16, 3), clamp, nn.Conv2d(16, 4, 1)
+
+        def forward(self, clip: Tensor) -> Tensor:  # an input that is named as a method is
+            return self.last(self.clamp(self.conv(clip)))
+
+    torch.manual_seed(0)
+    model = prepared(Clamped(), images(), engine)
+    integers = converted(model, engine)
+    assert min(layer_noise(model, integers, images()).values()) > LEAST
+    simulated = model(images())
+    # Not 50 dB: a rounding in one layer is another sum in the next.
+    assert (integers(images()) - simulated).square().mean() < 1e-3 * simulated.square().mean()
+
+
+def test_an_input_may_have_the_name_of_a_method() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, view: Tensor) -> tuple[Tensor, Tensor]:
+            return self.conv(view), view
+
+    model = prepared(Both(), images(), ENGINES[0])
+    torch.testing.assert_close(converted(model, ENGINES[0])(images())[1], images(), atol=0.1, rtol=0)
 
 
 def grids(model: PreparedModules) -> dict[str, int]:
