@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao.quantization import DeQuantStub, QuantStub
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from dist_train.config_fit import RuleConfig
 from dist_train.errors import QuantizationError
@@ -144,13 +148,28 @@ def _average_in_float(model: nn.Module, example: Tensor) -> None:
                 setattr(owner, name, _FloatAverage(child))
 
 
+class _Readers(TorchFunctionMode):
+    """Names the Linears, of which `results` are added to while the model runs, whose results a function of torch reads."""
+
+    def __init__(self, results: list[tuple[str, Tensor]]) -> None:
+        super().__init__()
+        self.results, self.read = results, set[str]()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function not in (F.dropout, torch.dropout, Tensor.detach):  # the last is our own, of what a stub reads
+            inputs = tree_leaves((args, kwargs))
+            self.read.update(name for name, result in self.results if any(each is result for each in inputs))
+        return function(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def _heads(model: nn.Module, example: Tensor) -> list[str]:
-    """The Linears whose results go straight to a DeQuantStub, by name: these need no integers."""
+    """The Linears whose results go straight to DeQuantStubs, and nowhere else, by name: these need no integers."""
     results, found, training = list[tuple[str, Tensor]](), set[str](), model.training
 
-    def stub(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def stub(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
         found.update(name for name, result in results if result is args[0])
+        return args[0].detach()  # another tensor: what reads floats behind the stub does not count
 
     hooks = [module.register_forward_pre_hook(stub) for module in model.modules() if isinstance(module, DeQuantStub)]
     for name, module in model.named_modules():
@@ -158,14 +177,16 @@ def _heads(model: nn.Module, example: Tensor) -> list[str]:
             hooks.append(
                 module.register_forward_hook(lambda _, args, result, name=name: results.append((name, result)))
             )
+    readers = _Readers(results)
     try:
-        model.eval()(example)
+        with readers:
+            model.eval()(example)
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
     calls = [name for name, _ in results]
-    return [name for name in found if calls.count(name) == 1]
+    return [name for name in found - readers.read if calls.count(name) == 1]
 
 
 @torch.no_grad()

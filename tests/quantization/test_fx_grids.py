@@ -10,9 +10,12 @@ import pytest
 import torch
 from tiny_nets import calibrate
 from torch import Tensor, nn
+from torch.ao.nn.quantized import FloatFunctional
+from torch.ao.quantization import DeQuantStub, QuantStub
 
 from dist_train.config_fit import RuleConfig
 from dist_train.quantization import fx
+from dist_train.quantization.eager import EagerBackend
 from dist_train.quantization.fidelity import layer_noise
 from dist_train.quantization.float_output import FloatOutputLinear
 from dist_train.quantization.fx import FXBackend
@@ -234,3 +237,30 @@ def test_a_layer_called_twice_keeps_a_grid_that_suits_all_its_readers() -> None:
         quantizer = model.get_submodule(f"model.quantizers.{name}")
         assert float(quantizer.low) < 0, "the clamp's own grid would cut off what the other reader needs"
         assert engine != "x86" or quantizer.range_max == 127, "the last convolution reads these integers"
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_eager_mode_keeps_integers_that_more_than_a_stub_reads(both: bool) -> None:
+    class Stubs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.quant, self.dequant, self.add = QuantStub(), DeQuantStub(), FloatFunctional()
+            self.first, self.second = nn.Linear(8, 16), nn.Linear(8, 16)
+
+        def fuse_model(self, is_qat: bool) -> None:
+            assert is_qat
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.quant(x)
+            first, second = self.first(x), self.second(x)
+            others = self.add.add(first, second) if both else second
+            return torch.softmax(self.dequant(first), -1) + self.dequant(others)
+
+    torch.manual_seed(0)
+    model = calibrate(EagerBackend(ENGINES[0]).prepare(Stubs().eval(), images()[:2]), images()).eval()
+    model.observe(False)
+    integers = EagerBackend(ENGINES[0]).convert(model)
+    assert isinstance(integers, IntegerModel)
+    heads = {name for name, module in integers.model.named_modules() if isinstance(module, FloatOutputLinear)}
+    assert heads == (set() if both else {"first", "second"})
+    assert min(layer_noise(model, integers, images()).values()) > LEAST
