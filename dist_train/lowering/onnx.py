@@ -53,7 +53,7 @@ def _digest(model: nn.Module | ExportedProgram) -> str:
 
 
 def _export(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
-    from dist_train.lowering.qdq import quantize_summands
+    from dist_train.lowering.qdq import quantize_summands, read_joined
 
     # Two rows, because torch.export takes a batch of one for a constant.
     zeros = torch.zeros(2, *example.shape[1:])
@@ -71,6 +71,7 @@ def _export(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
         reason = str(error).strip().splitlines()[0]
         raise LoweringUnavailable(f"torch.onnx.export cannot export this model: {reason}") from error
     quantize_summands(proto)
+    read_joined(proto)
     return proto.SerializeToString()
 
 

@@ -114,6 +114,36 @@ def test_a_bias_that_would_overflow_int32_beside_its_channel_s_weight_stays_righ
     assert "bias" not in {each.name for each in model.graph.initializer}
 
 
+class Dense(nn.Module):
+    """A layer of a DenseNet: batch norm reads what convolutions gave before, joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.last = nn.BatchNorm2d(16), nn.Conv2d(16, 10, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.cat([x, self.branch(x)], 1)
+        return self.last(self.norm(x).relu()).flatten(1)
+
+
+def test_batch_norm_reads_what_is_joined_and_not_the_same_numbers_quantized_again() -> None:
+    """OpenVINO dies of it; tests/quantization/test_conformance.py goes the whole way with densenet121."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = converted_net(Dense().eval())
+    (norm,) = (each for each in model.graph.nodes if "batch_norm" in str(each.target))
+    assert "dequantize" in str(norm.args[0].target), "so it is in the program"
+    written = write(model, images(2), 1)
+    nodes = onnx.load_from_string(written.files["onnx"]).graph.node
+    (norm,) = (node for node in nodes if node.op_type == "BatchNormalization")
+    assert [node.op_type for node in nodes if norm.input[0] in node.output] == ["Concat"]
+    with torch.no_grad():
+        expected = model(images(8))
+    assert float((written.call(images(8)) - expected).abs().max() / expected.abs().max()) < 0.01
+
+
 def test_a_model_of_floats_is_left_as_it_is(float_model: nn.Module) -> None:
     model = onnx.load_from_string(onnx_bytes(float_model, images(2)))
     assert quantize_biases(model) == 0
