@@ -104,6 +104,7 @@ def test_a_run_that_goes_on_slowly_is_left_alone(case: Case) -> None:
         assert ranks.wait() == [0], ranks.printed()
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_one_that_goes_on_ends_nothing(case: Case) -> None:
     with Ranks(
         2, ["-m", "tests.test_watchdog_integration", str(case.config), str(case.run_dir.path), "goes on"]

@@ -113,6 +113,7 @@ def test_a_preempted_job_is_requeued_while_it_makes_progress_and_not_too_often(c
         assert (job["JobState"], job["ExitCode"], job["Restarts"]) == (*finished, str(made - 1))
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_end_becomes_a_stop_file_that_the_next_attempt_does_not_see(
     cluster: Cluster, folder: Path
 ) -> None:
@@ -125,6 +126,7 @@ def test_a_signal_before_the_end_becomes_a_stop_file_that_the_next_attempt_does_
     assert attempts(run) == ["stopping no STOP", "done no STOP"]
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_configuration_is_checked_is_no_reason_to_fail(cluster: Cluster, folder: Path) -> None:
     check = folder / "check"
     number = cluster.submit(planned(cluster, folder, "done", "--env", f"HELD_CHECK={check}"), folder)
