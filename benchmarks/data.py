@@ -26,14 +26,15 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from dist_train.config_data import DataConfig, RandomCrop, RandomHorizontalFlip
-from dist_train.data.arrays import ImageArrays, Splits, open_splits
-from dist_train.data.augment import Augmentation
-from dist_train.data.datasets import fake
-from dist_train.data.idx import fashion_mnist
+from dist_train.config.data import DataConfig, RandomCrop, RandomHorizontalFlip
+from dist_train.data.arrays import ImageArrays
+from dist_train.data.augment.steps import Augmentation
+from dist_train.data.datasets.fake import fake
+from dist_train.data.datasets.mnist import fashion_mnist
 from dist_train.data.sampler import ElasticDistributedSampler
+from dist_train.data.splits import Splits, open_splits
+from dist_train.distributed.world import World
 from dist_train.errors import DataError
-from dist_train.world import World
 
 BAR = 25.0
 

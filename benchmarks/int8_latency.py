@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from dist_train.lowering import inductor, onnx, openvino
 from dist_train.lowering.base import LoweringUnavailable, quiet
-from dist_train.quantization.pt2e import PT2EBackend, export_converted
+from dist_train.quantization.pt2e.backend import PT2EBackend, export_converted
 from dist_train.quantization.ranges import Ranges
 
 BAR = 1.05

@@ -32,9 +32,9 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
-from dist_train.config_data import DataConfig, RandomHorizontalFlip, RandomResizedCrop
-from dist_train.data.augment import Augmentation
-from dist_train.data.image_folder import ImageFiles, image_folder
+from dist_train.config.data import DataConfig, RandomHorizontalFlip, RandomResizedCrop
+from dist_train.data.augment.steps import Augmentation
+from dist_train.data.datasets.image_folder import ImageFiles, image_folder
 from dist_train.data.loader import Source, TrainLoader
 from dist_train.data.sampler import ElasticDistributedSampler
 

@@ -42,12 +42,13 @@ import torch
 from qat_accuracy_table import BAR, FIGURES, Row, summaries, table
 
 from dist_train import load_config
-from dist_train.config_data import DataConfig
-from dist_train.config_sources import differences
+from dist_train.config.data import DataConfig
+from dist_train.config.load import differences
 from dist_train.data.arrays import ImageArrays
-from dist_train.data.idx import fashion_mnist
+from dist_train.data.datasets.mnist import fashion_mnist
 from dist_train.errors import EXIT_FAILED, EXIT_PREEMPTED, ConfigError, DistTrainError
-from dist_train.run_dir import RunDir, read_json, recorded_config, replace_json
+from dist_train.run_dir.files import read_json, replace_json
+from dist_train.run_dir.paths import RunDir, recorded_config
 
 RANKS, TRAIN_SAMPLES = 2, 60_000
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "fashion_mnist.yaml"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from scipy.stats import t as student_t
 
-from dist_train.config_fit import ConvertConfig
+from dist_train.config.stages import ConvertConfig
 
 BAR = 0.1  # points
 FIGURES = ("fp32", "ptq", "fake_quant", "int8")

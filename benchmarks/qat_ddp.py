@@ -42,12 +42,12 @@ from pathlib import Path
 import torch
 from qat_ddp_methods import QAT, RANKS, SHARDS, Bench, Row
 
-from dist_train.config import RunConfig
-from dist_train.config_data import DataConfig
-from dist_train.data.arrays import open_splits
-from dist_train.data.idx import fashion_mnist
-from dist_train.forming import join
-from dist_train.world import World
+from dist_train.config.data import DataConfig
+from dist_train.config.tree import RunConfig
+from dist_train.data.datasets.mnist import fashion_mnist
+from dist_train.data.splits import open_splits
+from dist_train.distributed.process_group import join
+from dist_train.distributed.world import World
 
 
 def table(rows: list[Row], fp32: list[float]) -> str:

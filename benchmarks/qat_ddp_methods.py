@@ -28,28 +28,29 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_train.config_fit import FitConfig, QATConfig, steps_in
-from dist_train.data.arrays import ImageArrays, Splits
-from dist_train.data.augment import Augmentation
+from dist_train.config.stages import FitConfig, QATConfig, steps_in
+from dist_train.console.progress import Progress
+from dist_train.data.arrays import ImageArrays
+from dist_train.data.augment.steps import Augmentation
 from dist_train.data.loader import EstimationLoader, EvaluationLoader, Source, TrainLoader
 from dist_train.data.sampler import ElasticDistributedSampler
-from dist_train.evaluate import Evaluation
-from dist_train.hooks import FreezeSchedule, Hook
-from dist_train.ledger import NoLedger
-from dist_train.loop import Fit, fit
+from dist_train.data.splits import Splits
+from dist_train.distributed.world import World
 from dist_train.models.batch_norm import running_statistics
 from dist_train.models.small import small_resnet
-from dist_train.optim import build_optimizer, build_schedule
-from dist_train.progress import Progress
 from dist_train.quantization.backend import build_backend
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize
 from dist_train.quantization.ranges import Ranges
-from dist_train.reduction import Pending, StepReduction, StepSums
+from dist_train.run_dir.ledger import NoLedger
 from dist_train.strategies.ddp import DDP
 from dist_train.strategies.single import Single
 from dist_train.tasks import Classification
 from dist_train.trackers.base import Trackers
-from dist_train.world import World
+from dist_train.training.evaluate import Evaluation
+from dist_train.training.hooks import FreezeSchedule, Hook
+from dist_train.training.loop import Fit, fit
+from dist_train.training.optim import build_optimizer, build_schedule
+from dist_train.training.reduction import Pending, StepReduction, StepSums
 
 RANKS, CLASSES = 2, 10
 SHARDS = ("mixed", "by class")

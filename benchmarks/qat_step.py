@@ -50,7 +50,7 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 from dist_train.models.small import small_resnet
-from dist_train.quantization.pt2e import PT2EBackend
+from dist_train.quantization.pt2e.backend import PT2EBackend
 from dist_train.quantization.ranges import Ranges
 
 BAR = 1.3
@@ -88,7 +88,7 @@ class Step:
     def __init__(self, model: nn.Module, case: Case, precision: str, compile: bool) -> None:
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
         self.ranges = Ranges(model)
-        # Static shapes, as dist_train.loop has them.
+        # Static shapes, as dist_train.training.loop has them.
         self.forward = torch.compile(model, dynamic=False) if compile else model
         self.autocast = PRECISIONS[precision]
         self.images, self.targets = case.images, case.targets

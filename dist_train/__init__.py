@@ -6,15 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dist_train.artifact import load_artifact
-    from dist_train.config import Config
-    from dist_train.config_base import Settings
-    from dist_train.config_data import DataConfig
-    from dist_train.config_sources import load_config
-    from dist_train.data.arrays import ImageArrays, Splits
+    from dist_train.artifact.load import load_artifact
+    from dist_train.config.base import Settings
+    from dist_train.config.data import DataConfig
+    from dist_train.config.load import load_config
+    from dist_train.config.tree import Config
+    from dist_train.data.arrays import ImageArrays
     from dist_train.data.sampler import ElasticDistributedSampler
+    from dist_train.data.splits import Splits
     from dist_train.errors import ConfigError, CorruptSampleError, DistTrainError
-    from dist_train.pipeline import run
+    from dist_train.pipeline.run import run
     from dist_train.registry import (
         register_dataset,
         register_model,
@@ -60,22 +61,22 @@ __all__ = [
 
 # Imported when first used (PEP 562): importing the package must not import torch.
 _HOME = {
-    "Config": "config",
+    "Config": "config.tree",
     "ConfigError": "errors",
     "CorruptSampleError": "errors",
-    "DataConfig": "config_data",
+    "DataConfig": "config.data",
     "DistTrainError": "errors",
     "ElasticDistributedSampler": "data.sampler",
     "ImageArrays": "data.arrays",
-    "Settings": "config_base",
+    "Settings": "config.base",
     "Splits": "data.arrays",
     "Stage": "stages.base",
     "Strategy": "strategies.base",
     "Task": "tasks",
     "Tracker": "trackers.base",
-    "load_artifact": "artifact",
-    "load_config": "config_sources",
-    "run": "pipeline",
+    "load_artifact": "artifact.load",
+    "load_config": "config.load",
+    "run": "pipeline.run",
 } | {name: "registry" for name in __all__ if name.startswith("register_")}
 
 

@@ -1,1 +1,1 @@
-"""Samples in an order that depends on (seed, epoch) alone, as batches of tensors."""
+"""Rows in an order that depends on (seed, epoch) alone, as batches of tensors."""

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from dist_train.data.arrays import Batch
-from dist_train.data.items import seed_everything as seed_everything
-from dist_train.data.mix import Mix, NoMix
+from dist_train.data.augment.mix import Mix, NoMix
 from dist_train.data.permutation import Permutation, derive_key
+from dist_train.data.rows import Source as Source
 from dist_train.data.sampler import ElasticDistributedSampler, RankSlice, evaluation_slice
-from dist_train.data.source import Source as Source
+from dist_train.data.workers import seed_everything as seed_everything
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from dist_train.data.arrays import Batch
-from dist_train.data.items import EVALUATION, Failure, seed_everything, stacked, triple
 from dist_train.data.permutation import derive_key
+from dist_train.data.workers import EVALUATION, Failure, seed_everything, stacked, triple
+from dist_train.distributed.watchdog.stop_signals import ignore_in_worker, starting_workers
 from dist_train.errors import DataError
-from dist_train.stop import ignore_in_worker, starting_workers
 
 PROMISE = (
     "the training data is a stream: step k consumes the same items on any number of ranks, and a resumed run reads past those that "

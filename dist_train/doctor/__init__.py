@@ -1,1 +1,1 @@
-"""`dist-train doctor`: what of this machine, this installation and this environment works, and what to type where it does not."""
+"""`dist-train doctor`: tests what of this machine, installation and environment works, and says what to type where it does not."""

@@ -11,11 +11,11 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 
+from dist_train.cluster.interfaces import interfaces
+from dist_train.cluster.ports import first_free
+from dist_train.distributed.preflight import interface_problems
 from dist_train.doctor.base import Line, Subject, bad, good
 from dist_train.errors import EXIT_CONFIG
-from dist_train.interfaces import interfaces
-from dist_train.ports import first_free
-from dist_train.preflight import interface_problems
 
 _BYTES = 16 * 2**20
 _ROUNDS = 10

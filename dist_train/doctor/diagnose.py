@@ -42,7 +42,7 @@ async def _show(subject: Subject, names: Sequence[str], sections: list[Section],
 
 
 def _configuration(words: Sequence[str]) -> tuple[Subject, list[Line]]:
-    from dist_train.config_sources import load
+    from dist_train.config.load import load
 
     try:
         loaded = load(words[0], words[1:])

@@ -81,7 +81,7 @@ def _tried(subject: Subject, name: str, lower: Callable[[Model], tuple[str, Call
 
 
 def _int8() -> tuple[ExportedProgram, Tensor]:
-    from dist_train.quantization.pt2e import PT2EBackend, export_converted
+    from dist_train.quantization.pt2e.backend import PT2EBackend, export_converted
 
     converted, _ = quantize(PT2EBackend(), tiny_net())
     return export_converted(converted, images()), converted(images()).detach()  # type: ignore[arg-type]

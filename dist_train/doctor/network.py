@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from dist_train.cluster.interfaces import gloo_address, interfaces, is_local, is_loopback, resolve
+from dist_train.cluster.ports import ephemeral_range, first_free
+from dist_train.distributed.preflight import interface_problems
 from dist_train.doctor.base import Line, Subject, bad, good, warning
 from dist_train.errors import EXIT_CONFIG, SetupError
-from dist_train.interfaces import gloo_address, interfaces, is_local, is_loopback, resolve
-from dist_train.ports import ephemeral_range, first_free
-from dist_train.preflight import interface_problems
 
 _SLOW_SECONDS = 1.0
 

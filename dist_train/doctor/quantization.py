@@ -19,7 +19,7 @@ _BOUND = 0.1  # of the largest output; rounding to 8 bits makes about 0.01 of a 
 
 def check_pt2e(subject: Subject) -> Iterator[Line]:
     def build() -> QuantizationBackend:
-        from dist_train.quantization.pt2e import PT2EBackend
+        from dist_train.quantization.pt2e.backend import PT2EBackend
 
         return PT2EBackend()
 
@@ -28,7 +28,7 @@ def check_pt2e(subject: Subject) -> Iterator[Line]:
 
 def check_fx(subject: Subject) -> Iterator[Line]:
     def build() -> QuantizationBackend:
-        from dist_train.quantization.fx import FXBackend
+        from dist_train.quantization.torch_ao.fx import FXBackend
 
         return FXBackend()
 
@@ -37,7 +37,7 @@ def check_fx(subject: Subject) -> Iterator[Line]:
 
 def check_eager(subject: Subject) -> Iterator[Line]:
     def build() -> QuantizationBackend:
-        from dist_train.quantization.eager import EagerBackend
+        from dist_train.quantization.torch_ao.eager import EagerBackend
 
         return EagerBackend()
 

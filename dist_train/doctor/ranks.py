@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 
+from dist_train.cluster.interfaces import is_loopback, resolve
+from dist_train.cluster.ports import is_free
+from dist_train.cluster.rank_plan import ASKED, RankPlan, detect, rank_problems, source_of
+from dist_train.cluster.slurm_lists import show_hostnames
+from dist_train.distributed.preflight import hosts_store
 from dist_train.doctor.base import Line, Subject, bad, good, warning
 from dist_train.errors import EXIT_CONFIG, SetupError
-from dist_train.hostlist import show_hostnames
-from dist_train.interfaces import is_loopback, resolve
-from dist_train.ports import is_free
-from dist_train.preflight import hosts_store
-from dist_train.ranks import ASKED, RankPlan, detect, rank_problems, source_of
 
 # Only what stands here is printed: an environment holds secrets.
 _DECISIVE = {

@@ -1,1 +1,1 @@
-"""Launchers: pure functions from a Job to the command or the script that starts its ranks. Standard library only."""
+"""Launchers: turn a Job into the command or the script that starts its ranks, with the standard library only."""

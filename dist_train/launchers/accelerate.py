@@ -6,9 +6,9 @@ without mpirun, and `--cpu --num_processes 2`, start one (accelerate 1.15, comma
 
 from __future__ import annotations
 
+from dist_train.cluster.ports import candidates, ephemeral_range
+from dist_train.cluster.rank_plan import ASKED
 from dist_train.launchers.job import Command, Job, environment
-from dist_train.ports import candidates, ephemeral_range
-from dist_train.ranks import ASKED
 
 
 def command(job: Job) -> Command:

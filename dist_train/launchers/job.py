@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dist_train.cluster.rank_plan import ASKED, EXIT_FILE
 from dist_train.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
-from dist_train.ranks import ASKED, EXIT_FILE
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Job:
 
     @property
     def processes(self) -> str:
-        """N, or MIN:MAX where the number of nodes may vary: what `dist_train.ranks` compares with what came."""
+        """N, or MIN:MAX where the number of nodes may vary: what `dist_train.cluster.rank_plan` compares with what came."""
         least, most = (nodes * self.nproc_per_node for nodes in self.nodes)
         return str(least) if least == most else f"{least}:{most}"
 

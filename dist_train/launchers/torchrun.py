@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dist_train.cluster.ports import candidates, ephemeral_range
 from dist_train.launchers.job import Command, Job, environment
-from dist_train.ports import candidates, ephemeral_range
 
 
 def command(job: Job) -> Command:

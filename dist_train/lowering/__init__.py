@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dist_train.lowering.base import Lowered, LoweringUnavailable
+from dist_train.lowering.comparison import lower
 from dist_train.lowering.latency import compare_latency, measure_latency
-from dist_train.lowering.runtime import lower
 
 __all__ = ["Lowered", "LoweringUnavailable", "compare_latency", "lower", "measure_latency"]

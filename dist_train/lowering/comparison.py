@@ -12,8 +12,7 @@ from torch.export import ExportedProgram
 from dist_train.lowering import inductor, openvino
 from dist_train.lowering.base import Lowered, LoweringUnavailable
 from dist_train.lowering.latency import compare_latency
-from dist_train.lowering.runtime import lower
-from dist_train.torchscript import trace
+from dist_train.programs.torchscript import trace
 
 # Integer kernels round otherwise than the simulation does: up to 0.072 was seen where a runtime was right, 0.8 and more where it was
 # not. A network may multiply roundings, though: see `is_rounding`.
@@ -135,3 +134,21 @@ def require_same_answers(name: str, lowered: Lowered, model: Candidate, images: 
             f"latency was not measured: {lowered.name} answers differently for {name} at batch {len(images)} "
             f"({difference:.2g} of the largest output)"
         )
+
+
+def lower(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> Lowered:
+    """`model` in the first runtime that this machine has. Models to be compared must get the same one: compare `name`s.
+
+    model: a converted model (Q/DQ) or a float one in eval mode. example: float32 [B, C, H, W], for its shape.
+
+    Raises LoweringUnavailable, with what to install, where there is none; and where the model does not go into it.
+    """
+    missing = openvino.missing_modules()
+    if not missing:
+        return openvino.lower(model, example, threads)
+    if inductor.compiler() is not None:
+        return inductor.lower(model, example, threads)
+    raise LoweringUnavailable(
+        f"latency was not measured: {', '.join(missing)} not installed, and no C++ compiler for Inductor; "
+        "pip install 'dist-train[openvino,onnx]'"
+    )

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from dist_train.lowering.base import LoweringUnavailable, Written, quiet
-from dist_train.lowering.xnnpack import for_xnnpack
+from dist_train.lowering.rewrites.xnnpack import for_xnnpack
 
 
 def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> Written:

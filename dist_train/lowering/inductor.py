@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from dist_train.lowering.base import Lowered, LoweringUnavailable, quiet
-from dist_train.lowering.quantized_graph import channels_with_zero_points
+from dist_train.lowering.rewrites.quantized_graph import channels_with_zero_points
 
 
 def compiler() -> str | None:

@@ -53,7 +53,7 @@ def _digest(model: nn.Module | ExportedProgram) -> str:
 
 
 def _export(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
-    from dist_train.lowering.qdq import quantize_summands, read_joined
+    from dist_train.lowering.rewrites.onnx_qdq import quantize_summands, read_joined
 
     # Two rows, because torch.export takes a batch of one for a constant.
     zeros = torch.zeros(2, *example.shape[1:])
@@ -90,7 +90,7 @@ def onnxruntime_bytes(model: nn.Module | ExportedProgram, example: Tensor) -> by
     """What `onnx_bytes` gives, in the form that ONNX Runtime runs in integers: biases in int32."""
     import onnx
 
-    from dist_train.lowering.qdq import quantize_biases
+    from dist_train.lowering.rewrites.onnx_qdq import quantize_biases
 
     proto = onnx.load_from_string(onnx_bytes(model, example))
     quantize_biases(proto)

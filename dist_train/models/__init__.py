@@ -1,1 +1,1 @@
-"""Models by name."""
+"""Models by name, their weights and their BatchNorm statistics."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dist_train.distributed.world import World
 from dist_train.errors import SetupError
-from dist_train.world import World
 
 _Norm = TypeVar("_Norm", bound=_BatchNorm)
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

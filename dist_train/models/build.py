@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dist_train import registry
-from dist_train.config_data import ModelConfig, is_weights_file
+from dist_train.config.data import ModelConfig, is_weights_file
 from dist_train.errors import ConfigError, Problem
 from dist_train.models import timm
 from dist_train.models.weights import read_file, read_run

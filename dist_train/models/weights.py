@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dist_train.checkpoint import CheckpointFolder
 from dist_train.errors import CheckpointError, DataError, RunDirError
 from dist_train.models.first_conv import first_conv, fit_channels
-from dist_train.run_dir import RunDir
+from dist_train.run_dir.checkpoint import CheckpointFolder
+from dist_train.run_dir.paths import RunDir
 
 # Heads beside the main one, which the models here are built without.
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.", "net.aux_classifier.")

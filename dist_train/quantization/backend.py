@@ -10,9 +10,9 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from dist_train import registry
-from dist_train.config_fit import QATConfig, RuleConfig
+from dist_train.config.stages import QATConfig, RuleConfig
 from dist_train.errors import EXIT_CONFIG, QuantizationError
-from dist_train.program import Program
+from dist_train.programs.program import Program
 from dist_train.quantization.prepared import PreparedModel
 
 

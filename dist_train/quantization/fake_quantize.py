@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchao.quantization.pt2e import FakeQuantizeBase
 
 from dist_train.errors import QuantizationError
-from dist_train.quantization.masks import equal
+from dist_train.quantization.byte_masks import equal
 
 # A range of zero width still needs a scale that can be inverted in float32.
 SMALLEST_SCALE = 1e-12

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from dist_train.config_fit import RuleConfig, TypeMatch
+from dist_train.config.stages import RuleConfig, TypeMatch
 from dist_train.errors import QuantizationError
 
 

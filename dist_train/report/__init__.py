@@ -1,1 +1,1 @@
-"""dist-train report: a page about one or several runs, from their directories. Only the command line knows it; torch is not imported."""
+"""`dist-train report`: writes a page about one or several runs from their directories, without torch."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.errors import RunDirError
-from dist_train.run_dir import RunDir, read_json, recorded_config
+from dist_train.run_dir.files import read_json
+from dist_train.run_dir.paths import RunDir, recorded_config
 
 _NO_SCALARS = ("time", "stage", "epoch", "step", "attempt")
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dist_train.console.results_table import gate_name, result_table
 from dist_train.report.read import RunRecord
-from dist_train.summary import gate_name, result_table
 
 
 @dataclass(frozen=True)

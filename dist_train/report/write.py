@@ -14,7 +14,8 @@ from dist_train.report.charts import charts
 from dist_train.report.draw import chart_images, confusion_image
 from dist_train.report.page import page
 from dist_train.report.read import RunRecord, read_runs
-from dist_train.run_dir import RunDir, replace_bytes, replace_json
+from dist_train.run_dir.files import replace_bytes, replace_json
+from dist_train.run_dir.paths import RunDir
 
 _WRITTEN = ".written.json"  # the names of our files: nothing else is overwritten or removed
 

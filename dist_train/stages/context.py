@@ -13,22 +13,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train.checkpoint import CheckpointFolder
-from dist_train.deployment import describe_data
+from dist_train.console.progress import Progress
+from dist_train.data.splits import describe_data
 from dist_train.errors import DataError, GateError
-from dist_train.evaluate import Evaluation, evaluate
-from dist_train.ledger import Ledger, NoLedger
-from dist_train.program import Program
-from dist_train.progress import Progress
+from dist_train.models.fingerprint import PREPARED, SameModel
+from dist_train.programs.program import Program
 from dist_train.quantization.backend import QuantizationBackend, as_configuration, build_backend
 from dist_train.quantization.prepared import PreparedModel
-from dist_train.retention import Retention
-from dist_train.run_dir import RunDir, replace_json
-from dist_train.same_model import PREPARED, SameModel
-from dist_train.stages.run_data import RunData
+from dist_train.run_dir.checkpoint import CheckpointFolder
+from dist_train.run_dir.files import replace_json
+from dist_train.run_dir.ledger import Ledger, NoLedger
+from dist_train.run_dir.paths import RunDir
+from dist_train.run_dir.retention import Retention
+from dist_train.stages.data import RunData
 from dist_train.strategies.base import Strategy
 from dist_train.tasks import Task
 from dist_train.trackers.base import Trackers
+from dist_train.training.evaluate import Evaluation, evaluate
 
 
 @dataclass(kw_only=True)

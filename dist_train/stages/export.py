@@ -8,28 +8,20 @@ from typing import Any
 
 import torch
 
-from dist_train.artifact_store import write_artifact
-from dist_train.artifact_verify import prove
-from dist_train.config_fit import ExportConfig, simulated_bits
-from dist_train.deployment import (
-    Bundle,
-    Deployable,
-    chosen_models,
-    deploy_float,
-    deploy_half,
-    deploy_int8,
-    describe_data,
-    manifest,
-    simulation,
-)
+from dist_train.artifact.bundle import Bundle, chosen_models, manifest
+from dist_train.artifact.deployable import Deployable, deploy_float, deploy_half, deploy_int8, simulation
+from dist_train.artifact.store import write_artifact
+from dist_train.artifact.verify import prove
+from dist_train.config.stages import ExportConfig, simulated_bits
+from dist_train.data.splits import describe_data
 from dist_train.errors import ArtifactError
 from dist_train.lowering import LoweringUnavailable
-from dist_train.lowering.choice import choose_format, slower_than_float
+from dist_train.lowering.agreement import Decisions
+from dist_train.lowering.autoselect import choose_format, slower_than_float
 from dist_train.lowering.comparison import LARGEST_DIFFERENCE, drawn_from, time_models
-from dist_train.lowering.decisions import Decisions
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
-from dist_train.stages.int8 import agreement_bound, format_decisions
+from dist_train.stages.int8_evaluation import agreement_bound, format_decisions
 
 
 class Export(Stage):

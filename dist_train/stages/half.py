@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from dist_train.config_fit import HalfConfig
-from dist_train.evaluate import evaluate
-from dist_train.half import HalfModel, choose_dtype, require_half
+from dist_train.config.stages import HalfConfig
+from dist_train.models.half_precision import HalfModel, choose_dtype, require_half
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
+from dist_train.training.evaluate import evaluate
 
 
 class Half(Stage):

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dist_train.config_fit import PTQConfig
+from dist_train.config.stages import PTQConfig
 from dist_train.data.arrays import Batch
-from dist_train.data.loader import EvaluationLoader
-from dist_train.quantization.clipping import Histograms, least_error_ranges, percentile_ranges
-from dist_train.quantization.float_model import float_literals
+from dist_train.distributed.world import World
 from dist_train.quantization.prepared import PreparedModel
+from dist_train.quantization.range_search import Histograms, least_error_ranges, percentile_ranges
 from dist_train.quantization.ranges import Ranges
-from dist_train.reestimation import estimate_moments
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
+from dist_train.stages.gates import gate_prepare
 from dist_train.stages.train import estimation_batches
-from dist_train.world import World
+from dist_train.training.recalibration import estimate_moments
 
-_VARIANCES = (1e-5, 10.0)  # a fresh network's variances lie near 1, which would hide a wrong eps
 # Of a batch, whatever the world size: ranks take turns with whole batches, and of the default's 512 samples 16 ranks have some.
 _CALIBRATION_ROWS = 32
 _LITTLE = 0.1  # points of the task's metric: the bar that qat itself is measured by
@@ -130,83 +128,3 @@ def initialise_ranges(prepared: PreparedModel, batches: Iterable[Batch], world: 
             ranges.assign(*least_error_ranges(histograms, ranges))
         prepared.observe(True)
     prepared.fake_quantize(True)
-
-
-@torch.no_grad()
-def gate_prepare(context: Context, prepared: PreparedModel) -> None:
-    """Gate: with fake quantization off, the prepared model computes what the float model does, also with extreme BatchNorm variances.
-
-    And the literals that training alone shows are the float model's: eps and momentum of batch norms, dropout's probability.
-
-    Raises:
-        GateError: on every rank.
-    """
-    inputs = next(iter(EvaluationLoader(context.source(context.splits.train, 0), 16, 1, 0, 16))).inputs
-    prepared.fake_quantize(False)
-    prepared.observe(False)
-    pairs = [
-        (prepared.get_submodule(name), context.model.get_submodule(float_name))
-        for float_name, name in prepared.batch_norms.items()
-    ]
-    tensors = [
-        getattr(module, kind)
-        for pair in pairs
-        for module in pair
-        for kind in ("running_var", "weight")
-        if getattr(module, kind) is not None
-    ]
-    originals = [tensor.clone() for tensor in tensors]
-    differences = [_relative_difference(prepared.eval(), context.model.eval(), inputs)]
-    _draw_variances(pairs, context.config.run.seed)
-    differences.append(_relative_difference(prepared, context.model, inputs))
-    for tensor, original in zip(tensors, originals, strict=True):
-        tensor.copy_(original)
-    prepared.fake_quantize(True)
-    prepared.observe(True)
-    worst = float(torch.stack(differences).max())  # NaN if any is, which passes no bound
-    bound, changed = context.config.qat.prepare_bound, _changed_literals(context.model, prepared)
-    context.gate(
-        "prepare",
-        worst,
-        bound,
-        worst <= bound and not changed,
-        "the backend changed the model: report it with the model's name, or take another --qat.backend"
-        + ("" if changed else "; or loosen --qat.prepare_bound"),
-        "".join(f"\n  {line}" for line in changed),
-    )
-
-
-def _changed_literals(model: nn.Module, prepared: PreparedModel) -> list[str]:
-    """A line for each literal of the float model that is another one in the prepared model."""
-    expected = float_literals(model)
-    lines = (
-        f"{name} is {value:g}, which was {expected[name]:g}"
-        for name, value in prepared.literals()
-        if name in expected and value != expected[name]
-    )
-    return list(dict.fromkeys(lines))
-
-
-def _draw_variances(pairs: Sequence[tuple[nn.Module, nn.Module]], seed: int) -> None:
-    """The same variances in both batch norms of a pair; each weight grows with the deviation, so that the factor stays what it was.
-
-    The float model then computes what it did before, and no layer of a deep one overflows, as those without their trained factors
-    would. A backend that takes another eps for the float model's is off by its square root, as much as ever.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    low, high = (torch.tensor(bound).log() for bound in _VARIANCES)
-    for module, float_module in pairs:
-        assert isinstance(float_module, _BatchNorm) and float_module.running_var is not None
-        drawn = torch.rand(float_module.running_var.shape, generator=generator)
-        variance, eps = torch.exp(low + (high - low) * drawn), float_module.eps
-        growth = torch.sqrt((variance + eps) / (float_module.running_var.cpu() + eps))
-        for each in (module, float_module):
-            each.get_buffer("running_var").copy_(variance)
-            if float_module.weight is not None:
-                weight = each.get_parameter("weight")
-                weight.mul_(growth.to(weight.device))
-
-
-def _relative_difference(left: nn.Module, right: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    expected = right(inputs).double()
-    return (left(inputs).double() - expected).abs().max() / expected.abs().max().clamp(min=1e-12)

@@ -8,22 +8,23 @@ from typing import Any
 
 from torch import nn
 
-from dist_train.config_advice import clipping_undone
-from dist_train.config_fit import QATConfig
-from dist_train.epoch_line import COUNTS
-from dist_train.evaluate import Evaluation
-from dist_train.hooks import FreezeSchedule, Hook
-from dist_train.program import open_program
+from dist_train.config.advice import clipping_undone
+from dist_train.config.stages import QATConfig
+from dist_train.console.progress import COUNTS
+from dist_train.programs.program import open_program
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
-from dist_train.reduction import StepReduction
-from dist_train.reestimation import estimate_moments, estimate_ranges
-from dist_train.selection import INT8
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
-from dist_train.stages.int8 import convert_on_rank_0, evaluate_int8
-from dist_train.stages.ptq import calibrate, gate_prepare, lost_points
+from dist_train.stages.gates import gate_prepare
+from dist_train.stages.int8_evaluation import convert_on_rank_0, evaluate_int8
+from dist_train.stages.ptq import calibrate, lost_points
 from dist_train.stages.train import LastEvaluation, estimation, run_loop
+from dist_train.training.evaluate import Evaluation
+from dist_train.training.hooks import FreezeSchedule, Hook
+from dist_train.training.recalibration import estimate_moments, estimate_ranges
+from dist_train.training.reduction import StepReduction
+from dist_train.training.selection import INT8
 
 
 class QAT(Stage):

@@ -8,22 +8,22 @@ from typing import Any
 
 from torch import nn
 
-from dist_train.config_advice import idle_settings
-from dist_train.config_fit import FitConfig, TrainConfig
+from dist_train.config.advice import idle_settings
+from dist_train.config.stages import FitConfig, TrainConfig
 from dist_train.data.arrays import ImageArrays
 from dist_train.data.loader import EstimationLoader
+from dist_train.distributed.world import World
 from dist_train.errors import DataError
-from dist_train.evaluate import Evaluation
-from dist_train.hooks import Hook
-from dist_train.loop import Fit, fit
 from dist_train.models.batch_norm import synchronised_batch_norms
-from dist_train.profiling import NoProfile, Profile
-from dist_train.reduction import StepReduction
-from dist_train.reestimation import Autocast, estimate_moments
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
-from dist_train.state import TrainState
-from dist_train.world import World
+from dist_train.training.evaluate import Evaluation
+from dist_train.training.hooks import Hook
+from dist_train.training.loop import Fit, fit
+from dist_train.training.profiler import NoProfile, Profile
+from dist_train.training.recalibration import Autocast, estimate_moments
+from dist_train.training.reduction import StepReduction
+from dist_train.training.state import TrainState
 
 
 class Train(Stage):

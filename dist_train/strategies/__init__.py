@@ -1,1 +1,1 @@
-"""How a model is spread over ranks: one small class each."""
+"""Strategies: spread a model over ranks; one small class each."""

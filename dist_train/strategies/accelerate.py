@@ -12,11 +12,11 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_train.config_strategy import Precision
+from dist_train.config.checks.strategy import Precision
+from dist_train.distributed.world import World
 from dist_train.errors import SetupError
 from dist_train.strategies.base import Strategy
 from dist_train.strategies.ddp import settle_buckets
-from dist_train.world import World
 
 
 class Accelerate(Strategy):

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dist_train.config_strategy import Precision
+from dist_train.config.checks.strategy import Precision
+from dist_train.distributed.world import World
 from dist_train.errors import NonFiniteLossError
-from dist_train.world import World
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Scaled by less than this, fp16's range would be wasted on its low end; GradScaler itself would halve the scale to 0, skipping every step.

@@ -10,7 +10,7 @@ import torch
 import torchmetrics
 from pydantic import ValidationError
 
-from dist_train.config_base import Settings
+from dist_train.config.base import Settings
 from dist_train.errors import ConfigError, DataError, Problem
 
 S = TypeVar("S", bound=Settings)

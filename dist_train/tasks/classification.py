@@ -10,7 +10,7 @@ import torchmetrics
 from pydantic import Field
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from dist_train.config_base import Settings
+from dist_train.config.base import Settings
 from dist_train.errors import DataError
 from dist_train.tasks.base import Task, require_classes, task_args, wrong_targets
 

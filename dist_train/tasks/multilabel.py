@@ -16,7 +16,7 @@ from torchmetrics.classification import (
 )
 from torchmetrics.wrappers import LambdaInputTransformer
 
-from dist_train.config_base import Settings
+from dist_train.config.base import Settings
 from dist_train.errors import DataError
 from dist_train.tasks.base import Task, task_args, wrong_targets
 

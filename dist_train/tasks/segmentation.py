@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import torchmetrics
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassJaccardIndex
 
-from dist_train.config_base import Settings
+from dist_train.config.base import Settings
 from dist_train.errors import DataError
 from dist_train.tasks.base import Task, require_classes, task_args, wrong_targets
 

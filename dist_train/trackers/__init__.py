@@ -1,1 +1,1 @@
-"""Where scalars go: one small class each."""
+"""Trackers: send scalars to wandb, TensorBoard, JSON lines; one small class each."""

@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from dist_train.run_dir import RunDir
+from dist_train.run_dir.paths import RunDir
 
 if TYPE_CHECKING:
-    from dist_train.config import Config
+    from dist_train.config.tree import Config
 
 
 class Tracker(ABC):

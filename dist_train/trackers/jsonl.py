@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Mapping
 
-from dist_train.run_dir import LineFile, RunDir
+from dist_train.run_dir.files import LineFile
+from dist_train.run_dir.paths import RunDir
 from dist_train.trackers.base import Tracker
 
 

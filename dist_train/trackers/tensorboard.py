@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch.utils.tensorboard import SummaryWriter
 
-from dist_train.run_dir import RunDir
+from dist_train.run_dir.paths import RunDir
 from dist_train.trackers.base import Tracker
 
 

@@ -17,11 +17,12 @@ from urllib.parse import urlsplit
 import wandb
 
 from dist_train.errors import SetupError
-from dist_train.run_dir import RunDir, replace_text
+from dist_train.run_dir.files import replace_text
+from dist_train.run_dir.paths import RunDir
 from dist_train.trackers.base import Tracker
 
 if TYPE_CHECKING:
-    from dist_train.config import Config
+    from dist_train.config.tree import Config
 
 _START_SECONDS = 30.0
 _FINISH_SECONDS = 20.0  # what is not uploaded by then stays on the disk, for `wandb sync`

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset, TensorDataset
 
-from dist_train.data.arrays import ImageArrays, Splits, open_splits
+from dist_train.data.arrays import ImageArrays
+from dist_train.data.splits import Splits, open_splits
+from dist_train.distributed.world import World
 from dist_train.errors import DataError, PeerError
-from dist_train.world import World
 
 
 def arrays_of(rows: int = 20, seed: int = 0) -> ImageArrays:

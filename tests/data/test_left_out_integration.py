@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from dist_train.data.augment import Augmentation
+from dist_train.data.augment.steps import Augmentation
 from dist_train.data.loader import EvaluationLoader, Source
 from dist_train.data.sampler import ElasticDistributedSampler
+from dist_train.distributed.world import World
 from dist_train.errors import CorruptSampleError, DataError
-from dist_train.evaluate import evaluate
-from dist_train.loop import fit, train_step
-from dist_train.optim import build_optimizer, build_schedule
 from dist_train.tasks import Classification
-from dist_train.world import World
-from tests.fits import CLASSES, arrays, flat, make, mlp, normed
-from tests.ranks import call
+from dist_train.training.evaluate import evaluate
+from dist_train.training.loop import fit, train_step
+from dist_train.training.optim import build_optimizer, build_schedule
+from tests.support.ranks import call
+from tests.support.training_loops import CLASSES, arrays, flat, make, mlp, normed
 
 SIZE, BATCH, EPOCHS = 22, 6, 2
 

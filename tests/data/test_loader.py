@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from dist_train.config_data import AugmentConfig, RandomCrop, RandomHorizontalFlip
+from dist_train.config.data import AugmentConfig, RandomCrop, RandomHorizontalFlip
 from dist_train.data.arrays import ImageArrays
-from dist_train.data.augment import Augmentation
+from dist_train.data.augment.steps import Augmentation
 from dist_train.data.loader import EvaluationLoader, Source, StepBatch, TrainLoader
 from dist_train.data.sampler import ElasticDistributedSampler
 from dist_train.errors import DataError

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
-from dist_train.data.arrays import Splits
-from dist_train.data.augment import Augmentation
+from dist_train.data.augment.steps import Augmentation
 from dist_train.data.loader import EvaluationLoader, Source, StepBatch, TrainLoader
 from dist_train.data.sampler import ElasticDistributedSampler
+from dist_train.data.splits import Splits
+from dist_train.distributed.world import World
 from dist_train.errors import DataError
-from dist_train.loop import fit
-from dist_train.world import World
-from tests.fits import CLASSES, flat, make, mlp
-from tests.ranks import call, train
+from dist_train.training.loop import fit
+from tests.support.ranks import call, train
+from tests.support.training_loops import CLASSES, flat, make, mlp
 
 
 class Stream(IterableDataset[Any]):
@@ -83,7 +83,7 @@ def _fit(world: World) -> dict[str, Any]:
 
 
 def _loss_of_nothing(model: torch.nn.Module) -> Any:
-    from dist_train.evaluate import Evaluation
+    from dist_train.training.evaluate import Evaluation
 
     return Evaluation({"top1": 0.0, "count": 0}, torch.empty(0))
 

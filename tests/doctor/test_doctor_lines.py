@@ -11,21 +11,21 @@ from pathlib import Path
 import pytest
 
 from dist_train import registry
+from dist_train.cluster.ports import is_free
 from dist_train.doctor import disk, lowering, machine, network, ranks, wandb
 from dist_train.doctor.base import Line, Section, Subject, bad, exit_code, good, summary, warning
 from dist_train.doctor.checks import Check, run
 from dist_train.doctor.versions import unmet
 from dist_train.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED
-from dist_train.ports import is_free
 from dist_train.registry import Entry
-from tests.ranks import free_port
+from tests.support.ranks import free_port
 
 NOTHING = Subject()
 
 
 def planted(function: str, subject: Subject = NOTHING, deadline: float = 30.0) -> list[Line]:
     return asyncio.run(
-        run(Check("planted", "the planted check", f"tests.doctor.planted_checks:{function}", deadline), subject)
+        run(Check("planted", "the planted check", f"tests.support.planted_checks:{function}", deadline), subject)
     )
 
 
@@ -46,7 +46,7 @@ def test_a_check_that_crashes_is_a_bad_line_with_how_to_see_more_and_no_tracebac
     assert line.level == "bad" and line.exit_code == EXIT_FAILED
     assert line.text.startswith("the planted check: ") and said in line.text and "Traceback" not in line.text
     assert (
-        line.hint == f"for the whole message: python -m dist_train.doctor.child tests.doctor.planted_checks:{function}"
+        line.hint == f"for the whole message: python -m dist_train.doctor.child tests.support.planted_checks:{function}"
     )
 
 

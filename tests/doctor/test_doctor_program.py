@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.errors import EXIT_CONFIG, EXIT_DONE
-from tests.ranks import ROOT
+from tests.support.ranks import ROOT
 
 SECRETS = {
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
@@ -83,7 +83,7 @@ def test_a_configuration_with_mistakes_is_bad_and_the_rest_is_still_looked_at(tm
 
 def test_it_starts_without_torch_and_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     code = (
-        "import sys; from dist_train.cli import main; code = main(['doctor', '--only', 'ranks']);"
+        "import sys; from dist_train.cli.main import main; code = main(['doctor', '--only', 'ranks']);"
         "sys.exit(code or ' '.join({'torch', 'numpy', 'rich'} & set(sys.modules)) or 0)"
     )
     environ = os.environ | {"PYTHONPATH": str(ROOT)}

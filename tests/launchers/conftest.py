@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import namespaces, slurm
-from tests.namespaces import TwoMachines
-from tests.slurm import Cluster
+from tests.support import network_namespaces as namespaces
+from tests.support import slurm_cluster as slurm
+from tests.support.network_namespaces import TwoMachines
+from tests.support.slurm_cluster import Cluster
 
 
 @pytest.fixture(scope="session")

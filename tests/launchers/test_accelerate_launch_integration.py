@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import ROOT
-from tests.slurm import SMALL
+from tests.support.ranks import ROOT
+from tests.support.slurm_cluster import SMALL
 
 
 @pytest.mark.slow

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_train.cli import main
+from dist_train.cli.main import main
 from dist_train.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
-from dist_train.launchers import accelerate, slurm, torchrun
+from dist_train.launchers import accelerate, slurm_script, torchrun
 from dist_train.launchers.job import Job, outcome
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,14 +132,14 @@ def test_a_user_s_own_accelerate_config_decides_the_number_of_processes_unless_o
 
 def test_a_batch_job_asks_for_the_cores_of_all_its_processes() -> None:
     job = replace(JOB, nodes=(2, 2), nproc_per_node=4, cpus_per_process=3, gpus_per_process=1)
-    agents, tasks = slurm.options(job), slurm.options(replace(job, task_per_rank=True))
+    agents, tasks = slurm_script.options(job), slurm_script.options(replace(job, task_per_rank=True))
     assert (agents["ntasks-per-node"], agents["cpus-per-task"], agents["gpus-per-node"]) == ("1", "12", "4")
     assert (tasks["ntasks-per-node"], tasks["cpus-per-task"], tasks["gpus-per-node"]) == ("4", "3", "4")
 
 
 def test_options_of_sbatch_that_we_do_not_know_go_through_and_replace_ours() -> None:
     given = (("qos", "long"), ("exclusive", "true"), ("requeue", "false"), ("signal", "B:USR2@60"))
-    head = [line for line in slurm.script(replace(JOB, sbatch=given)).splitlines() if line.startswith("#SBATCH")]
+    head = [line for line in slurm_script.script(replace(JOB, sbatch=given)).splitlines() if line.startswith("#SBATCH")]
     assert "#SBATCH --qos=long" in head and "#SBATCH --exclusive" in head and "#SBATCH --signal=B:USR2@60" in head
     assert not any("requeue" in line for line in head)
     assert len(head) == len({line.partition("=")[0] for line in head})
@@ -148,7 +148,7 @@ def test_options_of_sbatch_that_we_do_not_know_go_through_and_replace_ours() -> 
 @pytest.mark.parametrize("task_per_rank", [False, True])
 def test_a_batch_script_is_right_bash(task_per_rank: bool) -> None:
     job = replace(JOB, nodes=(1, 3), nproc_per_node=2, task_per_rank=task_per_rank, environment=(("A", "it's"),))
-    script = slurm.script(job)
+    script = slurm_script.script(job)
     done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert ("torch.distributed.run" in script) != task_per_rank
@@ -258,7 +258,7 @@ def test_wrong_words_end_with_78_and_what_to_type(
 def test_a_wrong_configuration_starts_nothing_and_leaves_no_file(tmp_path: Path) -> None:
     config = tmp_path / "small.yaml"
     config.write_text("run: {name: small}\nstages: [train]\n")
-    program = "import sys; from dist_train.cli import main; code = main(sys.argv[1:]); sys.exit(code if 'torch' not in sys.modules else 'torch')"
+    program = "import sys; from dist_train.cli.main import main; code = main(sys.argv[1:]); sys.exit(code if 'torch' not in sys.modules else 'torch')"
     command = [sys.executable, "-c", program, "launch", "torchrun", "--nproc-per-node", "2", "small.yaml"]
     done = subprocess.run(
         [*command, "--train.epochs", "0"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False

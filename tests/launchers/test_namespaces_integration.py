@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.namespaces import Machine, TwoMachines
-from tests.ranks import ROOT
-from tests.slurm import SMALL
+from tests.support.network_namespaces import Machine, TwoMachines
+from tests.support.ranks import ROOT
+from tests.support.slurm_cluster import SMALL
 
 CONFIG = SMALL.replace("203", "2003").replace("epochs: 2", "epochs: 4")
 EXACT = ("--checkpoint.every_steps", "20", "--debug.ledger", "true", "--strategy", "ddp")

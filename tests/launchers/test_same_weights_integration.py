@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.namespaces import TwoMachines
-from tests.ranks import ROOT
-from tests.slurm import SMALL, Cluster
+from tests.support.network_namespaces import TwoMachines
+from tests.support.ranks import ROOT
+from tests.support.slurm_cluster import SMALL, Cluster
 
 OPTIONS = ("small.yaml", "--strategy", "ddp")
 # All its stages, for fewer epochs, and without what is not in the artifact; it sets the threads of each rank itself.

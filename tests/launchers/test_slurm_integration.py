@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.hostlist import parse_hostlist
-from tests import slurm
-from tests.ranks import ROOT
-from tests.slurm import SMALL, Cluster
+from dist_train.cluster.slurm_lists import parse_hostlist
+from tests.support import slurm_cluster as slurm
+from tests.support.ranks import ROOT
+from tests.support.slurm_cluster import SMALL, Cluster
 
 STAND_IN = str(Path(__file__).parent / "stand_in_python")
 DETECT = (
-    "import dataclasses, json, os; from dist_train.hostlist import show_hostnames; from dist_train.ranks import detect;"
+    "import dataclasses, json, os; from dist_train.cluster.slurm_lists import show_hostnames; from dist_train.cluster.rank_plan import detect;"
     "print(json.dumps(dataclasses.asdict(detect(os.environ, show_hostnames))))"
 )
 
@@ -199,7 +199,7 @@ def test_the_ready_batch_file_takes_the_quickstart_all_the_way_on_two_nodes_with
 KILLED = r"""
 import sys
 from pathlib import Path
-from tests.slurm import Cluster
+from tests.support.slurm_cluster import Cluster
 with Cluster() as cluster:
     folder = Path(sys.argv[1])
     number = cluster.submit("#!/bin/bash\nsrun sleep 1000\n", folder, "--nodes=2")

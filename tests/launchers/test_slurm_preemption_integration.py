@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from dist_train.ledger import check
+from dist_train.run_dir.ledger import check
 from tests.launchers.test_same_weights_integration import finish, start
-from tests.ranks import train_done
-from tests.slurm import SMALL, Cluster
-from tests.wandb_files import run_ids
+from tests.support.ranks import train_done
+from tests.support.slurm_cluster import SMALL, Cluster
+from tests.support.wandb_files import run_ids
 
 EPOCHS = 120
 CONFIG = SMALL.replace("epochs: 2", f"epochs: {EPOCHS}") + "debug: {ledger: true}\nstop: {grace: 12}\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.converted_nets import converted_net, float_net, program_of
+from tests.support.converted_nets import converted_net, float_net, program_of
 
 
 @pytest.fixture(scope="session")

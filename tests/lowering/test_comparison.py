@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_train.half import HalfModel
 from dist_train.lowering import Lowered, LoweringUnavailable
 from dist_train.lowering.comparison import (
     Candidate,
@@ -15,7 +14,8 @@ from dist_train.lowering.comparison import (
     time_models,
 )
 from dist_train.lowering.openvino import computes_in, missing_modules
-from tests.converted_nets import float_net, images
+from dist_train.models.half_precision import HalfModel
+from tests.support.converted_nets import float_net, images
 
 needs_openvino = pytest.mark.skipif(bool(missing_modules()), reason=f"not installed: {', '.join(missing_modules())}")
 

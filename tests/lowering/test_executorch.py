@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from dist_train import registry
-from dist_train.config_fit import RuleConfig
+from dist_train.config.stages import RuleConfig
 from dist_train.lowering.base import LoweringUnavailable
-from dist_train.lowering.xnnpack import for_xnnpack
-from dist_train.quantization.pt2e import PT2EBackend, export_converted
+from dist_train.lowering.rewrites.xnnpack import for_xnnpack
+from dist_train.quantization.pt2e.backend import PT2EBackend, export_converted
 from dist_train.quantization.ranges import Ranges
-from tests.converted_nets import images
+from tests.support.converted_nets import images
 
 pytestmark = pytest.mark.skipif(
     bool(missing := registry.export_formats.entry("executorch").missing()), reason=f"not installed: {missing}"

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dist_train import registry
-from dist_train.half import HalfModel
 from dist_train.lowering.base import LoweringUnavailable
 from dist_train.lowering.openvino import shared_core
-from tests.converted_nets import float_net, images
+from dist_train.models.half_precision import HalfModel
+from tests.support.converted_nets import float_net, images
 
 
 def write(name: str):

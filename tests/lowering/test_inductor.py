@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_train.config_fit import RuleConfig
+from dist_train.config.stages import RuleConfig
 from dist_train.lowering import LoweringUnavailable
 from dist_train.lowering.inductor import compiler, lower
-from dist_train.quantization.pt2e import PT2EBackend, export_converted
+from dist_train.quantization.pt2e.backend import PT2EBackend, export_converted
 from dist_train.quantization.ranges import Ranges
-from tests.converted_nets import float_net, images
+from tests.support.converted_nets import float_net, images
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dist_train.lowering import LoweringUnavailable, compare_latency, lower, measure_latency
 from dist_train.lowering.openvino import missing_modules
-from tests.converted_nets import images
+from tests.support.converted_nets import images
 
 
 @pytest.mark.skipif(bool(missing_modules()), reason=f"not installed: {', '.join(missing_modules())}")

@@ -13,7 +13,7 @@ from torch import nn
 
 from dist_train.lowering import LoweringUnavailable
 from dist_train.lowering.openvino import lower, missing_modules, onnx_bytes
-from tests.converted_nets import converted_net, images
+from tests.support.converted_nets import converted_net, images
 
 needs_openvino = pytest.mark.skipif(bool(missing_modules()), reason=f"not installed: {', '.join(missing_modules())}")
 
@@ -100,7 +100,7 @@ sys.path.insert(0, sys.argv[1])
 attempts = []
 # A fork counts, because OpenVINO's telemetry sends from one; torch looks up the host's name and no more.
 sys.addaudithook(lambda name, _: attempts.append(name) if name in ("socket.connect", "socket.sendto", "os.fork") else None)
-from tests.converted_nets import float_net, images
+from tests.support.converted_nets import float_net, images
 from dist_train.lowering.openvino import lower
 lower(float_net(), images(1), threads=1).call(images(1))
 assert "openvino_telemetry" not in sys.modules

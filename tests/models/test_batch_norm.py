@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from dist_train.distributed.world import World
 from dist_train.errors import SetupError
 from dist_train.models.batch_norm import (
     SyncBatchNorm,
@@ -16,7 +17,6 @@ from dist_train.models.batch_norm import (
     synchronised,
     synchronised_batch_norms,
 )
-from dist_train.world import World
 
 
 def net() -> nn.Sequential:

@@ -12,14 +12,14 @@ from safetensors.torch import save_model
 from torch import nn
 
 import dist_train
-from dist_train.assembly import check_arguments
-from dist_train.checkpoint import CheckpointFolder
-from dist_train.config import Config
-from dist_train.config_data import ModelConfig
+from dist_train.config.data import ModelConfig
+from dist_train.config.tree import Config
 from dist_train.errors import ConfigError, DataError
 from dist_train.models.build import build_model, check_model, initial_weights
 from dist_train.models.weights import digest, load_weights, read_file, read_run
-from dist_train.run_dir import read_json
+from dist_train.pipeline.set_up import check_arguments
+from dist_train.run_dir.checkpoint import CheckpointFolder
+from dist_train.run_dir.files import read_json
 
 SMALL = {"name": "small_resnet", "args": {"width": 4, "blocks": 2}}
 

@@ -8,13 +8,14 @@ import sys
 import pytest
 import torch
 
-from dist_train import registry, torchvision_names
-from dist_train.config import Config
-from dist_train.config_check import contradictions
-from dist_train.config_data import ModelConfig
+from dist_train import registry
+from dist_train.config.checks.general import contradictions
+from dist_train.config.data import ModelConfig
+from dist_train.config.tree import Config
 from dist_train.errors import ConfigError
 from dist_train.models.build import build_model, check_model
 from dist_train.models.small import small_fcn
+from dist_train.registry import torchvision_names
 
 needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="only with timm (pip install timm)")
 

@@ -17,10 +17,10 @@ import torch
 
 import dist_train
 from dist_train.errors import DistTrainError
-from dist_train.quantization.coverage import in_percent
-from dist_train.torchvision_names import QUANTIZABLE
-from tests.quantization import conformance_nets
-from tests.ranks import ROOT
+from dist_train.quantization.int8_share import in_percent
+from dist_train.registry.torchvision_names import QUANTIZABLE
+from tests.support import conformance_nets
+from tests.support.ranks import ROOT
 
 BACKENDS = ("pt2e", "fx", "eager")
 RECORD = Path(__file__).with_suffix(".json")

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 pytest.importorskip("torchao")
 
-from tiny_nets import TinyNet, draw_statistics
-
-from dist_train.quantization.prepared_graph import PreparedGraph
-from dist_train.quantization.pt2e import PT2EBackend
+from dist_train.quantization.pt2e.backend import PT2EBackend
+from dist_train.quantization.pt2e.prepared_graph import PreparedGraph
+from tests.support.tiny_nets import TinyNet, draw_statistics
 
 
 @pytest.fixture(autouse=True)

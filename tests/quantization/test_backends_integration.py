@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_train import codec
-from dist_train.artifact import load_artifact
-from dist_train.checkpoint import CheckpointFolder
+from dist_train.artifact.load import load_artifact
 from dist_train.errors import EXIT_CONFIG
-from dist_train.run_dir import RunDir, read_json
-from tests.ranks import train, train_done
+from dist_train.run_dir import state_codec as codec
+from dist_train.run_dir.checkpoint import CheckpointFolder
+from dist_train.run_dir.files import read_json
+from dist_train.run_dir.paths import RunDir
+from tests.support.ranks import train, train_done
 
 CONFIG = """
 run: {name: backends, threads_per_rank: 1, device: cpu}
@@ -39,7 +40,16 @@ def config(tmp_path: Path) -> Path:
 
 
 def command(config: Path, run_dir: Path, backend: str) -> list[str]:
-    return ["run", str(config), "--run.dir", str(run_dir), "--import", "tests.stub_parts", "--qat.backend", backend]
+    return [
+        "run",
+        str(config),
+        "--run.dir",
+        str(run_dir),
+        "--import",
+        "tests.support.one_net_all_backends",
+        "--qat.backend",
+        backend,
+    ]
 
 
 def tensors(run_dir: Path) -> dict[str, bytes]:

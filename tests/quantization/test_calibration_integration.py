@@ -10,12 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ranks import train_done
-from tests.small_runs import Runs
-from tests.sorted_parts import CLASSES, LEVELS, ids_file
+from tests.support.ranks import train_done
+from tests.support.small_runs import Runs
+from tests.support.sorted_dataset import CLASSES, LEVELS, ids_file
 
 SAMPLES = 120  # four batches: rank 0 of three has two of them
-SETTINGS = ["--import", "tests.sorted_parts", "--data.name", "sorted", "--data.args", "{}", "--data.workers", "0"]
+SETTINGS = [
+    "--import",
+    "tests.support.sorted_dataset",
+    "--data.name",
+    "sorted",
+    "--data.args",
+    "{}",
+    "--data.workers",
+    "0",
+]
 SETTINGS += ["--train.epochs", "1", "--ptq.samples", str(SAMPLES)]
 # Batches of 50 on all ranks normalise alike where BatchNorm stands still.
 SETTINGS += ["--qat.epochs", "1", "--qat.freeze_batch_norm", "0", "--qat.freeze_ranges", "1"]

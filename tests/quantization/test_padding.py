@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_nets import calibrate
 from torch import Tensor, nn
 
 from dist_train.errors import QuantizationError
-from dist_train.quantization.graph_rewrite import folded_batch_norms
-from dist_train.quantization.pt2e import PT2EBackend
-from tests.quantization.conformance_nets import same_padding
-from tests.stub_parts import backend
+from dist_train.quantization.pt2e.backend import PT2EBackend
+from dist_train.quantization.pt2e.graph_rewrite import folded_batch_norms
+from tests.support.conformance_nets import same_padding
+from tests.support.one_net_all_backends import backend
+from tests.support.tiny_nets import calibrate
 
 
 @pytest.mark.parametrize("name", ["pt2e", "fx"])

@@ -8,11 +8,11 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_nets import calibrate
 from torch import Tensor, nn
 
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
+from tests.support.tiny_nets import calibrate
 
 
 def statistics(prepared: PreparedModel) -> list[Tensor]:

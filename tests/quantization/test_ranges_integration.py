@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from tests.range_parts import EXTREME, STEPS
-from tests.ranks import call
+from tests.support.range_ranks import EXTREME, STEPS
+from tests.support.ranks import call
 
 pytestmark = pytest.mark.slow  # a few steps, but three starts of torch
 
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = call(3, "tests.range_parts:everything")
+    found: list[dict[str, Any]] = call(3, "tests.support.range_ranks:everything")
     return found
 
 

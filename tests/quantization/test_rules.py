@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from dist_train.config_fit import RuleConfig
+from dist_train.config.stages import RuleConfig
 from dist_train.errors import QuantizationError
 from dist_train.quantization.rules import resolve_rules, skipped_modules
 

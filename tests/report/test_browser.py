@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.report.write import write_report
-from tests.run_dirs import finished, started
+from tests.support.written_run_dirs import finished, started
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome: apt-get install chromium")

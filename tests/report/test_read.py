@@ -10,8 +10,8 @@ import pytest
 from dist_train.errors import RunDirError
 from dist_train.report.charts import charts
 from dist_train.report.read import RunRecord, join_attempts, read_points, read_runs
-from dist_train.run_dir import RunDir
-from tests.run_dirs import curves, finished, line, log, started
+from dist_train.run_dir.paths import RunDir
+from tests.support.written_run_dirs import curves, finished, line, log, started
 
 
 def joined(tmp_path: Path, lines: list[dict[str, Any]]) -> list[tuple[str, int, int, float | None]]:

@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_train.distributed.world import World
 from dist_train.errors import SetupError
-from dist_train.loop import fit
 from dist_train.strategies.accelerate import Accelerate
 from dist_train.strategies.base import Strategy
 from dist_train.strategies.ddp import DDP
 from dist_train.strategies.single import Single
-from dist_train.world import World
-from tests.fits import flat, make, mlp, normed
-from tests.ranks import ROOT, call, free_port
+from dist_train.training.loop import fit
+from tests.support.ranks import ROOT, call, free_port
+from tests.support.training_loops import flat, make, mlp, normed
 
 # In the form that `accelerate config` writes; MULTI_CPU would start one process (without MPI).
 USERS_CONFIG = """\
@@ -70,7 +70,7 @@ def run_arguments(folder: Path, stages: str) -> list[str]:
     }
     (folder / "config.yaml").write_text("{}\n")
     options = [text for key, value in settings.items() for text in (f"--{key}", value)]
-    return ["run", str(folder / "config.yaml"), "--import", "tests.strategies.parts", *options]
+    return ["run", str(folder / "config.yaml"), "--import", "tests.support.dtype_telling_model", *options]
 
 
 def test_bf16_in_the_users_accelerate_config_is_seen_in_the_forward_of_both_ranks(tmp_path: Path) -> None:

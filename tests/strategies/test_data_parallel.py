@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import nn
 
+from dist_train.distributed.world import World
 from dist_train.errors import SetupError
-from dist_train.loop import fit
 from dist_train.quantization.prepared import PreparedModel
-from dist_train.quantization.pt2e import PT2EBackend
+from dist_train.quantization.pt2e.backend import PT2EBackend
 from dist_train.quantization.ranges import Ranges
 from dist_train.strategies.data_parallel import DP, Replicated
 from dist_train.strategies.single import Single
-from dist_train.world import World
-from tests.fits import flat, make, normed
-from tests.quantization.tiny_nets import TinyNet, calibrate
+from dist_train.training.loop import fit
+from tests.support.tiny_nets import TinyNet, calibrate
+from tests.support.training_loops import flat, make, normed
 
 
 class OnCPU(Replicated):

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
+from dist_train.distributed.world import World
 from dist_train.errors import NonFiniteLossError
-from dist_train.ledger import Ledger, check, record_expectation
-from dist_train.loop import fit, train_step
-from dist_train.run_dir import RunDir
+from dist_train.run_dir.ledger import Ledger, check, record_expectation
+from dist_train.run_dir.paths import RunDir
 from dist_train.strategies.single import Single
-from dist_train.world import World
-from tests.fits import Watch, flat, make, mlp
-from tests.ranks import call
+from dist_train.training.loop import fit, train_step
+from tests.support.ranks import call
+from tests.support.training_loops import Watch, flat, make, mlp
 
 
 class _Steepen(torch.autograd.Function):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import dist_train
-from dist_train.ledger import check
-from dist_train.run_dir import replace_json
-from tests.ranks import train_done
+from dist_train.run_dir.files import replace_json
+from dist_train.run_dir.ledger import check
+from tests.support.ranks import train_done
 
 SMALL = {
     "data": {"name": "digits", "global_batch_size": 256, "workers": 0},

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from dist_train import registry
+from dist_train.distributed.world import World
 from dist_train.errors import ConfigError, DataError
-from dist_train.evaluate import Evaluation, agreement
 from dist_train.tasks import Task
-from dist_train.world import World
-from tests.ranks import call
+from dist_train.training.evaluate import Evaluation, agreement
+from tests.support.ranks import call
 
 
 def task(name: str, outputs: int, **args: Any) -> Task:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import dist_train
-from dist_train.checkpoint import CheckpointFolder
 from dist_train.errors import ConfigError, DataError
-from tests.ranks import train_done
+from dist_train.run_dir.checkpoint import CheckpointFolder
+from tests.support.ranks import train_done
 
 TASKS = {
     "multilabel": ("map", {"name": "small_resnet", "args": {"width": 8, "blocks": 1}}),
@@ -99,7 +99,7 @@ def require_deployed(kind: str, folder: Path, results: dict[str, Any], shape: tu
 )
 def test_what_does_not_fit_is_found_before_training(options: list[str], said: str, tmp_path: Path) -> None:
     path = settings("segmentation", tmp_path, model={"name": "small_fcn"})
-    config = dist_train.load_config(path, [*options, "--import", "tests.tasks.ill_fitting_models"])
+    config = dist_train.load_config(path, [*options, "--import", "tests.support.ill_fitting_models"])
     with pytest.raises(DataError) as caught:
         dist_train.run(config)
     assert said in caught.value.message and caught.value.hint
@@ -127,7 +127,7 @@ def test_augmentation_that_moves_no_pixel_is_fine_with_masks(tmp_path: Path) -> 
 def test_trying_a_model_out_leaves_it_as_it_was(tmp_path: Path) -> None:
     path = settings("regression", tmp_path, stages=["train"], train={"epochs": 1, "optim": {"lr": 1e-30}})
     results = dist_train.run(
-        dist_train.load_config(path, ["--import", "tests.tasks.ill_fitting_models", "--model", "{name: counting}"])
+        dist_train.load_config(path, ["--import", "tests.support.ill_fitting_models", "--model", "{name: counting}"])
     )
     # 240 samples in global batches of 12, and nothing more, went through the BatchNorm.
     state = CheckpointFolder(tmp_path / "run" / "checkpoints").load("train-end")["payload"]["model"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.run_dir import RunDir
+from dist_train.run_dir.paths import RunDir
 from dist_train.trackers.base import Trackers
 
 pytest.importorskip("tensorboard", reason="no tensorboard: pip install tensorboard")

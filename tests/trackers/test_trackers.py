@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.config import Config
-from dist_train.run_dir import RunDir
+from dist_train.config.tree import Config
+from dist_train.run_dir.paths import RunDir
 from dist_train.trackers.base import Tracker, Trackers
-from tests.fits import Recorder
+from tests.support.training_loops import Recorder
 
 
 class Failing(Tracker):

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.config import Config, WandbConfig
+from dist_train.config.tree import Config, WandbConfig
 from dist_train.errors import SetupError
-from dist_train.run_dir import RunDir
+from dist_train.run_dir.paths import RunDir
 from dist_train.trackers.wandb import Wandb
-from tests.ranks import ROOT
-from tests.wandb_files import files, read
+from tests.support.ranks import ROOT
+from tests.support.wandb_files import files, read
 
 ATTEMPT = """
 import sys
 from pathlib import Path
-from dist_train.config import Config
-from dist_train.run_dir import RunDir
+from dist_train.config.tree import Config
+from dist_train.run_dir.paths import RunDir
 from dist_train.trackers.base import Trackers
 from dist_train.trackers.wandb import Wandb
 

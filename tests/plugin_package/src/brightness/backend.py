@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 import dist_train
-from dist_train.config_fit import RuleConfig
-from dist_train.quantization.pt2e import PT2EBackend
+from dist_train.config.stages import RuleConfig
+from dist_train.quantization.pt2e.backend import PT2EBackend
 
 
 @dist_train.register_quantization_backend("float_head")

@@ -1,0 +1,206 @@
+"""The artifact's directory: its files and `manifest.json` with their hashes, written whole or not at all, checked when read.
+
+Hashes detect damage, not malice: whoever can change a model can change the hashes, and reading a prepared model can run code
+(program.py refuses what it can recognise). Load artifacts only from where you trust.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_train.errors import ArtifactError
+from dist_train.run_dir.files import sync_directory
+
+FORMAT = "dist_train/2"
+FIRST_FORMAT = "dist_train.pt2/1"  # one int8 program, model.pt2; still read
+MANIFEST = "manifest.json"
+_REQUIRED = (
+    "models",
+    "default",
+    "task",
+    "input",
+    "normalization",
+    "classes",
+    "ranges_sha256",
+    "world_sizes",
+    "metrics",
+)
+EXPORT_AGAIN = "copy it again from where it was exported, or write it anew: dist-train export RUN_DIR"
+
+
+def _aside(directory: Path) -> Path:
+    """Where the older artifact stands for the moment between the two renames of a replacement."""
+    return directory.with_name(f".{directory.name}.old")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """Canonical text: what was not written by this function is damaged. `sha256` covers all other fields."""
+    fields = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(fields, sort_keys=True, allow_nan=False)
+    fields["sha256"] = _digest(text.encode())
+    return (json.dumps(fields, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _refuse_to_replace_foreign_files(directory: Path) -> None:
+    """Our own files are those that the manifest lists, whether it is whole or not."""
+    try:
+        listed = set(json.loads((directory / MANIFEST).read_bytes())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        listed = {"model.pt2", "model.ts"}
+    foreign = sorted(entry.name for entry in directory.iterdir() if entry.name not in listed | {MANIFEST})
+    if foreign:
+        raise ArtifactError(
+            f"{directory} holds {foreign[0]!r}, which no export wrote: it would be deleted with the older artifact",
+            "move it away, or export to another directory",
+        )
+
+
+def write_artifact(directory: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
+    """Writes the artifact into `directory`: whole or not at all, and an older one stays whole until the new one stands.
+
+    files: every file of the artifact but the manifest, by name.
+    manifest: `models` {name: {"file", "kind" ("pt2" or "torchscript"), "extra" [names], "formats" {...}}}, `default` (one
+        of the names), `task`, `input` {"shape": [null, C, H, W], "dtype": "float32", "resize"}, `normalization` {"mean",
+        "std"} (or null), `classes`, `ranges_sha256` (null for a float model), `world_sizes`, `metrics`, and any other JSON.
+        Added here: `format`, `versions` (torch, torchao), `files` {name: {"sha256", "bytes"}} and the manifest's `sha256`.
+    Only one process writes at a time (rank 0).
+
+    Raises ArtifactError where the file system refuses, or where `directory` holds files that are not an artifact's.
+    """
+    missing = [key for key in _REQUIRED if key not in manifest]
+    assert not missing, f"the manifest lacks {missing}"
+    assert manifest["default"] in manifest["models"]
+    assert all(entry["file"] in files for entry in manifest["models"].values())
+    content = {
+        **manifest,
+        "format": FORMAT,
+        "versions": {"torch": torch.__version__, "torchao": version("torchao"), **manifest.get("versions", {})},
+        "files": {name: {"sha256": _digest(data), "bytes": len(data)} for name, data in files.items()},
+    }
+    contents = {**files, MANIFEST: _manifest_bytes(content)}
+    directory = Path(directory).resolve()
+    temporary = directory.with_name(f".{directory.name}.new")
+    aside = _aside(directory)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        if directory.exists():
+            _refuse_to_replace_foreign_files(directory)
+        elif aside.exists():  # a replacement was killed between its two renames
+            os.rename(aside, directory)
+        for leftover in (temporary, aside):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        temporary.mkdir()
+        for name, data in contents.items():
+            _write_file(temporary / name, data)
+        sync_directory(temporary)
+        if directory.exists():
+            os.rename(directory, aside)
+        os.rename(temporary, directory)
+        sync_directory(directory.parent)
+        if aside.exists():
+            shutil.rmtree(aside)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ArtifactError(
+            f"the artifact could not be written to {directory}: {error}",
+            "make room or rights there and run the same command again; an older artifact is still whole",
+        ) from error
+
+
+def _read_file(directory: Path, name: str) -> bytes:
+    try:
+        return (directory / name).read_bytes()
+    except FileNotFoundError:
+        raise ArtifactError(f"{directory / name} is missing", EXPORT_AGAIN) from None
+    except OSError as error:
+        raise ArtifactError(f"{directory / name} cannot be read: {error}", EXPORT_AGAIN) from error
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    data = _read_file(directory, MANIFEST)
+    try:
+        manifest = json.loads(data)
+        found = manifest["format"]
+        whole = _manifest_bytes(manifest) == data
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, no UTF-8, no object, NaN
+        raise ArtifactError(f"{path} is damaged: {error}", EXPORT_AGAIN) from error
+    if found not in (FORMAT, FIRST_FORMAT):
+        raise ArtifactError(
+            f"{path}: format {found!r} is neither {FORMAT!r} nor {FIRST_FORMAT!r}, which this version reads",
+            "pip install the dist-train that wrote it, or " + EXPORT_AGAIN,
+        )
+    if not whole or not manifest.get("files"):
+        raise ArtifactError(f"{path} is damaged or was edited: it does not match its own sha256", EXPORT_AGAIN)
+    return manifest
+
+
+def _in_the_present_format(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What was written in the first format held one int8 program of a classification."""
+    if manifest["format"] == FORMAT:
+        return manifest
+    models = {"int8": {"file": "model.pt2", "kind": "pt2"}}
+    return {**manifest, "models": models, "default": "int8", "task": "classification"}
+
+
+def find_artifact(path: Path) -> Path:
+    """The artifact's directory, where `path` is that directory, a run's directory with an export, or a file in it.
+
+    Raises ArtifactError where there is none.
+    """
+    path = path.resolve()
+    folder = path if path.is_dir() or not path.suffix else path.parent
+    for candidate in (folder, folder / "export"):
+        for each in (candidate, _aside(candidate)):  # the older one, where a replacement was killed between its renames
+            if (each / MANIFEST).is_file() or (candidate == folder and (each / "model.pt2").is_file()):
+                return each
+    raise ArtifactError(
+        f"there is no artifact at {path}",
+        "name an export directory, as in runs/NAME/export; to write one: dist-train export runs/NAME",
+    )
+
+
+def read_artifact(directory: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The manifest and the very bytes that were hashed, so that nothing can change between the check and the use."""
+    manifest = _read_manifest(directory)
+    files: dict[str, bytes] = {}
+    for name, expected in manifest["files"].items():
+        if Path(name).name != name:
+            raise ArtifactError(f"{directory / MANIFEST} lists {name!r}, which is not a plain file name", EXPORT_AGAIN)
+        data = files[name] = _read_file(directory, name)
+        if len(data) != expected["bytes"] or _digest(data) != expected["sha256"]:
+            raise ArtifactError(
+                f"{directory / name} is damaged: {len(data)} bytes with sha256 {_digest(data)[:12]}..., "
+                f"but {MANIFEST} says {expected['bytes']} bytes with {expected['sha256'][:12]}...",
+                "copy it again from where it came, or " + EXPORT_AGAIN,
+            )
+    return _in_the_present_format(manifest), files
+
+
+def verify_artifact(directory: Path | str) -> dict[str, Any]:
+    """The manifest, after every listed file was hashed. Nothing is deserialised but the manifest's JSON.
+
+    Raises ArtifactError, naming the file, where one is missing or a byte differs (in the manifest too).
+    """
+    return read_artifact(find_artifact(Path(directory)))[0]

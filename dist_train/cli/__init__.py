@@ -1,0 +1,1 @@
+"""The command line: parses what is typed and calls one function."""

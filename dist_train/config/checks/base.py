@@ -1,0 +1,30 @@
+"""What a check of the configuration is, and the settings that it rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from dist_train.config.tree import Config
+from dist_train.errors import Problem
+
+Check = Callable[[Config, Mapping[str, str]], Iterable[Problem]]
+Checks = list[tuple[tuple[str, ...], Check]]
+
+
+def about(checks: Checks, *keys: str) -> Callable[[Check], Check]:
+    """Adds a check to `checks`, with the dotted keys of the settings that it rests on."""
+
+    def add(check: Check) -> Check:
+        checks.append((keys, check))
+        return check
+
+    return add
+
+
+def ignored(section: str, settings: Any, names: Iterable[str], chosen_by: str = "name") -> Iterator[Problem]:
+    """A changed setting that the chosen name does not use. One at its default is none: dumped configs give them all."""
+    for name in names:
+        if getattr(settings, name) != type(settings).model_fields[name].default:
+            key, hint = f"{section}.{name}", f"remove it, or choose another {section}.{chosen_by}"
+            yield Problem(key, f"is ignored by {getattr(settings, chosen_by)!r}", hint=hint)

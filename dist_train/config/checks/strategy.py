@@ -1,0 +1,80 @@
+"""What `strategy` and `precision` need of the other settings, and of the variables that `accelerate launch` sets. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+from dist_train.cluster.rank_plan import source_of
+from dist_train.config.tree import Config
+from dist_train.errors import Problem
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+# What accelerate calls `mixed_precision`, in our words. fp8 is not here: nothing of ours computes in it.
+_PRECISIONS: dict[str, Precision] = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
+_SHARDED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+
+
+def accelerate_precision(environ: Mapping[str, str]) -> Precision | None:
+    """The `mixed_precision` of the accelerate config that this process was launched with; None where there is none."""
+    return _PRECISIONS.get(environ.get("ACCELERATE_MIXED_PRECISION", "").lower())
+
+
+def strategy_problems(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+    """The contradictions of `strategy` with `precision`, `compile`, the number of ranks, and accelerate's variables."""
+    name = {"torchrun": "WORLD_SIZE", "slurm": "SLURM_STEP_NUM_TASKS", "single": ""}[source_of(environ)]
+    ranks = environ.get(name, "1")
+    several = ranks.isdecimal() and int(ranks) > 1
+    if config.strategy == "single" and several:
+        message = f"'single' is for one process, but this is one of {ranks} ({name})"
+        yield Problem("strategy", message, hint="--strategy auto, or start one process: dist-train run CONFIG")
+    if config.strategy == "dp":
+        if several:
+            message = f"'dp' drives all GPUs from one process, but this is one of {ranks} ({name})"
+            yield Problem("strategy", message, hint="--strategy ddp, or start one process: dist-train run CONFIG")
+        if config.compile:
+            message = "'dp' copies the model to the GPUs at each step, which torch.compile cannot follow"
+            yield Problem("strategy", message, hint="--compile false, or a rank for each GPU with --strategy ddp")
+    if config.strategy == "accelerate":
+        yield from _accelerate_problems(config, environ)
+
+
+def _accelerate_problems(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+    for name, what in _SHARDED.items():
+        if environ.get(name, "").lower() == "true":
+            quantized = [stage for stage in ("ptq", "qat") if stage in config.stages]
+            also = f", and {' and '.join(quantized)} would need whole weights" if quantized else ""
+            message = f"the accelerate config asks for {what}, whose sharded state our checkpoints cannot hold{also}"
+            hint = "choose multi-GPU (DDP) in `accelerate config`, or accelerate launch --multi_gpu ..."
+            yield Problem("strategy", message, f"environment: {name}", hint)
+    backend = environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        message = (
+            f"the accelerate config compiles by torch dynamo ({backend}), with shapes that a resumed run may not repeat"
+        )
+        hint = "leave dynamo_config out of it, and give --compile true"
+        yield Problem("strategy", message, "environment: ACCELERATE_DYNAMO_BACKEND", hint)
+    steps = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps != "1":
+        message = f"the accelerate config accumulates {steps} steps; here that follows from the batch sizes"
+        hint = "gradient_accumulation_steps: 1 there, and --data.micro_batch_size N here"
+        yield Problem("strategy", message, "environment: ACCELERATE_GRADIENT_ACCUMULATION_STEPS", hint)
+    if config.run.device == "cuda" and environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        message = "is cuda, and the accelerate config says use_cpu: true"
+        yield Problem("run.device", message, hint="--run.device auto, or use_cpu: false there")
+    given = environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    theirs = accelerate_precision(environ)
+    if given.lower() not in _PRECISIONS:
+        message = f"the accelerate config says mixed_precision: {given}, which is not supported"
+        hint = "accelerate launch --mixed_precision bf16 (or fp16, or no)"
+        yield Problem("precision", message, "environment: ACCELERATE_MIXED_PRECISION", hint)
+    elif theirs is not None and config.precision not in ("auto", "fp32", theirs):
+        message = f"is {config.precision}, and the accelerate config says mixed_precision: {given}"
+        hint = f"accelerate launch --mixed_precision {config.precision} ..., or leave precision out here"
+        yield Problem("precision", message, hint=hint)

@@ -1,0 +1,1 @@
+"""What the terminal shows: progress, epoch lines and the table of results."""

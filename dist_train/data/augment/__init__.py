@@ -1,0 +1,1 @@
+"""Augmentation of image batches as a function of (seed, epoch, sample id)."""

@@ -1,0 +1,39 @@
+"""The built-in datasets that need no files, and the arguments of all. Each takes the config's data section and returns its splits."""
+
+import numpy as np
+import torch
+
+from dist_train.config.data import DataConfig
+from dist_train.data.arrays import ImageArrays
+from dist_train.data.datasets.args import NoArgs, read_args
+from dist_train.data.permutation import Permutation
+from dist_train.data.splits import Splits
+
+
+def digits(data: DataConfig) -> Splits:
+    """The UCI digits that scikit-learn ships: 1,437 to train on, 360 to evaluate on, uint8 [N, 1, 8, 8], 10 classes.
+
+    The split is stratified and always the same. Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten
+    Digits", UCI Machine Learning Repository, 1998, https://doi.org/10.24432/C50P49.
+    """
+    from sklearn.datasets import load_digits
+
+    read_args(data, NoArgs)
+    bunch = load_digits()
+    targets = torch.from_numpy(bunch.target).to(torch.int64)
+    # 0..16 to 0..255: 255 / 16 is no integer, so values are rounded.
+    images = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
+    # Shuffled, then ordered by class: every fifth is stratified.
+    order = Permutation(len(targets), key=0)(np.arange(len(targets)))
+    by_class = order[np.argsort(bunch.target[order], kind="stable")]
+    held_out = np.isin(np.arange(len(targets)), by_class[::5])
+    train, evaluation = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    return Splits(
+        train=ImageArrays(images[train], targets[train]),
+        eval=ImageArrays(images[evaluation], targets[evaluation]),
+        num_classes=10,
+        classes=tuple(str(digit) for digit in range(10)),
+        # images.double().div(255).mean() and .std(unbiased=False) of the training split; a test computes them again.
+        mean=(0.3052,),
+        std=(0.3757,),
+    )

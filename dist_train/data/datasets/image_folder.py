@@ -1,0 +1,241 @@
+"""A folder of image files, train/<class>/* and val/<class>/*: decoded and cropped to uint8 by worker processes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from torch.utils.data import Dataset
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+
+from dist_train.config.data import DataConfig, RandAugment, RandomHorizontalFlip, RandomResizedCrop
+from dist_train.data.datasets.args import read_args
+from dist_train.data.splits import Splits
+from dist_train.errors import ConfigError, CorruptSampleError, DataError, Problem
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+# Of the training images of ImageNet-1k, on the scale 0..1; what torchvision's weights were trained with
+# (https://docs.pytorch.org/vision/stable/models.html).
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class ImageFolderArgs(BaseModel):
+    """Arguments of `image_folder`: pixels of an input's edge, and of an evaluated image's shorter edge before the centre is cut out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    size: PositiveInt = 224
+    resize: PositiveInt = 256
+
+    @model_validator(mode="after")
+    def _centre_lies_inside(self) -> ImageFolderArgs:
+        if self.resize < self.size:
+            raise ValueError(f"resize, {self.resize}, must be at least size, {self.size}, which is cut out of it")
+        return self
+
+
+class ImageFiles(Dataset[Any]):
+    """Image files with their classes; an item is (uint8 RGB [3, size, size], class index).
+
+    Args:
+        names: paths under `folder`, in the order of their ids; of millions of files, so they are kept as one array of bytes, which
+            worker processes share.
+        targets: int64 [N].
+        steps: the first entries of data.augment, as far as the workers make them.
+
+    Raises:
+        CorruptSampleError: by an item, where the file holds no image that can be decoded; names the file.
+        DataError: by an item, where the file cannot be read.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        names: Sequence[str],
+        targets: np.ndarray,
+        args: ImageFolderArgs,
+        steps: Sequence[Any],
+        fingerprint: str,
+    ) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self._folder = folder
+        self._names = np.frombuffer(b"".join(encoded), np.uint8)
+        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        self._targets = targets
+        self._args = args
+        self._cropped = not any(isinstance(step, RandomResizedCrop) for step in steps)
+        self._transform = v2.Compose([_transform(step, args.size) for step in steps]) if steps else None
+        self.own_steps = len(steps)
+        self.input_shape = (3, args.size, args.size)
+        self.fingerprint = fingerprint
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """The centre of the image, its shorter edge scaled to `resize` pixels."""
+        return self._centre(self._decoded(index)), int(self._targets[index])
+
+    def augmented(self, index: int, seed: int) -> tuple[torch.Tensor, int]:
+        image = self._decoded(index)
+        if self._transform is None or self._cropped:
+            image = self._centre(image)
+        if self._transform is not None:
+            # The transforms draw from torch's generator of the CPU and from no other; seeding them all would cost as much as the flip.
+            torch.default_generator.manual_seed(seed)
+            image = self._transform(image)
+        return image, int(self._targets[index])
+
+    def path(self, index: int) -> Path:
+        start = self._ends[index - 1] if index else 0
+        return self._folder / os.fsdecode(self._names[start : self._ends[index]].tobytes())
+
+    def _decoded(self, index: int) -> torch.Tensor:
+        path = self.path(index)
+        try:
+            content = np.fromfile(path, np.uint8)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}", "look at the file, or at the disk") from error
+        hint = "repair or remove the file, or leave such files out, counted: --data.on_corrupt skip"
+        if not len(content):
+            raise CorruptSampleError(f"{path} is empty", hint)
+        try:
+            image = decode_image(torch.from_numpy(content), mode=ImageReadMode.RGB)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0].rpartition(".cpp:")[2].partition(", ")[2] or str(error)
+            raise CorruptSampleError(f"{path} cannot be decoded: {reason}", hint) from error
+        return image if image.dtype == torch.uint8 else functional.to_dtype(image, torch.uint8, scale=True)
+
+    def _centre(self, image: torch.Tensor) -> torch.Tensor:
+        resized = functional.resize(image, [self._args.resize], antialias=True)
+        return functional.center_crop(resized, [self._args.size, self._args.size])
+
+
+def _transform(step: Any, size: int) -> v2.Transform:
+    if isinstance(step, RandomResizedCrop):
+        return v2.RandomResizedCrop(size, scale=step.scale, ratio=step.ratio, antialias=True)
+    if isinstance(step, RandAugment):
+        return v2.RandAugment(num_ops=step.num_ops, magnitude=step.magnitude)
+    assert isinstance(step, RandomHorizontalFlip)
+    return v2.RandomHorizontalFlip(step.p)
+
+
+def worker_steps(augment: Sequence[Any]) -> list[Any]:
+    """The first entries of data.augment, as far as workers make them; config_check.py refuses those of theirs that come later."""
+    return list(
+        takewhile(lambda step: isinstance(step, (RandomResizedCrop, RandomHorizontalFlip, RandAugment)), augment)
+    )
+
+
+def image_folder(data: DataConfig) -> Splits:
+    """Images of data.root: train/<class>/* to train on and val/<class>/* to evaluate on; the classes are the folders' names, sorted.
+
+    Evaluated images, and those to train on unless data.augment begins with random_resized_crop, are scaled and cut as
+    `ImageFolderArgs` says. Normalized with ImageNet's mean and std, as torchvision's weights expect.
+
+    Raises:
+        DataError: folders that do not fit; says what was seen.
+    """
+    args = read_args(data, ImageFolderArgs)
+    steps = worker_steps(data.augment)
+    if data.root is None:
+        raise ConfigError(
+            [Problem("data.root", "image_folder needs it", hint="--data.root FOLDER with train/ and val/")]
+        )
+    missing = [name for name in ("train", "val") if not (data.root / name).is_dir()]
+    if missing:
+        seen = ", ".join(sorted(entry.name for entry in data.root.iterdir())[:5]) or "nothing"
+        raise DataError(f"{data.root} has no folder {' and no folder '.join(missing)}: it holds {seen}", _LAYOUT)
+    found = {name: _list(data.root / name) for name in ("train", "val")}
+    classes = sorted(found["train"])
+    if classes != sorted(found["val"]):
+        only = {
+            name: sorted(set(found[name]) - set(found[other])) for name, other in (("train", "val"), ("val", "train"))
+        }
+        said = "; ".join(f"only in {name}: {', '.join(names[:5])}" for name, names in only.items() if names)
+        raise DataError(
+            f"the classes of {data.root}/train and {data.root}/val differ: {said}", "give both the same folders"
+        )
+    train, evaluation = (_files(data.root / name, found[name], classes, args, steps) for name in ("train", "val"))
+    return Splits(train, evaluation, len(classes), tuple(classes), _MEAN, _STD, resize=args.resize)
+
+
+_LAYOUT = "--data.root FOLDER, with images in FOLDER/train/<class>/ and FOLDER/val/<class>/"
+
+
+def _files(
+    folder: Path,
+    found: dict[str, list[tuple[str, int]]],
+    classes: Sequence[str],
+    args: ImageFolderArgs,
+    steps: Sequence[Any],
+) -> ImageFiles:
+    digest = hashlib.sha256()
+    names: list[str] = []
+    for name in classes:
+        for file, size in found[name]:
+            names.append(f"{name}/{file}")
+            digest.update(os.fsencode(f"{name}/{file} {size}\n"))
+    targets = np.repeat(np.arange(len(classes)), [len(found[name]) for name in classes])
+    return ImageFiles(folder, names, targets, args, steps, digest.hexdigest()[:32])
+
+
+def _list(split: Path) -> dict[str, list[tuple[str, int]]]:
+    """Class -> its image files under the class's folder, at any depth: path and size in bytes, sorted.
+
+    Raises:
+        DataError: no classes, a class without images, or files that are no images.
+    """
+    found: dict[str, list[tuple[str, int]]] = {}
+    others: Counter[str] = Counter()
+    for entry in sorted(split.iterdir()):
+        if entry.name.startswith(".") or not entry.is_dir():
+            continue
+        files, seen = _images(entry)
+        others.update(seen)
+        found[entry.name] = files
+    if len(found) < 2:
+        names = ", ".join(found) or "none"
+        raise DataError(f"{split} must hold a folder for each of two or more classes; it holds {names}", _LAYOUT)
+    empty = [name for name, files in found.items() if not files]
+    beside = ", ".join(f"{count} of {extension}" for extension, count in others.most_common(5))
+    if empty:
+        raise DataError(
+            f"{split} has {len(empty)} classes without an image, such as {empty[0]}"
+            + (f"; other files: {beside}" if beside else ""),
+            f"remove the folder, or fill it; images end in {', '.join(EXTENSIONS)}",
+        )
+    if others:
+        raise DataError(
+            f"{split} has files that are no images: {beside}", f"remove them; images end in {', '.join(EXTENSIONS)}"
+        )
+    return found
+
+
+def _images(folder: Path) -> tuple[list[tuple[str, int]], Counter[str]]:
+    """Image files under a folder, and how many others there are of each extension; hidden ones do not count."""
+    files: list[tuple[str, int]] = []
+    others: Counter[str] = Counter()
+    waiting = [folder]
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    waiting.append(Path(entry.path))
+                elif entry.name.lower().endswith(EXTENSIONS):
+                    files.append((os.path.relpath(entry.path, folder), entry.stat().st_size))
+                else:
+                    others[Path(entry.name).suffix or "files without an extension"] += 1
+    return sorted(files), others

@@ -1,0 +1,143 @@
+"""Rows of a dataset by id, as batches on the device: from arrays, from worker processes, or from a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from dist_train.data.arrays import Batch, ImageArrays
+from dist_train.data.augment.steps import Augmentation
+from dist_train.data.stream import read_stream
+from dist_train.data.workers import EVALUATION, Failure, Keyed, Keys, stacked
+from dist_train.distributed.watchdog.stop_signals import ignore_in_worker, starting_workers
+from dist_train.errors import CorruptSampleError, DataError
+
+_PREFETCH = 4  # batches that each worker makes ahead
+
+
+class Source:
+    """Rows of a dataset by id: an index operation for image arrays, worker processes for map-style datasets.
+
+    The workers start with the first batch and live as long as the source.
+
+    Args:
+        workers: worker processes for a map-style dataset; 0: none, and an iterable dataset has one whatever is asked.
+        skip_corrupt: leave out items whose dataset raises CorruptSampleError, instead of raising it here.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageArrays | Dataset[Any],
+        augmentation: Augmentation,
+        device: torch.device,
+        channels_last: bool,
+        workers: int,
+        seed: int,
+        *,
+        skip_corrupt: bool = False,
+        size: int | None = None,
+    ) -> None:
+        self._dataset = dataset
+        self._augmentation = augmentation
+        self._device = device
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._workers = workers
+        self._seed = seed
+        self._size = size
+        self.skips_corrupt = skip_corrupt and not isinstance(dataset, (ImageArrays, IterableDataset))
+        self._keys = Keys()
+        self._loader: DataLoader[Any] | None = None
+
+    def __len__(self) -> int:
+        """Rows; of an iterable dataset as many as `size` says."""
+        return len(self._dataset) if self._size is None else self._size  # type: ignore[arg-type]
+
+    def batches(self, rows: Iterator[np.ndarray], epoch: int | None) -> Iterator[Batch]:
+        """A batch on the device for each array of ids; augmented as in `epoch`, or only normalized where it is None.
+
+        Of a dataset that is read by workers only one such iterator can be under way.
+
+        Raises:
+            DataError: an item is not what it should be, or, unless they are skipped, cannot be decoded; its message is the dataset's.
+        """
+        fetched: Iterator[Batch]
+        if isinstance(self._dataset, ImageArrays):
+            fetched = (self._dataset.gather(ids) for ids in rows)
+        elif isinstance(self._dataset, IterableDataset):
+            stream = read_stream(self._dataset, list(rows), self._seed, EVALUATION if epoch is None else epoch)
+            fetched = (_checked(batch, failures, False) for batch, failures in stream)
+        else:
+            fetched = self._from_workers(self._dataset, rows, EVALUATION if epoch is None else epoch)
+        for batch in fetched:
+            yield self._on_device(batch, epoch)
+
+    def _from_workers(self, dataset: Dataset[Any], rows: Iterator[np.ndarray], epoch: int) -> Iterator[Batch]:
+        if self._loader is None:
+            self._loader = DataLoader(
+                Keyed(dataset, self._seed),
+                batch_sampler=self._keys,
+                worker_init_fn=ignore_in_worker,
+                num_workers=self._workers,
+                collate_fn=stacked,
+                # A DataLoader takes a base seed from the global generator: give it one of its own.
+                generator=torch.Generator().manual_seed(self._seed),
+                persistent_workers=self._workers > 0,
+                prefetch_factor=_PREFETCH if self._workers else None,
+            )
+        self._keys.set(epoch, rows)
+        try:
+            with starting_workers():
+                fetched = iter(self._loader)
+            for batch, failures in fetched:
+                yield _checked(batch, failures, self.skips_corrupt)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise DataError(
+                f"a worker process that reads the data ended: {error}",
+                "if memory ran out, fewer of them: --data.workers 1; 0 reads in the rank's own process",
+            ) from error
+
+    def _on_device(self, batch: Batch, epoch: int | None) -> Batch:
+        ids, inputs, targets = (
+            tensor.to(self._device, non_blocking=True) for tensor in (batch.ids, batch.inputs, batch.targets)
+        )
+        if not len(batch.ids):
+            return batch
+        if inputs.dtype != torch.uint8 and epoch is not None and self._augmentation.changes_images:
+            raise DataError(
+                f"data.augment works on uint8 images [C, H, W], and the dataset gives {inputs.dtype}",
+                "--data.augment '[]', and augment in __getitem__; or return uint8 images there",
+            )
+        if inputs.dtype == torch.uint8:
+            inputs = self._augmentation.normalize(inputs) if epoch is None else self._augmentation(inputs, ids, epoch)
+        return Batch(batch.ids, self.arranged(inputs), targets, batch.missing)
+
+    def arranged(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Images [B, C, H, W] in the model's memory format; other inputs as they are."""
+        return inputs.contiguous(memory_format=self._memory_format) if inputs.dim() == 4 else inputs
+
+    def zeros(self, rows: int) -> torch.Tensor:
+        """Inputs that stand where nothing could be decoded: float32 [rows, ...] on the device.
+
+        Raises:
+            DataError: the dataset does not say what shape its inputs have.
+        """
+        shape = getattr(self._dataset, "input_shape", None)
+        if shape is None:
+            raise DataError(
+                f"no item of a rank's batch can be decoded, and {type(self._dataset).__name__} has no `input_shape`",
+                "--data.on_corrupt error names the first; or give the dataset that attribute, such as (3, 224, 224)",
+            )
+        return torch.zeros(rows, *shape, device=self._device)
+
+
+def _checked(batch: Batch, failures: list[Failure], skip_corrupt: bool) -> Batch:
+    for failure in failures:
+        if not (skip_corrupt and issubclass(failure.kind, CorruptSampleError)):
+            raise failure.kind(failure.message, failure.hint)
+    return batch

@@ -1,0 +1,1 @@
+"""The ranks together: world, process group and preflight."""

@@ -1,0 +1,1 @@
+"""Watches the ranks: heartbeats, stop signals, and a verdict on the rank that is stuck."""

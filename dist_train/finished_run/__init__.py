@@ -1,0 +1,1 @@
+"""Uses a finished run: opens, evaluates, exports it, and predicts with it."""

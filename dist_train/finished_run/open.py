@@ -1,0 +1,164 @@
+"""A run on the disk, opened again: its settings, and what its finished stages left."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dist_train.artifact.store import read_artifact
+from dist_train.config.checks.strategy import Precision
+from dist_train.config.load import load
+from dist_train.config.tree import Config
+from dist_train.data.splits import Splits
+from dist_train.errors import ConfigError, DataError, RunDirError
+from dist_train.models.half_precision import Dtype
+from dist_train.programs.program import Program
+from dist_train.run_dir.checkpoint import CheckpointFolder
+from dist_train.run_dir.files import read_json
+from dist_train.run_dir.paths import RunDir, recorded_config
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run left.
+
+    Attributes:
+        paths: of the run.
+        config: its settings, without what only its start needed (weights, trackers).
+        described: of its data, as `deployment.describe_data` says; empty for a run of a version that did not record it.
+        results: as of its newest checkpoint.
+        stages: finished stage -> name of its checkpoint.
+    """
+
+    paths: RunDir
+    config: Config
+    described: dict[str, Any]
+    results: dict[str, Any]
+    stages: dict[str, str]
+
+    def product(self, stage: str) -> dict[str, Any]:
+        """What a finished stage handed on."""
+        product: dict[str, Any] = CheckpointFolder(self.paths.checkpoints).load(self.stages[stage])["payload"]
+        return product
+
+    @property
+    def half(self) -> Dtype | None:
+        """The dtype of the half model, None where the run has none."""
+        dtype: Dtype | None = self.product("half")["dtype"] if "half" in self.stages else None
+        return dtype
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of each rank."""
+        recorded: int = read_json(self.paths.environment)["threads_per_rank"]
+        return recorded
+
+    @property
+    def precision(self) -> Precision | None:
+        """The precision of its forward, None where the run did not record it."""
+        recorded: Precision | None = read_json(self.paths.environment).get("precision")
+        return recorded
+
+    def load_float(self, model: nn.Module) -> None:
+        """Gives `model` the trained weights, where the run trained any, and puts it into eval mode."""
+        if "train" in self.stages:
+            model.load_state_dict(self.product("train")["model"])
+        model.eval()
+
+    def int8_program(self) -> Program:
+        """The converted program."""
+        return Program(**self.product("convert")["program"])
+
+
+def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> FinishedRun:
+    """Opens a run that has a model; reads only.
+
+    overrides: as on the command line; `--data.name` of another dataset drops the recorded `args` and `root`.
+
+    Raises:
+        RunDirError: there is no run, it has no trained model yet, or it does not fit this version.
+        ConfigError: mistakes in the overrides, or data that is not there.
+    """
+    paths = RunDir(Path(run_dir))
+    recorded = recorded_config(paths)
+    folder = CheckpointFolder(paths.checkpoints)
+    newest = folder.load(folder.latest) if folder.latest is not None else {"finished_stages": {}, "results": {}}
+    finished = newest["finished_stages"]
+    if not {"train", "half", "convert"} & set(finished):
+        raise RunDirError(
+            f"{run_dir} has no trained model yet", "finish the run first: the same dist-train run command resumes it"
+        )
+    # What only the run itself needs must not stand in the way on another machine.
+    settled = ["--trackers", "[]", "--export.formats", "[pt2]"]
+    if "train" in finished:
+        settled += ["--model.weights", "null", "--model.init_from", "null"]
+    if recorded.get("strategy") == "single" and os.environ.get("WORLD_SIZE", "1") != "1":
+        settled += ["--strategy", "auto"]
+    given = {option.partition("=")[0] for option in overrides}
+    if "--data.name" in given:
+        settled += [word for key in ("args", "root") if f"--data.{key}" not in given for word in _dropped(key)]
+    try:
+        config = load(paths.config, [*settled, *overrides]).config
+    except ConfigError as error:
+        unknown = [each for each in error.problems if "unknown" in each.message and not each.source.startswith("--")]
+        if not unknown:
+            raise
+        raise RunDirError(
+            f"{paths.config} does not fit this version or what is registered: {unknown[0].message}",
+            "where the run used code of yours: --import MODULE",
+        ) from error
+    return FinishedRun(paths, config, newest.get("described") or _from_manifest(paths), newest["results"], finished)
+
+
+def _dropped(key: str) -> tuple[str, str]:
+    return (f"--data.{key}", "{}" if key == "args" else "null")
+
+
+def _from_manifest(paths: RunDir) -> dict[str, Any]:
+    """Runs of the first version described their data only in the artifact."""
+    if not paths.export.is_dir():
+        return {}
+    return described_by(read_artifact(paths.export)[0])
+
+
+def described_by(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What an artifact says of the data that its models take, as `deployment.describe_data` does."""
+    return {
+        "input_shape": manifest["input"]["shape"][1:],
+        "resize": manifest["input"].get("resize"),
+        "mean": manifest["normalization"]["mean"],
+        "std": manifest["normalization"]["std"],
+        "classes": manifest["classes"],
+        "num_outputs": len(manifest["classes"]) or None,
+    }
+
+
+def as_trained(splits: Splits, described: Mapping[str, Any], whole_shape: bool) -> Splits:
+    """The data as the model knows it: normalised by the mean and deviation of what it was trained on.
+
+    whole_shape: the model takes images of one height and width only, as an exported one does.
+
+    Raises:
+        DataError: the images or classes are of another kind than the model's.
+    """
+    if not described:
+        return splits
+    shape, known = list(splits.input_shape), list(described["input_shape"])
+    if shape != known if whole_shape else shape[:1] != known[:1]:
+        raise DataError(
+            f"the model takes inputs of shape {known}, but the data has {shape}",
+            "give data of that shape: --data.name and --data.args",
+        )
+    outputs = getattr(splits, "num_outputs", splits.num_classes)
+    if described["num_outputs"] not in (None, outputs):
+        raise DataError(
+            f"the model has {described['num_outputs']} outputs, but the data asks for {outputs}",
+            "give data of the same classes, in the same order",
+        )
+    return dataclasses.replace(splits, mean=tuple(described["mean"]), std=tuple(described["std"]))

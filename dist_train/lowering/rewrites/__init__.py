@@ -1,0 +1,1 @@
+"""Rewrites of quantized graphs and files for the runtimes' integer kernels."""

@@ -1,0 +1,160 @@
+"""What `auto` comes to on this machine, and why: one line at the start of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from dist_train.config.checks.strategy import Precision, accelerate_precision
+from dist_train.config.tree import Config
+from dist_train.distributed.world import World
+from dist_train.errors import SetupError
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the ranks have.
+
+    Attributes:
+        device: "cpu" or "cuda", of every rank.
+        cuda_devices: that the first rank sees.
+        cores: that this node's ranks share.
+        threads: CPU threads of each rank, and `threads_kept` if they are those of the first start.
+        workers: data workers that a rank gets under `data.workers: auto`.
+        bf16: what computes in bfloat16 on every rank's device, such as "AVX-512 BF16"; "" where something would emulate it.
+    """
+
+    world_size: int = 1
+    local_world_size: int = 1
+    device: str = "cpu"
+    cuda_devices: int = 0
+    cores: int = 1
+    threads: int = 1
+    threads_kept: bool = False
+    workers: int = 1
+    bf16: str = ""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The strategy's registered name, the precision, and what to say of them and of whatever else was `auto`."""
+
+    strategy: str
+    precision: Precision
+    lines: tuple[str, ...]
+
+
+def look(world: World, threads: int, threads_kept: bool) -> Facts:
+    """The facts of this world; equal on all ranks but for those of the node. Collective."""
+    facts = Facts(
+        world_size=world.world_size,
+        local_world_size=world.local_world_size,
+        device=world.device.type,
+        cuda_devices=torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        cores=world.cores,
+        threads=threads,
+        threads_kept=threads_kept,
+        workers=world.share_of_cores(),
+    )
+    kinds = world.gather(_native_bf16(facts.device))
+    return replace(facts, bf16=kinds[0] if all(kinds) else "")
+
+
+def _native_bf16(device: str) -> str:
+    if device == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return "AVX-512 BF16" if torch.cpu._is_avx512_bf16_supported() else ""
+
+
+def choose(config: Config, facts: Facts, environ: Mapping[str, str], kept: Precision | None = None) -> Choices:
+    """Resolves strategy and precision.
+
+    Args:
+        environ: `os.environ`, for what `accelerate launch` put there.
+        kept: the precision of an interrupted run that this one resumes; results depend on it, so `auto` keeps it.
+
+    Raises:
+        SetupError: the accelerate config now says another precision than when the run began.
+    """
+    said, remarks = [], []
+    strategy, why = _strategy(config.strategy, facts)
+    if config.strategy == "auto":
+        said.append(f"strategy {strategy} ({why})")
+    elif strategy != config.strategy:
+        remarks.append(f"strategy {config.strategy} runs as {strategy}: {why}")
+    precision, why = _precision(config, facts, environ, kept)
+    if config.precision == "auto":
+        said.append(f"precision {precision} ({why})")
+    elif precision != config.precision:
+        remarks.append(f"precision {precision}: {why}")
+    if config.run.device == "auto":
+        said.append(f"device {facts.device} ({_device(facts)})")
+    if config.run.threads_per_rank == "auto":
+        why = "as at the first start" if facts.threads_kept else _shared(facts)
+        said.append(f"{_count(facts.threads, 'thread')} per rank ({why})")
+    if config.data.workers == "auto":
+        said.append(f"at most {_count(facts.workers, 'data worker')} per rank ({_shared(facts)})")
+    theirs = accelerate_precision(environ)
+    if config.strategy != "accelerate" and theirs not in (None, "fp32", precision):
+        remarks.append(f"accelerate's mixed_precision {theirs} is not used: --strategy accelerate would use it")
+    lines = [f"auto: {', '.join(said)}"] if said else []
+    return Choices(strategy, precision, (*lines, *remarks))
+
+
+def _strategy(asked: str, facts: Facts) -> tuple[str, str]:
+    if asked == "dp" and (facts.device != "cuda" or facts.cuda_devices < 2):
+        seen = "runs on the CPU" if facts.device != "cuda" else f"sees {_count(facts.cuda_devices, 'CUDA device')}"
+        return "single", f"dp needs two CUDA devices, and this process {seen}"
+    if asked in ("auto", "ddp"):
+        return ("ddp" if facts.world_size > 1 else "single"), _ranks(facts.world_size)
+    return asked, ""
+
+
+def _precision(
+    config: Config, facts: Facts, environ: Mapping[str, str], kept: Precision | None
+) -> tuple[Precision, str]:
+    if config.strategy == "accelerate":
+        theirs = accelerate_precision(environ)
+        if theirs is not None:
+            if kept is not None and theirs != kept:
+                raise SetupError(
+                    f"this run began in {kept}, and the accelerate config now says {theirs}",
+                    f"accelerate launch --mixed_precision {'no' if kept == 'fp32' else kept} ..., or another --run.dir",
+                )
+            return theirs, "accelerate's mixed_precision"
+        if kept is not None:
+            return kept, "as at the first start"
+    if config.precision != "auto":
+        return config.precision, ""
+    if kept is not None:
+        return kept, "as at the first start"
+    this = "this GPU" if facts.device == "cuda" else "this CPU"
+    if facts.bf16:
+        return "bf16", f"{this} has {facts.bf16}"
+    if facts.device == "cuda":
+        return "fp16", f"{this} has no bfloat16"
+    return "fp32", f"{this} would emulate bf16 and fp16"
+
+
+def _device(facts: Facts) -> str:
+    if facts.device == "cuda":
+        return f"{_count(facts.cuda_devices, 'CUDA device')} for {_ranks(facts.local_world_size)}"
+    if facts.cuda_devices == 0:
+        return "no CUDA"
+    return f"only {_count(facts.cuda_devices, 'CUDA device')} for {_ranks(facts.local_world_size)}"
+
+
+def _shared(facts: Facts) -> str:
+    return f"{_count(facts.cores, 'core')}, {_ranks(facts.local_world_size)}"
+
+
+def _ranks(count: int) -> str:
+    return _count(count, "rank")
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

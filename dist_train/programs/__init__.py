@@ -1,0 +1,1 @@
+"""A model as bytes: torch.export programs and TorchScript."""

@@ -1,0 +1,65 @@
+"""Which module, and which line of its forward, an error of tracing or of preparing a graph comes from."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import re
+import traceback
+from pathlib import Path
+
+from torch import nn
+from torch.fx import Node
+
+from dist_train.quantization.fx_nodes import module_of
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \w+\n\s*(?P<text>.*)')
+
+
+def where(model: nn.Module, error: BaseException) -> str:
+    """`head.body, models.py line 12: if x.mean() > 0`: the innermost forward of a module of `model` that led to `error`, else "".
+
+    error: of torch.fx, whose traceback goes through the model's own code, or of torch.export, which brings the stack that it traced.
+    """
+    traced = getattr(error, "real_stack", None)
+    frames = (
+        [(frame.filename, frame.lineno) for frame in traced]
+        if traced
+        else [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    )
+    for file, line in reversed(frames):
+        for name, module in model.named_modules():
+            code = getattr(type(module).forward, "__code__", None)
+            if code is None or code.co_filename != file or not _covers(type(module), line):
+                continue
+            text = linecache.getline(file, line).strip().rstrip(":")
+            return f"{name or type(module).__name__}, {Path(file).name} line {line}: {text}"
+    return ""
+
+
+def where_in_graph(error: BaseException) -> tuple[str, str]:
+    """(`head.body`, ` at head.body, models.py line 12: x = F.relu(x)`): what was looked at in a graph when `error` was raised.
+
+    Empty where nothing tells; without a line where only torch's own code was traced.
+    """
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        nodes = [value for value in frame.f_locals.values() if isinstance(value, Node)]
+        if not nodes:
+            continue
+        node = nodes[-1]
+        layer = str(node.target) if node.op == "call_module" else module_of(node)
+        written = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+        own = [each for each in written if "torch" not in Path(each["file"]).parts]
+        places = [layer or node.name]
+        if own:
+            places.append(f"{Path(own[-1]['file']).name} line {own[-1]['line']}: {own[-1]['text'].strip()}")
+        return layer, f" at {', '.join(places)}"
+    return "", ""
+
+
+def _covers(kind: type[nn.Module], line: int) -> bool:
+    try:
+        lines, first = inspect.getsourcelines(kind.forward)
+    except (OSError, TypeError):  # typed at a prompt
+        return False
+    return first <= line < first + len(lines)

@@ -1,0 +1,1 @@
+"""The quantization backend on torchao's PT2E."""

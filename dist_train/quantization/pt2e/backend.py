@@ -1,0 +1,225 @@
+"""The PT2E backend: torchao's placement and conversion around our own fake quantization."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import Graph, GraphModule, Node
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+
+from dist_train.config.stages import RuleConfig
+from dist_train.errors import QuantizationError
+from dist_train.programs.program import Program
+from dist_train.programs.pt2 import program_bytes
+from dist_train.quantization.dry_run import rehearse
+from dist_train.quantization.error_location import where
+from dist_train.quantization.fake_quantize import WeightFakeQuantize
+from dist_train.quantization.float_checks import (
+    keep_invertible,
+    quietly,
+    refuse_cumulative_average,
+    refuse_untracked_statistics,
+)
+from dist_train.quantization.fx_nodes import layer_of, name_fake_quantizers
+from dist_train.quantization.padding import number_graph_paddings, part_from_convolutions
+from dist_train.quantization.prepared import PreparedModel
+from dist_train.quantization.pt2e import graph_rewrite
+from dist_train.quantization.pt2e.graph_rewrite import attribute, constant
+from dist_train.quantization.pt2e.pattern_cache import patterns_exported_once
+from dist_train.quantization.pt2e.prepared_graph import PreparedGraph
+from dist_train.quantization.pt2e.quantizer import RuleQuantizer
+from dist_train.quantization.ranges import Ranges
+from dist_train.quantization.rules import resolve_rules
+from dist_train.quantization.versions import check_versions
+
+
+class PT2EBackend:
+    """Implements `dist_train.quantization.backend.QuantizationBackend`."""
+
+    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
+        """See QuantizationBackend.check. With an example a copy is prepared and converted."""
+        self._check_modules(model, rules)
+        if example is not None:
+            rehearse(self, model, example, rules, instead="fx", run=False)
+
+    def _check_modules(self, model: nn.Module, rules: Sequence[RuleConfig]) -> None:
+        check_versions()
+        resolve_rules(model, rules)
+        refuse_cumulative_average(model)
+
+    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedGraph:
+        """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
+        self._check_modules(model, rules)
+        quantizer = RuleQuantizer(resolve_rules(model, rules))
+        with quietly(), patterns_exported_once():
+            float_copy = copy.deepcopy(model).eval()
+            graph = _exported(float_copy, example)
+            number_graph_paddings(graph.graph)
+            part_from_convolutions(graph.graph)
+            _keep_batch_norms_invertible(graph)
+            literals = graph_rewrite.batch_norm_literals(graph.graph)
+            quantized = prepare_qat_pt2e(graph, quantizer)
+        graph_rewrite.restore_batch_norms(quantized.graph, literals)
+        graph_rewrite.undo_needless_folding(quantized.graph)
+        graph_rewrite.divide_weights(quantized.graph)
+        name_fake_quantizers(quantized)
+        _keep_unused_buffers(quantized, float_copy)
+        prepared = PreparedGraph(quantized)
+        if not prepared.fake_quantizers:
+            raise QuantizationError(
+                f"{type(model).__name__} has nothing that can be quantized: no Conv2d or Linear that is not skipped",
+                "remove rules that skip too much, or leave `qat` and `convert` out of `stages`",
+            )
+        return prepared.train(model.training)
+
+    def convert(self, prepared: PreparedModel) -> GraphModule:
+        """See QuantizationBackend.convert. Its state holds what its graph reads and nothing else."""
+        assert isinstance(prepared, PreparedGraph)
+        check_versions()
+        Ranges(prepared).require_known()
+        module = copy.deepcopy(prepared).cpu().requires_grad_(False).graph_module()
+        graph_rewrite.fold_batch_norms(module)
+        for node in module.graph.find_nodes(op="call_module"):
+            quantizer = module.get_submodule(node.target)
+            if isinstance(quantizer, WeightFakeQuantize):
+                quantizer.settle(constant(module, node.args[0]))
+        for node in list(graph_rewrite.batch_norms(module.graph)):
+            node.target = _batch_norm
+        with quietly():
+            converted = convert_pt2e(module)
+        for node in converted.graph.find_nodes(op="call_function", target=_batch_norm):
+            node.target = graph_rewrite.BATCH_NORM
+        for method in ("train", "eval"):  # replaced by functions that raise; nothing in the graph depends on the mode
+            converted.__dict__.pop(method, None)
+        if converted.graph.find_nodes(op="call_module"):
+            raise QuantizationError(
+                f"convert left {converted.graph.find_nodes(op='call_module')[0].target} unconverted",
+                "report this as a bug",
+            )
+        _strip(converted)
+        return converted.requires_grad_(False).eval()
+
+    def serialize(self, converted: nn.Module, example: Tensor) -> Program:
+        """See QuantizationBackend.serialize."""
+        assert isinstance(converted, GraphModule)
+        return Program("pt2", program_bytes(export_converted(converted, example)))
+
+
+def _batch_norm(*args: Any) -> Tensor:
+    """Stands in for aten.batch_norm while torchao converts: where it finds one it traces 96 patterns to fold (15 s), in vain."""
+    raise AssertionError("only a name in a graph")
+
+
+def export_converted(converted: GraphModule, example: Tensor) -> ExportedProgram:
+    """The converted model as a program whose batch dimension is dynamic. Of `example` only the shape without batch and the dtype count."""
+    with quietly():
+        return torch.export.export(converted, (_synthetic(example).cpu(),), dynamic_shapes=({0: _batch()},))
+
+
+def _batch() -> Dim:
+    return Dim("batch", min=1)
+
+
+def _synthetic(example: Tensor) -> Tensor:
+    """Two rows of zeros: one row would make the batch size a constant."""
+    return torch.zeros((2, *example.shape[1:]), dtype=example.dtype, device=example.device)
+
+
+def _exported(model: nn.Module, example: Tensor) -> GraphModule:
+    """The graph of a copy of the float model, which is changed; refuses what cannot be prepared."""
+    _make_affine(model)
+    graph = _export(model, example)
+    _refuse_known_failures(graph.graph)
+    return graph
+
+
+def _export(model: nn.Module, example: Tensor) -> GraphModule:
+    """Strict export: under the default one X86InductorQuantizer cannot tell modules apart that are called twice."""
+    device = next((parameter.device for parameter in model.parameters()), example.device)
+    try:
+        program = torch.export.export(
+            model, (_synthetic(example).to(device),), dynamic_shapes=({0: _batch()},), strict=True
+        )
+    except (
+        torch._dynamo.exc.TorchDynamoException,
+        torch._export.verifier.SpecViolationError,
+        RuntimeError,
+        ValueError,
+    ) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise QuantizationError(
+            f"torch.export cannot trace {where(model, error) or type(model).__name__}: {first}",
+            "make forward free of branches and shapes that depend on the data, or try --qat.backend fx; "
+            "or eager, where the model has stubs of its own",
+        ) from error
+    module = program.module(check_guards=False)
+    assert isinstance(module, GraphModule)
+    return module
+
+
+def _make_affine(model: nn.Module) -> None:
+    """QAT folds weight / sqrt(variance): a batch norm that has no weight gets ones, and zeros for bias, that are not trained."""
+    for module in model.modules():
+        if (
+            isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and module.weight is None
+            and module.running_var is not None
+        ):
+            for name, value in (
+                ("weight", torch.ones_like(module.running_var)),
+                ("bias", torch.zeros_like(module.running_var)),
+            ):
+                delattr(module, name)
+                module.register_buffer(name, value)
+
+
+def _refuse_known_failures(graph: Graph) -> None:
+    for node in graph_rewrite.batch_norms(graph):
+        if node.args[3] is None:
+            raise refuse_untracked_statistics(layer_of(node))
+        if node.args[1] is None:
+            raise QuantizationError(
+                f"{layer_of(node)}: F.batch_norm without a weight cannot be folded", "use nn.BatchNorm2d"
+            )
+
+
+def _keep_unused_buffers(graph: GraphModule, model: nn.Module) -> None:
+    """Export drops what evaluation does not read (`num_batches_tracked`); a float checkpoint has it."""
+    known = graph.state_dict().keys()
+    for name, value in model.state_dict().items():
+        owner, _, attribute = name.rpartition(".")
+        if name not in known and name in dict(model.named_buffers()):
+            holder = graph
+            for part in owner.split(".") if owner else []:
+                if not hasattr(holder, part):
+                    holder.add_module(part, nn.Module())
+                holder = getattr(holder, part)
+            holder.register_buffer(attribute, value.clone())
+
+
+def _keep_batch_norms_invertible(graph: GraphModule) -> None:
+    for node in graph_rewrite.batch_norms(graph.graph):
+        if isinstance(node.args[1], Node) and node.args[1].op == "get_attr":
+            keep_invertible(attribute(graph, str(node.args[1].target)))
+
+
+def _strip(converted: GraphModule) -> None:
+    """Deletes tensors that no node reads (the float weights), then modules left empty."""
+    read = {str(node.target) for node in converted.graph.find_nodes(op="get_attr")}
+    for name, _ in [
+        *converted.named_parameters(remove_duplicate=False),
+        *converted.named_buffers(remove_duplicate=False),
+    ]:
+        if name not in read:
+            owner, _, attribute = name.rpartition(".")
+            delattr(converted.get_submodule(owner), attribute)
+    for name, module in reversed(list(converted.named_modules())):
+        if name and not [*module.children(), *module.parameters(), *module.buffers()]:
+            owner, _, attribute = name.rpartition(".")
+            delattr(converted.get_submodule(owner), attribute)
+    converted.recompile()

@@ -1,0 +1,247 @@
+"""What PT2E gets wrong in a graph, put right: literals of batch normalization, unwanted fusions, names of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node, map_arg
+
+from dist_train.errors import QuantizationError
+from dist_train.quantization.fx_nodes import layer_of
+
+aten = torch.ops.aten
+BATCH_NORM = (
+    aten.batch_norm.default
+)  # (input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
+DROPOUTS = tuple(  # (input, p, train)
+    getattr(aten, name + suffix).default
+    for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+    for suffix in ("", "_")
+)
+CONVOLUTIONS = (
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+)
+
+Tensors = tuple[str | None, ...]  # the attributes that a batch norm reads: weight, bias, running_mean, running_var
+
+
+@dataclass(frozen=True)
+class FoldedBatchNorm:
+    """A convolution with the batch norm that QAT folds into its weight: nodes of one graph.
+
+    `eps` is `running_var + eps`; `scale_factor` is the batch norm's weight / sqrt(running_var + eps); `scaled_weight` is the
+    convolution's weight times that factor, and what `unscaling` divides by it again before `batch_norm`: as torchao writes it
+    (`_get_qat_conv_bn_pattern`, after Krishnamoorthi, https://arxiv.org/abs/1806.08342, section 3.2.2) the convolution's output,
+    after `divide_weights` the quantized weight.
+    """
+
+    eps: Node
+    scale_factor: Node
+    scaled_weight: Node
+    convolution: Node
+    unscaling: Node
+    batch_norm: Node
+
+    @property
+    def weight(self) -> Node:
+        """The scaled weight, fake-quantized where the convolution is."""
+        weight: Any = self.convolution.args[1]
+        whole: Any = weight.args[0] if weight is self.unscaling else weight
+        assert isinstance(whole, Node)
+        return whole
+
+    @property
+    def bias(self) -> Node | None:
+        """The convolution's own bias, which is added after the division."""
+        added: Any = self.batch_norm.args[0]
+        return None if added in (self.convolution, self.unscaling) else added.args[1].args[0]
+
+    @property
+    def layer(self) -> str:
+        return layer_of(self.convolution)
+
+    @property
+    def quantized(self) -> bool:
+        return self.weight is not self.scaled_weight
+
+
+def batch_norms(graph: Graph) -> Iterator[Node]:
+    return (node for node in graph.nodes if node.op == "call_function" and node.target is BATCH_NORM)
+
+
+def batch_norm_tensors(node: Node) -> Tensors:
+    return tuple(str(arg.target) if isinstance(arg, Node) else None for arg in node.args[1:5])
+
+
+def batch_norm_literals(graph: Graph) -> dict[Tensors, tuple[Any, ...]]:
+    """(training, momentum, eps, cudnn_enabled) of every batch norm, by the tensors that it reads. Take it before prepare.
+
+    Raises:
+        QuantizationError: a batch norm's settings cannot be told apart by its tensors, or its momentum is None.
+    """
+    literals: dict[Tensors, tuple[Any, ...]] = {}
+    for node in batch_norms(graph):
+        tensors = batch_norm_tensors(node)
+        if literals.setdefault(tensors, tuple(node.args[5:])) != tuple(node.args[5:]):
+            raise QuantizationError(
+                f"{layer_of(node)}: one batch norm is applied with two different settings",
+                "give each its own nn.BatchNorm2d, so that its eps and momentum can be restored after PT2E's rewriting",
+            )
+    return literals
+
+
+def restore_batch_norms(graph: Graph, literals: dict[Tensors, tuple[Any, ...]]) -> None:
+    """Gives every batch norm, and the scale factor of every folded one, the settings that the float model had.
+
+    Raises:
+        QuantizationError: something that PT2E wrote is not recognised, so that a literal of its own would stay.
+    """
+    for node in batch_norms(graph):
+        if batch_norm_tensors(node) not in literals:
+            raise _not_restorable(layer_of(node))
+        node.args = (*node.args[:5], *literals[batch_norm_tensors(node)])
+    restored = set()
+    for folded in folded_batch_norms(graph):
+        folded.eps.args = (folded.eps.args[0], folded.batch_norm.args[7])
+        restored.add(folded.eps)
+    for variance in {tensors[3] for tensors in literals}:
+        for node in graph.find_nodes(op="get_attr"):
+            if node.target == variance and any(
+                _is(user, aten.add.Tensor) and user not in restored for user in node.users
+            ):
+                raise _not_restorable(str(variance).removesuffix(".running_var"))
+
+
+def _not_restorable(layer: str) -> QuantizationError:
+    return QuantizationError(
+        f"{layer}: PT2E rewrote this batch norm in a way that is not recognised; its eps and momentum cannot be restored",
+        "place the batch norm directly after its convolution, or leave the convolution in floating point with a rule of qat.rules",
+    )
+
+
+def folded_batch_norms(graph: Graph) -> list[FoldedBatchNorm]:
+    """The convolutions into which prepare_qat_pt2e folded a batch norm, in graph order."""
+    return [folded for node in batch_norms(graph) if (folded := _folded(node)) is not None]
+
+
+def _folded(batch_norm: Node) -> FoldedBatchNorm | None:
+    output: Any = batch_norm.args[0]  # Any: what is unlike the pattern is found by comparing targets
+    if _is(output, aten.add.Tensor) and _is(output.args[0], aten.div.Tensor, *CONVOLUTIONS):
+        output = output.args[0]  # a convolution with a bias: added after the division
+    convolution: Any = output.args[0] if _is(output, aten.div.Tensor) else output
+    if not _is(convolution, *CONVOLUTIONS):
+        return None
+    unscaling = output if output is not convolution else convolution.args[1]
+    if not _is(unscaling, aten.div.Tensor) or not _is(unscaling.args[1], aten.reshape.default):
+        return None
+    scale_factor = unscaling.args[1].args[0]
+    if not _is(scale_factor, aten.div.Tensor):
+        return None
+    eps = scale_factor.args[1].args[0]
+    weight = unscaling.args[0] if output is convolution else convolution.args[1]
+    scaled_weight = weight.args[0] if weight.op == "call_module" else weight
+    if not _is(eps, aten.add.Tensor) or eps.args[0].target != batch_norm_tensors(batch_norm)[3]:
+        return None
+    return FoldedBatchNorm(eps, scale_factor, scaled_weight, convolution, unscaling, batch_norm)
+
+
+def _is(node: object, *targets: object) -> bool:
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def undo_needless_folding(graph: Graph) -> None:
+    """Puts conv -> batch norm back where the convolution stays in floating point: PT2E folds those too, and never undoes it."""
+    for folded in folded_batch_norms(graph):
+        if not folded.quantized:
+            convolution = folded.convolution
+            convolution.args = (convolution.args[0], folded.scaled_weight.args[0], folded.bias, *convolution.args[3:])
+            folded.batch_norm.args = (convolution, *folded.batch_norm.args[1:])
+    graph.eliminate_dead_code()
+
+
+def divide_weights(graph: Graph) -> None:
+    """Divides the quantized weight of each folded convolution by the scale factor, instead of the convolution's output.
+
+    The two are the same but for rounding, as a convolution is linear in its weight. An output has many times the elements of a weight,
+    and its division a backward with a reduction over all of them.
+    """
+    for folded in folded_batch_norms(graph):
+        convolution, output = folded.convolution, folded.unscaling
+        if output is convolution.args[1]:
+            continue
+        factor: Any = folded.scaled_weight.args[1]  # shaped like the weight
+        with graph.inserting_before(convolution):
+            weight = graph.call_function(aten.div.Tensor, (folded.weight, factor))
+        weight.meta = dict(folded.scaled_weight.meta)
+        convolution.args = (convolution.args[0], weight, *convolution.args[2:])
+        output.replace_all_uses_with(convolution)
+        graph.erase_node(output)
+    graph.eliminate_dead_code()
+
+
+def fold_batch_norms(module: GraphModule) -> None:
+    """Before convert: each folded convolution gets the folded weight and bias as parameters of its own, and its batch norm goes.
+
+    torchao would fold with eps 1e-5 whatever the model has, in other arithmetic than training used, and once per call of a layer that
+    is called twice. Here the weight is, bit by bit, what the fake-quantize module saw.
+    """
+    graph = module.graph
+    for index, folded in enumerate(folded_batch_norms(graph)):
+        convolution, bias = folded.convolution, folded.bias
+        scale_factor = constant(module, folded.scale_factor)
+        _, beta, mean, _ = (constant(module, node) for node in folded.batch_norm.args[1:5] if isinstance(node, Node))
+        offset = -mean if bias is None else constant(module, bias) - mean
+        values = {"weight": constant(module, folded.scaled_weight), "bias": offset * scale_factor + beta}
+        nodes = {}
+        for kind, value in values.items():
+            module.register_parameter(f"folded_{index}_{kind}", nn.Parameter(value, requires_grad=False))
+            with graph.inserting_before(convolution if kind == "bias" else folded.eps):
+                nodes[kind] = graph.get_attr(f"folded_{index}_{kind}")
+            nodes[kind].meta = dict(folded.scaled_weight.meta)
+        nodes["bias"].meta.pop("val", None)
+        folded.scaled_weight.replace_all_uses_with(nodes["weight"])
+        convolution.args = (convolution.args[0], folded.weight, nodes["bias"], *convolution.args[3:])
+        folded.batch_norm.replace_all_uses_with(convolution)
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def attribute(module: nn.Module, target: str) -> Tensor:
+    """The tensor at a dotted name, as a get_attr node reads it."""
+    owner, _, name = target.rpartition(".")
+    value = getattr(module.get_submodule(owner), name)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def constant(module: nn.Module, node: Node) -> Tensor:
+    """The value of a node that depends on parameters and buffers only, such as a weight with batch norm folded in."""
+    if node.op == "get_attr":
+        return attribute(module, str(node.target))
+    assert node.op == "call_function" and callable(node.target), f"{node} is not a constant"
+    args = map_arg(node.args, lambda argument: constant(module, argument))
+    kwargs = map_arg(node.kwargs, lambda argument: constant(module, argument))
+    value = node.target(*args, **kwargs)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def use_batch_statistics(graph: Graph, momentum: float | None = None) -> None:
+    """Training: every batch norm that keeps running statistics normalises by its batch and updates them, by its own momentum if None."""
+    for node in batch_norms(graph):
+        if node.args[4] is not None:
+            node.args = (*node.args[:5], True, node.args[6] if momentum is None else momentum, *node.args[7:])
+
+
+def use_dropout(graph: Graph) -> None:
+    """Training: every dropout drops out."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in DROPOUTS:
+            node.args = (*node.args[:2], True)

@@ -1,0 +1,1 @@
+"""The quantization backends on torch.ao: FX graph mode and eager mode."""

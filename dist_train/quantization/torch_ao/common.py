@@ -1,0 +1,147 @@
+"""What the fx and eager backends share of torch.ao.quantization: our fake quantization in its QConfigs, its integer engines.
+
+torch.ao.quantization is deprecated and will be dropped (pytorch/ao#2259); where it is gone, importing this module says so.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
+
+from dist_train.errors import QuantizationError
+from dist_train.quantization.fake_quantize import SMALLEST_SCALE, ActivationFakeQuantize, WeightFakeQuantize
+from dist_train.quantization.float_checks import (
+    keep_invertible,
+    quietly,
+    refuse_cumulative_average,
+    refuse_untracked_statistics,
+)
+from dist_train.quantization.padding import number_paddings
+
+try:
+    from torch.ao.quantization import FakeQuantizeBase, QConfig, get_default_qat_qconfig
+    from torch.ao.quantization.observer import _with_args
+    from torch.ao.quantization.quantize import convert, prepare_qat
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
+except ImportError as error:
+    raise QuantizationError(
+        f"the fx and eager backends need torch.ao.quantization, which torch {torch.__version__} no longer has",
+        "--qat.backend pt2e",
+    ) from error
+
+__all__ = [
+    "AVERAGES",
+    "check_model",
+    "choose_engine",
+    "convert",
+    "convert_fx",
+    "make_ready",
+    "prepare_qat",
+    "prepare_qat_fx",
+    "qconfig",
+]
+
+# Kept in floating point. An average of integers on the grid of what it averages is coarse: it takes up a small part of that range,
+# and where it falls between two integers (a quarter of all means of 2 x 2 are such ties) kernel and simulation round each its own way.
+AVERAGES = (
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+)
+
+# torchao's base, from which ours derive, is another class than torch.ao's, by which these flows find fake-quantize modules.
+for ours in (ActivationFakeQuantize, WeightFakeQuantize):
+    FakeQuantizeBase.register(ours)
+
+
+def choose_engine(name: str) -> str:
+    """The integer kernels that `qat.engine` names.
+
+    Raises:
+        QuantizationError: this build of torch does not have them.
+    """
+    if name == "auto":
+        name = "x86" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "qnnpack"
+    supported = [engine for engine in torch.backends.quantized.supported_engines if engine != "none"]
+    if name not in supported:
+        raise QuantizationError(
+            f"this torch has no integer kernels {name!r}",
+            f"--qat.engine {' or '.join(supported)}" if supported else "--qat.backend pt2e",
+        )
+    return name
+
+
+def qconfig(engine: str, per_tensor: bool | None = None) -> QConfig:
+    """torch.ao's default for the engine, with our fake quantization: its bounds of activations, its granularity of weights.
+
+    per_tensor: whether weights have one scale or one for each output channel; None: what the engine has by default.
+    """
+    default = get_default_qat_qconfig(engine)
+    with quietly():
+        activation, weight = default.activation(), default.weight()
+    qscheme = weight.qscheme
+    if per_tensor is not None:
+        qscheme = torch.per_tensor_symmetric if per_tensor else torch.per_channel_symmetric
+    return QConfig(
+        activation=_with_args(_activation, range_max=activation.activation_post_process.quant_max),
+        weight=_with_args(_weight, qscheme=qscheme),
+    )
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """What torch.ao asks the observer inside a fake-quantize module, to see whether kernels can take its range."""
+
+    quant_min: int
+    quant_max: int
+    eps: float = SMALLEST_SCALE
+
+
+def _activation(range_max: int, factory_kwargs: object = None) -> ActivationFakeQuantize:
+    quantizer = ActivationFakeQuantize(dtype=torch.quint8, range_max=range_max)
+    quantizer.activation_post_process = _Bounds(quantizer.quant_min, quantizer.quant_max)
+    return quantizer
+
+
+def _weight(qscheme: torch.qscheme, factory_kwargs: object = None) -> WeightFakeQuantize:
+    """factory_kwargs: device and dtype, which some of torch.ao's modules pass on; there are no tensors to make."""
+    quantizer = WeightFakeQuantize(dtype=torch.qint8, qscheme=qscheme, settle_in_forward=True)
+    quantizer.activation_post_process = _Bounds(quantizer.quant_min, quantizer.quant_max)
+    return quantizer
+
+
+def check_model(model: nn.Module, skipped: Collection[str] = ()) -> None:
+    """Raises QuantizationError that names a layer which torch.ao cannot prepare for training; `skipped`: modules that stay float."""
+    refuse_cumulative_average(model)
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_var is None:
+            raise refuse_untracked_statistics(name)
+        if isinstance(module, (_ConvNd, nn.Linear)) and is_parametrized(module, "weight") and name not in skipped:
+            kinds = ", ".join(type(each).__name__ for each in module.parametrizations["weight"])  # type: ignore[index]
+            raise QuantizationError(
+                f"{name}: its weight is computed by {kinds}, which the fx and eager backends cannot train with",
+                "--qat.backend pt2e, or torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') in the model",
+            )
+
+
+def make_ready(model: nn.Module) -> nn.Module:
+    """Gives every batch norm a weight by which QAT can divide, and convolutions numbers for their padding, in place.
+
+    A batch norm without a weight gets ones, and zeros for bias, that are not trained.
+    """
+    number_paddings(model)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            if module.weight is None:
+                assert module.running_var is not None  # check_model
+                module.weight = nn.Parameter(torch.ones_like(module.running_var), requires_grad=False)
+                module.bias = nn.Parameter(torch.zeros_like(module.running_var), requires_grad=False)
+                module.affine = True  # torch.ao fuses no other
+            keep_invertible(module.weight)
+    return model

@@ -1,0 +1,201 @@
+"""The eager backend, the classic flow: fuse, qconfig, prepare_qat, train, convert, on a model that says itself where it is quantized.
+
+Deprecated in torch. The model holds a QuantStub and a DeQuantStub, its additions are FloatFunctional modules, and its method
+`fuse_model(is_qat)` fuses convolutions with what follows them: torchvision.models.quantization has such models.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.ao.quantization import DeQuantStub, QuantStub
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from dist_train.config.stages import RuleConfig
+from dist_train.errors import QuantizationError
+from dist_train.programs.program import Program
+from dist_train.programs.torchscript import integer_kernels
+from dist_train.quantization.dry_run import rehearse
+from dist_train.quantization.fake_quantize import ActivationFakeQuantize
+from dist_train.quantization.float_checks import quietly
+from dist_train.quantization.padding import refuse_uneven_padding
+from dist_train.quantization.prepared import PreparedModel
+from dist_train.quantization.ranges import Ranges
+from dist_train.quantization.rules import resolve_rules
+from dist_train.quantization.torch_ao import common
+from dist_train.quantization.torch_ao.float_output import use_float_outputs
+from dist_train.quantization.torch_ao.integer_model import IntegerModel, integer_program
+from dist_train.quantization.torch_ao.prepared_modules import PreparedModules, statistics_names
+
+
+class EagerBackend:
+    """Implements `dist_train.quantization.backend.QuantizationBackend`."""
+
+    def __init__(self, engine: str = "auto") -> None:
+        """engine: as `qat.engine`.
+
+        Raises:
+            QuantizationError: this torch does not have its kernels.
+        """
+        self.engine = common.choose_engine(engine)
+
+    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
+        """See QuantizationBackend.check. Rules are refused: only the model's author can put stubs around a module."""
+        self._check_modules(model, rules)
+        if example is not None:
+            rehearse(self, model, example, rules)
+
+    def _check_modules(self, model: nn.Module, rules: Sequence[RuleConfig]) -> None:
+        if resolve_rules(model, rules):
+            raise QuantizationError(
+                "the eager backend takes no rules: the model itself says where integers begin and end",
+                "--qat.rules '[]' with stubs around the module in the model, or --qat.backend pt2e",
+            )
+        kinds = {type(module) for module in model.modules()}
+        missing = [kind.__name__ for kind in (QuantStub, DeQuantStub) if kind not in kinds]
+        if not callable(getattr(model, "fuse_model", None)):
+            missing.append("method fuse_model(is_qat)")
+        if missing:
+            raise QuantizationError(
+                f"{type(model).__name__} has no {', no '.join(missing)}, which the eager backend needs",
+                "--qat.backend pt2e or fx, which take any model; or one made for it, such as --model.name quantized_resnet18",
+            )
+        common.check_model(model)
+        refuse_uneven_padding(model)
+
+    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedModules:
+        """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
+        self._check_modules(model, rules)
+        with quietly():
+            prepared = common.make_ready(copy.deepcopy(model)).train()
+            names = statistics_names(prepared)
+            prepared.fuse_model(is_qat=True)  # type: ignore[operator]
+            _average_in_float(prepared, example)
+            heads = _heads(prepared, example)
+            prepared.qconfig = common.qconfig(self.engine)  # type: ignore[assignment]
+            common.prepare_qat(prepared, inplace=True)
+            for head in heads:
+                prepared.get_submodule(head).activation_post_process = nn.Identity()
+        result = PreparedModules(prepared, names).eval()
+        _drop_unused(result, example)
+        return result.train(model.training)
+
+    def convert(self, prepared: PreparedModel) -> IntegerModel:
+        """See QuantizationBackend.convert."""
+        assert isinstance(prepared, PreparedModules)
+        Ranges(prepared).require_known()
+        model = copy.deepcopy(prepared.model).cpu().eval()
+        heads = [
+            name
+            for name, module in model.named_modules()
+            if type(module) is torch.ao.nn.qat.Linear and isinstance(module.activation_post_process, nn.Identity)
+        ]
+        with quietly(), integer_kernels(self.engine):
+            use_float_outputs(model, heads)
+            return IntegerModel(common.convert(model, inplace=True), self.engine)
+
+    def serialize(self, converted: nn.Module, example: Tensor) -> Program:
+        """See QuantizationBackend.serialize."""
+        return integer_program(converted, example)
+
+
+class _FloatAverage(nn.Module):
+    """A pool of integers that averages in floating point; the result gets integers of a range of its own."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.dequant, self.pool, self.quant = DeQuantStub(), pool, QuantStub()
+
+    def forward(self, x: Tensor) -> Tensor:
+        average: Tensor = self.quant(self.pool(self.dequant(x)))
+        return average
+
+
+class _Inside(Tensor):
+    """What comes from a tensor between QuantStub and DeQuantStub, where the converted model has integers: torch keeps the class."""
+
+
+@torch.no_grad()
+def _average_in_float(model: nn.Module, example: Tensor) -> None:
+    """Puts pools that average between stubs into `_FloatAverage`, in place. Functional ones in the model's own code are out of reach."""
+    inside, hooks, training = set[nn.Module](), [], model.training
+    for module in model.modules():
+        if isinstance(module, QuantStub):
+            hooks.append(module.register_forward_hook(lambda _, args, output: output.as_subclass(_Inside)))
+        elif isinstance(module, DeQuantStub):
+            hooks.append(module.register_forward_hook(lambda _, args, output: output.as_subclass(Tensor)))
+        elif isinstance(module, common.AVERAGES):
+            hooks.append(
+                module.register_forward_hook(
+                    lambda pool, args, _: inside.add(pool) if isinstance(args[0], _Inside) else None
+                )
+            )
+    try:
+        model.eval()(example)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    for owner in list(model.modules()):
+        for name, child in list(owner._modules.items()):
+            if child in inside:
+                setattr(owner, name, _FloatAverage(child))
+
+
+class _Readers(TorchFunctionMode):
+    """Names the Linears, of which `results` are added to while the model runs, whose results a function of torch reads."""
+
+    def __init__(self, results: list[tuple[str, Tensor]]) -> None:
+        super().__init__()
+        self.results, self.read = results, set[str]()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function not in (F.dropout, torch.dropout, Tensor.detach):  # the last is our own, of what a stub reads
+            inputs = tree_leaves((args, kwargs))
+            self.read.update(name for name, result in self.results if any(each is result for each in inputs))
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def _heads(model: nn.Module, example: Tensor) -> list[str]:
+    """The Linears whose results go straight to DeQuantStubs, and nowhere else, by name: these need no integers."""
+    results, found, training = list[tuple[str, Tensor]](), set[str](), model.training
+
+    def stub(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+        found.update(name for name, result in results if result is args[0])
+        return args[0].detach()  # another tensor: what reads floats behind the stub does not count
+
+    hooks = [module.register_forward_pre_hook(stub) for module in model.modules() if isinstance(module, DeQuantStub)]
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear:
+            hooks.append(
+                module.register_forward_hook(lambda _, args, result, name=name: results.append((name, result)))
+            )
+    readers = _Readers(results)
+    try:
+        with readers:
+            model.eval()(example)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    calls = [name for name, _ in results]
+    return [name for name in found - readers.read if calls.count(name) == 1]
+
+
+@torch.no_grad()
+def _drop_unused(prepared: PreparedModules, example: Tensor) -> None:
+    """Takes fake quantization from modules that forward never calls: torch.ao gives it to all, and theirs would never get a range."""
+    prepared(example)
+    for owner in list(prepared.modules()):
+        quantizer = getattr(owner, "activation_post_process", None)
+        if isinstance(quantizer, ActivationFakeQuantize) and torch.isinf(quantizer.step_low):
+            owner.activation_post_process = nn.Identity()
+            owner.qconfig = None  # type: ignore[assignment]
+    Ranges(prepared).drop()

@@ -1,0 +1,245 @@
+"""The fx backend: torch.ao's graph mode, symbolically traced, around our own fake quantization. Deprecated in torch; pt2e is its successor."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.ao.quantization.qconfig_mapping import QConfigMapping, get_default_qat_qconfig_mapping
+from torch.fx import GraphModule
+
+from dist_train.config.stages import RuleConfig
+from dist_train.errors import QuantizationError
+from dist_train.programs.program import Program
+from dist_train.programs.torchscript import integer_kernels
+from dist_train.quantization.dry_run import FAILURES, rehearse
+from dist_train.quantization.error_location import where
+from dist_train.quantization.float_checks import quietly
+from dist_train.quantization.fx_nodes import name_fake_quantizers
+from dist_train.quantization.padding import pad_before_modules
+from dist_train.quantization.prepared import PreparedModel
+from dist_train.quantization.ranges import Ranges
+from dist_train.quantization.rules import idle_skip, resolve_rules, shown, skipped_modules
+from dist_train.quantization.torch_ao import common
+from dist_train.quantization.torch_ao.float_output import use_float_outputs
+from dist_train.quantization.torch_ao.fx_grids import (
+    all_bits,
+    clamp_integers,
+    float_results,
+    saturating_clamps,
+    trained_heads,
+)
+from dist_train.quantization.torch_ao.integer_model import IntegerModel, integer_program
+from dist_train.quantization.torch_ao.prepared_modules import PreparedModules, statistics_names
+
+_AVERAGES: tuple[Any, ...] = (
+    *common.AVERAGES,
+    *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
+    *(torch.mean, "mean"),
+)
+_CLAMPS: tuple[Any, ...] = (F.hardtanh, F.relu6, torch.clamp, torch.clip, "clamp", "clamp_", "clip")
+_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # whose weights are simulated, see `_mapping`
+
+
+class FXBackend:
+    """Implements `dist_train.quantization.backend.QuantizationBackend`."""
+
+    def __init__(self, engine: str = "auto") -> None:
+        """engine: as `qat.engine`.
+
+        Raises:
+            QuantizationError: this torch does not have its kernels.
+        """
+        self.engine = common.choose_engine(engine)
+
+    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
+        """See QuantizationBackend.check."""
+        self._check_modules(model, rules)
+        if example is not None:
+            rehearse(self, model, example, rules)
+            self._refuse_idle_skips(model, example, rules)
+        else:
+            with quietly():
+                pad_before_modules(_trace(copy.deepcopy(model).eval()))
+
+    def _check_modules(self, model: nn.Module, rules: Sequence[RuleConfig]) -> None:
+        resolved = resolve_rules(model, rules)
+        for rule in rules:
+            _refuse_unsupported(rule)
+        common.check_model(model, skipped_modules(resolved))
+
+    def _refuse_idle_skips(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig]) -> None:
+        """Raises QuantizationError for a rule that skips modules without weights, where a model prepared without it is the same."""
+        resolved, modules = resolve_rules(model, rules), dict(model.named_modules(remove_duplicate=False))
+        for rule in (each for each in rules if each.skip):
+            owned = [modules[name].parameters(recurse=False) for name, each in resolved.items() if each is rule]
+            if any(parameter.dim() > 1 for parameters in owned for parameter in parameters):
+                continue
+            try:
+                without = self.prepare(model, example, [each for each in rules if each is not rule])
+            except FAILURES:
+                continue  # it is what makes the model one that can be prepared
+            if _layout(without) == _layout(self.prepare(model, example, rules)):
+                raise idle_skip(rule)
+
+    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedModules:
+        """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
+        self._check_modules(model, rules)
+        mapping = _mapping(self.engine)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name, rule in resolve_rules(model, rules).items():
+            if rule.skip:
+                mapping.set_module_name(name, None)
+            elif rule.weight is not None and isinstance(modules[name], _WEIGHTED):
+                mapping.set_module_name(
+                    name, common.qconfig(self.engine, per_tensor=rule.weight.granularity == "tensor")
+                )
+        with quietly():
+            float_copy = common.make_ready(copy.deepcopy(model))
+            names = statistics_names(float_copy)
+            # Traced in evaluation mode, so that functional dropout is off in training, too.
+            graph = _trace(float_copy.eval())
+            pad_before_modules(graph)
+            _keep_factors_in_float(graph, mapping)
+            prepared = common.prepare_qat_fx(graph.train(), mapping, (example,))
+        float_results(prepared)
+        saturating_clamps(prepared)
+        all_bits(prepared)
+        name_fake_quantizers(prepared)
+        result = PreparedModules(prepared, names)
+        if not result.fake_quantizers:
+            raise QuantizationError(
+                f"{type(model).__name__} has nothing that can be quantized: no convolution or Linear that is not skipped",
+                "remove rules that skip too much, or leave `qat` and `convert` out of `stages`",
+            )
+        return result.train(model.training)
+
+    def convert(self, prepared: PreparedModel) -> IntegerModel:
+        """See QuantizationBackend.convert."""
+        assert isinstance(prepared, PreparedModules)
+        Ranges(prepared).require_known()
+        model = copy.deepcopy(prepared.model).cpu().eval()
+        assert isinstance(model, GraphModule)
+        with quietly(), integer_kernels(self.engine):
+            clamp_integers(model)
+            use_float_outputs(model, trained_heads(model))
+            stay_float = _hide(model)
+            converted = common.convert_fx(model)
+            _show(converted, stay_float)
+            if self.engine == "qnnpack":
+                _clamp_in_order(converted)
+            return IntegerModel(converted, self.engine)
+
+    def serialize(self, converted: nn.Module, example: Tensor) -> Program:
+        """See QuantizationBackend.serialize."""
+        return integer_program(converted, example)
+
+
+def _layout(prepared: PreparedModules) -> tuple[object, list[tuple[str, str]]]:
+    """What it computes, and of which modules."""
+    return prepared.model.code, [(name, type(module).__name__) for name, module in prepared.named_modules()]
+
+
+def _refuse_unsupported(rule: RuleConfig) -> None:
+    """Raises QuantizationError for what torch.ao's integer kernels cannot compute; the config's check says it earlier."""
+    weight = rule.weight
+    if rule.activation is not None or (weight is not None and (weight.bits != 8 or weight.scheme != "symmetric")):
+        raise QuantizationError(
+            f"the quantization rule {shown(rule)} asks for what the fx backend's integer kernels cannot compute: "
+            "they take symmetric 8-bit weights, and activations as the engine has them",
+            "--qat.backend pt2e",
+        )
+
+
+def _mapping(engine: str) -> QConfigMapping:
+    """torch.ao's default for the engine; ours in place of its fake quantization, but for outputs of fixed ranges (a sigmoid's).
+
+    What torch.ao would quantize at conversion without having simulated it in training (transposed convolutions, normalisations
+    with weights, PReLU) stays in floating point, and so do averages: what reads one is given integers of a range of its own.
+    """
+    default, mapping = get_default_qat_qconfig_mapping(engine), QConfigMapping().set_global(common.qconfig(engine))
+    assert default.global_qconfig is not None
+    usual = default.global_qconfig.activation.p.func
+    for kind, qconfig in default.object_type_qconfigs.items():
+        unsimulated = qconfig is not None and getattr(getattr(qconfig.activation, "p", None), "func", None) is usual
+        mapping.set_object_type(kind, None if unsimulated or kind is nn.PReLU else qconfig)
+    for kind in _AVERAGES:
+        mapping.set_object_type(kind, None)
+    return mapping
+
+
+def _keep_factors_in_float(graph: GraphModule, mapping: QConfigMapping) -> None:
+    """Products of an activation and a number: the kernel scales the grid by it, where torch.ao simulates the activation's own grid."""
+    for kind in (operator.mul, torch.mul):
+        for index, node in enumerate(graph.graph.find_nodes(op="call_function", target=kind)):
+            if len(node.all_input_nodes) == 1 and len(node.args) == 2 and node.args[0] is not node.args[1]:
+                mapping.set_module_name_object_type_order("", kind, index, None)
+
+
+def _trace(model: nn.Module) -> GraphModule:
+    try:
+        return torch.fx.symbolic_trace(model)
+    except (RuntimeError, TypeError, ValueError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise QuantizationError(
+            f"torch.fx cannot trace {where(model, error) or type(model).__name__}: {first}",
+            "make forward free of branches that depend on the data, or try --qat.backend pt2e; "
+            "or eager, where the model has stubs of its own",
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """What a node called before it was hidden; the module, where it was one."""
+
+    op: str
+    target: Any
+    module: nn.Module | None
+
+
+def _hidden(*args: Any, **kwargs: Any) -> Tensor:
+    """Stands in for an operation without a qconfig while torch.ao converts: it gives some of them integer kernels all the same."""
+    raise AssertionError("only a name in a graph")
+
+
+def _hide(model: GraphModule) -> dict[str, _Operation]:
+    """Replaces what is to stay in floating point by `_hidden`, in place; by the names of the nodes."""
+    found, modules = dict[str, _Operation](), dict(model.named_modules(remove_duplicate=False))
+    qconfigs = model.meta["_observed_graph_module_attrs"].node_name_to_qconfig
+    for node in model.graph.nodes:
+        if node.op.startswith("call_") and qconfigs.get(node.name, node) is None:
+            module = modules[str(node.target)] if node.op == "call_module" else None
+            found[node.name] = _Operation(node.op, node.target, module)
+            node.op, node.target = "call_function", _hidden
+    model.recompile()
+    return found
+
+
+def _show(model: GraphModule, hidden: Mapping[str, _Operation]) -> None:
+    """Undoes `_hide`, in place, after conversion, which drops modules that no node calls."""
+    for node in model.graph.find_nodes(op="call_function", target=_hidden):
+        operation = hidden[node.name]
+        if operation.module is not None:
+            model.add_submodule(operation.target, operation.module)
+        node.op, node.target = operation.op, operation.target
+    model.recompile()
+
+
+def _clamp_in_order(converted: GraphModule) -> None:
+    """Before each clamp, in place: qnnpack's takes channels_last, in which its convolutions answer, for an order that it is not."""
+    for node in list(converted.graph.nodes):
+        module = converted.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if (node.op.startswith("call_") and node.target in _CLAMPS) or isinstance(
+            module, (nn.Hardtanh, torch.ao.nn.quantized.ReLU6)
+        ):
+            source = node.all_input_nodes[0]
+            with converted.graph.inserting_before(node):
+                node.replace_input_with(source, converted.graph.call_method("contiguous", (source,)))
+    converted.recompile()

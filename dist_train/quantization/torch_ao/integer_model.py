@@ -1,0 +1,53 @@
+"""The integer model of the fx and eager backends, and its bytes."""
+
+from __future__ import annotations
+
+import io
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.errors import QuantizationError
+from dist_train.programs.program import Program
+from dist_train.programs.torchscript import integer_kernels, script_bytes, trace
+from dist_train.quantization.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
+
+STATE = "state_dict.pt"
+
+
+class IntegerModel(nn.Module):
+    """What torch.ao converted, run with the kernels that its weights are packed for, whatever the process's engine is."""
+
+    def __init__(self, model: nn.Module, engine: str) -> None:
+        """model: on the CPU. engine: see `dist_train.programs.torchscript.integer_kernels`.
+
+        Raises:
+            QuantizationError: something in the model still trains.
+        """
+        super().__init__()
+        left = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, (ActivationFakeQuantize, WeightFakeQuantize))
+        ]
+        if left:
+            raise QuantizationError(f"convert left {left[0]} unconverted", "report this as a bug")
+        self.model = model.requires_grad_(False).eval()
+        self.engine = engine
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float32 [B, ...] on the CPU. What the float model returns."""
+        with integer_kernels(self.engine):
+            outputs: Tensor = self.model(x)
+        return outputs
+
+
+def integer_program(converted: nn.Module, example: Tensor) -> Program:
+    """Traced TorchScript, with a state_dict beside it that `torch.load(..., weights_only=True)` reads."""
+    assert isinstance(converted, IntegerModel)
+    state = io.BytesIO()
+    torch.save(converted.model.state_dict(), state)
+    with integer_kernels(converted.engine):
+        script = trace(converted.model, example.cpu())
+        data = script_bytes(script, converted.engine)
+    return Program("torchscript", data, {STATE: state.getvalue()})

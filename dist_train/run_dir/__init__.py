@@ -1,0 +1,1 @@
+"""The run on disk: paths, checkpoints, ledger, retention and status."""

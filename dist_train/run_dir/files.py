@@ -1,0 +1,95 @@
+"""Files that appear whole or not at all, and append-only files of JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from dist_train.errors import RunDirError
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all: beside it, to the disk, renamed."""
+    # Two ranks may write one file (status.json, at a failure), on two nodes even with one process id.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def replace_json(path: Path, value: Any) -> None:
+    replace_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`, or None where there is no such file.
+
+    Raises:
+        RunDirError: it is not JSON. We replace such files whole, so something else damaged it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise RunDirError(f"{path} is damaged: {error}", "restore it, or start anew with another --run.dir") from error
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the renames in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class LineFile:
+    """An append-only file of JSON lines that survives kills: a line that a kill tore is cut off when the file is opened again."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        self._cut_torn_line()
+
+    def _cut_torn_line(self) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        position = end
+        while position > 0:
+            start = max(0, position - 65536)
+            self._file.seek(start)
+            newline = self._file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                position = start + newline + 1
+                break
+            position = start
+        if position < end:
+            self._file.truncate(position)
+        self._file.seek(0, os.SEEK_END)
+
+    def append(self, value: dict[str, Any]) -> None:
+        self._file.write(json.dumps(value, separators=(",", ":")).encode() + b"\n")
+
+    def flush(self) -> None:
+        """Hands the lines to the system: they outlive the process, not the machine."""
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Puts the lines on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()

@@ -1,0 +1,118 @@
+"""The rows that a run reads: of training, of the final evaluation, and samples of it; this rank's share of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+from dist_train.config.tree import Config
+from dist_train.data.arrays import ImageArrays
+from dist_train.data.augment.mix import Mix, NoMix
+from dist_train.data.augment.steps import Augmentation
+from dist_train.data.loader import EstimationLoader, EvaluationLoader, Source, TrainLoader
+from dist_train.data.permutation import derive_key
+from dist_train.data.sampler import ElasticDistributedSampler
+from dist_train.data.splits import Splits
+from dist_train.distributed.world import World
+from dist_train.errors import DataError
+
+
+@dataclass(kw_only=True)
+class RunData:
+    """A run's data, on this rank."""
+
+    config: Config
+    world: World
+    splits: Splits
+    _kept_source: Source | None = None
+
+    def example(self, rows: int) -> torch.Tensor:
+        """A synthetic batch of zeros, float32 [rows, C, H, W], on the CPU."""
+        return torch.zeros(rows, *self.splits.input_shape)
+
+    def require_same_data(self, recorded: str) -> None:
+        """Refuses to resume on other data: samples would be lost and repeated.
+
+        Raises:
+            DataError: the dataset's content (for a map-style dataset its length) is not what it was.
+        """
+        if recorded != self.splits.fingerprint:
+            raise DataError(
+                f"the dataset {self.config.data.name} is not what it was when this run began",
+                "give back the same data, or start anew with another --run.dir",
+            )
+
+    def source(self, split: ImageArrays | Dataset[Any], seed: int) -> Source:
+        """Rows of a split; its worker processes, where it has any, live as long as it does."""
+        data = self.config.data
+        augment = data.augment[getattr(split, "own_steps", 0) :]
+        return Source(
+            split,
+            Augmentation(augment, seed=seed, mean=self.splits.mean, std=self.splits.std),
+            self.world.device,
+            self.config.model.channels_last,
+            self.workers,
+            seed,
+            skip_corrupt=data.on_corrupt == "skip",
+            size=self.train_samples if isinstance(split, IterableDataset) else None,
+        )
+
+    @property
+    def _evaluation_source(self) -> Source:
+        if self._kept_source is None:
+            self._kept_source = self.source(self.splits.eval, self.config.run.seed)
+        return self._kept_source
+
+    @property
+    def train_samples(self) -> int:
+        """Samples to train on; of an iterable dataset those that an epoch takes."""
+        if self.splits.steps_per_epoch is not None:
+            return self.splits.steps_per_epoch * self.config.data.global_batch_size
+        return len(cast(Sized, self.splits.train))
+
+    @property
+    def workers(self) -> int:
+        """Worker processes of this rank."""
+        asked = self.config.data.workers
+        return self.world.share_of_cores() if asked == "auto" else asked
+
+    def train_loader(self, stage: str) -> TrainLoader:
+        """This rank's share of each global batch; order and augmentation are functions of (seed, stage, epoch, sample id)."""
+        data, seed = self.config.data, derive_key("stage", self.config.run.seed, stage)
+        # Micro-batches that ranks synchronise in are as many on each; others are cut as each rank's own share asks.
+        joint = stage == "train" and self.config.sync_batchnorm
+        sampler = ElasticDistributedSampler(
+            range(self.train_samples),
+            self.world.world_size,
+            self.world.rank,
+            shuffle=self.splits.steps_per_epoch is None,
+            seed=seed,
+            drop_last=data.drop_last,
+            global_batch_size=data.global_batch_size,
+            micro_batch_size=data.micro_batch_size if joint else None,
+        )
+        mix = Mix(data.mix, seed) if stage == "train" and (data.mix.mixup or data.mix.cutmix) else NoMix()
+        own = None if joint else data.micro_batch_size
+        return TrainLoader(self.source(self.splits.train, seed), sampler, own, mix)
+
+    def probe_inputs(self, rows: int = 16) -> torch.Tensor:
+        """The first rows of the evaluation set, as a model takes them: float32 [rows, C, H, W], on the CPU, contiguous."""
+        batches = EvaluationLoader(self._evaluation_source, rows, 1, 0, rows)
+        return next(iter(batches)).inputs.cpu().contiguous()
+
+    def evaluation_batches(self) -> EvaluationLoader:
+        """This rank's part of the evaluation set."""
+        size = self.config.data.eval_batch_size
+        limit = 2 * size * self.world.world_size if self.config.debug.fast_dev_run else None
+        return EvaluationLoader(self._evaluation_source, size, self.world.world_size, self.world.rank, limit)
+
+    def evaluation_sample(self, samples: int | None) -> EstimationLoader:
+        """Rows of the evaluation set, drawn by the seed, all on this rank; None: the whole set."""
+        source, size = self._evaluation_source, self.config.data.eval_batch_size
+        if self.config.debug.fast_dev_run:
+            samples = min(samples or 2 * size, 2 * size)
+        return EstimationLoader(source, samples or len(source), size, self.config.run.seed, 1, 0)

@@ -1,0 +1,121 @@
+"""What an evaluation shows besides its scalars: a confusion matrix, per-class accuracy, the samples that went worst.
+
+Collected while evaluating, without a second pass: each rank keeps its own few candidates, and what the ranks exchange at the end is
+small. report/<model>.json holds the result.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torchvision.io import encode_png
+
+from dist_train.data.arrays import Batch
+from dist_train.distributed.world import World
+from dist_train.tasks import Task
+
+WORST = 16
+_LARGEST_SIDE = 160  # pixels of an image in a report
+_CAPTION_NUMBERS = 16  # a target with more of them, such as a mask, is not shown
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample on its way between ranks: all but its input."""
+
+    id: int
+    loss: float
+    target: Any
+    decision: Any
+
+
+class Details:
+    """This rank's part of the details of one evaluation."""
+
+    def __init__(self, task: Task, device: torch.device) -> None:
+        self._metrics = task.details().to(device)
+        self._samples: list[Sample] = []
+        self._inputs: list[torch.Tensor] = []
+
+    def update(self, batch: Batch, outputs: torch.Tensor, losses: torch.Tensor, decisions: torch.Tensor) -> None:
+        """One batch: `outputs` [B, ...], `losses` [B] and `decisions` [B, ...] of its samples."""
+        self._metrics.update(outputs, batch.targets)
+        # Stable, so that of equal losses the smallest ids are kept, whatever the batches and ranks.
+        by_id = torch.argsort(batch.ids).to(losses.device)
+        worst = by_id[torch.sort(losses[by_id], descending=True, stable=True).indices[:WORST]]
+        if len(self._samples) == WORST:
+            worst = worst[losses[worst].double() >= self._samples[-1].loss]
+        worst = worst.cpu()
+        found = [
+            Sample(int(batch.ids[row]), float(losses[row]), _numbers(batch.targets[row]), _numbers(decisions[row]))
+            for row in worst.tolist()
+        ]
+        ranked = sorted(
+            [
+                *zip(self._samples, self._inputs, strict=True),
+                *zip(found, batch.inputs[worst.to(batch.inputs.device)], strict=True),
+            ],
+            key=lambda pair: _rank(pair[0]),
+        )[:WORST]
+        self._samples = [sample for sample, _ in ranked]
+        self._inputs = [inputs for _, inputs in ranked]
+
+    def gather(self, world: World, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+        """The details over all ranks, the same at any number of them; JSON-serializable. Collective.
+
+        Args:
+            mean, std: of each channel, by which inputs were normalized.
+        """
+        with warnings.catch_warnings():
+            # As in `evaluate`: a rank without samples has nothing to add.
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+            metrics = {name: _numbers(value, math.inf) for name, value in self._metrics.compute().items()}
+        # Who has the worst of all is agreed first, so that only their images travel.
+        ranks = world.gather([_rank(sample) for sample in self._samples])
+        chosen = set(sorted(key for keys in ranks for key in keys)[:WORST])
+        own = [
+            (sample, _png(inputs, mean, std))
+            for sample, inputs in zip(self._samples, self._inputs, strict=True)
+            if _rank(sample) in chosen
+        ]
+        everything = sorted((pair for pairs in world.gather(own) for pair in pairs), key=lambda pair: _rank(pair[0]))
+        return {"metrics": metrics, "worst": [{**vars(sample), "image": image} for sample, image in everything]}
+
+
+def _rank(sample: Sample) -> tuple[float, int]:
+    """Sorts the worst first, and equals by id."""
+    return (-sample.loss, sample.id)
+
+
+def _numbers(values: torch.Tensor, limit: float = _CAPTION_NUMBERS) -> Any:
+    """A tensor as numbers and lists; None where there are too many or, within, for what is not finite: JSON has no NaN."""
+    return _finite(values.tolist()) if values.numel() <= limit else None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return value if math.isfinite(value) else None
+
+
+def _png(inputs: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> str | None:
+    """A normalized image [C, H, W] as the base64 of a PNG of at most 160 pixels a side; None where it is no image."""
+    if inputs.dim() != 3 or inputs.shape[0] not in (1, 3) or len(mean) != inputs.shape[0]:
+        return None
+    shape = (-1, 1, 1)
+    pixels = inputs.detach().cpu().float() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    if not (float(pixels.min()) >= -0.01 and float(pixels.max()) <= 1.01):
+        # The dataset normalized it in its own way: show the shades, if not the brightness.
+        pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-12)
+    factor = _LARGEST_SIDE / max(pixels.shape[1:])
+    if factor < 1:
+        pixels = F.interpolate(pixels[None], scale_factor=factor, mode="bilinear", antialias=True)[0]
+    png = encode_png((pixels * 255).round().clamp(0, 255).to(torch.uint8).contiguous())
+    return base64.b64encode(png.numpy().tobytes()).decode()

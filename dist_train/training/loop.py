@@ -1,0 +1,297 @@
+"""fit() and train_step(): the one training loop, of float training and of quantization-aware training alike.
+
+Its order is law: seed, forward and backward, reduction, clip, optimizer, schedule, average, ledger; then evaluation, then the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from dist_train.config.stages import FitConfig
+from dist_train.console.progress import Progress, epoch_line, plain_line
+from dist_train.data.loader import MicroBatch, StepBatch, TrainLoader, seed_everything
+from dist_train.data.permutation import derive_key
+from dist_train.errors import NonFiniteLossError, Preempted
+from dist_train.models.batch_norm import synchronised
+from dist_train.run_dir.ledger import Ledger, NoLedger
+from dist_train.strategies.base import StepOutcome, Strategy
+from dist_train.tasks import Task
+from dist_train.trackers.base import Trackers
+from dist_train.training.evaluate import Evaluation
+from dist_train.training.hooks import Hook
+from dist_train.training.profiler import NoProfile, Profile
+from dist_train.training.reduction import StepReduction, StepSums, require_same_buffers
+from dist_train.training.selection import Selection
+from dist_train.training.state import TrainState
+from dist_train.training.step_log import Outlook
+
+
+class Checkpoints(Protocol):
+    """Where the loop's state goes. Collective: every rank calls it."""
+
+    def save_step(
+        self, stage: str, step: int, state: dict[str, Any], best_first: Sequence[int], needed: int | None
+    ) -> None:
+        """Saves the state of `step`; that of `needed` is kept too, and of `best_first`, the evaluated ones, as many as retention says."""
+
+    def load_step(self, stage: str, step: int) -> dict[str, Any]:
+        """The state that was saved at `step`."""
+
+
+@dataclass
+class Fit:
+    """What the loop works with; made by a stage."""
+
+    stage: str
+    seed: int
+    config: FitConfig
+    epochs: int
+    steps_per_epoch: int
+    loader: TrainLoader
+    task: Task
+    strategy: Strategy
+    reduction: StepReduction
+    hooks: Sequence[Hook]
+    evaluate: Callable[[nn.Module], Evaluation]
+    checkpoints: Checkpoints
+    checkpoint_every: int | None
+    ledger: Ledger | NoLedger
+    trackers: Trackers
+    log_every: int
+    progress: Progress
+    compile: bool
+    epoch_format: str | None = None
+    reestimate: Callable[[nn.Module], None] = lambda averaged: None
+    profile: Profile | NoProfile = field(default_factory=NoProfile)
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+
+def train_step(model: nn.Module, batch: StepBatch, task: Task, strategy: Strategy) -> StepSums:
+    """Forward and backward of one rank's share; gradients end up as those of the mean over the global batch (law 2).
+
+    DDP divides the sum of the ranks' gradients by their number, so the local sum of losses is multiplied by it.
+    """
+    scale, heartbeat = strategy.world.world_size / batch.global_count, strategy.world.heartbeat
+    loss_sum = score_sum = torch.zeros((), device=strategy.world.device)
+    for number, micro in enumerate(batch.micro_batches, start=1):
+        with nullcontext() if number == len(batch.micro_batches) else strategy.no_sync(model):
+            heartbeat.enter("forward")
+            with strategy.autocast(), synchronised(strategy.world, micro.rows):
+                outputs = model(micro.inputs)
+            real = outputs[: micro.rows].float()
+            # A rank without rows takes part in the gradients' all-reduce with zeros.
+            loss = _losses(task, real, micro).sum() if micro.rows else outputs.float().sum() * 0
+            heartbeat.enter("backward")
+            strategy.backward(loss * scale)
+        loss_sum = loss_sum + loss.detach()
+        if micro.rows:
+            score_sum = score_sum + task.score(real.detach(), micro.targets).sum()
+    return StepSums(loss_sum, score_sum, batch.rows, batch.global_count)
+
+
+def _losses(task: Task, outputs: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
+    """Loss of each row, float [rows]; of a mixed one that of its own target and its partner's, by their shares."""
+    losses = task.loss(outputs, micro.targets)
+    if micro.partner_targets is None:
+        return losses
+    return micro.weight * losses + (1 - micro.weight) * task.loss(outputs, micro.partner_targets)
+
+
+def fit(run: Fit, model: nn.Module, resume: dict[str, Any] | None) -> TrainState:
+    """Trains `model` in place to the last step, from the state in `resume` or from the beginning.
+
+    Returns:
+        the state, its `chosen` model in eval mode being the stage's result and `metrics` that model's.
+
+    Raises:
+        NonFiniteLossError: on all ranks; what was saved is finite.
+        Preempted: on all ranks, once the state is saved, where any was asked to stop.
+    """
+    selection = Selection(run.config, run.task.headline, run.task.lower_is_better)
+    state = TrainState(model, run.config, run.total_steps, run.steps_per_epoch, selection, run.strategy.begin())
+    if resume is not None:
+        state.load_state_dict(resume)
+    if (state.step < run.total_steps and not selection.stop) or state.epoch_open:
+        run.progress.begin(run.stage, run.total_steps, state.step, run.task.score_name)
+        run.profile.begin(state.step, run.total_steps)
+        try:
+            _train(run, state)
+        finally:
+            run.profile.end()
+        run.progress.end()
+    state.chosen_step = state.step
+    best = selection.best_step
+    if run.config.select == "best" and best is not None and best != state.step:
+        state.take_model(run.checkpoints.load_step(run.stage, best))
+    state.chosen.eval()
+    return state
+
+
+def _train(run: Fit, state: TrainState) -> None:
+    model = state.model.train()
+    wrapped = run.strategy.wrap(_compiled(model) if run.compile else model)
+    world = run.strategy.world
+    lag = 1 if world.device.type == "cuda" else 0
+    outlook = Outlook(run.stage, run.total_steps, run.log_every, run.progress, run.trackers, lag)
+    first_step, first_epoch = True, state.step // run.steps_per_epoch
+    if state.epoch_open:  # it was stopped between the last step of an epoch and its evaluation
+        for hook in run.hooks:
+            hook.before_step(state.step - 1)
+        _end_epoch(run, state, (state.step - 1) // run.steps_per_epoch)
+    while state.step < run.total_steps and not state.selection.stop:
+        epoch, first = divmod(state.step, run.steps_per_epoch)
+        # An epoch has all the shapes, each of which is compiled.
+        world.heartbeat.patience = world.timeout if run.compile and epoch == first_epoch else 0.0
+        world.heartbeat.begin("data")
+        for batch in outlook.clock.timed(run.loader.epoch(epoch, first, run.steps_per_epoch)):
+            step = state.step
+            world.heartbeat.at_step(run.stage, step)
+            for hook in run.hooks:
+                hook.before_step(step)
+            if first_step:
+                with world.heartbeat.within("set-up", at_least=world.timeout):  # it compiles, and connects the ranks
+                    run.strategy.settle(wrapped, batch.micro_batches[0].inputs)
+            run.profile.before_step(step)
+            seed_everything(derive_key("step", run.seed, run.stage, step, world.rank))
+            sums = train_step(wrapped, batch, run.task, run.strategy)
+            pending = run.reduction(sums, step)
+            world.heartbeat.enter("update")
+            outlook.add(pending, step, epoch, state.optimizer.param_groups[0]["lr"], batch.global_count)
+            if run.loader.may_leave_out:
+                pending.rescale(state.model)
+            outcome = _update(run, state, with_norm=outlook.logs(step))
+            outlook.updated(outcome.grad_norm)
+            run.ledger.record(run.stage, epoch, step, batch.ids, skipped=outcome.skipped, left_out=batch.left_out)
+            if first_step:
+                require_same_buffers(world, model)
+                first_step = False
+            due = run.checkpoint_every and state.step % run.checkpoint_every == 0
+            if (due or outlook.stop_agreed) and state.step % run.steps_per_epoch:
+                state.left_out += outlook.drain()
+                _require_finite(state)
+                _save(run, state)
+                _stop_if(outlook.stop_agreed, run, state)
+            world.heartbeat.begin("data")
+        world.heartbeat.patience = 0.0
+        state.left_out += outlook.drain()
+        _require_finite(state)
+        state.epoch_open = True
+        if outlook.stop_agreed:  # the evaluation may take longer than there is time
+            _save(run, state)
+            _stop_if(True, run, state)
+        _end_epoch(run, state, epoch)
+
+
+def _stop_if(agreed: bool, run: Fit, state: TrainState) -> None:
+    """After the state was saved.
+
+    Raises:
+        Preempted: on all ranks.
+    """
+    if agreed:
+        raise Preempted(f"stopped in {run.stage} after step {state.step} of {run.total_steps}, which is saved")
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    """The model, compiled for training; evaluation runs the model itself, so that its many shapes are not compiled too.
+
+    Shapes are static: with dynamic ones the kernels would depend on which shapes came first, and so on where a run was resumed.
+    For the same reason running out of compilations is an error; by default the model would silently run uncompiled from then on.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+    return compiled
+
+
+def _update(run: Fit, state: TrainState, with_norm: bool) -> StepOutcome:
+    """Clip, optimizer, schedule, average."""
+    # To clip to infinity measures the norm, and multiplies the gradients by exactly 1.
+    unclipped = math.inf if with_norm else None
+    outcome = run.strategy.step(state.optimizer, state.model, run.config.clip_grad_norm or unclipped)
+    state.optimizer.zero_grad(set_to_none=True)
+    if outcome.skipped:
+        # As torch's recipe has it: the schedule follows the optimizer's steps, of which this is none, and nothing new is to be averaged.
+        state.skipped += 1
+    else:
+        state.schedule.step()
+        if state.average is not None:
+            state.average.update_parameters(state.model)
+    state.step += 1
+    return outcome
+
+
+def _require_finite(state: TrainState) -> None:
+    """Before anything is evaluated or saved: a finite loss can have gradients that are not, and the last step's loss is not its update.
+
+    Raises:
+        NonFiniteLossError: on all ranks, as they hold the same parameters.
+    """
+    names, parameters = zip(*state.model.named_parameters(), strict=True)
+    finite = torch.stack([torch.isfinite(parameter).all() for parameter in parameters]).tolist()
+    if not all(finite):
+        raise NonFiniteLossError(
+            f"after step {state.step - 1} the parameter {names[finite.index(False)]} is not finite, though the loss was",
+            "lower the learning rate, or set clip_grad_norm; in the loss and the model look for a root or a logarithm of 0",
+        )
+
+
+def _report_left_out(run: Fit, state: TrainState, epoch: int) -> None:
+    if run.loader.may_leave_out:
+        run.trackers.log(run.stage, epoch, state.step - 1, {"skipped_samples": state.left_out})
+    if state.left_out:
+        run.progress.say(
+            f"{run.stage}: epoch {epoch + 1}/{run.epochs}: samples left out because they cannot be decoded: {state.left_out}"
+        )
+    state.left_out = 0
+
+
+def _end_epoch(run: Fit, state: TrainState, epoch: int) -> None:
+    _report_left_out(run, state, epoch)
+    last, stop = state.step == run.total_steps, False
+    if last or (epoch + 1) % run.config.evaluate_every == 0:
+        if state.average is not None:
+            # Its buffers were copied from the last step's model.
+            run.reestimate(state.average.module)
+        state.chosen.eval()
+        evaluation = run.evaluate(state.chosen)
+        state.metrics, stop = evaluation.metrics, evaluation.stop
+        state.model.train()
+        run.trackers.log(
+            run.stage, epoch, state.step - 1, {f"eval_{name}": value for name, value in state.metrics.items()}
+        )
+        state.selection.add(state.step, state.metrics)
+        place = (run.stage, epoch + 1, run.epochs, state.metrics)
+        run.progress.say(plain_line(*place) if run.epoch_format is None else epoch_line(run.epoch_format, *place))
+    if state.selection.stop and not last:
+        run.progress.say(_stopped(run, state, epoch + 1))
+    state.epoch_open = False
+    if not last:
+        # The end of a stage is saved by the pipeline, with the stage's result. An early stop is saved, so that it is not trained again.
+        _save(run, state)
+        _stop_if(stop, run, state)
+
+
+def _stopped(run: Fit, state: TrainState, epoch: int) -> str:
+    selection, best = state.selection, state.selection.best_step
+    known = "" if best is None else f" on {selection.value_at(best):.6g} of epoch {best // run.steps_per_epoch}"
+    return (
+        f"{run.stage}: stopped early after epoch {epoch}/{run.epochs}: {selection.metric} has not improved"
+        f"{known} for {selection.stale} evaluations"
+    )
+
+
+def _save(run: Fit, state: TrainState) -> None:
+    selection = state.selection
+    needed = selection.best_step if run.config.select == "best" else None
+    run.checkpoints.save_step(run.stage, state.step, state.state_dict(), selection.ranking, needed)

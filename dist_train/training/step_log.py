@@ -1,0 +1,154 @@
+"""What the loop sees of its own steps: losses, speed, the wait for data, the gradients' norm; logged at intervals."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from dist_train.console.progress import Progress
+from dist_train.trackers.base import Trackers
+from dist_train.training.reduction import Pending, StepMeans
+
+T = TypeVar("T")
+
+
+class DataClock:
+    """Measures how long the loop waits for its batches, on the host's clock: nothing is synchronised."""
+
+    def __init__(self) -> None:
+        self._waited = self._worked = 0.0
+        self._arrived: float | None = None
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches; from one's arrival until the next one is asked for the loop works."""
+        iterator = iter(batches)
+        while True:
+            asked = time.monotonic()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._arrived = time.monotonic()
+            self._waited += self._arrived - asked
+            yield batch
+            self._settle(time.monotonic())
+            self._arrived = None
+
+    def share(self) -> float:
+        """Share of the time since the last call that was waited, 0 to 1; evaluations are left out of that time."""
+        self._settle(time.monotonic())
+        total = self._waited + self._worked
+        share = self._waited / total if total > 0 else 0.0
+        self._waited = self._worked = 0.0
+        return share
+
+    def _settle(self, now: float) -> None:
+        if self._arrived is not None:
+            self._worked += now - self._arrived
+            self._arrived = now
+
+
+class _Norm:
+    """A scalar on its way from the device; `item()` waits for it alone."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._host = value.detach().to("cpu", non_blocking=True)
+        self._event: torch.cuda.Event | None = None
+        if value.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def item(self) -> float:
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._host)
+
+
+@dataclass
+class _Step:
+    pending: Pending
+    step: int
+    epoch: int
+    lr: float
+    samples: int
+    norm: _Norm | None = None
+
+
+class Outlook:
+    """Looks at what the reductions brought: at once on a CPU, a step later on CUDA, where waiting would idle the device.
+
+    Nothing is evaluated or saved before `drain`.
+    """
+
+    def __init__(
+        self, stage: str, total_steps: int, log_every: int, progress: Progress, trackers: Trackers, lag: int
+    ) -> None:
+        self._stage, self._total_steps, self._log_every = stage, total_steps, log_every
+        self._progress, self._trackers = progress, trackers
+        self._lag = lag
+        self._waiting: deque[_Step] = deque()
+        self._looked: deque[tuple[_Step, StepMeans]] = deque()
+        self._data_wait = 0.0
+        self._left_out = 0
+        self.clock = DataClock()
+        self.stop_agreed = False
+        """Some rank was asked to stop; the same on all ranks, as they look at the same steps."""
+
+    def logs(self, step: int) -> bool:
+        """Whether this step gets a line of metrics."""
+        return step % self._log_every == 0 or step + 1 == self._total_steps
+
+    def add(self, pending: Pending, step: int, epoch: int, lr: float, samples: int) -> None:
+        """A step's gradients are there.
+
+        Raises:
+            NonFiniteLossError: on all ranks, where the loss of a step looked at is not finite: before its update on a CPU.
+        """
+        self._waiting.append(_Step(pending, step, epoch, lr, samples))
+        self._look(self._lag)
+
+    def updated(self, grad_norm: torch.Tensor | None) -> None:
+        """The update of the step that was added last is under way; `grad_norm` float32 [] on the device, before clipping."""
+        newest = self._waiting[-1] if self._waiting else self._looked[-1][0]
+        if grad_norm is not None and self.logs(newest.step):
+            newest.norm = _Norm(grad_norm)
+        self._log()
+
+    def drain(self) -> int:
+        """Looks at all; returns how many samples were left out since it was called last."""
+        self._look(0)
+        self._log()
+        left_out, self._left_out = self._left_out, 0
+        return left_out
+
+    def _look(self, lag: int) -> None:
+        while len(self._waiting) > lag:
+            found = self._waiting.popleft()
+            means = found.pending.means()
+            self._looked.append((found, means))
+            self._left_out += found.samples - means.count
+            self.stop_agreed |= means.stop
+            if self.logs(found.step):
+                self._data_wait = self.clock.share()
+            self._progress.step(found.step + 1, means.count, means.loss, means.score, found.lr, self._data_wait)
+
+    def _log(self) -> None:
+        while self._looked:
+            found, means = self._looked.popleft()
+            if not self.logs(found.step):
+                continue
+            scalars = {
+                "loss": means.loss,
+                "score": means.score,
+                "lr": found.lr,
+                "samples_per_second": round(self._progress.samples_per_second, 1),
+                "data_wait": round(self._data_wait, 4),
+            }
+            if found.norm is not None:
+                scalars["grad_norm"] = found.norm.item()
+            self._trackers.log(self._stage, found.epoch, found.step, scalars)

@@ -1,0 +1,254 @@
+"""Folders of image files: what is read, how it is cut, and what a person reads when the files do not fit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
+
+from dist_train import registry
+from dist_train.config.checks.general import contradictions
+from dist_train.config.data import DataConfig, RandAugment, RandomErasing, RandomHorizontalFlip, RandomResizedCrop
+from dist_train.config.tree import Config
+from dist_train.data.augment.steps import Augmentation
+from dist_train.data.datasets.image_folder import ImageFiles, image_folder
+from dist_train.data.loader import Source
+from dist_train.data.splits import Splits
+from dist_train.errors import ConfigError, CorruptSampleError, DataError
+from tests.support.image_files import damage, photo, write_folder
+from tests.support.ranks import train, train_done
+
+SIZE, RESIZE = 32, 40
+CROP, FLIP, RAND = RandomResizedCrop(), RandomHorizontalFlip(), RandAugment()
+
+
+def opened(root: Path, augment: list[Any] | None = None) -> Splits:
+    args = {"size": SIZE, "resize": RESIZE}
+    return image_folder(DataConfig(name="image_folder", root=root, args=args, augment=augment or []))
+
+
+def files(split: Any) -> ImageFiles:
+    assert isinstance(split, ImageFiles)
+    return split
+
+
+def test_items_are_the_files_in_order_with_the_shorter_edge_scaled_and_the_centre_cut_out(tmp_path: Path) -> None:
+    splits = opened(write_folder(tmp_path, train=3, val=2))
+    assert registry.datasets.get("image_folder") is image_folder
+    assert splits.classes == ("class0", "class1", "class2") and splits.num_classes == 3 and splits.resize == RESIZE
+    assert splits.input_shape == (3, SIZE, SIZE)
+    train_files, reference = files(splits.train), v2.Compose([v2.Resize(RESIZE), v2.CenterCrop(SIZE)])
+    assert (len(train_files), len(files(splits.eval))) == (9, 6)
+    for index in range(9):
+        path = tmp_path / "train" / f"class{index // 3}" / f"{index % 3:03d}.jpg"
+        assert train_files.path(index) == path
+        image, target = train_files[index]
+        assert torch.equal(image, reference(decode_image(str(path)))) and image.dtype == torch.uint8
+        assert target == index // 3
+        assert torch.equal(image, train_files.augmented(index, seed=1)[0]), "no augmentation unless it is asked for"
+
+
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("gray.png", lambda image, path: image.convert("L").save(path)),
+        ("alpha.png", lambda image, path: image.convert("RGBA").save(path)),
+        ("palette.png", lambda image, path: image.convert("P").save(path)),
+        ("gray.JPG", lambda image, path: image.convert("L").save(path, format="JPEG")),
+        ("deep.png", lambda image, path: Image.fromarray(np.array(image.convert("L")).astype(np.uint16) * 257).save(path)),
+        ("modern.webp", lambda image, path: image.save(path)),
+    ],
+)  # fmt: skip
+def test_formats_and_colours_become_rgb_bytes(
+    tmp_path: Path, name: str, save: Callable[[Image.Image, Path], None]
+) -> None:
+    write_folder(tmp_path, train=1, val=1, classes=2)
+    save(photo(1, (200, 100, 50)), tmp_path / "train" / "class0" / name)
+    (row,) = [n for n in range(3) if files(opened(tmp_path).train).path(n).name == name]
+    image, _ = files(opened(tmp_path).train)[row]
+    assert image.dtype == torch.uint8 and image.shape == (3, SIZE, SIZE)
+    assert 40 < float(image.float().mean()) < 180
+    assert ("gray" in name or "deep" in name) == bool((image[0] == image[2]).all())
+
+
+def batches(split: Any, workers: int, epochs: list[int], augment: list[Any], seed: int = 5) -> list[dict[int, Any]]:
+    """For each epoch: file -> its pixels."""
+    steps = augment[files(split).own_steps :]
+    made = Augmentation(steps, seed=seed, mean=(0.0,) * 3, std=(1.0,) * 3)
+    source = Source(split, made, torch.device("cpu"), False, workers, seed)
+    found = []
+    for epoch in epochs:
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(epoch + workers)).numpy()
+        fetched = source.batches(iter(np.array_split(order, 2 + workers)), epoch)
+        found.append({int(n): row for batch in fetched for n, row in zip(batch.ids, batch.inputs, strict=True)})
+    return found
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_file_in_any_worker_and_batch(tmp_path: Path) -> None:
+    augment = [CROP, FLIP, RAND, RandomErasing(p=0.5)]
+    splits = opened(write_folder(tmp_path, train=4, val=1, classes=2), augment)
+    assert files(splits.train).own_steps == 3, "erasing is made of batches"
+    alone = batches(splits.train, 0, [0, 1], augment)
+    working = batches(splits.train, 2, [0, 1, 0], augment)
+    for left, right in ((alone[0], working[0]), (alone[1], working[1]), (alone[0], working[2])):
+        assert sorted(left) == list(range(8)) and all(torch.equal(left[number], right[number]) for number in left)
+    assert not any(torch.equal(alone[0][number], alone[1][number]) for number in range(8))
+    other = batches(splits.train, 0, [0], augment, seed=6)[0]
+    assert not any(torch.equal(alone[0][number], other[number]) for number in range(8))
+    plain = [files(splits.train)[number][0] for number in range(8)]
+    evaluated = Source(
+        splits.train, Augmentation([], seed=0, mean=(0.0,) * 3, std=(1.0,) * 3), torch.device("cpu"), False, 0, 0
+    )
+    (batch,) = evaluated.batches(iter([np.arange(8)]), None)
+    assert torch.allclose(batch.inputs * 255, torch.stack(plain).float(), atol=1e-3), "calibration is not augmented"
+
+
+def test_the_random_crop_is_torchvisions(tmp_path: Path) -> None:
+    splits = opened(write_folder(tmp_path, train=1, val=1, classes=2), [CROP])
+    image, _ = files(splits.train).augmented(1, seed=77)
+    torch.manual_seed(77)
+    whole = decode_image(str(tmp_path / "train" / "class1" / "000.jpg"), mode=ImageReadMode.RGB)
+    assert torch.equal(image, v2.RandomResizedCrop(SIZE, scale=CROP.scale, ratio=CROP.ratio)(whole))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "cannot be decoded"), (b"", "is empty"), (b"<html>", "cannot be decoded")]
+)
+def test_a_corrupt_file_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
+    train_files = files(opened(write_folder(tmp_path, train=2, val=1, classes=2)).train)
+    path = train_files.path(1)
+    damage(path) if content is None else path.write_bytes(content)
+    with pytest.raises(CorruptSampleError, match=rf"train/class0/001\.jpg {message}") as caught:
+        train_files[1]
+    assert "--data.on_corrupt skip" in caught.value.hint and "cpp" not in caught.value.message
+
+
+def test_a_file_that_went_away_is_no_corrupt_one(tmp_path: Path) -> None:
+    train_files = files(opened(write_folder(tmp_path, train=2, val=1, classes=2)).train)
+    train_files.path(0).unlink()
+    with pytest.raises(DataError, match=r"000\.jpg cannot be read: No such file") as caught:
+        train_files[0]
+    assert not isinstance(caught.value, CorruptSampleError), "nobody wants a disk that fails to be skipped"
+
+
+def test_the_fingerprint_follows_names_and_sizes(tmp_path: Path) -> None:
+    write_folder(tmp_path, train=2, val=1, classes=2)
+    first = files(opened(tmp_path).train).fingerprint
+    assert files(opened(tmp_path).train).fingerprint == first != files(opened(tmp_path).eval).fingerprint
+    path = tmp_path / "train" / "class0" / "000.jpg"
+    path.rename(path.with_name("zero.jpg"))
+    renamed = files(opened(tmp_path).train).fingerprint
+    damage(tmp_path / "train" / "class1" / "000.jpg")
+    assert len({first, renamed, files(opened(tmp_path).train).fingerprint}) == 3
+
+
+def _empty_a_class(root: Path) -> None:
+    (root / "train" / "class1" / "000.jpg").rename(root / "train" / "class1" / "000.tiff")
+
+
+def _other_class(root: Path) -> None:
+    (root / "val" / "class1").rename(root / "val" / "cat")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: (root / "val").rename(root / "test"), "has no folder val: it holds test, train"),
+        (lambda root: shutil.rmtree(root / "train" / "class1"), "two or more classes; it holds class0"),
+        (_empty_a_class, r"1 classes without an image, such as class1; other files: 1 of \.tiff"),
+        (_other_class, "only in train: class1; only in val: cat"),
+        (lambda root: (root / "val" / "class0" / "x.bmp").touch(), r"no images: 1 of \.bmp"),
+    ],
+)
+def test_folders_that_do_not_fit_are_said(tmp_path: Path, spoil: Callable[[Path], Any], message: str) -> None:
+    write_folder(tmp_path, train=1, val=1, classes=2)
+    (tmp_path / "train" / "class0" / ".DS_Store").touch()  # hidden files are nobody's fault
+    opened(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(DataError, match=message) as caught:
+        opened(tmp_path)
+    assert caught.value.hint
+
+
+def test_arguments_are_checked() -> None:
+    with pytest.raises(ConfigError, match="--data.root"):
+        image_folder(DataConfig(name="image_folder"))
+    with pytest.raises(ConfigError, match="must be at least size"):
+        image_folder(DataConfig(name="image_folder", args={"size": 300}))
+
+
+@pytest.mark.parametrize(
+    ("name", "augment", "message"),
+    [
+        ("digits", [CROP], "is made by the workers that decode image_folder, and not for digits"),
+        ("image_folder", [RandomErasing(), RAND], "rand_augment comes behind random_erasing"),
+        ("image_folder", [FLIP, CROP], "can only be the first entry"),
+        ("digits", [RandomErasing(scale=(0.5, 0.1))], "the least, 0.5, is above the most, 0.1"),
+    ],
+)
+def test_augmentation_that_cannot_be_made_is_a_mistake_of_the_configuration(
+    name: str, augment: list[Any], message: str
+) -> None:
+    config = Config(data=DataConfig(name=name, augment=augment))
+    (problem,) = [each for each in contradictions(config, {}) if each.place.startswith("data.augment")]
+    assert message in problem.message and problem.hint
+    fine = Config(data=DataConfig(name="image_folder", augment=[CROP, FLIP, RAND, RandomErasing()]))
+    assert not [each for each in contradictions(fine, {}) if each.place.startswith("data.augment")]
+
+
+def _options(root: Path, run: Path, *more: str) -> list[str]:
+    options = {
+        "data.name": "image_folder", "data.root": root, "data.global_batch_size": 7, "data.workers": 1,
+        "data.args": "{size: 32, resize: 36}", "stages": "[train, ptq, convert]", "run.device": "cpu", "run.dir": run,
+        "data.augment": "[{name: random_resized_crop}, {name: random_horizontal_flip}, {name: rand_augment}]",
+        "train.epochs": 2, "debug.ledger": "true",
+    }  # fmt: skip
+    flat = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    return ["run", "configs/quickstart.yaml", *flat, *more]
+
+
+@pytest.mark.slow
+def test_a_folder_trains_on_two_ranks_without_its_corrupt_files_and_says_so(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "images")
+    damage(root / "train" / "class1" / "003.jpg")
+    damage(root / "val" / "class0" / "001.jpg")
+    with train(1, *_options(root, tmp_path / "strict")) as ranks:
+        assert ranks.wait() == [1]
+        assert "val/class0/001.jpg cannot be decoded" in ranks.output(0) or "003.jpg cannot" in ranks.output(0)
+    skip = ["--data.on_corrupt", "skip", "--data.mix.mixup", "0.2", "--data.mix.cutmix", "1.0"]
+    printed = train_done(2, *_options(root, tmp_path / "run", *skip))
+    assert "epoch 1/2: samples left out because they cannot be decoded: 1" in printed
+    assert "on 8 samples, without 1 that cannot be decoded" in printed
+    assert '"skipped_samples":1' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    with train(1, "ledger", str(tmp_path / "run")) as ranks:
+        assert ranks.wait() == [0], ranks.printed()
+        assert "train epoch 1: 1 samples left out" in ranks.output(0)
+        assert "each sample that can be decoded was consumed exactly once an epoch" in ranks.output(0)
+
+
+class Pids(torch.utils.data.Dataset[Any]):
+    """Items that say which process made them."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.zeros(1, 2, 2), os.getpid()
+
+
+def test_workers_outlive_an_epoch() -> None:
+    source = Source(Pids(), Augmentation([], seed=0, mean=(0.5,), std=(0.2,)), torch.device("cpu"), False, 2, 0)
+    made = [
+        {int(pid) for batch in source.batches(iter(np.arange(8).reshape(4, 2)), epoch) for pid in batch.targets}
+        for epoch in (0, 1, None)
+    ]
+    assert made[0] == made[1] == made[2] and len(made[0]) == 2 and os.getpid() not in made[0]

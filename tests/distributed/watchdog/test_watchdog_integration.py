@@ -1,0 +1,166 @@
+"""Ranks that are stuck for real: the run ends in bounded time, and says which rank stood where."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dist_train.config.load import load
+from dist_train.distributed.process_group import join
+from dist_train.distributed.watchdog.rank_side import watched
+from dist_train.distributed.watchdog.stop_signals import listening
+from dist_train.run_dir.files import read_json
+from dist_train.run_dir.paths import RunDir
+from tests.distributed.watchdog.test_stop_signals_integration import Case
+from tests.support.ranks import Ranks
+
+TIMEOUT = 4
+WATCHED = ("--watchdog.timeout", str(TIMEOUT))
+WHOLE = ("--stages", "[train, ptq, qat, convert, export]", "--convert.deadline", str(TIMEOUT))
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    return Case(tmp_path)
+
+
+def ends(ranks: Ranks) -> None:
+    """All ranks are gone within the timeout, the 20 s that are promised after detection, and some for a busy machine."""
+    began = time.monotonic()
+    codes = ranks.wait(TIMEOUT + 20 + 20)
+    assert 0 not in codes
+    assert time.monotonic() - began < TIMEOUT + 20 + 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("hold", "options", "environ", "said"),
+    [
+        ("forward 1 14 lock", (), {}, "rank 1 is stuck in `forward`, rank 0 waits in `"),
+        ("data 1 70 wait", (), {}, "rank 1 is stuck in `data`, rank 0 waits in `"),
+        ("save 0 1 wait", (), {}, "rank 0 is stuck in `save`, rank 1 waits in `waiting`"),
+        ("convert 0 0 lock", WHOLE, {"PLAIN": "1"}, "rank 0 is stuck in `convert`, rank 1 waits in `waiting`"),
+    ],
+)
+def test_the_message_names_the_rank_and_the_phase_and_the_stacks_are_kept(
+    case: Case, hold: str, options: tuple[str, ...], environ: dict[str, str], said: str
+) -> None:
+    with case.start(2, hold, *WATCHED, *options, **environ) as ranks:
+        case.reached(ranks)
+        ends(ranks)
+        printed = ranks.printed()
+    assert said in printed
+    assert printed.count("no progress for") == 1, "one rank says it for all"
+    status = read_json(case.run_dir.status)
+    assert status["state"] == "failed" and said in status["error"]
+    stacks = [(case.run_dir.stuck(0) / f"rank{rank}.txt").read_text() for rank in (0, 1)]
+    assert all("most recent call first" in text for text in stacks)
+    if "data" not in hold:  # that stands in a worker
+        assert "in hold" in stacks[int(hold.split()[1])], "also where a C call holds the interpreter's lock"
+
+
+@pytest.mark.slow
+def test_a_stopped_process_is_named_and_does_not_stay(case: Case) -> None:
+    with case.start(2, "forward 1 14 wait", *WATCHED) as ranks:
+        case.reached(ranks)
+        os.kill(ranks.processes[1].pid, signal.SIGSTOP)
+        ends(ranks)
+        assert ranks.processes[1].returncode == -signal.SIGKILL
+        assert "rank 1 is stuck in `forward` (the process is stopped: SIGSTOP)" in ranks.printed()
+
+
+@pytest.mark.slow
+def test_a_data_worker_that_is_stuck_does_not_outlive_its_rank(case: Case) -> None:
+    with case.start(1, "data 0 70 wait", *WATCHED) as ranks:
+        case.reached(ranks)
+        ends(ranks)
+        assert ranks.until_alone(0), "a process of its group is left"
+
+
+@pytest.mark.slow
+def test_a_job_that_was_suspended_and_goes_on_is_left_alone(case: Case) -> None:
+    """As by Ctrl-Z, or by Slurm where jobs take turns: all its processes were stopped for longer than the timeout."""
+    with case.start(1, "forward 0 14 wait", *WATCHED, "--train.epochs", "2") as ranks:
+        case.reached(ranks)
+        os.killpg(ranks.processes[0].pid, signal.SIGSTOP)
+        time.sleep(2 * TIMEOUT)
+        os.killpg(ranks.processes[0].pid, signal.SIGCONT)
+        time.sleep(TIMEOUT / 2)
+        case.go()
+        assert ranks.wait() == [0], ranks.printed()
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_slowly_is_left_alone(case: Case) -> None:
+    """Each step is well within the timeout; all of them together are not."""
+    with case.start(1, "forward 0 14 wait", *WATCHED, "--train.epochs", "2") as ranks:
+        case.reached(ranks)
+        time.sleep(TIMEOUT / 2)
+        case.go()
+        assert ranks.wait() == [0], ranks.printed()
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_for_one_that_goes_on_ends_nothing(case: Case) -> None:
+    with Ranks(
+        2,
+        [
+            "-m",
+            "tests.distributed.watchdog.test_watchdog_integration",
+            str(case.config),
+            str(case.run_dir.path),
+            "goes on",
+        ],
+    ) as ranks:
+        assert ranks.wait(60) == [0, 0], ranks.printed()
+        assert "no progress" not in ranks.printed()
+        assert "rank 1 asked three times" in ranks.output(0)
+    assert not case.run_dir.stuck(0).exists()
+    assert len(case.run_dir.questions(0)) <= 1, "what was answered is removed"
+
+
+@pytest.mark.slow
+def test_a_rank_that_went_on_for_long_and_then_is_stuck_is_named(case: Case) -> None:
+    with Ranks(
+        2,
+        [
+            "-m",
+            "tests.distributed.watchdog.test_watchdog_integration",
+            str(case.config),
+            str(case.run_dir.path),
+            "stays",
+        ],
+    ) as ranks:
+        assert ranks.wait(60) == [1, 1], ranks.printed()
+        assert "rank 0 is stuck in `evaluate`, rank 1 waits in `collective`" in ranks.printed()
+        assert "no word from" not in ranks.printed()
+    assert all((case.run_dir.stuck(0) / f"rank{rank}.txt").stat().st_size for rank in (0, 1))
+
+
+def main(file: str, folder: str, what: str) -> None:
+    """Rank 1 waits in a collective for rank 0, which beats until it was asked twice how it is, and then comes, or comes never."""
+    config = load(
+        file, ["--import", "tests.support.blocking_parts", "--run.dir", folder, "--watchdog.timeout", "1"]
+    ).config
+    run_dir = RunDir(Path(folder))
+    with listening() as stop, watched(config, stop) as heartbeat, join(config.run) as world:
+        world.heartbeat, world.stop = heartbeat, stop
+        heartbeat.identify(world.rank, 2, 0)
+        heartbeat.begin("evaluate")
+        while world.rank == 0 and max(run_dir.questions(0), default=-1) < 2:
+            heartbeat.enter("evaluate")
+            time.sleep(0.05)
+        if world.rank == 0:
+            print("rank 1 asked three times", flush=True)
+        while world.rank == 0 and what == "stays":
+            time.sleep(0.05)
+        world.barrier("end")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,82 @@
+"""A gate records what was measured, and lets nothing pass that is not a number."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+
+from dist_train.distributed.world import World
+from dist_train.errors import GateError
+from dist_train.run_dir.files import read_json
+from dist_train.run_dir.paths import RunDir
+from dist_train.stages.context import Context
+from dist_train.stages.gates import _draw_variances, _relative_difference
+
+
+def judge(tmp_path: Path, value: float, bound: float) -> dict[str, Any]:
+    """The recorded gate, from a context that has what `Context.gate` needs."""
+    context = SimpleNamespace(world=World(), run_dir=RunDir(tmp_path), results={"gates": {}})
+    Context.gate(cast(Context, context), "prepare", value, bound, value <= bound, "type this")
+    gate: dict[str, Any] = context.results["gates"]["prepare"]
+    return gate
+
+
+def test_what_lies_within_the_bound_passes(tmp_path: Path) -> None:
+    assert judge(tmp_path, 1e-5, 1e-4) == {"value": 1e-5, "bound": 1e-4, "passed": True}
+
+
+@pytest.mark.parametrize("value", [1.0, math.nan, math.inf])
+def test_what_does_not_pass_is_on_the_disk_before_the_run_ends(value: float, tmp_path: Path) -> None:
+    with pytest.raises(GateError, match="gate `prepare` failed"):
+        judge(tmp_path, value, 1e-4)
+    gate = read_json(RunDir(tmp_path).results)["gates"]["prepare"]
+    assert not gate["passed"]
+    assert gate["value"] == (value if math.isfinite(value) else None)
+
+
+def test_a_model_that_answers_nan_does_not_look_like_an_equal_one() -> None:
+    class Nan(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * math.nan
+
+    measured = torch.stack(
+        [_relative_difference(model, nn.Identity(), torch.ones(2, 3)) for model in (nn.Identity(), Nan())]
+    )
+    assert measured[0] == 0
+    assert not float(measured.max()) <= 1e-4
+
+
+def deep_net() -> nn.Sequential:
+    """Each layer's weights are large, and its batch norm takes that back, as trained statistics do."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for _ in range(16):
+        convolution, norm = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8, eps=1e-3)
+        with torch.no_grad():
+            convolution.weight.mul_(2e3)
+            assert norm.running_var is not None
+            norm.running_var.fill_(1.3e6)
+        layers += [convolution, norm, nn.ReLU()]
+    return nn.Sequential(*layers).eval()
+
+
+def test_drawn_variances_leave_a_deep_trained_net_what_it_computes_and_show_another_eps() -> None:
+    float_model, images = deep_net(), torch.rand(2, 8, 8, 8)
+    prepared = deep_net()
+    norms = [
+        (module, other) for module, other in zip(prepared, float_model, strict=True) if "Norm" in str(type(module))
+    ]
+    with torch.no_grad():
+        before = float_model(images)
+        assert before.abs().max() > 1e-3
+        _draw_variances(norms, seed=0)
+        torch.testing.assert_close(float_model(images), before, rtol=1e-3, atol=1e-5)
+        assert float(_relative_difference(prepared, float_model, images)) == 0
+        norms[-1][0].eps = 1e-5  # type: ignore[assignment]
+        assert float(_relative_difference(prepared, float_model, images)) > 1e-3

@@ -1,0 +1,100 @@
+"""Whole runs of seconds in this process, for tests of what a run prints, writes and keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dist_train
+from dist_train.cli.main import main
+from dist_train.run_dir import state_codec as codec
+from dist_train.run_dir.checkpoint import CheckpointFolder
+from dist_train.run_dir.files import read_json
+from dist_train.run_dir.paths import RunDir
+from dist_train.tasks import Classification
+
+STEPS = 11
+"""Optimizer steps of an epoch."""
+
+CONFIG = """\
+run: {name: small, threads_per_rank: 1, device: cpu}
+data:
+  name: fake
+  args: {num_train: 203, num_eval: 61, num_classes: 6, channels: 1, height: 8, width: 8}
+  global_batch_size: 20
+model: {name: mlp, args: {size: 8, hidden: 16}}
+stages: [train]
+train: {epochs: 3, optim: {lr: 0.02}}
+qat: {epochs: 2}
+log: {every_steps: 1}
+"""
+
+
+class Interrupted(Exception):
+    """As if the process had been killed."""
+
+
+@dist_train.register_task("interruptible")
+class Interruptible(Classification):
+    """Raises at the step of which `at` is the number, of this stage's losses with gradients; None: never."""
+
+    at: int | None = None
+    seen = 0
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if outputs.requires_grad:
+            Interruptible.seen += 1
+            if Interruptible.at == Interruptible.seen - 1:
+                raise Interrupted
+        return super().loss(outputs, targets)
+
+
+class Runs:
+    """Runs in a folder; `folder / name` is the run directory of each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = folder / "small.yaml"
+        self.config.write_text(CONFIG.replace("data:\n", f"data:\n  cache_dir: {folder / 'cache'}\n"))
+
+    def __call__(self, name: str, *options: str, interrupt_at: int | None = None) -> int:
+        """The exit code of `dist-train run`, or -1 where the run was interrupted before the given step."""
+        Interruptible.at, Interruptible.seen = interrupt_at, 0
+        given = [] if interrupt_at is None and "--task.name" not in options else ["--task.name", "interruptible"]
+        with _own_torch_settings():
+            try:
+                return main(["run", str(self.config), "--run.dir", str(self.folder / name), *given, *options])
+            except Interrupted:
+                return -1
+            finally:
+                Interruptible.at = None
+
+    def results(self, name: str) -> Any:
+        return read_json(RunDir(self.folder / name).results)
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in RunDir(self.folder / name).metrics.read_text().splitlines()]
+
+    def checkpoints(self, name: str) -> CheckpointFolder:
+        return CheckpointFolder(RunDir(self.folder / name).checkpoints)
+
+    def product(self, name: str, stage: str = "train") -> dict[str, bytes]:
+        """The bytes of every tensor that a stage handed on."""
+        _, tensors = codec.encode(self.checkpoints(name).load(f"{stage}-end")["payload"])
+        return {key: tensor.contiguous().view(torch.uint8).numpy().tobytes() for key, tensor in tensors.items()}
+
+
+@contextlib.contextmanager
+def _own_torch_settings() -> Iterator[None]:
+    """A run sets threads and determinism of its process, which here is that of other tests too."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
