@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: running it again will not help
+
+_ALIKE = 0.5  # difflib's ratio from which a name is taken for a misspelling of another
+
+
+def nearest(word: str, names: Iterable[str], count: int = 2) -> list[str]:
+    """Returns at most `count` of `names` that `word` may be a misspelling of, the nearest first."""
+    return difflib.get_close_matches(word, list(names), n=count, cutoff=_ALIKE)
+
+
+def did_you_mean(word: str, names: Iterable[str], count: int = 2, before: str = "") -> str:
+    """Returns "did you mean a or b?" of the nearest `names`, each after `before`; "" where none is near."""
+    return ask_for([before + name for name in nearest(word, names, count)])
+
+
+def ask_for(names: Sequence[str]) -> str:
+    """Returns "did you mean a or b?"; "" for no names."""
+    return f"did you mean {' or '.join(names)}?" if names else ""
+
+
+def first_line(error: BaseException | str) -> str:
+    """Returns the first line of an error's text that is not empty, or its type's name where it says nothing."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
 
 
 class DistTrainError(Exception):
