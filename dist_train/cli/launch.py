@@ -4,89 +4,167 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import click
+
+from dist_train.cli.launch_options import LAUNCHERS, OPTIONS, options, takers
+from dist_train.cli.verbs import SETTINGS, ConfigVerb, DottedVerb, Verbs, verb_name
 from dist_train.cluster.interfaces import interface_of, interfaces
 from dist_train.cluster.ports import is_free
-from dist_train.errors import EXIT_DONE, SetupError, UsageError
+from dist_train.errors import EXIT_DONE, SetupError, UsageError, did_you_mean
 from dist_train.launchers import accelerate, sbatch, slurm_script, torchrun
 from dist_train.launchers.agent import wait
 from dist_train.launchers.job import Command, Job, outcome
-from dist_train.launchers.options import details, split
 from dist_train.run_dir.files import read_json
 from dist_train.run_dir.paths import RunDir, refuse_foreign
 
-USAGE = "{torchrun,accelerate,slurm} [OPTION ...] CONFIG [--dotted.key VALUE ...]"
 _PATIENCE_SECONDS = 20.0
 _SAVING_SECONDS = 15  # that an agent waits longer than its ranks need at most
-_ACTIONS = ("dry_run", "submit", "follow")
+_SBATCH = re.compile(r"--[a-z][a-z-]*")
 
 
-def help_text(settings: str) -> str:
-    return f"""\
-Options of the launcher come before CONFIG, those of the configuration after it.
-{details()}
+class _Launcher(ConfigVerb):
+    """A launcher: the options before CONFIG are its own. Its function also gets all words, as `typed`."""
 
-torchrun and accelerate run on this machine (for several nodes type the command on each); slurm prints a batch script,
-or gives it to sbatch. Each rank's output goes to RUN_DIR/logs, that of rank 0 to the terminal too. In an array job
-(--sbatch.array 0-3) every task is a run of its own, RUN_DIR-TASK; %a in an option is the task's number.
-Exit codes: 0 done, 1 failed, 75 preempted (run the same command again), 78 wrong configuration.
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.params["typed"] = tuple(args)
+        return super().parse_args(ctx, args)
 
-{settings}"""
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return ["[OPTION ...] CONFIG [--dotted.key VALUE ...]"]
+
+    def refusal(self, ctx: click.Context, error: click.UsageError, args: Sequence[str]) -> UsageError:
+        name = verb_name(ctx)
+        if isinstance(error, click.MissingParameter):
+            return UsageError(f"{name} needs a configuration", f"dist-train {name} [OPTION ...] CONFIG")
+        if not isinstance(error, click.NoSuchOption):
+            return super().refusal(ctx, error, args)
+        option = error.option_name
+        others = takers(option)
+        if others:
+            return UsageError(f"{option} is not for {self.name}", f"it is for {', '.join(others)}")
+        hint = "" if "." in option else did_you_mean(option, [each.opts[0] for each in self.params], count=1)
+        if self.name == "slurm" and _SBATCH.fullmatch(option):
+            value = next((after for word, after in pairwise(args) if word == option and after[:1] != "-"), "true")
+            hint = f"{hint} For an option of sbatch: --sbatch.{option.removeprefix('--')} {value}".strip()
+        settings = f"options of the configuration come after it: {name} [OPTION ...] CONFIG [--dotted.key VALUE ...]"
+        return UsageError(f"{name} has no option {option}", hint or settings)
 
 
-def launch(arguments: list[str]) -> int:
+class _Slurm(DottedVerb, _Launcher):
+    section = "sbatch"
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return ["[OPTION ...] [--sbatch.KEY VALUE ...] CONFIG [--dotted.key VALUE ...]"]
+
+
+class _Launch(Verbs):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:
+            hint = f"dist-train launch {{{','.join(LAUNCHERS)}}} [OPTION ...] CONFIG"
+            raise UsageError("launch needs a launcher", hint)
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for launchers, option in OPTIONS:
+            names, text = option.get_help_record(ctx) or ("", "")
+            rows.append((names, text if launchers == LAUNCHERS else f"{text} ({', '.join(launchers)})"))
+        rows.append(("--sbatch.KEY VALUE", "Any other option of sbatch; true for a flag, false omits ours. (slurm)"))
+        with formatter.section("Options of the launchers, before CONFIG"):
+            formatter.write_dl(rows)
+        self.format_commands(ctx, formatter)
+
+
+@click.group(cls=_Launch, subcommand_metavar="{torchrun,accelerate,slurm} ...", epilog=SETTINGS)
+def launch() -> None:
+    """Starts the ranks of a run, here or as a batch job.
+
+    torchrun and accelerate run on this machine (for several nodes type the command on each); slurm prints a batch
+    script, or gives it to sbatch. Each rank's output goes to RUN_DIR/logs, that of rank 0 to the terminal too. In an
+    array job (--sbatch.array 0-3) every task is a run of its own, RUN_DIR-TASK; %a in an option is the task's number.
+
+    Exit codes: 0 done, 1 failed, 75 preempted (run the same command again), 78 wrong configuration.
+    """
+
+
+def _launch(
+    launcher: str,
+    config: str,
+    settings: tuple[str, ...],
+    typed: tuple[str, ...],
+    dry_run: bool,
+    env: tuple[tuple[str, str], ...],
+    submit: bool = False,
+    follow: bool = False,
+    sbatch: Sequence[tuple[str, str]] = (),
+    **values: Any,
+) -> int:
     """Runs the verb; returns the exit code of law 7.
 
     Raises:
         UsageError, ConfigError, SetupError: before anything is started.
     """
-    launcher, values, words = split(arguments)
     from dist_train.config.load import load
 
-    # Of this machine's variables none: the ranks will have others, and a batch job other files.
-    config = load(words[0], words[1:], environ={}).config
-    base = config.run.dir or Path("runs") / config.run.name
-    actions = {name: values.pop(name, False) for name in _ACTIONS}
-    environment = values.pop("env")
-    grace = math.ceil(config.stop.grace)
+    # Without this machine's variables: the ranks will have others, and a batch job other files.
+    checked = load(config, settings, environ={}).config
+    base = checked.run.dir or Path("runs") / checked.run.name
+    grace = math.ceil(checked.stop.grace)
     defaults: dict[str, Any] = {
         "python": sys.executable,
-        "rdzv_id": config.run.name,
+        "rdzv_id": checked.run.name,
         "shutdown_timeout": grace + _SAVING_SECONDS,
         "stop_before": max(Job.stop_before, grace + 4 * _SAVING_SECONDS),
     }
+    words = [word for word in (launcher, *typed) if word not in ("--submit", "--follow")]
     job = Job(
-        arguments=(*words, "--run.dir", str(base)),
+        arguments=(config, *settings, "--run.dir", str(base)),
         run_dir=str(base),
-        home=str(config.run_dir),
-        name=config.run.name,
-        environment=environment,
-        made_by="dist-train launch " + shlex.join(word for word in arguments if word not in ("--submit", "--follow")),
-        **(defaults | values),
+        home=str(checked.run_dir),
+        name=checked.run.name,
+        environment=env,
+        made_by=f"dist-train launch {shlex.join(words)}",
+        sbatch=tuple((name.removeprefix("--sbatch."), value) for name, value in sbatch),
+        **(defaults | {name: value for name, value in values.items() if value is not None}),
     )
     _check(launcher, job)
     if launcher == "slurm":
-        return _batch(job, **actions)
+        return _batch(job, dry_run, submit, follow)
     if job.local_addr and "GLOO_SOCKET_IFNAME" not in os.environ:
-        job = replace(job, interface=_interface(job.local_addr, actions["dry_run"]))
+        job = replace(job, interface=_interface(job.local_addr, dry_run))
     command = (torchrun if launcher == "torchrun" else accelerate).command(job)
-    if actions["dry_run"]:
+    if dry_run:
         print(command.shell(), end="")
         return EXIT_DONE
     if job.is_host and job.nodes[1] > 1 and not is_free(torchrun.port(job)):
         raise SetupError(f"port {torchrun.port(job)} is taken on this node", "--port PORT, the same on all nodes")
-    return run(job, command)
+    return start(job, command)
+
+
+_HELP = {
+    "torchrun": "Starts torchrun's agent on this machine, and the ranks under it.",
+    "accelerate": "Starts `accelerate launch` on this machine.",
+    "slurm": "Prints a batch script, or gives it to sbatch.\n\nAny option of sbatch is --sbatch.KEY VALUE: true for a "
+    "flag, false leaves ours out.",
+}
+for _name in LAUNCHERS:
+    _kind = _Slurm if _name == "slurm" else _Launcher
+    launch.add_command(_kind(_name, callback=partial(_launch, _name), params=options(_name), help=_HELP[_name]))
 
 
 def _interface(address: str, dry_run: bool) -> str:
@@ -124,7 +202,7 @@ def _check(launcher: str, job: Job) -> None:
             raise UsageError(f"several nodes need {' and '.join(missing)}", hint)
 
 
-def run(job: Job, command: Command) -> int:
+def start(job: Job, command: Command) -> int:
     """Starts the command in the foreground, with our terminal, and waits for it."""
     if shutil.which(command.words[0]) is None:
         raise SetupError(f"{command.words[0]} is no program", "--python PATH, or nothing for the one that runs this")

@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import sys
-import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from dist_train import registry
 from dist_train.config.advice import unscaled_rates
 from dist_train.config.checks.general import contradictions
 from dist_train.config.messages import mistakes
+from dist_train.config.shipped import shipped
 from dist_train.config.tree import Config, config_model, leaves
 from dist_train.config.yaml_tree import Place, Tree, dotted, to_yaml
 from dist_train.errors import ConfigError, Problem
@@ -104,21 +104,6 @@ def differences(old: Mapping[str, Any], new: Config) -> list[Problem]:
             found.append(Problem(key, f"was {_brief(recorded)}, is {_brief(value)}"))
     unknown = _unknown(old, set(defaults) | set(now))
     return found + [Problem(key, f"was {_brief(value)}, is not known any more") for key, value in unknown]
-
-
-def configs_dir() -> Path:
-    """The folder of the shipped configurations: of the checkout, or of the installation."""
-    checkout = Path(__file__).resolve().parents[2]
-    if (checkout / "setup.cfg").is_file() and (checkout / "configs").is_dir():
-        return checkout / "configs"
-    schemes = [sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user")]
-    folders = [Path(sysconfig.get_path("data", scheme)) / "share" / "dist_train" / "configs" for scheme in schemes]
-    return next((folder for folder in folders if folder.is_dir()), folders[0])
-
-
-def shipped() -> dict[str, Path]:
-    """The shipped configurations: name -> file."""
-    return {file.stem: file for file in sorted(configs_dir().glob("*.yaml"))}
 
 
 def import_modules(names: Sequence[str]) -> list[Problem]:
