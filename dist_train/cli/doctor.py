@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import click
 
-from dist_train.cli.verbs import OneOf, Valued, Verb, complete_config
+from dist_train.cli.verbs import OneOf, Verb, complete_config, option
 from dist_train.errors import UsageError, did_you_mean
 
 
@@ -22,14 +22,7 @@ class _Doctor(Verb):
 
 @click.command(cls=_Doctor)
 @click.argument("words", metavar="[CONFIG] [--dotted.key VALUE ...]", nargs=-1, shell_complete=complete_config)
-@click.option(
-    "--only",
-    cls=Valued,
-    metavar="SECTION",
-    type=OneOf(_sections),
-    multiple=True,
-    help="This section alone; repeatable.",
-)
+@option("--only", "SECTION", "This section alone; repeatable.", type=OneOf(_sections), multiple=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def doctor(words: tuple[str, ...], only: tuple[str, ...], as_json: bool) -> int:
     """Tests what works on this machine, and says what to type where something does not.

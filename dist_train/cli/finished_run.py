@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from dist_train.cli.verbs import DIRECTORY, DottedVerb, OneOf, Valued, Verb, import_user_modules, imports, run_dirs
+from dist_train.cli.verbs import DIRECTORY, DottedVerb, OneOf, Verb, import_user_modules, imports, option, run_dirs
 from dist_train.errors import EXIT_DONE, EXIT_FAILED, UsageError
 
 _RUN_DIR = click.argument("run_dir", metavar="RUN_DIR", type=DIRECTORY, callback=run_dirs)
@@ -20,12 +20,11 @@ class _Evaluate(DottedVerb):
 
 @click.command(cls=_Evaluate)
 @_RUN_DIR
-@click.option(
+@option(
     "--model",
-    cls=Valued,
-    metavar="MODEL",
+    "MODEL",
+    "fp32, half, int8, or the path of an artifact; default: all that the run has.",
     type=click.Path(),
-    help="fp32, half, int8, or the path of an artifact; default: all that the run has.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @imports
@@ -46,6 +45,12 @@ def evaluate(
     return EXIT_DONE
 
 
+_FORMAT = """\
+pt2 (the default), onnx, openvino, executorch; repeatable. auto: each that is installed is timed, FP32 beside it, and the
+fastest that answers right is written; the table goes into results.json."""
+_EXPORTED = "fp32, half, int8; default: the artifact's own, or the first of int8, half, fp32."
+
+
 def _formats() -> list[str]:
     from dist_train.registry import export_formats
 
@@ -54,24 +59,8 @@ def _formats() -> list[str]:
 
 @click.command(cls=Verb)
 @_RUN_DIR
-@click.option(
-    "--format",
-    "formats",
-    cls=Valued,
-    metavar="FORMAT",
-    type=OneOf(_formats),
-    multiple=True,
-    default=["pt2"],
-    help="pt2 (the default), onnx, openvino, executorch; repeatable. auto: each that is installed is timed, FP32 beside "
-    "it, and the fastest that answers right is written; the table goes into results.json.",
-)
-@click.option(
-    "--model",
-    cls=Valued,
-    metavar="MODEL",
-    type=OneOf(lambda: ("fp32", "half", "bf16", "fp16", "int8")),
-    help="fp32, half, int8; default: the artifact's own, or the first of int8, half, fp32.",
-)
+@option("--format", "FORMAT", _FORMAT, field="formats", type=OneOf(_formats), multiple=True, default=["pt2"])
+@option("--model", "MODEL", _EXPORTED, type=OneOf(lambda: ("fp32", "half", "bf16", "fp16", "int8")))
 @imports
 def export(run_dir: Path, formats: tuple[str, ...], model: str | None, modules: tuple[str, ...]) -> int:
     """Writes a model of a finished run in another format.
@@ -91,26 +80,15 @@ def export(run_dir: Path, formats: tuple[str, ...], model: str | None, modules: 
     return EXIT_DONE
 
 
+_ROWS = "csv (the default): file,class,probability; json: an array of objects."
+
+
 @click.command(cls=Verb)
 @click.argument("artifact", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path())
-@click.option("--model", cls=Valued, metavar="MODEL", help="One of the artifact's models; default: its own.")
-@click.option(
-    "--format",
-    cls=Valued,
-    metavar="FORMAT",
-    type=OneOf(lambda: ("csv", "json")),
-    default="csv",
-    help="csv (the default): file,class,probability; json: an array of objects.",
-)
-@click.option(
-    "--top",
-    cls=Valued,
-    metavar="K",
-    type=click.IntRange(1),
-    default=1,
-    help="The K likeliest classes of each image; default: 1.",
-)
+@option("--model", "MODEL", "One of the artifact's models; default: its own.")
+@option("--format", "FORMAT", _ROWS, type=OneOf(lambda: ("csv", "json")), default="csv")
+@option("--top", "K", "The K likeliest classes of each image; default: 1.", type=click.IntRange(1), default=1)
 def predict(artifact: Path, images: tuple[str, ...], model: str | None, format: str, top: int) -> int:
     """Classifies image files with an exported model.
 

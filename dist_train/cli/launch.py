@@ -81,9 +81,10 @@ class _Launch(Verbs):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = []
-        for launchers, option in OPTIONS:
-            names, text = option.get_help_record(ctx) or ("", "")
-            rows.append((names, text if launchers == LAUNCHERS else f"{text} ({', '.join(launchers)})"))
+        for launchers, group in OPTIONS.items():
+            for option in group:
+                names, text = option.get_help_record(ctx) or ("", "")
+                rows.append((names, text if launchers == LAUNCHERS else f"{text} ({', '.join(launchers)})"))
         rows.append(("--sbatch.KEY VALUE", "Any other option of sbatch; true for a flag, false omits ours. (slurm)"))
         with formatter.section("Options of the launchers, before CONFIG"):
             formatter.write_dl(rows)

@@ -14,7 +14,7 @@ from dist_train.cli.config import config_verbs
 from dist_train.cli.doctor import doctor
 from dist_train.cli.finished_run import evaluate, export, predict
 from dist_train.cli.launch import launch
-from dist_train.cli.verbs import DIRECTORY, PROGRAM, SETTINGS, ConfigVerb, Valued, Verb, Verbs, known_run_dir, run_dirs
+from dist_train.cli.verbs import DIRECTORY, PROGRAM, SETTINGS, ConfigVerb, Verb, Verbs, known_run_dir, option, run_dirs
 from dist_train.cluster.rank_plan import EXIT_FILE, exit_code_when_preempted
 from dist_train.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, DistTrainError, Preempted
 
@@ -107,7 +107,7 @@ def run(config: str, settings: tuple[str, ...]) -> int:
 
 @click.command(cls=Verb)
 @click.argument("run_dirs", metavar="RUN_DIR...", nargs=-1, required=True, type=DIRECTORY, callback=run_dirs)
-@click.option("--output", cls=Valued, metavar="DIR", type=DIRECTORY, help="Folder to write to.")
+@option("--output", "DIR", "Folder to write to.", type=DIRECTORY)
 def report(run_dirs: tuple[Path, ...], output: Path | None) -> int:
     """Writes a page with the curves and results of one or several runs.
 

@@ -36,6 +36,21 @@ class Valued(click.Option):
         return super().type_cast_value(ctx, value)
 
 
+def option(name: str, metavar: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
+    """Returns the decorator of an option with a value."""
+    names = [name, *filter(None, [kwargs.pop("field", "")])]
+    return click.option(*names, cls=Valued, metavar=metavar, help=help, **kwargs)
+
+
+imports = option(
+    "--import",
+    "MODULE",
+    "First import a module that registers what is used; repeatable.",
+    field="modules",
+    multiple=True,
+)
+
+
 class Verb(click.Command):
     """A command that raises our errors instead of click's, and shows its arguments before its options."""
 
@@ -200,16 +215,6 @@ def complete_config(ctx: click.Context, param: click.Parameter, incomplete: str)
 
     here = sorted(str(file) for file in Path().glob("*.y*ml"))
     return completions([*shipped(), *here], incomplete) or [CompletionItem(incomplete, type="file")]
-
-
-imports = click.option(
-    "--import",
-    "modules",
-    cls=Valued,
-    metavar="MODULE",
-    multiple=True,
-    help="First import a module that registers what is used; repeatable.",
-)
 
 
 def import_user_modules(names: Sequence[str]) -> None:
