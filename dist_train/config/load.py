@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import os
@@ -22,7 +21,7 @@ from dist_train.config.messages import mistakes
 from dist_train.config.shipped import shipped
 from dist_train.config.tree import Config, config_model, leaves
 from dist_train.config.yaml_tree import Place, Tree, dotted, to_yaml
-from dist_train.errors import ConfigError, Problem
+from dist_train.errors import ConfigError, Problem, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -219,11 +218,8 @@ def _read(path: str | os.PathLike[str], tree: Tree) -> Path:
         text = file.read_bytes()
     except OSError as error:
         near = [str(name) for name in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-        alike = difflib.get_close_matches(str(path), near + list(known), n=2, cutoff=0.5)
         names = ", ".join(known) or "none"
-        hint = (
-            "did you mean " + " or ".join(alike) + "?" if alike else f"give a file, or a shipped configuration: {names}"
-        )
+        hint = did_you_mean(str(path), near + list(known)) or f"give a file, or a shipped configuration: {names}"
         tree.problems.append(Problem(str(path), f"cannot be read: {error.strerror}", hint=hint))
     else:
         tree.read_text(text, _from_here(file))

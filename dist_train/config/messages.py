@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple, get_args, get_origin
 from pydantic import BaseModel
 
 from dist_train.config.yaml_tree import Place, Tree, dotted
-from dist_train.errors import Problem
+from dist_train.errors import Problem, ask_for, did_you_mean, nearest
 
 _EXPECTED = {
     "int": "a whole number",
@@ -82,16 +81,16 @@ def nearest_key(place: Place, model: type[BaseModel]) -> str:
     section, last = place[:-1], str(place[-1])
     keys = [_numbered(key, place) for key, _ in _keys(model)]
     beside = [str(key[-1]) for key in keys if key[:-1] == section and key != place]
-    alike = difflib.get_close_matches(last, beside, n=2, cutoff=0.6)
+    alike = nearest(last, beside)
     if alike:
-        return "did you mean " + " or ".join(dotted((*section, key)) for key in alike) + "?"
+        return ask_for([dotted((*section, key)) for key in alike])
     elsewhere = [key for key in keys if key[:-1] != section and key[-1] == last]
     if not elsewhere:
-        close = difflib.get_close_matches(last, sorted({str(key[-1]) for key in keys}), n=1, cutoff=0.75)
+        close = nearest(last, sorted({str(key[-1]) for key in keys}), count=1)
         elsewhere = [key for key in keys if key[-1] in close]
     if elsewhere:
         inside = [key for key in elsewhere if key[: len(section)] == section]
-        return "did you mean " + " or ".join(map(dotted, (inside or elsewhere)[:3])) + "?"
+        return ask_for([dotted(key) for key in (inside or elsewhere)[:3]])
     return f"known here: {', '.join(beside)}" if beside else ""
 
 
@@ -155,8 +154,8 @@ def _wording(error: Mapping[str, Any]) -> tuple[str, str]:
 
 def _choose(given: Any, expected: str) -> str:
     names = re.findall(r"'([^']*)'", expected)
-    alike = difflib.get_close_matches(given, names, n=1, cutoff=0.5) if isinstance(given, str) else []
-    return f"did you mean {alike[0]}?" if alike else ("one of: " + ", ".join(names) if len(names) > 1 else "")
+    guess = did_you_mean(given, names, count=1) if isinstance(given, str) else ""
+    return guess or ("one of: " + ", ".join(names) if len(names) > 1 else "")
 
 
 def _keys(model: type[BaseModel], section: Place = ()) -> Iterator[tuple[Place, Any]]:

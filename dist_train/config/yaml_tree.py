@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from dist_train.errors import Problem
+from dist_train.errors import Problem, first_line
 
 Place = tuple[str | int, ...]  # of a value in the tree: ("train", "optim", "lr"), ("data", "augment", 0)
 
@@ -155,7 +155,7 @@ class Tree:
             return yaml.compose(text, Loader=_Loader)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
-            reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+            reason = getattr(error, "problem", None) or first_line(error)
             self.problems.append(
                 Problem(
                     place, f"is not YAML: {reason}", source(mark.line + 1) if mark else "", "quote texts with : or #"

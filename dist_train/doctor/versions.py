@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from dist_train.doctor.base import Line, Subject, bad, good, warning
+from dist_train.errors import first_line
 
 _NEEDED = ("torch", "torchvision", "torchao", "accelerate", "wandb", "pydantic", "safetensors", "torchmetrics")
 # With the extra that brings each.
@@ -115,7 +116,9 @@ def _operators_of_torchvision(installed: Mapping[str, str]) -> Iterator[Line]:
         boxes, scores = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1)
         torch.ops.torchvision.nms(boxes, scores, 0.5)
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        first = str(error).partition("\n")[0]
-        yield bad(f"{pair} do not go together: {first}", "pip install --upgrade torch torchvision, both from one index")
+        yield bad(
+            f"{pair} do not go together: {first_line(error)}",
+            "pip install --upgrade torch torchvision, both from one index",
+        )
         return
     yield good(f"{pair} go together")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from dist_train.errors import SetupError
+from dist_train.errors import SetupError, did_you_mean
 
 T = TypeVar("T")
 
@@ -101,9 +100,9 @@ class Registry:
         `also` are names that are valid beside the registered ones.
         """
         some = [*also, *self.names()]
-        near = difflib.get_close_matches(name, some, n=3, cutoff=0.5)
-        if near:
-            return "did you mean " + " or ".join(near) + "?"
+        guess = did_you_mean(name, some, count=3)
+        if guess:
+            return guess
         shown = ", ".join(some[:12]) + (f", ... ({len(some)} in all)" if len(some) > 12 else "")
         return f"one of: {shown}; or bring your own with --import MODULE and @dist_train.register_{self.kind}"
 
