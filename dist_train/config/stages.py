@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -147,12 +146,6 @@ class RuleConfig(Settings):
     """Leave these modules in floating point."""
 
 
-def simulated_bits(rules: Sequence[RuleConfig]) -> list[int]:
-    """The widths below 8 that rules ask for, in ascending order: no kernel computes in them, so that they are simulated."""
-    parts = [part for rule in rules for part in (rule.weight, rule.activation) if part is not None]
-    return sorted({part.bits for part in parts if part.bits < 8})
-
-
 class QATConfig(FitConfig):
     backend: Annotated[str, Registered(registry.quantization_backends)] = "pt2e"
     """Serves ptq and convert too."""
@@ -181,6 +174,12 @@ class QATConfig(FitConfig):
     """Gate: largest relative difference of the prepared model, fake quantization off, from the float one."""
     rules: list[RuleConfig] = []
     """Modules that are quantized otherwise, or left in floating point: the first rule that matches a module holds."""
+
+    @property
+    def simulated_bits(self) -> list[int]:
+        """Returns the widths below 8 that the rules ask for, ascending: no kernel has them, so int8 simulates them."""
+        parts = [part for rule in self.rules for part in (rule.weight, rule.activation) if part is not None]
+        return sorted({part.bits for part in parts if part.bits < 8})
 
 
 class ConvertConfig(Settings):

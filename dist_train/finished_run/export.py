@@ -20,7 +20,6 @@ from dist_train.artifact.bundle import Bundle, chosen_models, manifest
 from dist_train.artifact.deployable import Deployable, deploy_float, deploy_half, deploy_int8, simulation
 from dist_train.artifact.store import read_artifact, write_artifact
 from dist_train.artifact.verify import Differences, prove
-from dist_train.config.stages import simulated_bits
 from dist_train.console.progress import Progress
 from dist_train.distributed.process_group import join
 from dist_train.errors import ConfigError, DataError, GateError, RunDirError
@@ -186,7 +185,7 @@ def _deployable(run: FinishedRun, name: str) -> tuple[Deployable, torch.Tensor]:
     """The model, and the inputs that it is asked: those of the conversion, else drawn, as the data may be elsewhere."""
     if name == "int8":
         probe: dict[str, Any] = run.product("convert")["probe"]
-        bits = simulated_bits(run.config.qat.rules)
+        bits = run.config.qat.simulated_bits
         return deploy_int8(run.int8_program(), probe["outputs"], bits), probe["inputs"]
     generator = torch.Generator().manual_seed(run.config.run.seed)
     inputs = torch.randn(_PROBE_ROWS, *run.described["input_shape"], generator=generator)

@@ -16,7 +16,7 @@ from dist_train import registry
 from dist_train.artifact.deployable import simulation
 from dist_train.config.advice import too_many_workers
 from dist_train.config.data import is_weights_file
-from dist_train.config.stages import FitConfig, QATConfig, simulated_bits
+from dist_train.config.stages import FitConfig, QATConfig
 from dist_train.config.tree import Config
 from dist_train.console.progress import Progress, check_epoch_format
 from dist_train.data.arrays import ImageArrays
@@ -132,7 +132,7 @@ def make_context(
         example = torch.zeros(2, *splits.input_shape, device=world.device) if folder.latest is None else None
         with as_configuration():
             build_backend(config.qat).check(model, config.qat.rules, example)
-        if bits := simulated_bits(config.qat.rules):
+        if bits := config.qat.simulated_bits:
             progress.say(f"int8: {simulation(bits)}")
     return Context(
         config=config,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.artifact.deployable import simulation
-from dist_train.config.stages import ConvertConfig, QATConfig, simulated_bits
+from dist_train.config.stages import ConvertConfig, QATConfig
 from dist_train.programs.program import Program, open_program
 from dist_train.quantization.backend import build_backend
 from dist_train.quantization.int8_share import LEAST_SHARE, Coverage, coverage, in_percent
@@ -57,7 +57,7 @@ class Convert(Stage):
         """int8 in process, then in its runtime, decides as the fake-quantized model does; `noise` are the layers' ratios."""
         reference = evaluate(context.prepared().eval(), context.evaluation_batches(), context.task, context.world)
         bound, models = agreement_bound(context), context.results["models"]
-        bits = simulated_bits(context.config.qat.rules)
+        bits = context.config.qat.simulated_bits
         table = "\nsignal to quantization noise of each layer, the worst first:\n" + noise_table(noise) if noise else ""
         int8 = judge(context, open_program(program), reference)
         if int8.evaluation is not None:

@@ -12,7 +12,7 @@ from dist_train.artifact.bundle import Bundle, chosen_models, manifest
 from dist_train.artifact.deployable import Deployable, deploy_float, deploy_half, deploy_int8, simulation
 from dist_train.artifact.store import write_artifact
 from dist_train.artifact.verify import prove
-from dist_train.config.stages import ExportConfig, simulated_bits
+from dist_train.config.stages import ExportConfig
 from dist_train.data.splits import describe_data
 from dist_train.errors import ArtifactError
 from dist_train.lowering import LoweringUnavailable
@@ -165,7 +165,7 @@ def _deployables(context: Context, probe: torch.Tensor, exported: Sequence[str])
         makers[dtype] = lambda: deploy_half(float_model, dtype, probe)
     if context.program is not None:
         program = context.program
-        bits = simulated_bits(context.config.qat.rules)
+        bits = context.config.qat.simulated_bits
         makers["int8"] = lambda: _with_decisions(context, deploy_int8(program, context.probe["outputs"], bits))
     for name, make in makers.items():
         try:

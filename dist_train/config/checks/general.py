@@ -13,7 +13,7 @@ from dist_train.config.checks.base import Checks, about, ignored
 from dist_train.config.checks.data import DATA_CHECKS
 from dist_train.config.checks.quantization import QUANTIZATION_CHECKS
 from dist_train.config.checks.strategy import strategy_problems
-from dist_train.config.stages import FitConfig, simulated_bits
+from dist_train.config.stages import FitConfig
 from dist_train.config.tree import Config
 from dist_train.errors import Problem
 
@@ -161,7 +161,7 @@ def _exports(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
             )
             hint = f"--qat.backend pt2e, or later, of the float model: dist-train export RUN_DIR --format {format} --model fp32"
             yield Problem("export.formats", message, hint=hint)
-        elif int8 and simulated_bits(config.qat.rules):
+        elif int8 and config.qat.simulated_bits:
             message = (
                 f"{format!r} cannot be written of int8: qat.rules ask for fewer than 8 bits, which are only simulated"
             )

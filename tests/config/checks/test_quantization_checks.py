@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from dist_train.config.checks.general import contradictions
-from dist_train.config.stages import simulated_bits
 from dist_train.config.tree import Config
 from dist_train.errors import Problem
 
@@ -66,4 +65,4 @@ def test_the_widths_that_are_simulated_are_those_below_8() -> None:
     config = Config.model_validate(
         rules({"weight": FOUR}, {"activation": {"bits": 3}, "weight": EIGHT}, {"skip": True})
     )
-    assert simulated_bits(config.qat.rules) == [3, 4]
+    assert config.qat.simulated_bits == [3, 4]
