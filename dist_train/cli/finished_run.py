@@ -23,7 +23,7 @@ class _Evaluate(DottedVerb):
 @option(
     "--model",
     "MODEL",
-    "fp32, half, int8, or the path of an artifact; default: all that the run has.",
+    "fp32, half, int8, or an artifact's path; default: all of the run.",
     type=click.Path(),
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -46,8 +46,8 @@ def evaluate(
 
 
 _FORMAT = """\
-pt2 (the default), onnx, openvino, executorch; repeatable. auto: each that is installed is timed, FP32 beside it, and the
-fastest that answers right is written; the table goes into results.json."""
+pt2 (the default), onnx, openvino, executorch; repeatable. auto: times each that is installed, with FP32 beside it, and
+writes the fastest one that is right; the table goes into results.json."""
 _EXPORTED = "fp32, half, int8; default: the artifact's own, or the first of int8, half, fp32."
 
 

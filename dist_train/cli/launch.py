@@ -1,4 +1,4 @@
-"""`dist-train launch`: checks the configuration, settles the run directory, starts the ranks, and says what became of them."""
+"""`dist-train launch`: checks the configuration, starts the ranks or submits a job, and returns how they ended."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from dist_train.run_dir.files import read_json
 from dist_train.run_dir.paths import RunDir, refuse_foreign
 
 _PATIENCE_SECONDS = 20.0
-_SAVING_SECONDS = 15  # that an agent waits longer than its ranks need at most
+_SAVING_SECONDS = 15  # how much longer an agent waits than its ranks need at most
 _SBATCH = re.compile(r"--[a-z][a-z-]*")
 
 
@@ -115,14 +115,14 @@ def _launch(
     sbatch: Sequence[tuple[str, str]] = (),
     **values: Any,
 ) -> int:
-    """Runs the verb; returns the exit code of law 7.
+    """Runs the verb; returns the exit code of the launch (see `launchers.job.outcome`).
 
     Raises:
         UsageError, ConfigError, SetupError: before anything is started.
     """
     from dist_train.config.load import load
 
-    # Without this machine's variables: the ranks will have others, and a batch job other files.
+    # This machine's variables are left out: the ranks will have others.
     checked = load(config, settings, environ={}).config
     base = checked.run.dir or Path("runs") / checked.run.name
     grace = math.ceil(checked.stop.grace)
@@ -169,7 +169,7 @@ for _name in LAUNCHERS:
 
 
 def _interface(address: str, dry_run: bool) -> str:
-    """Where this node's ranks shall meet the others'; "" where no interface says that it has the address.
+    """Returns the interface by which this node's ranks reach the others; "" where no interface has the address.
 
     Raises:
         SetupError: no other machine could reach this one at the address.
@@ -199,14 +199,15 @@ def _check(launcher: str, job: Job) -> None:
         given = {"--endpoint": job.endpoint, "--node-rank": job.node_rank}
         missing = [name for name in needed if given[name] in ("", None)]
         if missing:
-            hint = f"on every node: --endpoint HOST{' --node-rank K' if launcher == 'accelerate' else ''}, HOST being the first"
+            rank = " --node-rank K" if launcher == "accelerate" else ""
+            hint = f"on every node: --endpoint HOST{rank}, where HOST is the first node"
             raise UsageError(f"several nodes need {' and '.join(missing)}", hint)
 
 
 def start(job: Job, command: Command) -> int:
-    """Starts the command in the foreground, with our terminal, and waits for it."""
+    """Starts the command in the foreground, waits for it, and returns the exit code of the launch."""
     if shutil.which(command.words[0]) is None:
-        raise SetupError(f"{command.words[0]} is no program", "--python PATH, or nothing for the one that runs this")
+        raise SetupError(f"{command.words[0]} is no program", "--python PATH, or leave the option out")
     home = RunDir(Path(job.home))
     before = _status_before(home)
     Path(job.logs).mkdir(parents=True, exist_ok=True)
@@ -221,7 +222,7 @@ def start(job: Job, command: Command) -> int:
 
 
 def _status_before(home: RunDir) -> Any:
-    """status.json of an earlier attempt, or None.
+    """Returns status.json of an earlier attempt, or None.
 
     Raises:
         RunDirError: the directory belongs to something else.
@@ -234,9 +235,9 @@ def _status_before(home: RunDir) -> Any:
 
 @contextmanager
 def _passing_on(send: Callable[[int], None], stop: Path) -> Iterator[None]:
-    """SIGTERM goes on to the agent, which stops the ranks; Ctrl-C reaches it without us, being in our process group.
+    """Passes SIGTERM on to the agent, which stops the ranks, and turns SIGUSR2 into the file STOP.
 
-    SIGUSR2, which would end the agent, becomes the STOP file.
+    SIGUSR2 itself would end the agent. Ctrl-C needs no help: the agent is in our process group.
     """
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -268,7 +269,7 @@ def _batch(job: Job, dry_run: bool, submit: bool, follow: bool) -> int:
             print("dist-train: not submitted: add --submit, or --follow", file=sys.stderr)
         return EXIT_DONE
     if follow and any(name == "array" for name, _ in job.sbatch):
-        raise UsageError("--follow shows one job, and an array is several", "--submit, then tail -F slurm-JOB_TASK.out")
+        raise UsageError("--follow shows one job, an array is several", "--submit, then tail -F slurm-JOB_TASK.out")
     home = RunDir(Path(job.home))
     before = _status_before(home)
     number = sbatch.submit(text)

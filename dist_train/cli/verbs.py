@@ -1,4 +1,4 @@
-"""Building blocks of the verbs, on click: commands whose mistakes are shown in our form. Starts without importing torch."""
+"""Building blocks of the verbs: click commands that raise our errors. Starts without importing torch."""
 
 from __future__ import annotations
 

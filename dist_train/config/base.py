@@ -10,8 +10,8 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from dist_train import registry
 
-# A field marked FREE does not determine the result: it may change when a run is resumed.
-FREE: dict[str, Any] = {"determines_result": False}
+# A field marked MAY_CHANGE_ON_RESUME does not determine the result: it may change when a run is resumed.
+MAY_CHANGE_ON_RESUME: dict[str, Any] = {"determines_result": False}
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt
 
 from dist_train import registry
-from dist_train.config.base import FREE, Fraction, Registered, Settings
+from dist_train.config.base import MAY_CHANGE_ON_RESUME, Fraction, Registered, Settings
 
 
 class RandomCrop(Settings):
@@ -80,9 +80,9 @@ class DataConfig(Settings):
     """Name of a registered dataset."""
     args: dict[str, Any] = {}
     """Arguments of the dataset's function."""
-    root: Annotated[Path | None, Field(json_schema_extra=FREE)] = None
+    root: Annotated[Path | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
     """Folder of the dataset's files, where it has any."""
-    cache_dir: Annotated[Path | None, Field(json_schema_extra=FREE)] = None
+    cache_dir: Annotated[Path | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
     """Node-local folder of the memory-mapped arrays; default: dist_train in the user's cache folder."""
     global_batch_size: PositiveInt = 64
     """Samples of one optimizer step, over all ranks."""
@@ -96,7 +96,9 @@ class DataConfig(Settings):
     """Augmentation of uint8 images, in order; normalization follows always. Of image_folder the first entries, as far as they are random_resized_crop, random_horizontal_flip and rand_augment, are made by the workers."""
     mix: MixConfig = MixConfig()
     """Mixup and cutmix in `train`; never in `qat`."""
-    workers: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], Field(json_schema_extra=FREE)] = "auto"
+    workers: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = (
+        "auto"
+    )
     """Worker processes of each rank for map-style datasets; image arrays need none. auto: the node's cores shared out among its ranks."""
     on_corrupt: Literal["error", "skip"] = "error"
     """What to do with an image that cannot be decoded (a map-style dataset says so by raising CorruptSampleError): end the run with the file's name, or leave it out, count and report it."""

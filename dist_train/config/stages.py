@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from dist_train import registry
-from dist_train.config.base import FREE, Fraction, Momentum, Registered, Settings
+from dist_train.config.base import MAY_CHANGE_ON_RESUME, Fraction, Momentum, Registered, Settings
 
 
 def steps_in(fraction: float, total_steps: int) -> int:
@@ -170,7 +170,7 @@ class QATConfig(FitConfig):
     """Fraction of the steps after which BatchNorm's statistics stand still."""
     freeze_ranges: Fraction = 0.5
     """Fraction of the steps after which the ranges stand still."""
-    prepare_bound: Annotated[PositiveFloat, Field(json_schema_extra=FREE)] = 1e-4
+    prepare_bound: Annotated[PositiveFloat, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 1e-4
     """Gate: largest relative difference of the prepared model, fake quantization off, from the float one."""
     rules: list[RuleConfig] = []
     """Modules that are quantized otherwise, or left in floating point: the first rule that matches a module holds."""
@@ -183,29 +183,34 @@ class QATConfig(FitConfig):
 
 
 class ConvertConfig(Settings):
-    deadline: Annotated[PositiveFloat, Field(json_schema_extra=FREE)] = 900.0
+    deadline: Annotated[PositiveFloat, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 900.0
     """Seconds that the ranks wait for rank 0 to convert."""
-    agreement_bound: Annotated[Fraction, Field(json_schema_extra=FREE)] = 0.99
+    agreement_bound: Annotated[Fraction, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 0.99
     """Gates: least share of the evaluation set on which int8, in process and in its runtime, and fake-quant choose the same class."""
-    runtime: Annotated[Literal["auto", "openvino", "onnxruntime", "none"], Field(json_schema_extra=FREE)] = "auto"
+    runtime: Annotated[
+        Literal["auto", "openvino", "onnxruntime", "none"], Field(json_schema_extra=MAY_CHANGE_ON_RESUME)
+    ] = "auto"
     """Runtime that int8 is judged in besides the program in process; auto: OpenVINO or ONNX Runtime, the first that is installed. fx and eager bring their own."""
 
 
 class ExportConfig(Settings):
     formats: Annotated[
-        list[Literal["auto", "pt2", "onnx", "openvino", "executorch"]], Field(min_length=1, json_schema_extra=FREE)
+        list[Literal["auto", "pt2", "onnx", "openvino", "executorch"]],
+        Field(min_length=1, json_schema_extra=MAY_CHANGE_ON_RESUME),
     ] = ["pt2"]
     """Files to write beside the program itself, which is always there (pt2; TorchScript for the fx and eager backends). auto: the one whose runtime is the fastest on rank 0's machine, of those installed."""
-    models: Annotated[list[Literal["fp32", "half", "int8"]] | None, Field(json_schema_extra=FREE)] = None
+    models: Annotated[list[Literal["fp32", "half", "int8"]] | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = (
+        None
+    )
     """Models to export, the first one as `model.*`; None: int8 where `convert` ran, else half, else fp32."""
     latency: bool = True
     """Time the FP32, the half and the int8 model on rank 0, in the same runtime where it is right for them."""
     latency_batch_sizes: list[PositiveInt] = [1, 32]
-    deadline: Annotated[PositiveFloat, Field(json_schema_extra=FREE)] = 900.0
+    deadline: Annotated[PositiveFloat, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 900.0
     """Seconds that the ranks wait for rank 0 to export."""
-    agreement_samples: Annotated[PositiveInt | None, Field(json_schema_extra=FREE)] = 1024
+    agreement_samples: Annotated[PositiveInt | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 1024
     """Gate of each int8 format: samples of the evaluation set, drawn by the seed, on which it must decide in its runtime as the int8 model in process does, by `convert.agreement_bound`. None: all of them."""
-    artifact_bound: Annotated[float, Field(ge=0, json_schema_extra=FREE)] = 1e-5
+    artifact_bound: Annotated[float, Field(ge=0, json_schema_extra=MAY_CHANGE_ON_RESUME)] = 1e-5
     """Gate: largest difference of the artifact's outputs, loaded in a fresh process, from those of the models in memory."""
-    size_bound: Annotated[PositiveFloat | None, Field(json_schema_extra=FREE)] = None
+    size_bound: Annotated[PositiveFloat | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
     """Gate: most bytes of the int8 program for each byte of the FP32 parameters and buffers, such as 0.27; None: no gate, as the fixed part of a program is most of a small model's."""

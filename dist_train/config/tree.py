@@ -9,15 +9,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, create_model
 
 from dist_train import registry
-from dist_train.config.base import FREE, Registered, Settings
+from dist_train.config.base import MAY_CHANGE_ON_RESUME, Registered, Settings
 from dist_train.config.data import DataConfig, ModelConfig, TaskConfig
 from dist_train.config.stages import ConvertConfig, ExportConfig, HalfConfig, PTQConfig, QATConfig, TrainConfig
 
 
 class RunConfig(Settings):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", json_schema_extra=FREE)] = "run"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", json_schema_extra=MAY_CHANGE_ON_RESUME)] = "run"
     """Name of the run; the run directory is runs/<name> unless `dir` says otherwise."""
-    dir: Annotated[Path | None, Field(json_schema_extra=FREE)] = None
+    dir: Annotated[Path | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
     """Run directory. On several nodes it must be on a file system that all of them share."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initial weights, the order of the samples, the augmentation and dropout."""
@@ -27,58 +27,60 @@ class RunConfig(Settings):
     """CPU threads of each rank; auto: the cores shared out at the first start, and kept from then on, because results differ by it in the last bits."""
     deterministic: bool = True
     """Use deterministic kernels, which resuming to the bit needs; costs speed on GPUs."""
-    timeout: Annotated[PositiveFloat, Field(json_schema_extra=FREE)] = 1800.0
+    timeout: Annotated[PositiveFloat, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 1800.0
     """Seconds after which a collective or a wait for rank 0 fails."""
 
 
 class KeepConfig(Settings):
-    last: Annotated[PositiveInt, Field(json_schema_extra=FREE)] = 2
+    last: Annotated[PositiveInt, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 2
     """Newest checkpoints within a stage."""
-    best: Annotated[int, Field(ge=0, json_schema_extra=FREE)] = 1
+    best: Annotated[int, Field(ge=0, json_schema_extra=MAY_CHANGE_ON_RESUME)] = 1
     """Best evaluated ones, by `select_by`; the one that `select: best` hands on is kept anyway."""
-    every_hours: Annotated[PositiveFloat | None, Field(json_schema_extra=FREE)] = None
+    every_hours: Annotated[PositiveFloat | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
     """One for each such time of wall clock, until the stage ends."""
 
 
 class CheckpointConfig(Settings):
-    every_steps: Annotated[PositiveInt | None, Field(json_schema_extra=FREE)] = None
+    every_steps: Annotated[PositiveInt | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
     """Optimizer steps between two checkpoints; None: at the ends of epochs only."""
     keep: KeepConfig = KeepConfig()
     """Which checkpoints within a stage are kept, beside those of finished stages."""
 
 
 class StopConfig(Settings):
-    grace: Annotated[PositiveFloat, Field(json_schema_extra=FREE)] = 30.0
+    grace: Annotated[PositiveFloat, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 30.0
     """Seconds from being asked to stop (SIGTERM, SIGUSR2, a file STOP in the run directory) to the end at the latest: a step, an evaluation or a conversion that takes longer is given up, and the last checkpoint serves."""
 
 
 class WatchdogConfig(Settings):
-    timeout: Annotated[PositiveFloat | None, Field(json_schema_extra=FREE)] = 600.0
+    timeout: Annotated[PositiveFloat | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 600.0
     """Seconds without progress of a rank after which the run ends and says which rank was stuck in what; set-up, convert and export have their own deadlines where those are longer. None: never."""
 
 
 class LogConfig(Settings):
-    every_steps: Annotated[PositiveInt, Field(json_schema_extra=FREE)] = 10
+    every_steps: Annotated[PositiveInt, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 10
     """Steps between two lines of metrics.jsonl."""
-    interval: Annotated[PositiveFloat, Field(json_schema_extra=FREE)] = 5.0
+    interval: Annotated[PositiveFloat, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 5.0
     """Seconds between two printed lines where there is no terminal."""
-    epoch_format: Annotated[str | None, Field(json_schema_extra=FREE)] = None
+    epoch_format: Annotated[str | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
     """The line after each evaluation, of the fields stage, epoch, epochs and the metrics: "Epoch [{epoch}/{epochs}], Acc: {top1:.4%}"."""
 
 
 class ProfileConfig(Settings):
-    steps: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2, json_schema_extra=FREE)]
+    steps: Annotated[
+        list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2, json_schema_extra=MAY_CHANGE_ON_RESUME)
+    ]
     """[first, last) optimizer steps of each training stage that torch.profiler records."""
 
 
 class WandbConfig(Settings):
     """For `trackers: [wandb]`."""
 
-    project: Annotated[str, Field(json_schema_extra=FREE)] = "dist_train"
-    entity: Annotated[str | None, Field(json_schema_extra=FREE)] = None
-    mode: Annotated[Literal["auto", "online", "offline"], Field(json_schema_extra=FREE)] = "auto"
+    project: Annotated[str, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = "dist_train"
+    entity: Annotated[str | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
+    mode: Annotated[Literal["auto", "online", "offline"], Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = "auto"
     """auto: as WANDB_MODE says, else online where an API key is configured, else offline."""
-    tags: Annotated[list[str], Field(json_schema_extra=FREE)] = []
+    tags: Annotated[list[str], Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = []
 
 
 class DebugConfig(Settings):
@@ -86,7 +88,7 @@ class DebugConfig(Settings):
     """Write which samples every rank consumed at every step."""
     fast_dev_run: bool = False
     """Two batches of every stage, in a run directory of its own. `convert` asks for 0.9 agreement at most, as nothing is learned in two."""
-    collectives: Annotated[bool, Field(json_schema_extra=FREE)] = False
+    collectives: Annotated[bool, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = False
     """Check at each collective that all ranks call the same one, and name the ranks that do not, instead of hanging; slow."""
 
 
@@ -121,11 +123,13 @@ class Config(Settings):
     stop: StopConfig = StopConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     log: LogConfig = LogConfig()
-    profile: Annotated[ProfileConfig | None, Field(json_schema_extra=FREE)] = None
+    profile: Annotated[ProfileConfig | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
     """Record a trace of some steps."""
     wandb: WandbConfig = WandbConfig()
     debug: DebugConfig = DebugConfig()
-    trackers: Annotated[list[Annotated[str, Registered(registry.trackers)]], Field(json_schema_extra=FREE)] = ["jsonl"]
+    trackers: Annotated[
+        list[Annotated[str, Registered(registry.trackers)]], Field(json_schema_extra=MAY_CHANGE_ON_RESUME)
+    ] = ["jsonl"]
 
     @property
     def run_dir(self) -> Path:

@@ -1,4 +1,4 @@
-"""Interfaces, the host name, and ports: what ranks need to find each other."""
+"""Checks how ranks would find each other: interfaces, host name, ports."""
 
 from __future__ import annotations
 
