@@ -189,7 +189,7 @@ def test_arguments_are_checked() -> None:
 @pytest.mark.parametrize(
     ("name", "augment", "message"),
     [
-        ("digits", [CROP], "is made by the workers that decode image_folder, and not for digits"),
+        ("digits", [CROP], "is applied by the workers of image_folder, and not for digits"),
         ("image_folder", [RandomErasing(), RAND], "rand_augment comes behind random_erasing"),
         ("image_folder", [FLIP, CROP], "can only be the first entry"),
         ("digits", [RandomErasing(scale=(0.5, 0.1))], "the least, 0.5, is above the most, 0.1"),
