@@ -30,7 +30,7 @@ def _gradients(world: World, rows: int, micro: int | None) -> dict[str, Any]:
     run = make(world, model, size=rows, batch=rows, micro=micro).run
     (batch,) = run.loader.epoch(0, 0, 1)
     wrapped = run.strategy.wrap(model)
-    run.strategy.settle(wrapped, batch.micro_batches[0].inputs)
+    run.strategy.warm_up_buckets(wrapped, batch.micro_batches[0].inputs)
     means = run.reduction(train_step(wrapped, batch, run.task, run.strategy), 0).means()
     gradients = [parameter.grad for parameter in model.parameters()]
     return {
