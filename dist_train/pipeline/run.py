@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from dist_train.config.load import differences, dump
 from dist_train.config.tree import Config
 from dist_train.console.progress import Progress
 from dist_train.console.results_table import print_results
+from dist_train.distributed.polling import attempts
 from dist_train.distributed.process_group import join
 from dist_train.distributed.watchdog.rank_side import watched
 from dist_train.distributed.watchdog.stop_signals import listening
@@ -142,11 +142,11 @@ def _check_shared(run_dir: RunDir, world: World) -> None:
     token = world.on_rank_0(lambda: uuid.uuid4().hex, "agreeing on a token")
     path = run_dir.path / f".token-{token}"
     world.on_rank_0(lambda: path.write_text(token) and None, "writing a token")
-    end = time.monotonic() + _SEEN_SECONDS
-    while not path.exists() and time.monotonic() < end:
+    for _ in attempts(_SEEN_SECONDS):
+        if path.exists():
+            break
         with suppress(OSError):  # not even the parent is there
             os.listdir(run_dir.path.parent)  # asks NFS anew
-        time.sleep(0.05)
     seen = world.gather(path.exists())
     if world.is_main:
         path.unlink()
