@@ -207,9 +207,7 @@ def test_a_field_that_one_side_lacks_counts_with_its_default() -> None:
 
 def test_a_recorded_field_that_is_unknown_now_is_shown() -> None:
     old = Config().model_dump(mode="json") | {"mixing": {"alpha": 0.2}}
-    assert [str(problem) for problem in differences(old, Config())] == [
-        "mixing: was {alpha: 0.2}, is unknown now"
-    ]
+    assert [str(problem) for problem in differences(old, Config())] == ["mixing: was {alpha: 0.2}, is unknown now"]
 
 
 # -- round trip ---------------------------------------------------------------------------------------------------
