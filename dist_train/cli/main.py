@@ -18,9 +18,7 @@ from dist_train.cli.verbs import DIRECTORY, PROGRAM, SETTINGS, ConfigVerb, Verb,
 from dist_train.cluster.rank_plan import EXIT_FILE, exit_code_when_preempted
 from dist_train.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, DistTrainError, Preempted
 
-_COMPLETE = (
-    "_DIST_TRAIN_COMPLETE"  # set by the shell's completion, which `_DIST_TRAIN_COMPLETE=bash_source dist-train` prints
-)
+_COMPLETE = "_DIST_TRAIN_COMPLETE"  # set by a shell that completes; `bash_source` prints what bash needs
 _EPILOG = f"""\
 {SETTINGS}
 

@@ -42,13 +42,8 @@ def option(name: str, metavar: str, help: str, **kwargs: Any) -> Callable[[Any],
     return click.option(*names, cls=Valued, metavar=metavar, help=help, **kwargs)
 
 
-imports = option(
-    "--import",
-    "MODULE",
-    "First import a module that registers what is used; repeatable.",
-    field="modules",
-    multiple=True,
-)
+_IMPORT = "First import a module that registers what is used; repeatable."
+imports = option("--import", "MODULE", _IMPORT, field="modules", multiple=True)
 
 
 class Verb(click.Command):

@@ -141,7 +141,13 @@ class Config(Settings):
     ] = ["jsonl"]
 
     @property
+    def quantizes(self) -> bool:
+        """True where a stage needs the quantization backend."""
+        return bool({"ptq", "qat", "convert"} & set(self.stages))
+
+    @property
     def run_dir(self) -> Path:
+        """The run directory; a fast development run has its own."""
         base = self.run.dir or Path("runs") / self.run.name
         if not self.debug.fast_dev_run:
             return base

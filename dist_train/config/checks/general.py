@@ -108,7 +108,7 @@ def _strategy_installed(config: Config, environ: Mapping[str, str]) -> Iterator[
 
 @_about("qat.backend", "stages")
 def _backend_installed(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
-    if {"ptq", "qat", "convert"} & set(config.stages):
+    if config.quantizes:
         yield from _installed("qat.backend", registry.quantization_backends, config.qat.backend)
 
 

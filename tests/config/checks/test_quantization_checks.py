@@ -61,6 +61,11 @@ def test_fewer_bits_than_a_backend_computes_in_say_which_one_simulates_them() ->
     assert problem.hint == "--qat.backend pt2e"
 
 
+def test_the_stages_say_whether_the_run_quantizes() -> None:
+    assert not Config.model_validate({"stages": ["train", "half", "export"]}).quantizes
+    assert all(Config.model_validate({"stages": [stage]}).quantizes for stage in ("ptq", "qat", "convert"))
+
+
 def test_the_widths_that_are_simulated_are_those_below_8() -> None:
     config = Config.model_validate(
         rules({"weight": FOUR}, {"activation": {"bits": 3}, "weight": EIGHT}, {"skip": True})
