@@ -96,7 +96,7 @@ def launch() -> None:
     """Starts the ranks of a run, here or as a batch job.
 
     torchrun and accelerate run on this machine (for several nodes type the command on each); slurm prints a batch
-    script, or gives it to sbatch. Each rank's output goes to RUN_DIR/logs, that of rank 0 to the terminal too. In an
+    script, or gives it to sbatch. Each rank's output goes to RUN_DIR/logs, and rank 0's to the terminal too. In an
     array job (--sbatch.array 0-3) every task is a run of its own, RUN_DIR-TASK; %a in an option is the task's number.
 
     Exit codes: 0 done, 1 failed, 75 preempted (run the same command again), 78 wrong configuration.

@@ -1,4 +1,4 @@
-"""The options of `dist-train launch`, by the launchers that take them; their names are those of Job's fields."""
+"""The options of `dist-train launch`, by the launchers that take them. Each sets the field of Job of its name."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def verb_name(ctx: click.Context) -> str:
 
 
 class Valued(click.Option):
-    """An option with a value; another option is not taken for one."""
+    """An option with a value, which must not be another option."""
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         if any(str(each).startswith("--") for each in (value if isinstance(value, list | tuple) else [value])):
@@ -84,7 +84,7 @@ class Verb(click.Command):
 class ConfigVerb(Verb):
     """A command with a configuration: what follows CONFIG are settings, passed on as they were typed."""
 
-    allow_interspersed_args = False  # options end at the first word that is none: CONFIG
+    allow_interspersed_args = False  # parsing of options ends at the first other word, CONFIG
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"epilog": SETTINGS} | kwargs)
@@ -177,7 +177,7 @@ class Verbs(click.Group):
 
 
 class OneOf(click.ParamType):
-    """The type of an option whose value is one of some names, which are listed when they are needed."""
+    """The type of an option that takes one of `names()`, which is called only when the option is given."""
 
     name = "name"
 

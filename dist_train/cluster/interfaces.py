@@ -14,7 +14,7 @@ _LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Interface:
-    """`addresses`: IPv4, then IPv6 without those of the link alone (fe80::)."""
+    """A network interface. `addresses`: IPv4, then IPv6 without link-local ones (fe80::)."""
 
     name: str
     up: bool

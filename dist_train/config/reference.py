@@ -61,7 +61,7 @@ def _rows(model: type[BaseModel], prefix: str = "") -> Iterator[_Row]:
 
 
 def _field_rows(model: type[BaseModel], name: str, prefix: str) -> Iterator[_Row]:
-    """Yields the rows of a field: its own or its section's, then those of sections that it may hold."""
+    """Yields the rows of a field: its own or its section's, then the rows of sections that it may hold."""
     info, key = model.model_fields[name], f"{prefix}{name}"
     inner = _section(info)
     if inner is not None and not _optional(info):
@@ -143,7 +143,7 @@ def _type(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
             else "text"
         )
     bounds = [words.format(schema[bound]) for bound, words in _BOUNDS.items() if bound in schema]
-    # Bounds as wide as those of a seed say nothing to a reader.
+    # Bounds as wide as a seed's are of no use to a reader.
     shown = " ".join(bound for bound in bounds if "e+" not in bound)
     return f"{_TYPES.get(str(kind), 'any')} {shown}".strip()
 

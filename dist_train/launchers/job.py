@@ -14,7 +14,7 @@ from dist_train.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTE
 
 @dataclass(frozen=True)
 class Job:
-    """Settings of a job: first those of all launchers, then those of some.
+    """Settings of a job: first the ones of all launchers, then the ones of some.
 
     Attributes:
         arguments: words after `dist-train run`: the configuration, then its options with `--run.dir`.
@@ -75,7 +75,7 @@ class Job:
 
     @property
     def exit_file(self) -> str:
-        """File that a rank makes whose configuration is wrong."""
+        """File that a rank makes when it finds its configuration wrong."""
         return f"{self.logs}/exit_78"
 
 

@@ -43,7 +43,7 @@ def _jitter_does_something(config: Config, environ: Mapping[str, str]) -> Iterat
 
 @_about("data.name")
 def _augment_of_workers(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
-    """Checks that augmentation by the workers of image_folder comes before that of whole batches."""
+    """Checks that augmentation by the workers of image_folder comes before augmentation of whole batches."""
     first_batched = ""
     for place, item in enumerate(config.data.augment):
         if isinstance(item, _BY_WORKERS):
