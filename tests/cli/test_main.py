@@ -65,6 +65,17 @@ def test_looking_at_things_does_not_import_torch(arguments: list[str], config: P
     assert done.stdout or arguments == ["config", "list"]
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "-h"], ["config", "list"], ["launch", "-h"]])
+def test_the_first_look_does_not_import_pydantic(arguments: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys; from dist_train.cli.main import main; code = main(sys.argv[1:]);"
+        "sys.exit(code or ('pydantic' if 'pydantic' in sys.modules else 0))"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (EXIT_DONE, "")
+
+
 def test_importing_the_package_does_not_import_torch_or_pydantic(tmp_path: Path) -> None:
     code = "import dist_train, sys; dist_train.register_model; sys.exit(' '.join({'torch', 'pydantic'} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), check=False)
