@@ -1,8 +1,6 @@
 """Image datasets as memory-mapped arrays: written once on a node, named by their content, shared by its processes."""
 
 import hashlib
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_train.errors import DataError
+from dist_train.run_dir.files import replace_file
 
 _PARTS = ("images", "targets", "ids")
 _TARGETS = (torch.int64, torch.uint8, torch.float32)
@@ -86,7 +85,10 @@ class ImageArrays:
         try:
             (directory / name).mkdir(parents=True, exist_ok=True)
             for part, array in parts.items():
-                _write_whole(directory / name / f"{part}.npy", array)
+                path = directory / name / f"{part}.npy"
+                if not _holds(path, array):
+                    with replace_file(path) as file:
+                        np.save(file, array)
         except OSError as error:
             message = f"cannot write the arrays of a dataset to {directory}: {error}"
             raise DataError(message, "--data.cache_dir FOLDER, one with room on each node") from error
@@ -107,22 +109,8 @@ class ImageArrays:
         return cls(**arrays)
 
 
-def _write_whole(path: Path, array: npt.NDArray[Any]) -> None:
-    if _holds(path, array):
-        return
-    descriptor, beside = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.save(file, array)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        Path(beside).unlink(missing_ok=True)
-
-
 def _holds(path: Path, array: npt.NDArray[Any]) -> bool:
-    """Whether the file holds this array, compared by its bytes: a name alone would trust a damaged disk."""
+    """Tells whether the file holds this array. Compares the content: a name alone would trust a damaged disk."""
     try:
         stored = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):

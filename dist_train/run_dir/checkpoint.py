@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from dist_train.errors import CheckpointError, RunDirError
 from dist_train.run_dir import state_codec as codec
-from dist_train.run_dir.files import read_json, replace_json, sync_directory
+from dist_train.run_dir.files import read_json, replace_json, sync_directory, write_folder
 
 _FORMAT = 2
 _TENSORS, _TREE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -57,17 +57,11 @@ class CheckpointFolder:
             _TENSORS: safetensors.torch.save(tensors),
             _TREE: json.dumps({"format": _FORMAT, "state": tree}, allow_nan=False).encode(),
         }
+        hashes = {file: hashlib.sha256(data).hexdigest() for file, data in contents.items()}
         try:
             for stale in self._path.glob(".*.tmp"):
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-            temporary.mkdir()
-            for file, data in contents.items():
-                _write(temporary / file, data)
-            _write(
-                temporary / _MANIFEST,
-                _manifest(name, {file: hashlib.sha256(data).hexdigest() for file, data in contents.items()}),
-            )
-            sync_directory(temporary)
+            write_folder(temporary, {**contents, _MANIFEST: _manifest(name, hashes)})
             if target.exists():
                 # Left by an attempt that was killed before `latest` moved here, so nothing refers to it.
                 self._remove(name)
@@ -149,10 +143,3 @@ def _named(manifest: Path) -> str | None:
         return str(json.loads(manifest.read_bytes())["name"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
