@@ -23,7 +23,7 @@ def describe_data(splits: Splits) -> dict[str, Any]:
         "mean": list(splits.mean),
         "std": list(splits.std),
         "classes": list(splits.classes),
-        "num_outputs": getattr(splits, "num_outputs", splits.num_classes),
+        "num_outputs": splits.num_outputs,
     }
 
 

@@ -190,13 +190,13 @@ class SameModel:
         self._found[name] = fingerprint(model, example)
         self._compare(name)
 
-    def restore(self, state: Mapping[str, Any] | None) -> None:
-        """state: as `state_dict` gave it; None: of a version that kept none.
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes the fingerprints of a checkpoint, as `state_dict` gave them.
 
         Raises:
-            RunDirError: as `require`, of what was taken before.
+            RunDirError: a model whose fingerprint was taken before has another one there.
         """
-        if state is not None and state["where"] == self._where:
+        if state["where"] == self._where:
             self._recorded = dict(state["models"])
             for name in self._found:
                 self._compare(name)

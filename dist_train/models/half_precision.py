@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dist_train.errors import DataError
+from dist_train.errors import DataError, first_line
 
 Dtype = Literal["bf16", "fp16"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,8 +47,7 @@ def require_half(model: HalfModel, example: Tensor) -> None:
         model(example)
     except (RuntimeError, TypeError) as error:
         name = next(key for key, value in _DTYPES.items() if value == model.dtype)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"the model does not run in {name}: {reason}",
+            f"the model does not run in {name}: {first_line(error)}",
             "make new tensors in forward with dtype=x.dtype, or leave half out of the stages",
         ) from error

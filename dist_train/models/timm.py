@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from dist_train.errors import ConfigError, DataError, Problem
+from dist_train.errors import ConfigError, DataError, Problem, did_you_mean, first_line
 
 PREFIX = "timm/"
 
@@ -19,12 +18,8 @@ def check_name(name: str) -> None:
 
     bare = name.removeprefix(PREFIX)
     if not timm.is_model(bare):
-        near = difflib.get_close_matches(bare.partition(".")[0], timm.list_models(), n=3, cutoff=0.5)
-        hint = (
-            "did you mean " + " or ".join(PREFIX + each for each in near) + "?"
-            if near
-            else "python -c 'import timm; print(*timm.list_models())' lists them all"
-        )
+        near = did_you_mean(bare.partition(".")[0], timm.list_models(), count=3, before=PREFIX)
+        hint = near or "python -c 'import timm; print(*timm.list_models())' lists them all"
         raise ConfigError([Problem("model.name", f"timm has no model {bare!r}", hint=hint)])
 
 
@@ -57,9 +52,8 @@ def named_weights(name: str, weights: str) -> Callable[[], dict[str, Tensor]]:
         try:
             state: dict[str, Tensor] = timm.create_model(bare, pretrained=True).state_dict()
         except (OSError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise DataError(
-                f"cannot download the weights of {name}: {reason}",
+                f"cannot download the weights of {name}: {first_line(error)}",
                 "fetch them where there is a network (timm.create_model(NAME, pretrained=True)), save the state_dict "
                 "as .safetensors, then --model.weights FILE",
             ) from error

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dist_train.errors import CheckpointError, DataError, RunDirError
+from dist_train.errors import CheckpointError, DataError, RunDirError, first_line
 from dist_train.models.first_conv import first_conv, fit_channels
 from dist_train.run_dir.checkpoint import CheckpointFolder
 from dist_train.run_dir.paths import RunDir
@@ -37,9 +37,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
             else torch.load(path, map_location="cpu", weights_only=True)
         )
     except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"cannot read weights from {path}: {reason}",
+            f"cannot read weights from {path}: {first_line(error)}",
             "save a state_dict alone: torch.save(model.state_dict(), FILE), or safetensors.torch.save_model(model, FILE)",
         ) from error
     for key in ("state_dict", "model"):

@@ -222,7 +222,7 @@ def _run_stages(context: Context, attempt: int, status: Status) -> None:
         interrupted = folder.load(latest)
         context.require_same_data(interrupted["data"])
         context.require_same_weights(interrupted["results"])
-        context.same_model.restore(interrupted.get("same_model"))
+        context.same_model.restore(interrupted["same_model"])
         context.finished = dict(interrupted["finished_stages"])
         context.results = interrupted["results"]
         context.retention.restore(interrupted["retention"])

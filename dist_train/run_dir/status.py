@@ -13,8 +13,6 @@ from dist_train.errors import PeerError
 from dist_train.run_dir.files import read_json, replace_json
 from dist_train.run_dir.paths import RunDir
 
-_SECONDS = 2.0
-
 
 def fail(run_dir: RunDir, attempt: int, error: BaseException) -> None:
     """Notes a failure, by whichever rank it happened on. The first one of an attempt stays, but a cause replaces its echo on a peer.
@@ -39,7 +37,7 @@ def preempt(run_dir: RunDir, attempt: int) -> None:
         return
     if fields.get("state") == "running" or (fields.get("state") == "failed" and _is_echo(fields.get("error"))):
         replace_json(
-            run_dir.status, {**fields, "state": "preempted", "step": _saved_step(run_dir, fields), "error": None}
+            run_dir.status, {**fields, "state": "preempted", "step": saved_step(run_dir, fields), "error": None}
         )
 
 
@@ -62,7 +60,7 @@ def stopped_under_this_agent(run_dir: RunDir, environ: Mapping[str, str]) -> boo
     return run_dir.status.stat().st_mtime > psutil.Process(os.getppid()).create_time()
 
 
-def _saved_step(run_dir: RunDir, fields: Mapping[str, Any]) -> int:
+def saved_step(run_dir: RunDir, fields: Mapping[str, Any]) -> int:
     """How many steps of the stage the newest checkpoint holds: 0 where it is an earlier stage's, and what it did if it is its end."""
     stage, latest = fields["stage"], read_json(run_dir.checkpoints / "latest.json")
     name = "" if latest is None else str(latest["name"])

@@ -35,31 +35,25 @@ def _shifted(values: Tensor, bits: int) -> Tensor:
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def uniform(ids: Tensor, seed: int, epoch: int, salt: str) -> Tensor:
-    """Uniform numbers in [0, 1) as a hash of (id, seed, epoch, salt): the same bits in every batch, on every device.
+def draw_keys(seed: int, epoch: int, salts: Sequence[str]) -> Tensor:
+    """Keys for `uniform`, two per salt: int64 [2, S, 1]. A salt tells apart the draws of one sample."""
+    keys = [[derive_key("uniform", seed, epoch, salt, half) - (1 << 63) for salt in salts] for half in (0, 1)]
+    return torch.tensor(keys, dtype=torch.int64).unsqueeze(-1)
+
+
+def uniform(ids: Tensor, keys: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1) as a hash of (id, key): the same bits in every batch, on every device.
 
     A counter-based generator (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) with SplitMix64's
     finaliser, in int64, where multiplication and addition wrap modulo 2**64.
 
     Args:
         ids: int64 [B].
-        seed, epoch: any integers.
-        salt: tells apart the draws of one sample.
+        keys: int64 [2, S, 1] on the same device, from `draw_keys`.
 
     Returns:
-        float32 [B], multiples of 2**-24.
+        float32 [S, B], multiples of 2**-24.
     """
-    return _uniform(ids, _keys(seed, epoch, [salt]).to(ids.device))[0]
-
-
-def _keys(seed: int, epoch: int, salts: Sequence[str]) -> Tensor:
-    """Two keys for each salt: int64 [2, S, 1]."""
-    keys = [[derive_key("uniform", seed, epoch, salt, half) - (1 << 63) for salt in salts] for half in (0, 1)]
-    return torch.tensor(keys, dtype=torch.int64).unsqueeze(-1)
-
-
-def _uniform(ids: Tensor, keys: Tensor) -> Tensor:
-    """`uniform` for several salts at once: float32 [S, B]."""
     first, second = keys
     hashed = ids + first
     hashed = (hashed ^ _shifted(hashed, 30)) * _FACTORS[0]
@@ -199,14 +193,14 @@ class Augmentation:
         """
         if self._steps:
             # All random numbers at once: on small batches each operation costs more than its arithmetic.
-            draws = iter(_uniform(ids.to(images.device), self._epoch_keys(epoch, images.device)))
+            draws = iter(uniform(ids.to(images.device), self._epoch_keys(epoch, images.device)))
             for step in self._steps:
                 images = step(images, *islice(draws, len(step.draws)))
         return self.normalize(images)
 
     def _epoch_keys(self, epoch: int, device: torch.device) -> Tensor:
         if self._keys is None or self._keys[0] != (epoch, device):
-            self._keys = (epoch, device), _keys(self.seed, epoch, self._salts).to(device)
+            self._keys = (epoch, device), draw_keys(self.seed, epoch, self._salts).to(device)
         return self._keys[1]
 
     @property

@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional
 from dist_train.config.data import DataConfig, RandAugment, RandomHorizontalFlip, RandomResizedCrop
 from dist_train.data.datasets.args import read_args
 from dist_train.data.splits import Splits
-from dist_train.errors import ConfigError, CorruptSampleError, DataError, Problem
+from dist_train.errors import ConfigError, CorruptSampleError, DataError, Problem, first_line
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 # Of the training images of ImageNet-1k, on the scale 0..1; what torchvision's weights were trained with
@@ -112,7 +112,8 @@ class ImageFiles(Dataset[Any]):
         try:
             image = decode_image(torch.from_numpy(content), mode=ImageReadMode.RGB)
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0].rpartition(".cpp:")[2].partition(", ")[2] or str(error)
+            # torchvision puts a source file and a line before its reason.
+            reason = first_line(error).rpartition(".cpp:")[2].partition(", ")[2] or first_line(error)
             raise CorruptSampleError(f"{path} cannot be decoded: {reason}", hint) from error
         return image if image.dtype == torch.uint8 else functional.to_dtype(image, torch.uint8, scale=True)
 
