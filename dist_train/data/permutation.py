@@ -10,7 +10,7 @@ Int64Array = npt.NDArray[np.int64]
 _UInt64Array = npt.NDArray[np.uint64]
 
 _MASK = (1 << 64) - 1
-# Up to this size the permutation is a table, sorted from hashes: bounded work, and exactly uniform but for the hash.
+# Up to this size the permutation is a table, sorted by hashes: bounded work, and as uniform as the hash.
 # Feistel networks over a few elements have too few round functions to reach every permutation evenly (over powers of
 # two they are all even), and here cycle walking would cost most.
 _TABLE_SIZE = 1024
@@ -23,7 +23,7 @@ _HALF = np.uint64(32)
 
 
 def derive_key(*parts: int | str) -> int:
-    """64-bit key of integers and strings: BLAKE2b of their unambiguous text, equal on every platform and Python."""
+    """Derives a 64-bit key from integers and strings: BLAKE2b of their repr, equal on every platform and Python."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
@@ -39,10 +39,10 @@ class Permutation:
 
     A generalised Feistel network with cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA
     2002, sections 4 and 5. An element is written x = left * b + right, with left < a, right < b, a * b >= size; each
-    round adds a hash of one half to the other, modulo a or b. What lands outside range(size) goes through the network
+    round adds a hash of one half to the other, modulo a or b. A result outside range(size) goes through the network
     again. As a = ceil(sqrt(size)) and b = ceil(size / a), at most about one in sqrt(size) elements walks.
 
-    Calling it costs O(len(positions)) whatever the size. It shuffles data; it is no encryption.
+    A call costs O(len(positions)) at any size. It shuffles data and is no encryption.
 
     Args:
         size: number of elements, 1 <= size <= 2**62.

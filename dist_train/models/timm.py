@@ -1,4 +1,4 @@
-"""timm's models: `timm/resnet18`, or any other name of timm's behind `timm/`. Needs the extra `timm`."""
+"""timm's models: `timm/resnet18`, or `timm/` and any other name of timm. Needs the extra `timm`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_name(name: str) -> None:
 
 
 def build(name: str, num_classes: int, in_channels: int, **args: Any) -> nn.Module:
-    """`timm.create_model` with a head of `num_classes` for images of `in_channels`, untrained."""
+    """Builds `timm.create_model` with a head of `num_classes` for images of `in_channels`, untrained."""
     import timm
 
     given: dict[str, Any] = {"pretrained": False, "num_classes": num_classes, "in_chans": in_channels}
@@ -33,10 +33,12 @@ def build(name: str, num_classes: int, in_channels: int, **args: Any) -> nn.Modu
 
 
 def named_weights(name: str, weights: str) -> Callable[[], dict[str, Tensor]]:
-    """What fetches timm's trained weights; `weights` is "pretrained", and a tag belongs to the name (timm/resnet18.a1_in1k).
+    """Returns a function that fetches timm's trained weights, and raises DataError where the download fails.
+
+    `weights` is "pretrained"; a tag belongs to the model's name (timm/resnet18.a1_in1k).
 
     Raises:
-        ConfigError: another word, or timm has none. Calling the result raises DataError where the download fails.
+        ConfigError: another word than "pretrained", or timm has no weights for the model.
     """
     import timm
 

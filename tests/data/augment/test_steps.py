@@ -218,5 +218,6 @@ def test_a_new_step_is_one_class_and_one_line(monkeypatch: pytest.MonkeyPatch) -
             return torch.where((draws[0] < 0.5).view(-1, 1, 1, 1), 255 - images, images)
 
     monkeypatch.setitem(STEPS, "invert", Invert)
-    result = plain([Invert(None)])(torch.zeros(500, 3, 2, 2, dtype=torch.uint8), torch.arange(500), epoch=0)  # type: ignore[list-item]
+    black = torch.zeros(500, 3, 2, 2, dtype=torch.uint8)
+    result = plain([Invert(None)])(black, torch.arange(500), epoch=0)  # type: ignore[list-item]
     assert 200 < int(result[:, 0, 0, 0].sum()) < 300
