@@ -27,7 +27,8 @@ from dist_train.errors import ConfigError, DataError, GateError, RunDirError
 from dist_train.finished_run.open import FinishedRun, as_trained, reopen
 from dist_train.lowering.agreement import Decisions
 from dist_train.lowering.autoselect import choose_format
-from dist_train.lowering.comparison import LARGEST_DIFFERENCE, Candidate, drawn_from
+from dist_train.lowering.base import Reference
+from dist_train.lowering.comparison import LARGEST_DIFFERENCE, drawn_from
 from dist_train.models.build import build_model
 from dist_train.pipeline.auto import choose, look
 from dist_train.pipeline.set_up import configure_torch, make_context
@@ -74,8 +75,8 @@ def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | No
     with _judged(run, deployable, wanted) as judged:
         table = _add_formats(run, bundle, judged, wanted, probe, lines)
     for format in bundle.judged:
-        if not format.agreed.passed:
-            gate = format.gate()
+        gate = format.gate()
+        if not gate["passed"]:
             message = f"the gate `{gate['name']}` failed in {format.runtime}:{gate['detail']}"
             raise GateError(message, "take another format, or the program itself (pt2); the artifact is as it was")
     ranges = run.product("convert")["ranges_sha256"] if "convert" in run.stages else None
@@ -104,10 +105,10 @@ def _add_formats(
             lines.append(f"{name}: no format but the program: {simulation(deployable.simulated_bits)}")
         elif each == "auto":
             float_model, settings = _float_model(run), run.config.export
-            candidates = {"fp32": Candidate(float_model, float_model), name: deployable.candidate}
+            candidates = {"fp32": Reference(call=float_model, source=float_model), name: deployable}
             images, sizes = drawn_from(probe, run.config.run.seed), settings.latency_batch_sizes
             task: Task = registry.tasks.get(run.config.task.name)(run.described["num_outputs"], run.config.task.args)
-            few = Decisions(deployable.candidate.call, task, [probe], run.config.convert.agreement_bound)
+            few = Decisions(deployable.call, task, [probe], run.config.convert.agreement_bound)
             choice = choose_format(name, candidates, probe, images, sizes, run.threads, deployable.decisions or few)
             lines += bundle.add_choice(deployable, choice, probe)
             table = choice.rows()
@@ -119,7 +120,7 @@ def _add_formats(
 @contextmanager
 def _judged(run: FinishedRun, deployable: Deployable, wanted: Sequence[str]) -> Iterator[Deployable]:
     """The model with what its formats are judged by; int8 alone needs the data for it."""
-    if deployable.name != "int8" or not wanted or deployable.candidate.source is None or deployable.simulated_bits:
+    if deployable.name != "int8" or not wanted or deployable.source is None or deployable.simulated_bits:
         yield deployable
         return
     with join(run.config.run) as world:
@@ -161,14 +162,9 @@ def _record(run: FinishedRun, name: str, bundle: Bundle, table: list[dict[str, A
     if table is not None:
         results["models"].setdefault(name, {})["runtimes"] = table
     for each in bundle.judged:
-        agreed = each.agreed
-        results["gates"][each.gate()["name"]] = {
-            "value": agreed.share,
-            "bound": agreed.bound,
-            "passed": agreed.passed,
-            "runtime": each.runtime,
-            "samples": agreed.samples,
-        }
+        gate = each.gate()
+        kept = ("value", "bound", "passed", "runtime", "samples")
+        results["gates"][gate["name"]] = {key: gate[key] for key in kept}
     if table is not None or bundle.judged:
         replace_json(run.paths.results, results)
 

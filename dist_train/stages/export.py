@@ -116,12 +116,11 @@ class Export(Stage):
         """`auto`: lines for the user, and the table."""
         if deployables[name].simulated_bits:
             return [f"{name}: no format but the program: {simulation(deployables[name].simulated_bits)}"], []
-        candidates = {each: deployable.candidate for each, deployable in deployables.items()}
         sizes, images = self.settings.latency_batch_sizes, drawn_from(probe, context.config.run.seed)
         context.progress.say(f"{self.name}: trying the runtimes for {name}")
-        few = Decisions(candidates[name].call, context.task, [probe], agreement_bound(context))
+        few = Decisions(deployables[name].call, context.task, [probe], agreement_bound(context))
         decisions = deployables[name].decisions or few
-        choice = choose_format(name, candidates, probe, images, sizes, context.threads, decisions)
+        choice = choose_format(name, deployables, probe, images, sizes, context.threads, decisions)
         return bundle.add_choice(deployables[name], choice, probe), choice.rows()
 
     def _time(
@@ -132,7 +131,7 @@ class Export(Stage):
         figures: dict[str, dict[str, Any]],
     ) -> None:
         images = drawn_from(probe, context.config.run.seed)
-        candidates = {name: each.candidate for name, each in deployables.items() if not each.simulated_bits}
+        candidates = {name: each for name, each in deployables.items() if not each.simulated_bits}
         for name in deployables.keys() - candidates.keys():
             context.progress.say(f"{self.name}: {name} is not timed: {simulation(deployables[name].simulated_bits)}")
         try:

@@ -1,4 +1,4 @@
-"""The integer model of the fx and eager backends, and its bytes."""
+"""Integer model of the fx and eager backends, and its serialization."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ STATE = "state_dict.pt"
 
 
 class IntegerModel(nn.Module):
-    """What torch.ao converted, run with the kernels that its weights are packed for, whatever the process's engine is."""
+    """A model that torch.ao converted, run with the kernels that its weights are packed for."""
 
     def __init__(self, model: nn.Module, engine: str) -> None:
-        """model: on the CPU. engine: see `dist_train.programs.torchscript.integer_kernels`.
+        """
+        Args:
+            model: on the CPU.
+            engine: see `dist_train.programs.torchscript.integer_kernels`.
 
         Raises:
-            QuantizationError: something in the model still trains.
+            QuantizationError: fake quantization is left in the model.
         """
         super().__init__()
         left = [
@@ -36,14 +39,14 @@ class IntegerModel(nn.Module):
         self.engine = engine
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: float32 [B, ...] on the CPU. What the float model returns."""
+        """x: float32 [B, ...] on the CPU. Returns as the float model."""
         with integer_kernels(self.engine):
             outputs: Tensor = self.model(x)
         return outputs
 
 
 def integer_program(converted: nn.Module, example: Tensor) -> Program:
-    """Traced TorchScript, with a state_dict beside it that `torch.load(..., weights_only=True)` reads."""
+    """Traces the model to TorchScript, with a state_dict for `torch.load(..., weights_only=True)` as an extra file."""
     assert isinstance(converted, IntegerModel)
     state = io.BytesIO()
     torch.save(converted.model.state_dict(), state)
