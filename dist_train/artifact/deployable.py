@@ -26,7 +26,7 @@ class Deployable(Reference):
         name: fp32, bf16, fp16 or int8.
         program: the model as bytes.
         outputs: the outputs of the model in memory, before it became a program, for the probe; float32 [rows, ...].
-        simulated_bits: widths below 8 that an int8 model simulates, as of `config.stages.simulated_bits`.
+        simulated_bits: widths below 8 that an int8 model simulates, as no kernel computes in them.
         decisions: of an int8 model, for the gates of its formats; None where only rounding is checked.
     """
 

@@ -37,6 +37,11 @@ class Reference:
     source: nn.Module | ExportedProgram | None
     half: str | None = None
 
+    @property
+    def quantized(self) -> bool:
+        """True where the source computes with quantized numbers: converted models are programs, float ones modules."""
+        return isinstance(self.source, ExportedProgram)
+
 
 @dataclass(frozen=True)
 class Lowered:

@@ -67,7 +67,7 @@ def is_rounding(difference: float, reference: Reference, images: Tensor) -> bool
     time, the program in process differed by 0.27 from its outputs for the batch. For moved inputs it differed by 0.47.
     ONNX Runtime and XNNPACK differed by 0.44.
     """
-    if difference <= LARGEST_DIFFERENCE or not isinstance(reference.source, ExportedProgram):
+    if difference <= LARGEST_DIFFERENCE or not reference.quantized:
         return difference <= LARGEST_DIFFERENCE
     step = float(images.max() - images.min()) / 255
     moved = images + 0.1 * step * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))

@@ -75,7 +75,7 @@ def _expressions(tree: Any) -> Iterator[str]:
 
 
 def check_archive(data: bytes) -> None:
-    """Checks a `.pt2` archive without deserialising it by torch.
+    """Checks a `.pt2` archive without deserializing it by torch.
 
     Raises ArtifactError where it is no archive, or holds anything that our own exports never hold.
     """

@@ -1,4 +1,4 @@
-"""The artifact is the same bytes everywhere, refused when damaged, whole after any kill, and right in a fresh process."""
+"""The artifact has equal bytes everywhere, is refused when damaged, whole after a kill, right in a fresh process."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ def test_a_missing_directory_is_named(tmp_path):
 
 
 def child_killed_at(event: int, action: Callable[[], None]) -> bool:
-    """Runs `action` in a fork that kills itself with SIGKILL at its n-th file operation; False where it got to the end."""
+    """Runs `action` in a fork that kills itself at its n-th file operation; False where it reached the end."""
     pid = os.fork()
     if pid == 0:
         count = 0

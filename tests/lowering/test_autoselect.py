@@ -18,7 +18,7 @@ from tests.support.converted_nets import float_net, images
 
 
 def runtime(seconds: float, factor: float = 1.0, extra: float = 0.0, of_float: float = 0.0) -> registry.Entry:
-    """A format whose runtime takes as long as told, `extra` more for int8 and `of_float` for FP32, and answers `factor` times what is right."""
+    """A format whose runtime takes `seconds`, plus `extra` for int8 and `of_float` for FP32; outputs times `factor`."""
 
     def write(model: nn.Module, example: Tensor, threads: int) -> Written:
         def call(batch: Tensor) -> Tensor:

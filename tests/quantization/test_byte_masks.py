@@ -1,4 +1,4 @@
-"""Gradients through clamps and fake quantization are torch's own, and what a compiled step keeps for them are bytes, not bools."""
+"""Gradients through clamps and fake quantization equal torch's, and a compiled step keeps bytes for them, not bools."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ACTIVATIONS = {
 
 
 class Recorder:
-    """A backend of torch.compile: Inductor's, up to its kernels. It notes the dtypes of what a forward gives and keeps for backward."""
+    """A backend of torch.compile: Inductor without its kernels. It records the dtypes that a forward keeps."""
 
     def __init__(self) -> None:
         self.kept: list[torch.dtype] = []

@@ -1,4 +1,4 @@
-"""The PT2E backend: a prepared model is the float one, a converted one is the fake-quantized one; what cannot be is refused."""
+"""The PT2E backend: prepared models equal float ones, converted models fake-quantized ones; others are refused."""
 
 from __future__ import annotations
 

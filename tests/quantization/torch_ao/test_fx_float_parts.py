@@ -1,4 +1,4 @@
-"""What the fx backend leaves in floating point, as its integer kernels compute something else than fake quantization simulates."""
+"""The fx backend leaves operations in floating point whose integer kernels differ from fake quantization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The grids of the fx backend's activations: none for results that nobody reads as integers, and all bits that the kernels allow."""
+"""Grids of the fx backend's activations: none for float outputs, and as many bits as the kernels allow."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def images(rows: int = 64) -> Tensor:
 
 
 def same_decisions(engine: str) -> float:
-    """The share of samples that int8 classifies as the float model does, beside one whose features all agree: its logit is 768."""
+    """Returns the agreement of int8 with the float model, in a batch with one sample whose logit is 768."""
     generator = torch.Generator().manual_seed(0)
     head = nn.Linear(256, 6, bias=False)
     with torch.no_grad():
