@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 from torch.fx import Node
 
+from dist_train.errors import QuantizationError, first_line
 from dist_train.quantization.fx_nodes import module_of
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \w+\n\s*(?P<text>.*)')
@@ -40,6 +41,15 @@ def error_location(model: nn.Module, error: BaseException) -> str:
             text = linecache.getline(file, line).strip().rstrip(":")
             return f"{name or type(module).__name__}, {Path(file).name} line {line}: {text}"
     return ""
+
+
+def cannot_trace(tracer: str, model: nn.Module, error: BaseException, obstacles: str, other: str) -> QuantizationError:
+    """Returns the error for a model that `tracer` cannot trace, because of `obstacles`; `other` is a backend to try."""
+    return QuantizationError(
+        f"{tracer} cannot trace {error_location(model, error) or type(model).__name__}: {first_line(error)}",
+        f"make forward free of {obstacles} that depend on the data, or try --qat.backend {other}; "
+        "or eager, where the model has stubs of its own",
+    )
 
 
 def graph_error_location(error: BaseException) -> tuple[str, str]:

@@ -13,11 +13,11 @@ from torch.fx import Graph, GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
 
 from dist_train.config.stages import RuleConfig
-from dist_train.errors import QuantizationError, first_line
+from dist_train.errors import QuantizationError
 from dist_train.programs.program import Program
 from dist_train.programs.pt2 import export_program, program_bytes
 from dist_train.quantization.dry_run import dry_run
-from dist_train.quantization.error_location import error_location
+from dist_train.quantization.error_location import cannot_trace
 from dist_train.quantization.fake_quantize import WeightFakeQuantize
 from dist_train.quantization.float_checks import (
     keep_invertible,
@@ -143,12 +143,7 @@ def _export(model: nn.Module, example: Tensor) -> GraphModule:
         RuntimeError,
         ValueError,
     ) as error:
-        place = error_location(model, error) or type(model).__name__
-        raise QuantizationError(
-            f"torch.export cannot trace {place}: {first_line(error)}",
-            "make forward free of branches and shapes that depend on the data, or try --qat.backend fx; "
-            "or eager, where the model has stubs of its own",
-        ) from error
+        raise cannot_trace("torch.export", model, error, "branches and shapes", "fx") from error
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     return module

@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 
 from dist_train.config.stages import RuleConfig
 from dist_train.errors import QuantizationError
-from dist_train.programs.program import Program
 from dist_train.programs.torchscript import integer_kernels
 from dist_train.quantization.dry_run import dry_run
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize
@@ -31,20 +30,12 @@ from dist_train.quantization.ranges import Ranges
 from dist_train.quantization.rules import resolve_rules
 from dist_train.quantization.torch_ao import common
 from dist_train.quantization.torch_ao.float_output import use_float_outputs
-from dist_train.quantization.torch_ao.integer_model import IntegerModel, integer_program
+from dist_train.quantization.torch_ao.integer_model import IntegerModel, TorchAOBackend
 from dist_train.quantization.torch_ao.prepared_modules import PreparedModules, statistics_names
 
 
-class EagerBackend:
+class EagerBackend(TorchAOBackend):
     """Implements `dist_train.quantization.backend.QuantizationBackend`."""
-
-    def __init__(self, engine: str = "auto") -> None:
-        """engine: as `qat.engine`.
-
-        Raises:
-            QuantizationError: this torch does not have its kernels.
-        """
-        self.engine = common.choose_engine(engine)
 
     def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
         """See QuantizationBackend.check. Refuses rules: only the model's author can put stubs around a module."""
@@ -101,10 +92,6 @@ class EagerBackend:
         with quietly(), integer_kernels(self.engine):
             use_float_outputs(model, heads)
             return IntegerModel(common.convert(model, inplace=True), self.engine)
-
-    def serialize(self, converted: nn.Module, example: Tensor) -> Program:
-        """See QuantizationBackend.serialize."""
-        return integer_program(converted, example)
 
 
 class _FloatAverage(nn.Module):

@@ -15,11 +15,10 @@ from torch.ao.quantization.qconfig_mapping import QConfigMapping, get_default_qa
 from torch.fx import GraphModule
 
 from dist_train.config.stages import RuleConfig
-from dist_train.errors import QuantizationError, first_line
-from dist_train.programs.program import Program
+from dist_train.errors import QuantizationError
 from dist_train.programs.torchscript import integer_kernels
 from dist_train.quantization.dry_run import FAILURES, dry_run
-from dist_train.quantization.error_location import error_location
+from dist_train.quantization.error_location import cannot_trace
 from dist_train.quantization.float_checks import quietly
 from dist_train.quantization.fx_nodes import name_fake_quantizers
 from dist_train.quantization.padding import pad_before_modules
@@ -35,7 +34,7 @@ from dist_train.quantization.torch_ao.fx_grids import (
     saturating_clamps,
     trained_heads,
 )
-from dist_train.quantization.torch_ao.integer_model import IntegerModel, integer_program
+from dist_train.quantization.torch_ao.integer_model import IntegerModel, TorchAOBackend
 from dist_train.quantization.torch_ao.prepared_modules import TracedModules, statistics_names
 
 _AVERAGES: tuple[Any, ...] = (
@@ -48,16 +47,8 @@ _CLAMPS: tuple[Any, ...] = (F.hardtanh, F.relu6, torch.clamp, torch.clip, "clamp
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # their weights are fake-quantized in training, see `_mapping`
 
 
-class FXBackend:
+class FXBackend(TorchAOBackend):
     """Implements `dist_train.quantization.backend.QuantizationBackend`."""
-
-    def __init__(self, engine: str = "auto") -> None:
-        """engine: as `qat.engine`.
-
-        Raises:
-            QuantizationError: this torch does not have its kernels.
-        """
-        self.engine = common.choose_engine(engine)
 
     def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
         """See QuantizationBackend.check."""
@@ -133,10 +124,6 @@ class FXBackend:
                 _clamp_in_order(converted)
             return IntegerModel(converted, self.engine)
 
-    def serialize(self, converted: nn.Module, example: Tensor) -> Program:
-        """See QuantizationBackend.serialize."""
-        return integer_program(converted, example)
-
 
 def _checked_rules(model: nn.Module, rules: Sequence[RuleConfig]) -> dict[str, RuleConfig]:
     """Checks rules and modules, and returns the resolved rules; see `resolve_rules`."""
@@ -196,12 +183,7 @@ def _trace(model: nn.Module) -> GraphModule:
     try:
         return torch.fx.symbolic_trace(model)
     except (RuntimeError, TypeError, ValueError) as error:
-        place = error_location(model, error) or type(model).__name__
-        raise QuantizationError(
-            f"torch.fx cannot trace {place}: {first_line(error)}",
-            "make forward free of branches that depend on the data, or try --qat.backend pt2e; "
-            "or eager, where the model has stubs of its own",
-        ) from error
+        raise cannot_trace("torch.fx", model, error, "branches", "pt2e") from error
 
 
 @dataclass(frozen=True)

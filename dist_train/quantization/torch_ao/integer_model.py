@@ -11,6 +11,7 @@ from dist_train.errors import QuantizationError
 from dist_train.programs.program import Program
 from dist_train.programs.torchscript import integer_kernels, script_bytes, trace
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
+from dist_train.quantization.torch_ao.common import choose_engine
 
 STATE = "state_dict.pt"
 
@@ -45,12 +46,23 @@ class IntegerModel(nn.Module):
         return outputs
 
 
-def integer_program(converted: nn.Module, example: Tensor) -> Program:
-    """Traces the model to TorchScript, with a state_dict for `torch.load(..., weights_only=True)` as an extra file."""
-    assert isinstance(converted, IntegerModel)
-    state = io.BytesIO()
-    torch.save(converted.model.state_dict(), state)
-    with integer_kernels(converted.engine):
-        script = trace(converted.model, example.cpu())
-        data = script_bytes(script, converted.engine)
-    return Program("torchscript", data, {STATE: state.getvalue()})
+class TorchAOBackend:
+    """Base of the fx and eager backends: the engine, and serialization to TorchScript."""
+
+    def __init__(self, engine: str = "auto") -> None:
+        """engine: as `qat.engine`.
+
+        Raises:
+            QuantizationError: this torch does not have its kernels.
+        """
+        self.engine = choose_engine(engine)
+
+    def serialize(self, converted: nn.Module, example: Tensor) -> Program:
+        """See QuantizationBackend.serialize. A state_dict for `torch.load(..., weights_only=True)` is an extra file."""
+        assert isinstance(converted, IntegerModel)
+        state = io.BytesIO()
+        torch.save(converted.model.state_dict(), state)
+        with integer_kernels(converted.engine):
+            script = trace(converted.model, example.cpu())
+            data = script_bytes(script, converted.engine)
+        return Program("torchscript", data, {STATE: state.getvalue()})
