@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
 from dist_train.lowering.agreement import Agreement, Decisions
 from dist_train.lowering.base import Call, Reference, Written
 from dist_train.lowering.comparison import compare_outputs
+from dist_train.run_dir.gates import Gate
 
 
 @dataclass
@@ -49,17 +49,17 @@ class Trial:
         elif decisions is not None:
             self.agreed = decisions.agreement(call)
 
-    def gate(self) -> dict[str, Any]:
-        """Returns the format's gate, as the arguments of `Context.gate`; JSON."""
+    def gate(self) -> Gate:
+        """Returns the gate of the format's decisions, which were measured."""
         assert self.agreed is not None
-        return {
-            "name": f"format_{self.format}",
-            "value": self.agreed.share,
-            "bound": self.agreed.bound,
-            "passed": self.agreed.passed,
-            "hint": f"leave {self.format} out and take another format or the program itself (pt2), or loosen "
+        return Gate(
+            name=f"format_{self.format}",
+            value=self.agreed.share,
+            bound=self.agreed.bound,
+            passed=self.agreed.passed,
+            hint=f"leave {self.format} out and take another format or the program itself (pt2), or loosen "
             "--convert.agreement_bound; and run again",
-            "detail": f"\nint8 as {self.format} is not written: {self.agreed.in_words()}",
-            "runtime": self.runtime,
-            "samples": self.agreed.samples,
-        }
+            detail=f"\nint8 as {self.format} is not written: {self.agreed.in_words()}",
+            runtime=self.runtime,
+            samples=self.agreed.samples,
+        )
