@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dist_train.artifact.bundle import Bundle, manifest
@@ -18,7 +17,7 @@ from dist_train.config.stages import ExportConfig
 from dist_train.lowering.agreement import Decisions
 from dist_train.lowering.autoselect import choose_format
 from dist_train.lowering.base import Reference
-from dist_train.lowering.comparison import LARGEST_DIFFERENCE, drawn_from
+from dist_train.lowering.comparison import LARGEST_DIFFERENCE, drawn_from, largest
 from dist_train.run_dir.gates import Gate
 from dist_train.tasks import Task
 
@@ -117,7 +116,7 @@ def _add_fastest(
 
 def _proof_gates(found: Differences, bound: float) -> list[Gate]:
     """Returns the gates of a fresh process: of the programs, absolute, and of the formats' files, relative."""
-    programs = _largest(found.models.values())
+    programs = largest(found.models.values())
     gates = [
         Gate(
             name="artifact",
@@ -129,7 +128,7 @@ def _proof_gates(found: Differences, bound: float) -> list[Gate]:
         )
     ]
     if found.formats:
-        files = _largest(found.formats.values())
+        files = largest(found.formats.values())
         lines = [
             f"\n  {model} as {name}: differs by {difference:.2g} of the largest output"
             for (model, name), difference in found.formats.items()
@@ -146,8 +145,3 @@ def _proof_gates(found: Differences, bound: float) -> list[Gate]:
             )
         )
     return gates
-
-
-def _largest(differences: Iterable[float]) -> float:
-    """Returns the largest of the differences; NaN, which passes no bound, where one is NaN."""
-    return float(torch.tensor(list(differences)).max())
