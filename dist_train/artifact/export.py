@@ -1,4 +1,4 @@
-"""Exports models: adds programs and formats to a bundle, judges them, proves them in a fresh process, then writes them."""
+"""Export of models: adds programs and formats to a bundle, judges and verifies them, and writes the artifact."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ class ExportJob:
     """An export of one or several models of a run.
 
     Attributes:
-        folder: where the artifact is written, whole or not at all.
-        formats: pt2 is the program itself; auto the fastest format here.
-        probe: the inputs that every program and file must answer as the model in memory, float32 [rows, C, H, W].
-        described: the data, as `describe_data` says.
+        folder: of the artifact, which is written whole or not at all.
+        formats: pt2 is the program itself, auto the fastest format on this machine.
+        probe: inputs for which every program and file must give the outputs of the model in memory, float32
+            [rows, C, H, W].
+        described: the data, from `describe_data`.
         results: of the run, for the manifest.
         ranges_sha256: digest of the ranges of its int8 model; None without one.
-        agreement_bound: which share of `auto`'s decisions must be the model's.
+        agreement_bound: the smallest share of equal decisions for a runtime of `auto`.
         say: takes a line for the user.
     """
 
@@ -101,7 +102,7 @@ def export_models(
 def _add_fastest(
     job: ExportJob, bundle: Bundle, model: Deployable, references: Mapping[str, Reference]
 ) -> list[dict[str, Any]]:
-    """Adds the format that `auto` chooses; returns the table of what was timed."""
+    """Adds the format that `auto` chooses; returns the table of all runtimes."""
     if model.simulated_bits:
         job.say(f"{model.name}: no format but the program: {simulation(model.simulated_bits)}")
         return []
