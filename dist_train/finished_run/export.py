@@ -20,7 +20,7 @@ from dist_train.artifact.store import read_artifact
 from dist_train.distributed.process_group import join
 from dist_train.errors import ConfigError, DataError, GateError, RunDirError
 from dist_train.finished_run.open import FinishedRun, as_trained, reopen
-from dist_train.lowering.comparison import Candidate
+from dist_train.lowering.base import Reference
 from dist_train.models.build import build_model
 from dist_train.pipeline.set_up import open_session
 from dist_train.run_dir.files import read_json, replace_json
@@ -61,7 +61,7 @@ def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | No
     converted = Converted.of(run.product("convert")) if "convert" in run.stages else None
     float_model = _float_model(run) if name != "int8" or "auto" in wanted else None
     deployable, probe = _deployable(run, name, converted, float_model)
-    if name == "int8" and wanted and deployable.candidate.source is not None and not deployable.simulated_bits:
+    if name == "int8" and wanted and deployable.source is not None and not deployable.simulated_bits:
         deployable = _judged(run, deployable)
     lines: list[str] = []
     task: Task = registry.tasks.get(settings.task.name)(run.described["num_outputs"], settings.task.args)
@@ -80,9 +80,9 @@ def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | No
         threads=run.threads,
         say=lines.append,
     )
-    candidates = {} if float_model is None else {"fp32": Candidate(float_model, float_model)}
+    references = {} if float_model is None else {"fp32": Reference(call=float_model, source=float_model)}
     bundle = Bundle(kept.get("default", name), kept.get("models"), files)
-    exported = export_models(job, bundle, {name: deployable}, {**candidates, name: deployable.candidate})
+    exported = export_models(job, bundle, {name: deployable}, {**references, name: deployable})
     try:
         for gate in exported.gates:
             gate.require()

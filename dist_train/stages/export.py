@@ -82,8 +82,7 @@ class Export(Stage):
         )
         if "auto" in self.settings.formats:
             job.say(f"trying the runtimes for {', '.join(names)}")
-        candidates = {name: deployable.candidate for name, deployable in deployables.items()}
-        exported = export_models(job, Bundle(names[0]), {name: deployables[name] for name in names}, candidates)
+        exported = export_models(job, Bundle(names[0]), {name: deployables[name] for name in names}, deployables)
         figures: dict[str, dict[str, Any]] = {
             name: {"bytes": len(deployable.program.data)} for name, deployable in deployables.items()
         }
@@ -102,15 +101,15 @@ class Export(Stage):
     ) -> None:
         """Times every model and adds `latency_ms` and `runtime` to its figures."""
         images = drawn_from(probe, context.config.run.seed)
-        candidates = {name: each.candidate for name, each in deployables.items() if not each.simulated_bits}
-        for name in deployables.keys() - candidates.keys():
+        timed = {name: each for name, each in deployables.items() if not each.simulated_bits}
+        for name in deployables.keys() - timed.keys():
             context.progress.say(f"{self.name}: {name} is not timed: {simulation(deployables[name].simulated_bits)}")
         try:
-            times, runtimes = time_models(candidates, images, self.settings.latency_batch_sizes, context.threads)
+            times, runtimes = time_models(timed, images, self.settings.latency_batch_sizes, context.threads)
         except LoweringUnavailable as reason:
             context.progress.say(f"{self.name}: {reason}")
             return
-        for name in candidates:
+        for name in timed:
             figures[name] |= {"latency_ms": times[name], "runtime": runtimes[name]}
         if runtimes.get("int8") == runtimes.get("fp32"):
             for line in slower_than_float(times, runtimes.get("int8", "")):

@@ -15,7 +15,7 @@ from dist_train.distributed.world import World
 from dist_train.errors import NonFiniteLossError
 from dist_train.lowering import int8_session
 from dist_train.lowering.agreement import Decisions
-from dist_train.lowering.base import LoweringUnavailable
+from dist_train.lowering.base import Lowered, LoweringUnavailable
 from dist_train.programs.program import Program, open_program
 from dist_train.programs.pt2 import load_program
 from dist_train.quantization.prepared import PreparedModel
@@ -99,25 +99,17 @@ def format_decisions(context: Context, deployable: Deployable) -> Decisions:
         def __iter__(self) -> Iterator[Tensor]:
             return (batch.inputs.cpu().contiguous() for batch in sample)
 
-    return Decisions(deployable.candidate.call, context.task, Inputs(), agreement_bound(context))
+    return Decisions(deployable.call, context.task, Inputs(), agreement_bound(context))
 
 
-@dataclass(frozen=True)
-class InRuntime:
-    """An int8 model in the runtime in which it is judged."""
-
-    name: str
-    call: Call
-
-
-def open_in_runtime(context: Context, program: Program) -> InRuntime | str:
+def open_in_runtime(context: Context, program: Program) -> Lowered | str:
     """Opens the program in the runtime that `convert.runtime` names, on every rank; else says why not. Collective.
 
     TorchScript, which fx and eager make, holds integer kernels and is its own runtime.
     """
     wanted, world = context.config.convert.runtime, context.world
-    if program.kind == "torchscript":
-        return InRuntime("torchscript", open_program(program))
+    if not program.lowers:
+        return Lowered("torchscript", open_program(program))
     if wanted == "none":
         return "convert.runtime is none"
     lowered: list[bytes] = []
@@ -141,4 +133,4 @@ def open_in_runtime(context: Context, program: Program) -> InRuntime | str:
     except LoweringUnavailable as error:
         problem = str(error)
     problem = next(filter(None, world.gather(problem)), "")  # all ranks, or none
-    return problem if call is None or problem else InRuntime(name, call)
+    return problem if call is None or problem else Lowered(name, call)

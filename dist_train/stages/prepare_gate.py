@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.data.loader import EvaluationLoader
+from dist_train.lowering.comparison import largest, relative_difference
 from dist_train.quantization.float_checks import float_literals
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.run_dir.gates import Gate
@@ -49,7 +50,7 @@ def gate_prepare(context: Context, prepared: PreparedModel) -> None:
         tensor.copy_(original)
     prepared.fake_quantize(True)
     prepared.observe(True)
-    worst = float(torch.stack(differences).max())  # NaN if any is, which passes no bound
+    worst = largest(differences)
     bound, changed = context.config.qat.prepare_bound, _changed_literals(context.model, prepared)
     hint = "the backend changed the model: report it with the model's name, or take another --qat.backend"
     context.gates.check(
@@ -95,6 +96,5 @@ def _draw_variances(pairs: Sequence[tuple[nn.Module, nn.Module]], seed: int) -> 
                 weight.mul_(growth.to(weight.device))
 
 
-def _relative_difference(left: nn.Module, right: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    expected = right(inputs).double()
-    return (left(inputs).double() - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
+def _relative_difference(actual: nn.Module, expected: nn.Module, inputs: torch.Tensor) -> float:
+    return relative_difference(actual(inputs).double(), expected(inputs).double())

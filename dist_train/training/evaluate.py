@@ -15,6 +15,7 @@ from dist_train.data.loader import EvaluationLoader
 from dist_train.distributed.world import World
 from dist_train.errors import NonFiniteLossError
 from dist_train.tasks import Task
+from dist_train.tasks.agreement import same_share
 from dist_train.training.evaluation_details import Details
 
 
@@ -90,35 +91,5 @@ def metric_names(task: Task) -> list[str]:
 
 
 def agreement(left: Evaluation, right: Evaluation, task: Task, world: World) -> float:
-    """Share of the samples, over all ranks, on which two models decide the same. Collective.
-
-    Decisions that are floats are compared in units of the standard deviation of `right`'s over all ranks' samples.
-    """
-    ours, theirs = left.decisions, right.decisions
-    spread = _spread(theirs, world)
-    if spread is not None and len(theirs):
-        ours, theirs = ours / spread, theirs / spread
-    same = torch.tensor(
-        [float(task.agree(ours, theirs).sum()) if len(theirs) else 0.0, float(len(theirs))],
-        dtype=torch.float64,
-        device=world.device,
-    )
-    world.all_reduce(same, "sum")
-    return float(same[0] / same[1].clamp(min=1))
-
-
-def _spread(decisions: torch.Tensor, world: World) -> torch.Tensor | None:
-    """Standard deviation of each output over all ranks' samples, [...] on the CPU; None where decisions are no floats."""
-    # A rank without samples does not know what the others decide about.
-    shapes = world.gather(list(decisions.shape[1:]) if decisions.is_floating_point() and len(decisions) else None)
-    shape = next((shape for shape in shapes if shape is not None), None)
-    if shape is None:
-        return None
-    sums = torch.zeros(3, *shape, dtype=torch.float64, device=world.device)
-    if len(decisions):
-        values = decisions.double()
-        sums[0], sums[1], sums[2] = values.sum(0), values.square().sum(0), len(values)
-    total, squares, count = world.all_reduce(sums, "sum").cpu()
-    deviation = (squares / count - (total / count) ** 2).clamp(min=0).sqrt()
-    # Outputs that are all the same must be the same in the other model, to rounding.
-    return deviation.clamp(min=torch.finfo(torch.float32).eps).float()
+    """See `same_share`, of two evaluations on the same samples. Collective."""
+    return same_share(task, left.decisions, right.decisions, world)

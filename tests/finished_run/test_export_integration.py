@@ -24,7 +24,6 @@ from dist_train.config.stages import ExportConfig
 from dist_train.data.arrays import ImageArrays
 from dist_train.data.datasets.fake import fake
 from dist_train.data.splits import Splits
-from dist_train.lowering.comparison import Candidate
 from dist_train.models.half_precision import HalfModel
 from dist_train.models.small import mlp
 from dist_train.programs.program import Program
@@ -199,8 +198,12 @@ def test_auto_in_a_run_chooses_warns_and_tells_the_manifest_why(
 def test_a_run_warns_where_int8_is_slower_than_fp32_in_the_same_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"fp32": {"1": 1.0, "32": 10.0}, "int8": {"1": 2.0, "32": 5.0}}
     said: list[str] = []
-    model = Candidate(lambda batch: batch, None)
-    deployables = {name: Deployable(name, Program("pt2", b""), torch.zeros(1), model) for name in times}
+    deployables = {
+        name: Deployable(
+            name=name, program=Program("pt2", b""), outputs=torch.zeros(1), call=lambda batch: batch, source=None
+        )
+        for name in times
+    }
     run = SimpleNamespace(seed=0)
     context: Any = SimpleNamespace(
         config=SimpleNamespace(run=run), threads=1, progress=SimpleNamespace(say=said.append)
