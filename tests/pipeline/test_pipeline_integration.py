@@ -190,7 +190,7 @@ def test_other_data_than_before_is_refused(small: list[str], tmp_path: Path) -> 
         "--data.args",
         "{}",
     ]
-    for rows, code, message in (("60", 1, "conv7"), ("80", 1, "the dataset growing is not what it was")):
+    for rows, code, message in (("60", 1, "conv7"), ("80", 1, "the dataset growing has changed")):
         with train(1, *small, *settings, environ={"GROWING_ROWS": rows}) as ranks:
             assert ranks.wait() == [code], ranks.printed()
             assert message in ranks.output(0)

@@ -1,4 +1,4 @@
-"""Formats of int8 are gated by decisions, and their files are opened in a fresh process, or nothing is written."""
+"""Int8 formats must agree in their decisions and open in a fresh process, or nothing is written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SETTINGS = [
 
 
 def tipping(*args: Any) -> tuple[Callable[[Tensor], Tensor], str]:
-    """ONNX Runtime, but for rows beyond the first sixteen of a batch: the two likeliest classes change places where they are close."""
+    """Returns an ONNX Runtime that swaps the two likeliest classes, if close, in rows after the first sixteen."""
     right, name = OPEN(*args)
 
     def call(images: Tensor) -> Tensor:
