@@ -92,7 +92,7 @@ def test_a_format_that_decides_alike_is_recorded_and_a_later_one_is_judged_by_th
         planted.setitem(registry.datasets._entries, "fake", registry.Entry(not_here))
         assert main(["export", str(tmp_path / "run"), "--format", "onnx"]) == 1
     assert (
-        "formats of int8 are judged by the run's evaluation set, which cannot be read here" in capsys.readouterr().err
+        "formats of int8 are checked on the run's evaluation set, which cannot be read here" in capsys.readouterr().err
     )
 
 
