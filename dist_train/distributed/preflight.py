@@ -111,9 +111,9 @@ def find_rank_0(plan: RankPlan, environ: Mapping[str, str], say: Callable[[str],
     astray = several and all(is_loopback(each) for each in addresses)
     limit = _LOOPBACK_SECONDS if astray else _CONNECT_SECONDS
     hint = (
-        "MASTER_ADDR is a loopback address, at which each node reaches only itself: set it to that of rank 0's node"
+        "MASTER_ADDR is a loopback address, at which each node reaches only itself: give rank 0's address instead"
         if astray
-        else f"is rank 0 started? does MASTER_ADDR name its node? is {port} open? on rank 0's node: ss -tln"
+        else f"is rank 0 started? is MASTER_ADDR its node? does a firewall close {port}? on rank 0's node: ss -tln"
     )
     said, what, waited = False, "", 0.0
     for waited in attempts(limit):

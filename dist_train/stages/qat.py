@@ -72,7 +72,7 @@ class QAT(Stage):
             {"ptq_lost_points": round(lost, 6), "budget": self.settings.budget, "left_out": left_out}
         )
         if context.resume is None:
-            unneeded = "not needed and skipped" if left_out else "not needed, but qat.always is set"
+            unneeded = "not needed: skipped" if left_out else "not needed, but qat.always is set"
             verdict = unneeded if within else "needed"
             bound = "within" if within else "beyond"
             context.progress.say(

@@ -46,8 +46,8 @@ class Accelerate(Strategy):
             self._accelerator.scaler = self.scaler
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        # The model goes into a shell because prepare_model replaces `forward` of its argument, but the model is evaluated
-        # and saved unwrapped. It is not moved: from "cpu" to "cpu:0" would replace its buffers.
+        # The model goes into a shell because prepare_model replaces `forward` of its argument, but the model is
+        # evaluated and saved unwrapped. It is not moved: from "cpu" to "cpu:0" would replace its buffers.
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "`broadcast_buffers` is deprecated"

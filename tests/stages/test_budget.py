@@ -30,7 +30,7 @@ def test_within_the_budget_qat_is_left_out_and_ptq_is_converted(
     assert "fake_quant" not in results["models"] and results["models"]["int8"]["count"] == 61
     assert runs.product("run", "qat") == runs.product("run", "ptq")
     printed = capsys.readouterr().out
-    assert "within the budget of 100: qat is not needed and skipped" in printed
+    assert "within the budget of 100: qat is not needed: skipped" in printed
     assert "qat: left out, as ptq loses" in printed, "the summary has it too"
 
 

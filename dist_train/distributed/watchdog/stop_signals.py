@@ -109,8 +109,8 @@ def ignore_until_exit() -> None:
 def held_back() -> Iterator[None]:
     """Blocks the stop signals while the body starts processes.
 
-    They inherit the blocked signals, and unblock them once their handling is set. Signals to this process are
-    delivered after the body.
+    The processes inherit the blocked signals, so no signal ends them before they set their own handling. Signals to
+    this process are delivered after the body.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
