@@ -1,4 +1,4 @@
-"""Conversion to int8: by rank 0 alone, on a CPU copy; then evaluated by all ranks, in process and in its runtime."""
+"""Converts to int8 on rank 0, on the CPU; then evaluates int8 on all ranks, in PyTorch and in its runtime."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dist_train.stages.context import Context
 from dist_train.stages.int8_evaluation import agreement_bound, convert_on_rank_0, judge, open_in_runtime
 from dist_train.training.evaluate import evaluate
 
-_NOISE_ROWS = 8  # all outputs of all layers are kept for them
+_NOISE_ROWS = 8  # few, because the outputs of all layers are held for them
 
 
 class Convert(Stage):
@@ -37,7 +37,7 @@ class Convert(Stage):
         probe: dict[str, torch.Tensor] = {}
 
         def inspect(converted: nn.Module) -> dict[str, Any]:
-            # What the artifact must answer is asked of the model in memory, before it is serialised.
+            # The artifact must reproduce these outputs, so they are computed in memory, before serialisation.
             probe["inputs"] = context.data.probe_inputs()
             with torch.no_grad():
                 probe["outputs"] = converted(probe["inputs"])
@@ -57,7 +57,10 @@ class Convert(Stage):
         return {"program": vars(program), "ranges_sha256": Ranges(prepared).digest(), "probe": probe}
 
     def _gate(self, context: Context, program: Program, noise: dict[str, float]) -> None:
-        """Checks that int8, in process and in its runtime, decides as the fake-quantized model; `noise`: the layers' ratios."""
+        """Checks that int8 agrees with the fake-quantized model, in PyTorch and in its runtime.
+
+        noise: signal to quantization noise ratio of each layer, in dB.
+        """
         reference = evaluate(context.prepared().eval(), context.data.evaluation_batches(), context.task, context.world)
         bound, models = agreement_bound(context), context.results["models"]
         bits = context.config.qat.simulated_bits
@@ -69,8 +72,8 @@ class Convert(Stage):
             if bits:
                 models["int8"]["simulated_bits"] = bits
         hint = (
-            "where a layer stands out, leave it in floating point by --qat.rules; else train qat longer, "
-            "or loosen --convert.agreement_bound; and run again"
+            "if one layer is far worse, leave it in floating point by --qat.rules; else train qat longer, "
+            "or loosen --convert.agreement_bound; then run again"
         )
         gate = Gate(
             name="convert", value=int8.agreed, bound=bound, passed=int8.agreed >= bound, hint=hint, detail=table
@@ -78,16 +81,16 @@ class Convert(Stage):
         context.gates.check(gate)
         opened = simulation(bits) if bits else open_in_runtime(context, program)
         if not isinstance(opened, Lowered):
-            context.progress.say(f"{self.name}: int8 was judged in process alone: {opened}")
+            context.progress.say(f"{self.name}: int8 was checked in PyTorch only: {opened}")
             context.gates.skip("lowered", opened)
             return
         lowered = judge(context, opened.call, reference) if program.lowers else int8
         if lowered.evaluation is not None:
             models["int8"]["lowered"] = {"runtime": opened.name, **lowered.evaluation.metrics}
-        table = f"\nin process {int8.agreed:.6g} agree: the layers are not the cause, {opened.name} is{table}"
+        table = f"\nin PyTorch {int8.agreed:.6g} agree, so the cause is {opened.name}, not the layers{table}"
         hint = (
-            f"--convert.runtime with another runtime, or none, and do not deploy it in {opened.name}; "
-            "or loosen --convert.agreement_bound; and run again"
+            f"set --convert.runtime to another runtime or none, and do not deploy it in {opened.name}; "
+            "or loosen --convert.agreement_bound; then run again"
         )
         context.gates.check(
             dataclasses.replace(
@@ -107,11 +110,11 @@ class Convert(Stage):
 
 @dataclass(frozen=True)
 class Converted:
-    """The product of `convert`.
+    """The product of the stage `convert`.
 
     Attributes:
-        ranges_sha256: digest of the ranges that the program was converted with.
-        probe: on rank 0, `inputs` and the converted model's `outputs`, as computed in memory; empty on other ranks.
+        ranges_sha256: digest of the ranges used in the conversion.
+        probe: on rank 0, `inputs` and the converted model's `outputs`, computed in memory; empty on other ranks.
     """
 
     program: Program
@@ -124,7 +127,7 @@ class Converted:
 
 
 def count_weights(context: Context, prepared: PreparedModel) -> dict[str, Any] | None:
-    """Returns `Int8Share.as_json` and a line for people as `said`; None where the backend cannot tell. On one rank."""
+    """Returns `Int8Share.as_json` and a readable line, `said`; None if the backend cannot tell. Runs on one rank."""
     found = int8_share(context.model, prepared)
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""Exact distributed evaluation: each sample counts once, whatever the number of ranks."""
+"""Evaluates on all ranks, exactly: each sample counts once at any world size."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ from dist_train.training.evaluation_details import Details
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics over all ranks' samples, and this rank's own decisions, [samples of this rank], for comparing two models.
+    """The result of an evaluation.
 
-    `details` are this rank's part of what is no scalar.
+    Attributes:
+        metrics: metrics over the samples of all ranks.
+        decisions: this rank's decisions, [samples of this rank, ...], for comparing two models.
+        details: this rank's part of the details that are not scalars.
     """
 
     metrics: dict[str, float | int]
     decisions: torch.Tensor
     details: Details | None = None
     stop: bool = False
-    """Whether any rank was asked to stop, by the end of the evaluation."""
+    """True if any rank was asked to stop by the end of the evaluation."""
 
 
 @torch.no_grad()
@@ -41,14 +44,17 @@ def evaluate(
     world: World,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Evaluation:
-    """Evaluates a model that is in eval mode already. Collective: every rank calls it, with its own part of the data.
+    """Evaluates a model that is already in eval mode. Collective: every rank calls it with its own part of the data.
+
+    Args:
+        call: the model, or a function that runs it: inputs [B, ...] to outputs [B, ...].
 
     Returns:
-        metrics: the task's, plus `loss` (mean) and `count`, the samples evaluated over all ranks; `skipped_samples` where some of an
-            evaluation set cannot be decoded, which `count` leaves out.
+        the evaluation. `metrics` has the task's metrics, `loss` (the mean) and `count`, the number of samples over all
+            ranks. `skipped_samples` is the number that could not be decoded, absent if zero; `count` excludes them.
 
     Raises:
-        NonFiniteLossError: on every rank.
+        NonFiniteLossError: on every rank, if the loss is NaN or infinite.
     """
     metrics = task.metrics().to(world.device)
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
@@ -69,7 +75,7 @@ def evaluate(
     sums[2] = float(world.stop_wanted())
     world.all_reduce(sums, "sum")
     with warnings.catch_warnings():
-        # A rank without samples has nothing to add, which is right.
+        # torchmetrics warns on a rank without samples, which adds nothing, as it should.
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
         values = {name: float(value) for name, value in metrics.compute().items()}
     count = int(sums[1])
@@ -86,10 +92,10 @@ def evaluate(
 
 
 def metric_names(task: Task) -> list[str]:
-    """What an evaluation measures, beside `count`: the names that `select_by` may give."""
+    """Returns the metrics of an evaluation without `count`: the names that `select_by` accepts."""
     return [*(str(name) for name in task.metrics().keys(keep_base=False)), "loss"]
 
 
 def agreement(left: Evaluation, right: Evaluation, task: Task, world: World) -> float:
-    """See `same_share`, of two evaluations on the same samples. Collective."""
+    """Returns the share of samples, over all ranks, on which two models agree; see `same_share`. Collective."""
     return same_share(task, left.decisions, right.decisions, world)
