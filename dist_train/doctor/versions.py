@@ -8,11 +8,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, requires, version
 
-from dist_train.doctor.base import Line, Subject, bad, good, warning
+from dist_train.doctor.base import Line, Subject, bad, good
 
-_NEEDED = ("torch", "torchvision", "torchao", "accelerate", "wandb", "pydantic", "safetensors", "torchmetrics")
+_NEEDED = ("torch", "torchvision", "accelerate", "wandb", "pydantic", "safetensors", "torchmetrics")
 # With the extra that brings each.
 _OPTIONAL = {
+    "torchao": "pt2e",
     "onnx": "onnx",
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
@@ -42,7 +43,6 @@ def check(subject: Subject) -> Iterator[Line]:
     if missing:
         extras = ",".join(dict.fromkeys(_OPTIONAL[name] for name in missing))
         yield good(f"optional, not installed: {', '.join(missing)} (pip install 'dist-train[{extras}]')")
-    yield from _tested(installed)
     declared = {name: requires(name) or [] for name in installed}
     declared["dist-train"] = _own_requirements()
     for owner, requirement, found in unmet(declared, installed):
@@ -91,18 +91,6 @@ def unmet(declared: Mapping[str, list[str]], installed: Mapping[str, str]) -> It
                 if said not in seen:
                     seen.add(said)
                     yield owner, said, installed[name]
-
-
-def _tested(installed: Mapping[str, str]) -> Iterator[Line]:
-    """Quantization rests on private parts of these two, and refuses versions that were not tried."""
-    if not {"torch", "torchao"} <= installed.keys():
-        return
-    from dist_train.quantization.versions import TESTED
-
-    for name, tested in TESTED.items():
-        if ".".join(installed[name].split(".")[:2]) not in tested:
-            text = f"quantization was tested with {name} {' and '.join(tested)}, not with {installed[name]}"
-            yield warning(text, f"pip install '{name}=={tested[-1]}.*'")
 
 
 def _operators_of_torchvision(installed: Mapping[str, str]) -> Iterator[Line]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchao.quantization.pt2e import FakeQuantizeBase
 
 from dist_train.errors import QuantizationError
 from dist_train.quantization.byte_masks import equal
@@ -70,7 +70,19 @@ def symmetric_parameters(low: Tensor, high: Tensor, quant_min: Tensor, quant_max
     return scale, quant_max - steps
 
 
-class ActivationFakeQuantize(FakeQuantizeBase):
+class _FakeQuantize(nn.Module):
+    """Base of both kinds. Each backend registers them with its library's own base, which it finds them by."""
+
+    is_dynamic = False
+    activation_post_process: Any  # given by torch_ao, whose library reads bounds from it
+
+    @classmethod
+    def with_args(cls, **settings: Any) -> Callable[[], nn.Module]:
+        """A constructor without arguments, as torchao asks for."""
+        return functools.partial(cls, **settings)
+
+
+class ActivationFakeQuantize(_FakeQuantize):
     """Per-tensor uint8, affine or symmetric, whose range was known before this step ("delayed ranges").
 
     While `observing`, a forward also records the minimum and maximum of its input in `step_low` and `step_high`, merged over
@@ -88,7 +100,6 @@ class ActivationFakeQuantize(FakeQuantizeBase):
             torch.ao). The kernels themselves clamp at `quant_max`, and so does this module.
     """
 
-    is_dynamic = False
     low: Tensor
     high: Tensor
     scale: Tensor
@@ -106,7 +117,7 @@ class ActivationFakeQuantize(FakeQuantizeBase):
         is_dynamic: bool = False,
         range_max: int | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # the base would register two flags as buffers
+        super().__init__()
         self.dtype, self.qscheme, self.quant_min, self.quant_max = dtype, qscheme, quant_min, quant_max
         self.range_max = quant_max if range_max is None else range_max
         self.observing = True
@@ -154,7 +165,7 @@ class ActivationFakeQuantize(FakeQuantizeBase):
         return f"{self.quant_min}..{self.quant_max}, observing={self.observing}, enabled={self.enabled}, calibrated={self.calibrated}"
 
 
-class WeightFakeQuantize(FakeQuantizeBase):
+class WeightFakeQuantize(_FakeQuantize):
     """Signed integers, per output channel or per tensor, whose range is that of the weight as it is now, so there is no state.
 
     Symmetric: the scale is max|w| / quant_max and the lowest integer stays unused: the largest weight is then exactly
@@ -166,7 +177,6 @@ class WeightFakeQuantize(FakeQuantizeBase):
         settle_in_forward: each forward settles; torch.ao's converters call the module with the final weight, then ask it.
     """
 
-    is_dynamic = False
     ch_axis = 0
 
     def __init__(
@@ -178,7 +188,7 @@ class WeightFakeQuantize(FakeQuantizeBase):
         is_dynamic: bool = False,
         settle_in_forward: bool = False,
     ) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.dtype, self.qscheme, self.quant_min, self.quant_max = dtype, qscheme, quant_min, quant_max
         self._settle_in_forward = settle_in_forward
         self.enabled = True

@@ -55,7 +55,7 @@ AVERAGES = (
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
 )
 
-# torchao's base, from which ours derive, is another class than torch.ao's, by which these flows find fake-quantize modules.
+# torch.ao finds fake-quantize modules by this base.
 for ours in (ActivationFakeQuantize, WeightFakeQuantize):
     FakeQuantizeBase.register(ours)
 
