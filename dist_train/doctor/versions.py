@@ -79,12 +79,16 @@ def unmet(declared: Mapping[str, list[str]], installed: Mapping[str, str]) -> It
 
     for owner, texts in declared.items():
         seen = set()
-        for text in texts:
-            requirement = Requirement(text)
+        requirements = [Requirement(text) for text in texts]
+        always = {each.name.lower() for each in requirements if "extra" not in str(each.marker)}
+        for requirement in requirements:
             name = requirement.name.lower()
             marker = requirement.marker
-            applies = marker is None or "extra" in str(marker) or marker.evaluate()
-            if not applies or (owner != "dist-train" and marker is not None and "extra" in str(marker)):
+            in_extra = "extra" in str(marker)
+            # An extra that narrows what is always needed, as `pt2e` does, is checked by who needs it.
+            if in_extra and (owner != "dist-train" or name in always):
+                continue
+            if marker is not None and not in_extra and not marker.evaluate():
                 continue
             if name in installed and not requirement.specifier.contains(installed[name], prereleases=True):
                 said = f"{name}{requirement.specifier}"
