@@ -17,19 +17,21 @@ HALF = ("bf16", "fp16")
 
 
 def load_artifact(path: Path | str, model: str | None = None) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
-    """Verifies all hashes, then loads: (model, manifest). Only from where you trust (see artifact_store.py).
+    """Verifies all hashes, then loads a model of an artifact. Only from where you trust: hashes detect damage, not malice.
 
-    path: an export directory, a run directory with one, or a model's file in it.
-    model: one of the manifest's `models`, as int8, fp32, bf16, fp16; half is bf16 or fp16. None: the file that `path`
-        names, else the manifest's `default`.
+    Args:
+        path: an export directory, a run directory with one, or a model's file in it.
+        model: one of the manifest's `models`, as int8, fp32, bf16, fp16; half is bf16 or fp16. None: the file that
+            `path` names, else the manifest's `default`.
 
-    Returns the model as a function, and the manifest. The function takes float32 [B, C, H, W] on the CPU, already
-    normalised with the manifest's `normalization`, and returns float32, for a classification logits [B, classes]. A pt2
-    int8 model simulates int8 in float32 (quantize and dequantize): right, not fast; for speed lower it
-    (`dist_train.lowering.lower`), or write another format (`dist-train export`). It raises DataError for another shape
-    or dtype.
+    Returns:
+        The model as a function, and the manifest. The function takes float32 [B, C, H, W] on the CPU, already normalised
+        with the manifest's `normalization`. It returns float32, for a classification logits [B, classes], and raises
+        DataError for another shape or dtype. A pt2 int8 model simulates int8 in float32 (quantize and dequantize): right,
+        not fast. For speed lower it (`dist_train.lowering.lower`), or write another format (`dist-train export`).
 
-    Raises ArtifactError as `verify_artifact` and `open_program` do, and for a model that the artifact does not hold.
+    Raises:
+        ArtifactError: it is damaged, is no artifact, or does not hold the model.
     """
     path = Path(path)
     manifest, files = read_artifact(find_artifact(path))
