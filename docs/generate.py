@@ -1,4 +1,4 @@
-"""Writes the parts of the pages that the code determines: `python docs/generate.py`. A test holds that they are current.
+"""Writes the parts of the pages that the code determines: `python docs/generate.py`. A test runs it with `--check`.
 
 Settings come from the pydantic models, the picture of the floors and the order of the packages from import-linter's contract
 in setup.cfg, and each package's sentence from its docstring.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import configparser
 import re
+import sys
 from pathlib import Path
 
 from dist_train.config.reference import reference
@@ -103,5 +104,8 @@ def _sentence(file: Path) -> str:
 
 
 if __name__ == "__main__":
-    for path, text in pages().items():
+    stale = {path: text for path, text in pages().items() if not path.exists() or path.read_text() != text}
+    if sys.argv[1:] == ["--check"]:
+        sys.exit(f"not current: {', '.join(path.name for path in stale)}; python docs/generate.py" if stale else 0)
+    for path, text in stale.items():
         path.write_text(text)

@@ -1,4 +1,4 @@
-"""The benchmarks still run: what README's figures come from must not rot unseen. Sizes are tiny, and no figure is looked at."""
+"""The benchmarks still run: the docs' figures come from them. Sizes are tiny, and no figure is looked at."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Which models which backend quantizes: each pair tried the whole way through a real run, and the table of what came of it.
 
-`python -m tests.quantization.conformance` tries all (about four minutes), writes the record beside this file and the README's table.
+`python -m tests.quantization.conformance` tries all (about four minutes), writes the record beside this file and the table of the docs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.support.ranks import ROOT
 
 BACKENDS = ("pt2e", "fx", "eager")
 RECORD = Path(__file__).with_suffix(".json")
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "which-models-quantize.md"
 INT8 = "int8"
 
 
@@ -143,14 +143,14 @@ def _cell(model: Model, backend: str, outcome: str, notes: list[str]) -> str:
 
 
 def block(text: str) -> str:
-    """What stands between the README's marks."""
+    """The table between the page's marks."""
     found = re.search(r"<!-- conformance -->\n(.*?)\n<!-- /conformance -->", text, re.DOTALL)
-    assert found, "README.md has no block <!-- conformance --> ... <!-- /conformance -->"
+    assert found, f"{PAGE.name} has no block <!-- conformance --> ... <!-- /conformance -->"
     return found.group(1)
 
 
 def _try_all(names: Iterable[str]) -> None:
-    """Tries the models named (all by default) and writes record and README."""
+    """Tries the models named (all by default) and writes record and page."""
     torch.set_num_threads(1)
     for model in MODELS:
         if names and model.name not in names:
@@ -164,8 +164,8 @@ def _try_all(names: Iterable[str]) -> None:
         ordered = {each.name: seen[each.name] for each in MODELS if each.name in seen}
         RECORD.write_text(json.dumps(ordered, indent=1) + "\n")
     if {model.name for model in MODELS} == record().keys():
-        text = README.read_text()
-        README.write_text(text.replace(block(text), table(record())))
+        text = PAGE.read_text()
+        PAGE.write_text(text.replace(block(text), table(record())))
 
 
 assert conformance_nets  # its import registers the models
