@@ -19,6 +19,10 @@ autodoc_preserve_defaults = True
 napoleon_use_rtype = False
 
 highlight_language = "none"
+pygments_dark_style = "github-dark"
+smartquotes = False
+default_role = "code"
+toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
 html_title = "dist_train"

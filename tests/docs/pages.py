@@ -14,4 +14,5 @@ PAGES = sorted(DOCS.glob("*.md"))
 
 def blocks(page: Path, language: str = "") -> list[str]:
     """The fenced blocks of a language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    fenced = re.findall(r"^```([^\n]*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [text for name, text in fenced if name == language]
