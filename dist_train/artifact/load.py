@@ -17,7 +17,7 @@ HALF = ("bf16", "fp16")
 
 
 def load_artifact(path: Path | str, model: str | None = None) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
-    """Verifies all hashes, then loads a model of an artifact. Only from where you trust: hashes detect damage, not malice.
+    """Verifies all hashes, then loads a model. Only for artifacts from a source you trust; see `artifact.store`.
 
     Args:
         path: an export directory, a run directory with one, or a model's file in it.
@@ -25,13 +25,14 @@ def load_artifact(path: Path | str, model: str | None = None) -> tuple[Callable[
             `path` names, else the manifest's `default`.
 
     Returns:
-        The model as a function, and the manifest. The function takes float32 [B, C, H, W] on the CPU, already normalised
-        with the manifest's `normalization`. It returns float32, for a classification logits [B, classes], and raises
-        DataError for another shape or dtype. A pt2 int8 model simulates int8 in float32 (quantize and dequantize): right,
-        not fast. For speed lower it (`dist_train.lowering.lower`), or write another format (`dist-train export`).
+        The model as a function, and the manifest. The function takes float32 [B, C, H, W] on the CPU, normalized with
+        the manifest's `normalization`. It returns float32, for a classification logits [B, classes], and raises
+        DataError for another shape or dtype. A pt2 int8 model simulates int8 in float32 (quantize and dequantize):
+        right, but not fast. For speed lower it (`dist_train.lowering.lower`), or write another format
+        (`dist-train export`).
 
     Raises:
-        ArtifactError: it is damaged, is no artifact, or does not hold the model.
+        ArtifactError: as `verify_artifact` and `open_program`; also for a model that the artifact does not hold.
     """
     path = Path(path)
     manifest, files = read_artifact(find_artifact(path))
