@@ -12,7 +12,7 @@ import pytest
 
 import dist_train
 from dist_train.config.reference import reference
-from tests.docs.pages import DOCS, PAGES, README, blocks
+from tests.support.pages import DOCS, PAGES, README, blocks
 from tests.support.ranks import ROOT
 
 ALL = [README, ROOT / "CONTRIBUTING.md", *PAGES]

@@ -15,7 +15,7 @@ import torch
 from dist_train import load_artifact
 from dist_train.run_dir.files import read_json
 from dist_train.run_dir.paths import RunDir
-from tests.docs.pages import DOCS, README, blocks
+from tests.support.pages import DOCS, README, blocks
 from tests.support.ranks import ROOT, Ranks
 
 YOUR_OWN = DOCS / "your-own.md"
