@@ -1,7 +1,7 @@
 """Writes the parts of the pages that the code determines: `python docs/generate.py`. A test runs it with `--check`.
 
-Settings come from the pydantic models, the picture of the floors and the order of the packages from import-linter's contract
-in setup.cfg, and each package's sentence from its docstring.
+Settings come from the pydantic models. The picture of the floors and the order of the packages come from import-linter's
+contract in setup.cfg, and each package's sentence from its docstring.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 SETTINGS = """# Settings
 
-Every setting, with its type, default and meaning. The page is written from the settings' models by `python docs/generate.py`.
-`dist-train config reference` prints the same tables, with the stages of installed packages.
+Every setting, with its type, default and meaning. The page is written from the settings' models by
+`python docs/generate.py`. `dist-train config reference` prints the same tables, with the stages of installed packages.
 
 On the command line a setting is `--section.setting VALUE`, as in `--train.optim.lr 0.05`. The value is YAML.
 A *fixed* setting determines the result: it cannot change when a run is resumed. The others may.
