@@ -1,7 +1,7 @@
 """Writes the parts of the pages that the code determines: `python docs/generate.py`. A test runs it with `--check`.
 
-Settings come from the pydantic models. The picture of the floors and the order of the packages come from the contract
-of import-linter in setup.cfg, and each package's sentence from its docstring.
+Settings come from the pydantic models. Floors and the order of the packages come from import-linter's contract in
+setup.cfg. A package's sentence comes from its docstring.
 """
 
 from __future__ import annotations
