@@ -50,7 +50,7 @@ class Deployable:
         program: what is deployed.
         outputs: the answer of the model in memory, before it became a program, to the probe; float32 [rows, ...].
         candidate: the same for a runtime and for other formats.
-        simulated_bits: widths below 8 that an int8 model simulates; see `config_fit.simulated_bits`.
+        simulated_bits: widths below 8 that an int8 model simulates; see `QATConfig.simulated_bits`.
         decisions: of an int8 model, as which it must decide in every format; None: it is held to rounding alone.
     """
 

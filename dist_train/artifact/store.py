@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dist_train.errors import ArtifactError
-from dist_train.run_dir.files import sync_directory
+from dist_train.run_dir.files import sync_directory, write_folder
 
 FORMAT = "dist_train/2"
 FIRST_FORMAT = "dist_train.pt2/1"  # one int8 program, model.pt2; still read
@@ -52,13 +52,6 @@ def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
     text = json.dumps(fields, sort_keys=True, allow_nan=False)
     fields["sha256"] = _digest(text.encode())
     return (json.dumps(fields, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _refuse_to_replace_foreign_files(directory: Path) -> None:
@@ -110,10 +103,7 @@ def write_artifact(directory: Path, files: Mapping[str, bytes], manifest: Mappin
         for leftover in (temporary, aside):
             if leftover.exists():
                 shutil.rmtree(leftover)
-        temporary.mkdir()
-        for name, data in contents.items():
-            _write_file(temporary / name, data)
-        sync_directory(temporary)
+        write_folder(temporary, contents)
         if directory.exists():
             os.rename(directory, aside)
         os.rename(temporary, directory)

@@ -17,7 +17,6 @@ from dist_train.artifact.bundle import Bundle, chosen_models
 from dist_train.artifact.deployable import Deployable, deploy_float, deploy_half, deploy_int8
 from dist_train.artifact.export import Exported, ExportJob, export_models
 from dist_train.artifact.store import read_artifact
-from dist_train.config.stages import simulated_bits
 from dist_train.distributed.process_group import join
 from dist_train.errors import ConfigError, DataError, GateError, RunDirError
 from dist_train.finished_run.open import FinishedRun, as_trained, reopen
@@ -138,7 +137,7 @@ def _deployable(
     """Returns the model and its probe: that of the conversion, else drawn, as the data may be elsewhere."""
     if name == "int8":
         assert converted is not None
-        bits = simulated_bits(run.config.qat.rules)
+        bits = run.config.qat.simulated_bits
         return deploy_int8(converted.program, converted.probe["outputs"], bits), converted.probe["inputs"]
     assert float_model is not None
     generator = torch.Generator().manual_seed(run.config.run.seed)

@@ -21,8 +21,6 @@ from dist_train.tasks import Task
 from dist_train.training.evaluate import metric_names
 from dist_train.training.selection import INT8
 
-QUANTIZES = {"ptq", "qat", "convert"}
-
 
 def check_arguments(config: Config) -> None:
     """Checks data.args, model.args, task.args and metrics as far as it goes without data.
@@ -45,7 +43,7 @@ def check_arguments(config: Config) -> None:
             problems += [problem for problem in error.problems if problem not in problems]
     if problems:
         raise ConfigError(problems)
-    if QUANTIZES & set(config.stages):
+    if config.quantizes:
         build_backend(config.qat)  # the libraries and integer kernels that it needs are there
 
 

@@ -244,7 +244,7 @@ def _take_up(context: Context, interrupted: dict[str, Any], attempt: int) -> Non
     """
     context.data.require_same_data(interrupted["data"])
     context.require_same_weights(interrupted["results"])
-    context.same_model.restore(interrupted.get("same_model"))
+    context.same_model.restore(interrupted["same_model"])
     context.results.clear()
     context.results.update(interrupted["results"])
     stage = interrupted["stage"]

@@ -16,7 +16,6 @@ from dist_train import registry
 from dist_train.artifact.deployable import simulation
 from dist_train.config.advice import too_many_workers
 from dist_train.config.checks.strategy import Precision
-from dist_train.config.stages import simulated_bits
 from dist_train.config.tree import Config
 from dist_train.console.progress import Progress
 from dist_train.data.arrays import ImageArrays
@@ -30,7 +29,7 @@ from dist_train.errors import DataError, Problem
 from dist_train.models.build import build_model, initial_weights
 from dist_train.models.fingerprint import FLOAT, SameModel
 from dist_train.models.weights import digest, load_weights
-from dist_train.pipeline.arguments import QUANTIZES, check_metrics, holds_its_weights
+from dist_train.pipeline.arguments import check_metrics, holds_its_weights
 from dist_train.pipeline.auto import Choices, choose, look
 from dist_train.pipeline.check_fit import check_fit
 from dist_train.quantization.backend import as_configuration, build_backend
@@ -84,12 +83,12 @@ class Session:
         same_model.require(FLOAT, model, torch.zeros(2, *splits.input_shape, device=world.device))
         known = holds_its_weights(config, folder)
         weights = None if known else _load_initial_weights(config, model, splits, world, self.progress)
-        if QUANTIZES & set(config.stages):
+        if config.quantizes:
             # Once a run: a resume was checked when it began, and its fingerprint says whether it is the same model.
             example = torch.zeros(2, *splits.input_shape, device=world.device) if folder.latest is None else None
             with as_configuration():
                 build_backend(config.qat).check(model, config.qat.rules, example)
-            if bits := simulated_bits(config.qat.rules):
+            if bits := config.qat.simulated_bits:
                 self.progress.say(f"int8: {simulation(bits)}")
         results = {
             "run": config.run.name,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.artifact.deployable import simulation
-from dist_train.config.stages import ConvertConfig, QATConfig, simulated_bits
+from dist_train.config.stages import ConvertConfig, QATConfig
 from dist_train.programs.program import Program, open_program
 from dist_train.quantization.backend import build_backend
 from dist_train.quantization.int8_share import LEAST_SHARE, Coverage, coverage, in_percent
@@ -61,7 +61,7 @@ class Convert(Stage):
         """Checks that int8, in process and in its runtime, decides as the fake-quantized model; `noise`: the layers' ratios."""
         reference = evaluate(context.prepared().eval(), context.data.evaluation_batches(), context.task, context.world)
         bound, models = agreement_bound(context), context.results["models"]
-        bits = simulated_bits(context.config.qat.rules)
+        bits = context.config.qat.simulated_bits
         table = "\nsignal to quantization noise of each layer, the worst first:\n" + noise_table(noise) if noise else ""
         int8 = judge(context, open_program(program), reference)
         if int8.evaluation is not None:

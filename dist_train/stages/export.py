@@ -11,7 +11,7 @@ from torch import Tensor
 from dist_train.artifact.bundle import Bundle, chosen_models
 from dist_train.artifact.deployable import Deployable, deploy_float, deploy_half, deploy_int8, simulation
 from dist_train.artifact.export import ExportJob, export_models
-from dist_train.config.stages import ExportConfig, simulated_bits
+from dist_train.config.stages import ExportConfig
 from dist_train.errors import ArtifactError
 from dist_train.lowering import LoweringUnavailable
 from dist_train.lowering.autoselect import slower_than_float
@@ -138,6 +138,6 @@ def _deployables(
 
 
 def _int8(context: Context, converted: Converted) -> Deployable:
-    bits = simulated_bits(context.config.qat.rules)
+    bits = context.config.qat.simulated_bits
     deployable = deploy_int8(converted.program, converted.probe["outputs"], bits)
     return dataclasses.replace(deployable, decisions=format_decisions(context, deployable))

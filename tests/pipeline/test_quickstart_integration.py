@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dist_train.config.load import shipped
+from dist_train.config.shipped import shipped
 from dist_train.run_dir.files import read_json
 from dist_train.run_dir.ledger import check, read_steps
 from dist_train.run_dir.paths import RunDir

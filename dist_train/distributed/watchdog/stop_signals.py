@@ -115,6 +115,7 @@ _workers: WeakSet[BaseProcess] = WeakSet()
 @contextmanager
 def starting_workers() -> Iterator[None]:
     """For what starts data workers, with `ignore_in_worker`: signals are held back, and the workers are killed when this process exits."""
+    _prepare_children()  # also where nobody listens for signals
     before = set(multiprocessing.active_children())
     with held_back():
         yield
