@@ -1,4 +1,4 @@
-"""The artifact that a user deploys: which models it holds, and how one of them is loaded after its hashes were checked."""
+"""Loading of one of an artifact's models, after its hashes were checked."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def load_artifact(path: Path | str, model: str | None = None) -> tuple[Callable[
             sizes = ", ".join(map(str, shape))
             raise DataError(
                 f"the model takes float32 [batch, {sizes}], but got {images.dtype} {list(images.shape)}",
-                "convert and normalise the images as `input` and `normalization` of the manifest say",
+                "convert and normalize the images as `input` and `normalization` of the manifest say",
             )
         with torch.no_grad():
             return call(images)
@@ -60,9 +60,10 @@ def load_artifact(path: Path | str, model: str | None = None) -> tuple[Callable[
 
 
 def choose_model(manifest: Mapping[str, Any], wanted: str | None) -> str:
-    """The name in the manifest's `models` that is meant: None is the default, half is bf16 or fp16.
+    """Returns a model's name in the manifest's `models`: None is the default, half is bf16 or fp16.
 
-    Raises ArtifactError where the artifact does not hold it.
+    Raises:
+        ArtifactError: the artifact does not hold it.
     """
     models: Mapping[str, Any] = manifest["models"]
     default: str = manifest["default"]

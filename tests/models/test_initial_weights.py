@@ -228,7 +228,7 @@ def test_quantization_without_training_is_not_resumed_from_other_weights(tmp_pat
     # As if it had been killed before its end.
     (tmp_path / "ptq" / "status.json").write_text('{"state": "failed", "stage": "ptq", "step": 0, "restarts": 0}')
     torch.save(small(3, 1, seed=2).state_dict(), file)
-    with pytest.raises(DataError, match=r"trained.pt is not what it was when this run began"):
+    with pytest.raises(DataError, match=r"trained.pt has changed since this run began"):
         dist_train.run(config(tmp_path, "ptq", **more))
     torch.save(small(3, 1).state_dict(), file)
     assert dist_train.run(config(tmp_path, "ptq", **more))["models"] == results["models"]

@@ -1,4 +1,4 @@
-"""Whole runs that go wrong, change their number of ranks, or meet a directory that is not theirs."""
+"""Runs that fail, change their number of ranks, or get another run's directory."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_ranks_started_with_different_settings_say_so(small: list[str], tmp_path
     other.write_text((tmp_path / "small.yaml").read_text().replace("lr: 0.02", "lr: 0.03"))
     with train(2, *small) as ranks:
         ranks.kill([1])
-        # Rank 1 again, by hand, with another file.
+        # Starts rank 1 again by hand, with another config file.
         environ = dict(
             os.environ,
             RANK="1",
@@ -190,7 +190,7 @@ def test_other_data_than_before_is_refused(small: list[str], tmp_path: Path) -> 
         "--data.args",
         "{}",
     ]
-    for rows, code, message in (("60", 1, "conv7"), ("80", 1, "the dataset growing is not what it was")):
+    for rows, code, message in (("60", 1, "conv7"), ("80", 1, "the dataset growing has changed")):
         with train(1, *small, *settings, environ={"GROWING_ROWS": rows}) as ranks:
             assert ranks.wait() == [code], ranks.printed()
             assert message in ranks.output(0)

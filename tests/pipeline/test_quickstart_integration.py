@@ -1,4 +1,4 @@
-"""The shipped quickstart on 1, 2 and 3 ranks: the same samples at every step, the same counts, the same quality."""
+"""The quickstart on 1, 2 and 3 ranks has the same samples at every step, the same counts and the same accuracy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORLDS = (1, 2, 3)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Run directories of the quickstart by world size."""
+    """Returns run directories of the quickstart, by world size."""
     folder = tmp_path_factory.mktemp("quickstart")
     for world in WORLDS:
         latency = "true" if world == 2 else "false"
@@ -40,7 +40,7 @@ def results(run: Path) -> dict[str, Any]:
 
 
 def global_batches(run: Path) -> dict[tuple[str, int], list[int]]:
-    """The ids of each step, over all ranks."""
+    """Returns the sample ids of each step, over all ranks."""
     return {key: sorted(number for line in lines for number in line["ids"]) for key, lines in read_steps(run).items()}
 
 
@@ -167,5 +167,5 @@ def test_fast_dev_run_tries_every_stage_without_touching_the_run(tmp_path: Path)
         "export": None,
     }
     assert results(dev)["gates"]["convert"]["bound"] == results(dev)["gates"]["lowered"]["bound"] == 0.9
-    train_done(1, "run", QUICKSTART, *quick)  # anew, whatever is there
+    train_done(1, "run", QUICKSTART, *quick)  # starts over, even in a used directory
     assert results(dev)["world_size"] == 1

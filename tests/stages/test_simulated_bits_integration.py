@@ -1,4 +1,4 @@
-"""Fewer than 8 bits the whole way: trained, converted, gated, exported as a program, and refused as anything else."""
+"""Fewer than 8 bits end to end: trained, converted, gated, exported as a program; other formats are refused."""
 
 from __future__ import annotations
 

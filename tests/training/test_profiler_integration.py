@@ -1,4 +1,4 @@
-"""A trace of some steps, and the dearest operations: written beside the run, and without a trace in its result."""
+"""Profiling writes a trace and a table of the slowest operations, and does not change the run's result."""
 
 from __future__ import annotations
 
