@@ -1,4 +1,4 @@
-"""The benchmarks still run: what README's figures come from must not rot unseen. Sizes are tiny, and no figure is looked at."""
+"""The benchmarks run, with tiny sizes; their figures are not checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What would keep ranks from meeting is an error at once that names the setting, and what would not is no false alarm."""
+"""The preflight names settings that keep ranks from connecting, at once and without false alarms."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_interfaces_are_those_of_the_system() -> None:
         ({"GLOO_SOCKET_IFNAME": "bond0"}, True, "bond0 has no address"),
         ({"NCCL_SOCKET_IFNAME": "eth"}, True, None),  # NCCL takes beginnings of names,
         ({"NCCL_SOCKET_IFNAME": "=eth"}, True, "'=eth'"),  # and whole ones after =,
-        ({"NCCL_SOCKET_IFNAME": "^docker,lo"}, True, None),  # and those to leave out after ^.
+        ({"NCCL_SOCKET_IFNAME": "^docker,lo"}, True, None),  # and names to leave out after ^.
         ({"NCCL_SOCKET_IFNAME": "ens,ib"}, True, "'ens,ib'"),
         ({"NCCL_SOCKET_IFNAME": "ens"}, False, None),
     ],
@@ -89,7 +89,7 @@ def rank(number: int, machine: str, address: str, named: str = "") -> Whereabout
         ([rank(0, "a", "10.0.0.1"), rank(1, "b", "127.0.1.1")], None),  # the higher address connects, and can
         ([rank(0, "a", "10.0.0.1"), rank(1, "b", "127.0.0.1"), rank(2, "c", "127.0.0.1")], "host-b"),
         ([rank(0, "a", "127.0.0.1", "lo"), rank(1, "b", "127.0.0.1", "lo")], "GLOO_SOCKET_IFNAME is lo on host-a"),
-        ([rank(0, "a", ""), rank(1, "b", "")], None),  # not found out
+        ([rank(0, "a", ""), rank(1, "b", "")], None),  # unknown
     ],
 )
 def test_a_loopback_address_is_an_error_only_where_another_machine_would_connect_to_it(
@@ -102,7 +102,7 @@ def test_a_loopback_address_is_an_error_only_where_another_machine_would_connect
 
 
 def all_check(store: dist.Store, ranks: list[Whereabouts]) -> list[str]:
-    """What each rank, a thread, is told; "" for nothing."""
+    """Runs each rank in a thread; returns the message that each gets, "" for none."""
 
     def check(mine: Whereabouts) -> str:
         try:

@@ -1,4 +1,4 @@
-"""Two network namespaces as two machines, with host names of their own: what gloo does there, and what the preflight says of it."""
+"""Two network namespaces as two machines with host names of their own: gloo connects as the preflight says."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def machines() -> Iterator[list[str]]:
 
 
 def started(rank: int, namespace: str | None, host_address: str, port: int, folder: Path) -> subprocess.Popen[str]:
-    """Rank `rank` of two, one on each node, where the host name resolves to `host_address`."""
+    """Starts rank `rank` of two, one per node, where the host name resolves to `host_address`."""
     hosts = folder / f"hosts{rank}"
     hosts.write_text(f"127.0.0.1 localhost\n{host_address} node{rank}\n")
     variables = {
@@ -149,8 +149,8 @@ def test_a_run_directory_that_not_all_ranks_see_is_named(tmp_path: Path) -> None
 
 
 def main(folder: str) -> int:
-    """Each rank has its own folder by the name of the run directory; rank 1's is not even there."""
-    pipeline._SEEN_SECONDS = 2.0  # it will not be seen by then either
+    """Gives each rank its own folder as run directory; rank 1's does not exist."""
+    pipeline._SEEN_SECONDS = 2.0  # longer would not help: it never appears
     try:
         with join(RunConfig(device="cpu", timeout=40)) as world:
             run_dir = RunDir(Path(folder) / str(world.rank) / "run")

@@ -1,4 +1,4 @@
-"""Ranks that fail, die or dawdle: all processes end soon, and what is printed names the cause."""
+"""Ranks that fail, die or are slow: all processes end soon, and the output names the cause."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def case(world_size: int, name: str, *arguments: str) -> Ranks:
     return Ranks(world_size, ["-m", "tests.distributed.test_world_integration", name, *arguments])
 
 
-# What ranks do; the world's timeout is far beyond GONE, so that no test passes by waiting for it.
+# Code of the ranks. The world's timeout is far beyond GONE, so that no test passes by waiting for it.
 
 
 def _fail_on(world: World, guilty: str) -> None:
@@ -129,7 +129,7 @@ def test_when_rank_0_is_killed_at_its_work_those_that_wait_on_the_store_end(tmp_
             assert "the connection to another rank was lost" in ranks.output(rank), ranks.printed()
 
 
-# One start of ranks for what goes well.
+# Cases without a failure, which share one start of the ranks.
 
 
 def _waits_and_broadcasts(world: World) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def _waits_and_broadcasts(world: World) -> dict[str, Any]:
     found["sum"] = world.all_reduce(torch.full((2,), float(world.rank)), "sum").tolist()
     found["max"] = world.all_reduce(torch.full((2,), float(world.rank)), "max").tolist()
     found["gather"] = world.gather({"rank": world.rank})
-    # The last thing that a slow rank does may be to ask for what rank 0 said, which must not take the store with it.
+    # A slow rank may ask for rank 0's answer last: the store must still be there.
     if not world.is_main:
         time.sleep(2.5)
     found["last"] = world.on_rank_0(lambda: "bye", "leaving")
@@ -202,7 +202,8 @@ def _outlive_the_timeout(world: World) -> list[float]:
 
     if world.rank == 1:
         assert world.store is not None
-        threading.Timer(1.7 * world.timeout, lambda: world.store.set("waited", "yes")).start()  # type: ignore[union-attr]
+        store = world.store
+        threading.Timer(1.7 * world.timeout, lambda: store.set("waited", "yes")).start()
     value = world.on_rank_0(work, "working for long", 60.0)
     total = world.all_reduce(torch.ones(1), "sum")
     assert dist.is_initialized()

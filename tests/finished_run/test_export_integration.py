@@ -1,4 +1,4 @@
-"""A run on two ranks in float and half, and what a user does with it afterwards: further formats, predictions, other data."""
+"""A finished run of two ranks, float and half: further formats, predictions, other data."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def config(folder: Path, stages: str) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def settings_of_torch() -> Iterator[None]:
-    """The verbs set these for their process, which here is that of the other tests too."""
+    """Restores settings of torch, which the verbs set for their process and other tests share."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     yield
     torch.set_num_threads(threads)
@@ -297,7 +297,7 @@ def test_predictions_are_those_of_the_model_as_csv(
     probabilities, places = load_artifact(run)[0](inputs(splits)[:10]).softmax(1).max(1)
     assert [row["class"] for row in rows[:10]] == [splits.classes[place] for place in places]
     assert [float(row["probability"]) for row in rows[:10]] == pytest.approx(probabilities.tolist(), abs=1e-5)
-    assert rows[10]["class"] == rows[0]["class"]  # resized and made gray, it is the same picture
+    assert rows[10]["class"] == rows[0]["class"]  # resized and converted to gray it is the same picture
 
 
 def test_json_gives_the_likeliest_classes_of_the_model_that_was_named(
@@ -414,7 +414,7 @@ def test_mistakes_of_evaluate_say_what_is_wrong(
     assert said in capsys.readouterr().err
 
 
-# ---- interrupted, and with everything
+# ---- interrupted, and with all formats
 
 
 @pytest.mark.slow

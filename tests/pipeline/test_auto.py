@@ -1,4 +1,4 @@
-"""What `auto` comes to, and what is said of it, by machine and launcher."""
+"""Values chosen for `auto`, and the line that reports them, by machine and launcher."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "bf16"}
             {},
             "single",
             "fp32",
-            "auto: strategy single (1 rank), precision fp32 (this CPU would emulate bf16 and fp16), device cpu (no CUDA), "
-            "4 threads per rank (4 cores, 1 rank), at most 4 data workers per rank (4 cores, 1 rank)",
+            "auto: strategy single (1 rank), precision fp32 (this CPU would emulate bf16 and fp16), "
+            "device cpu (no CUDA), 4 threads per rank (4 cores, 1 rank), at most 4 data workers per rank (4 cores, 1 rank)",
         ),
         (
             {**ALONE, "precision": "auto"},

@@ -1,4 +1,4 @@
-"""Kills at any moment, then the same command: every tensor, the ledger and the artifact are those of an undisturbed run."""
+"""Kills at any moment, then the same command: tensors, ledger and artifact equal an undisturbed run's."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def assert_same_result(left: Path, right: Path) -> None:
 
 
 def lines(run_dir: Path) -> int:
-    """Lines of metrics.jsonl: the run's progress."""
+    """The number of lines of metrics.jsonl: the run's progress."""
     path = RunDir(run_dir).metrics
     return path.read_text().count("\n") if path.exists() else 0
 
@@ -107,7 +107,7 @@ def test_killed_at_random_moments_a_run_ends_like_an_undisturbed_one(
                 lambda attempt=attempt: (read_json(RunDir(killed).status) or {}).get("restarts") == attempt
             )
             assert opened, ranks.printed()
-            # The moments of ten kills spread over the whole run, however fast it is; every other one takes a single rank.
+            # Ten kills, spread over the whole run however fast it is; every other one kills a single rank.
             goal = lines(killed) + draw.uniform(0.1, 0.5) * total
             ranks.until(lambda goal=goal: lines(killed) >= goal)
             time.sleep(draw.uniform(0, 0.5))

@@ -1,4 +1,4 @@
-"""fx with bf16 and compile on two ranks, from the first step to int8: the pairs of tests/pipeline/test_pairs_integration.py are those of pt2e."""
+"""Trains and quantizes by fx with bf16 and compile on two ranks; test_pairs_integration.py covers pt2e."""
 
 from __future__ import annotations
 

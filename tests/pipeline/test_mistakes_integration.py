@@ -1,4 +1,4 @@
-"""Mistakes that users make get an answer: before training, with what to type; or a warning, once."""
+"""Users' mistakes end the run before training and say what to type, or give one warning."""
 
 from __future__ import annotations
 
@@ -119,7 +119,8 @@ def test_warnings_of_the_configuration_and_of_the_machine_are_said_once(
     assert runs("run", *dataset(20, 10), *settings, "--data.workers", str(cores + 1)) == 0
     printed = capsys.readouterr().out
     for warning in (
-        "stayed 0.02, while data.global_batch_size was 20 and is 10; scaled linearly (Goyal et al. 2017) it would be 0.01",
+        "stayed 0.02, while data.global_batch_size was 20 and is 10; "
+        "scaled linearly (Goyal et al. 2017) it would be 0.01",
         f"warning: data.workers: {cores + 1} worker processes on the {cores} core",
         "warning: train.schedule.warmup: 0.01 of 2 steps is less than one: there is no warm-up",
     ):

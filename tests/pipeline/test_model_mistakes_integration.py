@@ -1,4 +1,4 @@
-"""A model that the images or the settings do not fit is named at set-up, with what to type."""
+"""A model that does not fit the images or settings is an error at set-up that says what to type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users combine, the whole way from float to int8: every pair of these settings in at least one of six runs."""
+"""Combined settings from float to int8: six runs cover every pair of values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dist_train.run_dir.files import read_json
 from dist_train.run_dir.paths import RunDir
 from tests.support.ranks import train, train_done
 
-# No partial batch: every shape is compiled anew.
+# No partial batch: each shape is compiled separately.
 CONFIG = """
 run: {name: pairs, threads_per_rank: 1, device: cpu}
 data:
@@ -40,7 +40,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "synchronised": ({}, {"sync_batchnorm": "true"}),
     "dropout": ({}, {"qat.dropout": "true"}),
 }
-# Columns are sets of three of the last five rows: any two of them meet, differ both ways, and are absent together in the first
+# A column is 1 in three of the last five rows. Of any two columns, some row has both, some row only one, some row only
+# the other, and the first row neither
 # (Kleitman and Spencer 1973, Discrete Mathematics 6: no array of six rows covers more than ten columns).
 ROWS = list(zip(*([0, *(int(row in on) for row in range(5))] for on in combinations(range(5), 3)), strict=True))
 RESUMED = (3, 4)

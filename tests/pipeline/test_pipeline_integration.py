@@ -1,4 +1,4 @@
-"""Whole runs that go wrong, change their number of ranks, or meet a directory that is not theirs."""
+"""Whole runs that fail, change their number of ranks, or find a foreign run directory."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_ranks_started_with_different_settings_say_so(small: list[str], tmp_path
     other.write_text((tmp_path / "small.yaml").read_text().replace("lr: 0.02", "lr: 0.03"))
     with train(2, *small) as ranks:
         ranks.kill([1])
-        # Rank 1 again, by hand, with another file.
+        # Rank 1 again, started here with another file.
         environ = dict(
             os.environ,
             RANK="1",

@@ -1,4 +1,4 @@
-"""Whole runs in which ptq is good enough for `qat.budget`, or is not."""
+"""Whole runs where ptq is, or is not, good enough for `qat.budget`."""
 
 from __future__ import annotations
 

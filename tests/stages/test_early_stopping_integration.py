@@ -1,4 +1,4 @@
-"""A stage that ends when it no longer improves: in its results, its ledger and its schedule, and across interruptions."""
+"""Early stopping: results, ledger and schedule of a stage that ends early, also after interruptions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from dist_train.run_dir.ledger import check
 from tests.support.small_runs import STEPS, Runs
 
-# A rate at which nothing improves: the first evaluation is the best.
+# A learning rate without improvement: the first evaluation is the best.
 STUCK = ["--train.optim.lr", "1e-12", "--train.epochs", "9", "--train.early_stopping", "{patience: 2}"]
 
 

@@ -1,4 +1,4 @@
-"""Formats of int8 are gated by decisions, and their files are opened in a fresh process, or nothing is written."""
+"""int8 formats are gated by their predictions and opened in a fresh process, or nothing is written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SETTINGS = [
 
 
 def tipping(*args: Any) -> tuple[Callable[[Tensor], Tensor], str]:
-    """ONNX Runtime, but for rows beyond the first sixteen of a batch: the two likeliest classes change places where they are close."""
+    """ONNX Runtime that swaps the two likeliest classes if close, in rows after the first 16 of a batch."""
     right, name = OPEN(*args)
 
     def call(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A deep network whose training begins with qat: batch norm has no statistics from which ranges could be learned."""
+"""QAT of an untrained deep network, whose batch norms have no statistics to learn ranges from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEPTH = 8
 
 @dist_train.register_model("fading")
 def fading(num_classes: int, in_channels: int) -> nn.Module:
-    """In evaluation mode each fresh block halves what it is given, and more; batch statistics would give it back."""
+    """A network whose fresh blocks shrink their input by half or more in evaluation mode, and not in training."""
     parts: list[nn.Module] = []
     for index in range(DEPTH):
         conv = nn.Conv2d(8 if index else in_channels, 8, 3, padding=1, bias=False)

@@ -1,4 +1,4 @@
-"""A gate records what was measured, and lets nothing pass that is not a number."""
+"""A gate records the measured value, and fails if that is not a number."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_model_that_answers_nan_does_not_look_like_an_equal_one() -> None:
 
 
 def deep_net() -> nn.Sequential:
-    """Each layer's weights are large, and its batch norm takes that back, as trained statistics do."""
+    """A network with large weights that its batch norms scale back, as in trained ones."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for _ in range(16):

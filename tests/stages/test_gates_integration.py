@@ -1,4 +1,4 @@
-"""Each gate fails a run on a planted fault, and says where it is."""
+"""Each gate fails a run on a planted fault, and names its place."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_backend_that_changes_a_literal_fails_and_the_literal_is_named(
     assert {line.strip() for line in error.splitlines() if "which was" in line} == named
     prepare = gates(runs)["prepare"]
     assert not prepare["passed"]
-    # eps is in the outputs, too; what only training shows is not.
+    # eps changes the outputs too; the other faults show only in training.
     assert (prepare["value"] > prepare["bound"]) == any("eps" in line for line in named)
 
 
@@ -93,7 +93,7 @@ def test_what_stock_pt2e_does_to_mobilenet_v3_is_caught(tmp_path: Path, capsys: 
 
 @dist_train.register_model("mobilenet_of_few_steps")
 def mobilenet_of_few_steps(num_classes: int) -> nn.Module:
-    """MobileNetV3-small with its eps of 1e-3; its momentum of 0.01 would want thousands of steps for statistics to evaluate with."""
+    """MobileNetV3-small with its eps of 1e-3, and a momentum for few steps (0.01 needs thousands)."""
     model = torchvision.models.mobilenet_v3_small(num_classes=num_classes)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -187,7 +187,7 @@ def test_two_ranks_judge_their_shares_in_onnx_runtime_and_in_the_fx_program_itse
             "tests.support.one_net_all_backends",
         ]
         settings = ["--stages", "[train, ptq, convert]", "--convert.runtime", runtime, "--qat.backend", backend]
-        settings += ["--convert.agreement_bound", "0.95"]  # a few of 61 samples
+        settings += ["--convert.agreement_bound", "0.95"]  # 61 samples: a few may differ
         with train(2, *command, *TRAINED, *settings) as ranks:
             assert ranks.wait() == [0, 0], ranks.printed()
         results = read_json(RunDir(tmp_path / backend).results)

@@ -1,4 +1,4 @@
-"""A run says how much of its int8 model is int8, how large it is, and which gates did not run."""
+"""A run reports the int8 share and the size of its int8 model, and the gates that did not run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.small_runs import Runs
 
 @dist_train.register_model("recurrent")
 def recurrent(num_classes: int) -> nn.Module:
-    """An LSTM over the rows of an image, which no backend quantizes, and a head, which they do."""
+    """An LSTM over the rows of an image, which no backend quantizes, and a head, which all do."""
 
     class Net(nn.Module):
         def __init__(self) -> None:

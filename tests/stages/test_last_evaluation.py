@@ -1,4 +1,4 @@
-"""The details that are kept are those of the model that a stage hands on."""
+"""The evaluation details kept belong to the model that a stage returns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.training_loops import CLASSES, make, mlp
 
 
 def trained(select: str) -> tuple[LastEvaluation, list[Evaluation], Any]:
-    """Four epochs of which the second one was the best."""
+    """Trains four epochs, the second of which is the best."""
     seen: list[Evaluation] = []
     plain = make(World(), mlp()).run.evaluate
 

@@ -1,4 +1,4 @@
-"""QAT chooses its checkpoint by what the model is worth once converted, not by what the simulation promises."""
+"""QAT selects its checkpoint by the metric of the converted model, not of the simulation."""
 
 from __future__ import annotations
 

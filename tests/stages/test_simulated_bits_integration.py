@@ -1,4 +1,4 @@
-"""Fewer than 8 bits the whole way: trained, converted, gated, exported as a program, and refused as anything else."""
+"""Fewer than 8 bits are trained, converted, gated and exported as a program, and refused by other formats."""
 
 from __future__ import annotations
 

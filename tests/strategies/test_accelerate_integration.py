@@ -1,4 +1,4 @@
-"""strategy: accelerate. The user's `accelerate config` holds, and training is what strategy ddp makes of it."""
+"""strategy: accelerate obeys the user's `accelerate config`, and trains as strategy ddp does."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ mixed_precision: {precision}
 
 
 def launch(folder: Path, precision: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch` with the user's YAML and two CPU processes."""
+    """Runs `accelerate launch` with the user's YAML and two CPU processes."""
     config = folder / "user.yaml"
     config.write_text(USERS_CONFIG.format(port=free_port(), precision=precision))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "dist_train"]

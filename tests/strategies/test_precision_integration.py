@@ -1,4 +1,4 @@
-"""fp16 and bf16: overflowing steps are skipped by all ranks alike, seen in the ledger, and a resumed run repeats them to the bit."""
+"""fp16 and bf16: all ranks skip an overflowing step, the ledger records it, a resumed run repeats it exactly."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _Steepen(torch.autograd.Function):
 
 
 class Steep(nn.Module):
-    """Returns its input, with `factor` times its gradient: scaled fp16 gradients overflow until the scale is low enough."""
+    """Returns its input; multiplies its gradient by `factor`, so that fp16 overflows until the scale is low."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def steep(factor: float) -> nn.Module:
 
 
 def _skipping(world: World, folder: str) -> dict[str, Any]:
-    """Two epochs of four steps, the first ones skipped; then again from the checkpoint amid them."""
+    """Two epochs of four steps, the first ones skipped; then again from a checkpoint between them."""
     run_dir = RunDir(Path(folder))
     settings = {"clip_grad_norm": 0.5, "ema_decay": 0.8, "optim": {"lr": 0.01}, "evaluate_every": 2}
     model = steep(100.0)

@@ -1,4 +1,4 @@
-"""Whole runs in each precision, and what they say and record of what was `auto`."""
+"""Whole runs in each precision, and their report of values that were `auto`."""
 
 from __future__ import annotations
 

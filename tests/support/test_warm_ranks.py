@@ -1,4 +1,4 @@
-"""A warm rank is what a cold one is."""
+"""Warm ranks behave as cold ones do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A moving average is evaluated, saved and handed on with statistics of its own; training goes on with the model's."""
+"""A moving average is evaluated, saved and returned with its own statistics; training keeps the model's."""
 
 from __future__ import annotations
 

@@ -37,14 +37,14 @@ def model(seed: int) -> nn.Module:
 
 
 def outputs(size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the whole set at once, computed without the loader."""
+    """Outputs of the whole set at once, computed without the loader."""
     arrays = data(size)
     inputs = (arrays.images.double() / 255 - 0.5) / 0.25
     return model(seed)(inputs.float()).detach(), arrays.targets
 
 
 def everything(world: World) -> dict[str, Any]:
-    """What this rank finds of each size."""
+    """The results of this rank for each size."""
     found: dict[str, Any] = {}
     for size in SIZES:
         source = Source(data(size), Augmentation([], seed=0, mean=(0.5,), std=(0.25,)), world.device, False, 0, 0)

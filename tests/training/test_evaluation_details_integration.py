@@ -1,4 +1,4 @@
-"""What an evaluation shows besides its scalars is that of a plain computation over the whole set, on any number of ranks."""
+"""Evaluation details equal a plain computation over the whole set, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
 def data(size: int) -> ImageArrays:
-    """Every sample is there three times, so that losses tie."""
+    """Samples that each occur three times, so that losses tie."""
     generator = torch.Generator().manual_seed(size)
     images = torch.randint(0, 256, (size, 3, 4, 4), dtype=torch.uint8, generator=generator)
     targets = torch.randint(0, CLASSES, (size,), generator=generator)
@@ -36,7 +36,7 @@ def data(size: int) -> ImageArrays:
 
 
 def model() -> nn.Module:
-    """Its outputs do not depend on the other samples of a batch, not even in their last bits."""
+    """A model whose outputs do not depend on the rest of the batch, not even in their last bits."""
 
     class Mean(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The loop in one process: what is chosen, saved, logged and resumed."""
+"""The loop in one process: selection, checkpoints, logs and resuming."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.training_loops import CLASSES, Watch, flat, make, mlp, normed
 
 
 class Planted(Classification):
-    """NaN, or a gradient of NaN behind a loss of 0, at one forward."""
+    """Returns NaN, or a gradient of NaN with a loss of 0, at one forward."""
 
     def __init__(self, at: int, only_gradient: bool = False) -> None:
         super().__init__(CLASSES, {})
@@ -37,7 +37,7 @@ class Planted(Classification):
 
 
 class _Lagging(Outlook):
-    """Looks a step later, as on CUDA."""
+    """Reads values a step later, as on CUDA."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -121,7 +121,7 @@ def test_the_average_has_the_newest_statistics_and_ranges() -> None:
 
 
 def _scored(values: list[float], model: nn.Module) -> tuple[Any, list[list[float]]]:
-    """An evaluation with given results, and what the model was at each."""
+    """An evaluation with given results that records the model at each."""
     seen: list[list[float]] = []
 
     def evaluation(chosen: nn.Module) -> Evaluation:
@@ -267,7 +267,7 @@ def test_a_compiled_model_trains_like_an_eager_one() -> None:
         model, limits = mlp(), Watch(lambda: world.heartbeat.limit)
         made = make(world, model, micro=4, compile=compile, hooks=[limits])
         state = fit(made.run, model, None)
-        # Compiling is not being stuck.
+        # Compilation is not taken for a stuck rank.
         assert limits.seen == [world.timeout if compile else 5.0] * 4 + [5.0] * 4
         found.append((made.recorder.of("loss"), flat(state.chosen), state.metrics["top1"]))
         assert all("_orig_mod" not in name for name in model.state_dict())

@@ -25,7 +25,7 @@ KEPT = ("running_mean", "running_var", "low", "high", "scale", "zero_point", "st
 
 
 def _gradients(world: World, rows: int, micro: int | None) -> dict[str, Any]:
-    """Of one global batch of `rows` samples."""
+    """Gradients of one global batch of `rows` samples."""
     model = mlp()
     run = make(world, model, size=rows, batch=rows, micro=micro).run
     (batch,) = run.loader.epoch(0, 0, 1)
@@ -60,7 +60,7 @@ def _losses(world: World, micro: int | None) -> dict[str, Any]:
 
 
 def _normed(world: World, rows: int) -> dict[str, Any]:
-    """Running statistics and ranges after steps of `rows` samples; counts the collectives by the calls that reach torch."""
+    """Running statistics and ranges after steps of `rows` samples, and the number of collective calls."""
     model = normed()
     ranges = Ranges(model)
 
@@ -205,7 +205,7 @@ def test_statistics_ranges_and_weights_are_equal_on_all_ranks_to_the_bit_after_e
 def test_a_rank_without_rows_leaves_no_trace(
     rows: str, alone: dict[str, Any], two: list[dict[str, Any]], three: list[dict[str, Any]]
 ) -> None:
-    # 3 rows go to one rank alone, 5 rows to two: with a rank more nothing may change.
+    # 3 rows go to one rank only, 5 rows to two: a further rank may change nothing.
     without, more = (alone, two + three) if rows == "3" else (two[0], three)
     reference = without["normed"][rows]
     for answer in more:

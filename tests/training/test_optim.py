@@ -18,12 +18,12 @@ from dist_train.training.optim import build_optimizer, build_schedule
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of SequentialLR's own way of starting
+        warnings.simplefilter("ignore")  # SequentialLR warns of its own first step
         yield
 
 
 def rates(config: ScheduleConfig, total: int, per_epoch: int = 10, lr: float = 0.5) -> list[float]:
-    """The learning rate that each of `total` steps is done with."""
+    """The learning rate of each of `total` steps."""
     model = nn.Linear(2, 2)
     optimizer = build_optimizer(model, OptimConfig(lr=lr))
     schedule = build_schedule(optimizer, config, total, per_epoch)

@@ -1,4 +1,4 @@
-"""A trace of some steps, and the dearest operations: written beside the run, and without a trace in its result."""
+"""The profiler writes a trace and the most expensive operations, and does not change the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which evaluation is the best, and when patience ends: by any metric, in its own direction."""
+"""Best evaluation and patience, by any metric and its direction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dist_train.training.selection import Selection
 
 
 def selection(values: list[float], metric: str = "top1", **settings: Any) -> Selection:
-    """After an evaluation of `metric` every 10 steps."""
+    """The state after an evaluation of `metric` every 10 steps."""
     made = Selection(FitConfig.model_validate(settings), "top1", frozenset({"loss", "mae"}))
     for number, value in enumerate(values, start=1):
         made.add(10 * number, {"top1": 0.0, metric: value})

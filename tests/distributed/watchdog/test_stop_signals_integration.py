@@ -1,4 +1,7 @@
-"""Asked to stop at any moment, by a signal or a file, one rank or all: one checkpoint, `preempted`, 75 in time, and the same result after all."""
+"""Stop requests at any moment, by signal or file, to one rank or all: one checkpoint, `preempted`, exit 75.
+
+The resumed run has the result of an undisturbed one.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +112,7 @@ def test_under_an_agent_a_rank_that_was_stopped_ends_with_0_so_that_it_is_not_st
 
 @pytest.mark.slow
 def test_a_signal_to_a_rank_that_has_stopped_and_is_about_to_exit_changes_nothing(case: Case) -> None:
-    """As where Slurm sends it to all processes, and the agent, which gets it too, passes it on."""
+    """Slurm signals all processes, and the agent passes its own signal on."""
     case.run_dir.path.mkdir()
     case.run_dir.stop.touch()
     with case.start(1, "exit 0 0 wait") as ranks:
@@ -125,7 +128,7 @@ def test_the_file_stop_ends_the_run_and_is_gone_then(case: Case, undisturbed: by
     with case.start(2, "forward 0 14 wait") as ranks:
         case.reached(ranks)
         case.run_dir.stop.touch()
-        time.sleep(1)  # the file is looked for twice a second; step 15 is as good as any later one
+        time.sleep(1)  # the file is looked for twice a second, which may be after step 15
         case.go()
         assert ranks.wait() == [75, 75], ranks.printed()
     assert not case.run_dir.stop.exists()
@@ -165,7 +168,7 @@ def test_all_processes_are_told_at_any_moment_and_end_at_the_next_step_as_if_not
 @pytest.mark.parametrize(
     ("how", "asked", "codes"),
     [
-        ("wait", 0, {75}),  # the other one, which waits for the stuck one
+        ("wait", 0, {75}),  # the other rank, which waits for the stuck one
         ("wait", 1, {75}),
         ("lock", 0, {75, -signal.SIGKILL}),
     ],
@@ -187,7 +190,7 @@ def test_a_step_that_is_longer_than_the_grace_is_given_up_and_the_last_checkpoin
 
 @pytest.mark.slow
 def test_an_agent_that_starts_ranks_again_does_not_undo_a_stop_of_which_it_knows_nothing(case: Case) -> None:
-    """One had to be killed, which is a failure to the agent."""
+    """A rank that had to be killed is a failure to the agent."""
     words = [*("launch", "torchrun", "--nproc-per-node", "2", "--restarts", "2"), *case.words[1:], "--stop.grace", "4"]
     with train(1, *words, environ={"HOLD": "forward 1 14 lock", "HOLD_DIR": str(case.folder)}) as launch:
         case.reached(launch)
@@ -203,7 +206,7 @@ WHOLE = ("--stages", "[train, ptq, qat, convert, export]")
 
 
 def deployed(case: Case) -> dict[str, bytes]:
-    """The files of the artifact, after the run went on to its end."""
+    """Resumes the run to its end and returns the files of the artifact."""
     with train(2, *case.words, *WHOLE, environ={"PLAIN": "1"}) as ranks:
         assert ranks.wait() == [0, 0], ranks.printed()
     assert check(case.run_dir.path).ok
@@ -237,7 +240,7 @@ def test_what_rank_0_does_alone_is_given_up_and_the_checkpoint_before_it_serves(
 ) -> None:
     with case.start(2, f"{stage} 0 0 wait", *WHOLE, "--stop.grace", "3", PLAIN="1") as ranks:
         case.reached(ranks)
-        os.kill(ranks.processes[1].pid, signal.SIGUSR2)  # not the one that works
+        os.kill(ranks.processes[1].pid, signal.SIGUSR2)  # not the working rank
         ranks.wait()
     assert case.status() == {"state": "preempted", "stage": stage, "step": 0, "restarts": 0, "error": None}
     assert CheckpointFolder(case.run_dir.checkpoints).latest == before

@@ -1,4 +1,4 @@
-"""The process beside a rank, on systems that have less than is usual, and in the moments when it begins."""
+"""The watcher process of a rank: at its start, and on systems that lack features."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_kernel_without_pidfds_is_no_reason_to_watch_nobody(
 
 
 def test_a_file_system_that_answers_with_an_error_does_not_end_the_watcher(record: int, tmp_path: Path) -> None:
-    """The name is too long, as a stand-in for the stale handles of NFS."""
+    """A name that is too long stands for the stale handles of NFS."""
     heartbeat = Heartbeat(memoryview(mmap.mmap(record, SIZE)), 60.0)
     heartbeat.enter("forward")
     threading.Timer(0.1, heartbeat.end).start()
