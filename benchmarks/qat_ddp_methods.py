@@ -6,7 +6,7 @@ import argparse
 import copy
 import io
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.config.stages import FitConfig, QATConfig, steps_in
+from dist_train.config.tree import Config
 from dist_train.console.progress import Progress
 from dist_train.data.arrays import ImageArrays
 from dist_train.data.augment.steps import Augmentation
@@ -48,9 +49,11 @@ from dist_train.tasks import Classification
 from dist_train.trackers.base import Trackers
 from dist_train.training.evaluate import Evaluation
 from dist_train.training.hooks import FreezeSchedule, Hook
+from dist_train.training.learner import Learner
 from dist_train.training.loop import Fit, fit
 from dist_train.training.optim import build_optimizer, build_schedule
-from dist_train.training.reduction import Pending, StepReduction, StepSums
+from dist_train.training.profiler import NoProfile
+from dist_train.training.reduction import PendingMeans, StepReduction, StepSums
 
 RANKS, CLASSES = 2, 10
 SHARDS = ("mixed", "by class")
@@ -88,6 +91,23 @@ class NoCheckpoints:
         raise AssertionError("the last model is handed on")
 
 
+class Unmeasured(Learner):
+    """A model in training that is not evaluated between its epochs."""
+
+    def __init__(self, model: nn.Module, reduction: StepReduction, hooks: Sequence[Hook]) -> None:
+        super().__init__(model, reduction)
+        self._hooks = hooks
+
+    def hooks(self, total_steps: int) -> Sequence[Hook]:
+        return self._hooks
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        return Evaluation({"top1": 0.0, "loss": 0.0, "count": 0}, torch.empty(0))
+
+    def recalibrate(self, averaged: nn.Module) -> None:
+        return
+
+
 class OfRank0(StepReduction):
     """Ranges and BatchNorm's statistics of rank 0's rows alone; loss and counts of all."""
 
@@ -95,7 +115,7 @@ class OfRank0(StepReduction):
         super().__init__(world, model, ranges, QAT.averaging)
         self._own, self._of_model = ranges, running_statistics(model)
 
-    def __call__(self, sums: StepSums, step: int) -> Pending:
+    def __call__(self, sums: StepSums, step: int) -> PendingMeans:
         for buffer in self._of_model:
             dist.broadcast(buffer, src=0)
         if dist.get_rank() != 0:
@@ -174,25 +194,21 @@ class Bench:
         loader = TrainLoader(self.source(arrays), sampler, None)
         run = Fit(
             stage="qat",
-            seed=self.seed,
-            config=fit_config(lr),
+            config=Config.model_validate({"run": {"seed": self.seed}, "log": {"every_steps": 10**9}}),
+            settings=fit_config(lr),
             epochs=1,
             steps_per_epoch=loader.steps_per_epoch,
             loader=loader,
             task=self.task,
             strategy=DDP(world, "fp32") if size > 1 else Single(world, "fp32"),
-            reduction=reduction,
-            hooks=hooks,
-            evaluate=lambda chosen: Evaluation({"top1": 0.0, "loss": 0.0, "count": 0}, torch.empty(0)),
+            learner=Unmeasured(model, reduction, hooks),
             checkpoints=NoCheckpoints(),
-            checkpoint_every=None,
             ledger=NoLedger(),
             trackers=Trackers([]),
-            log_every=10**9,
             progress=Progress(False, 1e9, io.StringIO()),
-            compile=False,
+            profile=NoProfile(),
         )
-        fit(run, model, None)
+        fit(run, None)
 
     def float_model(self) -> nn.Module:
         torch.manual_seed(self.seed)

@@ -69,7 +69,7 @@ _HOME = {
     "ElasticDistributedSampler": "data.sampler",
     "ImageArrays": "data.arrays",
     "Settings": "config.base",
-    "Splits": "data.arrays",
+    "Splits": "data.splits",
     "Stage": "stages.base",
     "Strategy": "strategies.base",
     "Task": "tasks",

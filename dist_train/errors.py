@@ -130,10 +130,6 @@ class NonFiniteLossError(DistTrainError):
     """The loss became NaN or infinite; names step and ranks."""
 
 
-class CollectiveMismatchError(DistTrainError):
-    """The ranks called different collectives; found where `debug.collectives` looks, a hang elsewhere."""
-
-
 class StuckError(DistTrainError):
     """A rank made no progress for `watchdog.timeout`; names rank and phase."""
 

@@ -87,7 +87,7 @@ class DebugConfig(Settings):
     fast_dev_run: bool = False
     """Two batches of every stage, in a run directory of its own. `convert` asks for 0.9 agreement at most, as nothing is learned in two."""
     collectives: Annotated[bool, Field(json_schema_extra=FREE)] = False
-    """Check at each collective that all ranks call the same one, and name the ranks that do not, instead of hanging; slow."""
+    """Check at each collective that all ranks call the same one, as TORCH_DISTRIBUTED_DEBUG=DETAIL does; slow."""
 
 
 class Config(Settings):

@@ -1,9 +1,9 @@
-"""Before ranks meet: what would keep them from it is an error that names the setting, not a timeout. Standard library only.
+"""Checks what would keep ranks from meeting, so that an error names the setting instead of a timeout. No torch.
 
-What gloo does was seen with torch 2.14 on two network namespaces: it listens at the address that the host name resolves to. Where
-that is a loopback address on two machines, each connects to itself and is refused, and the others wait until the timeout. Of two
-ranks the one with the higher address connects to the other (gloo's tcp/pair.cc), so a single machine with a loopback address does
-no harm where all others have lower ones.
+Seen with torch 2.14 on two network namespaces: gloo listens at the address that the host name resolves to. Where that
+is a loopback address on two machines, each connects to itself and is refused, and the others wait until the timeout.
+Of two ranks the one with the higher address connects to the other (gloo's tcp/pair.cc). A single machine with a
+loopback address therefore does no harm where all others have lower addresses.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import socket
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,29 +21,29 @@ from typing import Any, Protocol
 
 from dist_train.cluster.interfaces import Interface, gloo_address, interfaces, is_loopback, named_interfaces, resolve
 from dist_train.cluster.rank_plan import RankPlan
+from dist_train.distributed.polling import attempts
 from dist_train.errors import Problem, SetupError
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-_NAME_SECONDS = 10.0  # a name that is not known yet: in a cluster that makes it when rank 0's container is up
+_NAME_SECONDS = 10.0  # some clusters make the name only when rank 0's container is up
 _SAY_SECONDS = 10.0
 _CONNECT_SECONDS = 120.0  # rank 0 may start late
 _LOOPBACK_SECONDS = 30.0  # on several nodes a loopback address is nearly always wrong
-_POLL_SECONDS = 0.2
 
 
 class Store(Protocol):
-    """What is used of torch's Store."""
+    """The part of torch's Store that is used."""
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
     def check(self, keys: list[str]) -> bool: ...
 
 
-# What one rank can see alone.
+# Checks of one rank alone.
 
 
 def interface_problems(environ: Mapping[str, str], present: Sequence[Interface], cuda: bool) -> Iterator[Problem]:
-    """Names in GLOO_SOCKET_IFNAME, and with `cuda` in NCCL_SOCKET_IFNAME, that are no interfaces of this machine, or such as are down."""
+    """Finds names in GLOO_SOCKET_IFNAME, and with `cuda` in NCCL_SOCKET_IFNAME, that are no usable interface here."""
     by_name = {each.name: each for each in present}
     usable = [each.name for each in present if each.reaches_others] or [each.name for each in present if each.up]
     some = f" or {usable[0]}" if usable else ""
@@ -74,9 +73,10 @@ def interface_problems(environ: Mapping[str, str], present: Sequence[Interface],
 
 
 def check_interfaces(environ: Mapping[str, str], cuda: bool) -> None:
-    """
+    """Refuses a variable that names an interface that ranks cannot use.
+
     Raises:
-        SetupError: a variable names an interface that ranks cannot use.
+        SetupError: with the first problem.
     """
     problem = next(interface_problems(environ, interfaces(), cuda), None)
     if problem is not None:
@@ -87,18 +87,18 @@ def check_interfaces(environ: Mapping[str, str], cuda: bool) -> None:
 
 
 def hosts_store(plan: RankPlan, environ: Mapping[str, str]) -> bool:
-    """Whether this process listens at MASTER_PORT, not another rank or torchrun's agent."""
+    """Tells whether this process listens at MASTER_PORT, rather than another rank or torchrun's agent."""
     return plan.rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def find_rank_0(plan: RankPlan, environ: Mapping[str, str], say: Callable[[str], None]) -> None:
-    """Returns once MASTER_ADDR resolves and, where another process listens at MASTER_PORT, that one accepts a connection.
+    """Waits until MASTER_ADDR resolves and a process that listens at MASTER_PORT accepts a connection.
 
     Args:
-        say: is given a sentence on what is waited for, if that takes long.
+        say: takes a sentence on the cause of a long wait.
 
     Raises:
-        SetupError: it does not come to that, which is no proof that it never would.
+        SetupError: it did not come to that in time.
     """
     address, port = plan.master_addr, plan.master_port
     addresses = _resolved(address)
@@ -112,38 +112,33 @@ def find_rank_0(plan: RankPlan, environ: Mapping[str, str], say: Callable[[str],
         if astray
         else f"is rank 0 started? does MASTER_ADDR name its node? does a firewall close {port}? on rank 0's node: ss -tln"
     )
-    start, said = time.monotonic(), False
-    while True:
+    said, what, waited = False, "", 0.0
+    for waited in attempts(limit):
         why = _refusal(address, port)
         if why is None:
             return
-        waited = time.monotonic() - start
         what = f"rank {plan.rank} does not reach rank 0 at MASTER_ADDR:MASTER_PORT, {address}:{port}: {why}"
-        if waited > limit:
-            raise SetupError(f"{what} for {waited:.0f} s", hint)
         if waited > _SAY_SECONDS and not said and (plan.local_rank == 0 or plan.rank == 1):
             said = True
             say(f"{what}; still trying for {limit - waited:.0f} s\n  -> {hint}")
-        time.sleep(_POLL_SECONDS)
+    raise SetupError(f"{what} for {waited:.0f} s", hint)
 
 
 def _resolved(host: str) -> list[str]:
-    end = time.monotonic() + _NAME_SECONDS
-    while True:
+    reason = ""
+    for _ in attempts(_NAME_SECONDS):
         try:
             return resolve(host)
         except (OSError, UnicodeError) as error:  # UnicodeError: a label that is empty or too long
-            if time.monotonic() > end:
-                reason = getattr(error, "strerror", None) or str(error)
-                raise SetupError(
-                    f"MASTER_ADDR is {host!r}, which does not resolve to an address on this node: {reason}",
-                    "give rank 0's IP address, or a name that every node knows (/etc/hosts, DNS)",
-                ) from None
-        time.sleep(_POLL_SECONDS)
+            reason = getattr(error, "strerror", None) or str(error)
+    raise SetupError(
+        f"MASTER_ADDR is {host!r}, which does not resolve to an address on this node: {reason}",
+        "give rank 0's IP address, or a name that every node knows (/etc/hosts, DNS)",
+    )
 
 
 def _refusal(address: str, port: int) -> str | None:
-    """Why a connection fails, or None where one is accepted."""
+    """Returns why a connection fails, or None where one is accepted."""
     try:
         socket.create_connection((address, port), timeout=5.0).close()
     except TimeoutError:
@@ -153,18 +148,18 @@ def _refusal(address: str, port: int) -> str | None:
     return None
 
 
-# What only all ranks together can see.
+# Checks of all ranks together.
 
 
 @dataclass(frozen=True)
 class Whereabouts:
-    """Where a rank is.
+    """The place of a rank in the network.
 
     Attributes:
         machine: equal for ranks that reach each other by a loopback address.
         address: at which gloo would listen.
         named: GLOO_SOCKET_IFNAME.
-        others: the interfaces that would do.
+        others: the interfaces that would serve.
     """
 
     rank: int
@@ -188,7 +183,7 @@ def whereabouts(plan: RankPlan, environ: Mapping[str, str]) -> Whereabouts:
 
 
 def _machine() -> str:
-    """This start of this kernel, and the network namespace; where there is no /proc, the host's name."""
+    """Identifies this start of this kernel and the network namespace; without /proc, the host's name."""
     try:
         return f"{_BOOT.read_text().strip()}/{os.stat('/proc/self/ns/net').st_ino}"
     except OSError:
@@ -196,7 +191,7 @@ def _machine() -> str:
 
 
 def unreachable(ranks: Sequence[Whereabouts]) -> SetupError | None:
-    """The error for ranks of which one would connect to itself, looking for another on another machine."""
+    """Returns the error for ranks of which one would connect to itself instead of another machine."""
     by_machine: dict[str, Whereabouts] = {}
     for each in ranks:
         if each.address:
@@ -222,15 +217,16 @@ def _told_to_itself(one: Whereabouts, other: Whereabouts) -> SetupError:
     )
     return SetupError(
         f"{why}, a loopback address, and rank {other.rank} is on another machine: it would connect to itself",
-        f"export GLOO_SOCKET_IFNAME, on each node its own interface ({through}); or give {one.host} its real address in /etc/hosts",
+        f"export GLOO_SOCKET_IFNAME, on each node its own interface ({through}); "
+        f"or give {one.host} its real address in /etc/hosts",
     )
 
 
 def check_addresses(store: Store, mine: Whereabouts, world_size: int, seconds: float) -> None:
-    """Compares where the ranks are, before gloo connects them. Every rank calls it, and all get the same answer.
+    """Compares the places of the ranks before gloo connects them. Every rank calls it, and all get the same answer.
 
-    The store may hold keys of an earlier attempt (that of torchrun's agent does), so rank 0 counts an answer only if it repeats a
-    nonce of this attempt.
+    The store of torchrun's agent holds keys of earlier attempts, so rank 0 counts an answer only if it repeats a nonce of
+    this attempt.
 
     Raises:
         SetupError: a rank would connect to itself; or ranks do not come within `seconds`.
@@ -254,8 +250,8 @@ def check_addresses(store: Store, mine: Whereabouts, world_size: int, seconds: f
 def _gathered(store: Store, nonce: str, world_size: int, seconds: float) -> list[Whereabouts]:
     found: dict[int, Whereabouts] = {}
     greeted: set[str] = set()
-    end, pause = time.monotonic() + seconds, 0.001
-    while True:
+    missing: list[int] = []
+    for _ in attempts(seconds):
         missing = [rank for rank in range(1, world_size) if rank not in found]
         for rank in missing:
             if not store.check([f"preflight/{rank}"]):
@@ -269,17 +265,11 @@ def _gathered(store: Store, nonce: str, world_size: int, seconds: float) -> list
                 greeted.add(token)
         if len(found) == world_size - 1:
             return [found[rank] for rank in range(1, world_size)]
-        if time.monotonic() > end:
-            raise SetupError(f"ranks {missing} did not come within {seconds:g} s", "start all ranks at about one time")
-        time.sleep(pause)
-        pause = min(pause * 2, _POLL_SECONDS)
+    raise SetupError(f"ranks {missing} did not come within {seconds:g} s", "start all ranks at about one time")
 
 
 def _await(store: Store, key: str, seconds: float) -> str:
-    end, pause = time.monotonic() + seconds, 0.001
-    while not store.check([key]):
-        if time.monotonic() > end:
-            raise SetupError(f"rank 0 did not answer within {seconds:g} s", "start all ranks at about one time")
-        time.sleep(pause)
-        pause = min(pause * 2, _POLL_SECONDS)
-    return store.get(key).decode()
+    for _ in attempts(seconds):
+        if store.check([key]):
+            return store.get(key).decode()
+    raise SetupError(f"rank 0 did not answer within {seconds:g} s", "start all ranks at about one time")

@@ -1,4 +1,4 @@
-"""How the process group begins and ends: the ranks meet, and each learns why another one failed."""
+"""Forms and closes the process group, and reports which rank failed first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -19,11 +19,10 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dist_train.cluster.rank_plan import RankPlan, detect
 from dist_train.cluster.slurm_lists import show_hostnames
-from dist_train.collectives import collectives_checked, mismatch
 from dist_train.config.tree import RunConfig
 from dist_train.distributed.preflight import check_addresses, check_interfaces, find_rank_0, hosts_store, whereabouts
 from dist_train.distributed.world import FAREWELL_SECONDS, World
-from dist_train.errors import PeerError, Preempted, SetupError
+from dist_train.errors import PeerError, Preempted, SetupError, first_line
 
 T = TypeVar("T")
 _FORMING_SECONDS = 300.0
@@ -35,24 +34,29 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 def join(run: RunConfig, check_collectives: bool = False) -> Iterator[World]:
     """Forms the process group, yields the world, ends the group.
 
-    An error in the body is reported to the other ranks. Where it is only the echo of another rank's failure, PeerError takes its place.
+    An error in the body is reported to the other ranks. PeerError replaces one that only echoes another rank's failure.
 
     Args:
-        check_collectives: before each collective the ranks compare what they are about to call; slow.
+        check_collectives: torch compares operation, shape and dtype of each collective over the ranks, which is slow, and
+            raises RuntimeError on every rank where they differ. This is torch's TORCH_DISTRIBUTED_DEBUG=DETAIL.
 
     Raises:
-        SetupError: contradicting variables, or devices that are not there; before any rank waits for another. Or ranks that do not come.
-        CollectiveMismatchError: with `check_collectives`, on every rank, where they called different ones.
+        SetupError: contradicting variables, or missing devices, before any rank waits for another; or missing ranks.
     """
-    with collectives_checked() if check_collectives else nullcontext():
+    level = dist.get_debug_level()
+    try:
+        if check_collectives:
+            dist.set_debug_level(dist.DebugLevel.DETAIL)
         world = _form(run)
+    finally:
+        dist.set_debug_level(level)
     try:
         yield world
     except Preempted:  # on all ranks, as they agreed
         _end(world)
         raise
     except BaseException as error:
-        raised = mismatch(error) or _echo_of_peer(world, error) or error
+        raised = _echo_of_peer(world, error) or error
         _end_in_failure(world, raised)
         if raised is not error:
             raise raised from error
@@ -70,8 +74,8 @@ def _end(world: World) -> None:
 def _end_in_failure(world: World, error: BaseException) -> None:
     _while_it_answers(world, lambda: world.report_failure(error))
     if world.is_main and dist.is_initialized() and world.device.type == "cpu":
-        # Frees the ranks that wait for this one in a collective while it stays for the store's sake. The frames of the failed
-        # calls hold a DDP that keeps the group alive. In a thread, as pending work can block it.
+        # Frees the ranks that wait for this one in a collective, while it stays because it holds the store. The frames of
+        # the failed calls hold a DDP that keeps the group alive. In a thread, as pending work can block it.
         seen: BaseException | None = error
         while seen is not None:
             traceback.clear_frames(seen.__traceback__)
@@ -86,7 +90,7 @@ def _end_in_failure(world: World, error: BaseException) -> None:
 
 
 def _while_it_answers(world: World, question: Callable[[], T]) -> T | None:
-    """The store's answer; None where it gives none, being on a node that is gone."""
+    """Returns the store's answer; None where its node is gone."""
     try:
         return world.asked(question, 2 * FAREWELL_SECONDS)
     except PeerError:
@@ -94,20 +98,20 @@ def _while_it_answers(world: World, question: Callable[[], T]) -> T | None:
 
 
 def _echo_of_peer(world: World, error: BaseException) -> PeerError | None:
-    """The PeerError that `error` stands for: what a broken collective raises is a RuntimeError."""
+    """Returns the PeerError that `error`, the RuntimeError of a broken collective, stands for."""
     if not isinstance(error, RuntimeError) or world.world_size == 1:
         return None
     failure = _while_it_answers(world, world.peer_failure)
     if failure is not None:
         return PeerError(f"rank {failure['rank']} failed: {failure['error']}")
-    first_line = str(error).partition("\n")[0]
-    if "Timed out" in first_line:
+    reason = first_line(error)
+    if "Timed out" in reason:
         return PeerError(
-            f"another rank did not answer within {world.timeout:g} s: {first_line}",
+            f"another rank did not answer within {world.timeout:g} s: {reason}",
             "raise --run.timeout, or look at what the ranks do",
         )
-    if isinstance(error, (dist.DistNetworkError, dist.DistBackendError)) or any(words in first_line for words in _LOST):
-        return PeerError(f"the connection to another rank was lost (it was killed, or its node is gone): {first_line}")
+    if isinstance(error, (dist.DistNetworkError, dist.DistBackendError)) or any(words in reason for words in _LOST):
+        return PeerError(f"the connection to another rank was lost (it was killed, or its node is gone): {reason}")
     return None
 
 
@@ -124,10 +128,10 @@ def _device(requested: str, local_rank: int, local_world_size: int) -> torch.dev
 
 
 def _require_store(plan: RankPlan) -> None:
-    """Asked in a thread: of something else that listens and says nothing, torch 2.14's client waits for an answer for ever.
+    """Asks in a thread whether a store answers: torch 2.14's client waits for ever where something else listens.
 
     Raises:
-        SetupError: what accepts connections at MASTER_PORT is no store for ranks.
+        SetupError: the listener at MASTER_PORT is no store of ranks.
     """
     limit, outcome = timedelta(seconds=_ANSWER_SECONDS), list[bool]()
 
@@ -160,7 +164,7 @@ def _form(run: RunConfig) -> World:
     if not hosts_store(plan, os.environ):
         _require_store(plan)
     timeout = timedelta(seconds=run.timeout)
-    # The store first: it is what ranks wait on while rank 0 works alone. With torchrun on one node it is the agent's, and outlives the ranks.
+    # The store first: ranks wait on it while rank 0 works alone. With torchrun on one node the agent holds it.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=_FORMING_SECONDS)))
@@ -171,11 +175,11 @@ def _form(run: RunConfig) -> World:
         )
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        first_line = str(error).partition("\n")[0]
-        if "EADDRINUSE" in first_line and hosts_store(plan, os.environ):
+        reason = first_line(error)
+        if "EADDRINUSE" in reason and hosts_store(plan, os.environ):
             raise plan.port_taken() from error
         raise SetupError(
-            f"the {world_size} ranks did not meet at {where}: {first_line}",
+            f"the {world_size} ranks did not meet at {where}: {reason}",
             "start all of them, on nodes that reach each other; another port: MASTER_PORT",
         ) from error
     world.store = store

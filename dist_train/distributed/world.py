@@ -1,10 +1,9 @@
-"""The ranks of a run: who we are, and what we do together."""
+"""The ranks of a run, and what they do together."""
 
 from __future__ import annotations
 
 import json
 import os
-import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -17,14 +16,14 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 
+from dist_train.distributed.polling import attempts
 from dist_train.distributed.watchdog.heartbeat import Heartbeat, Phase
 from dist_train.distributed.watchdog.stop_signals import StopRequest
 from dist_train.errors import PeerError
 
 T = TypeVar("T")
-_POLL_SECONDS = 0.2  # longest slice between two looks at the store; law 4 allows a second
-_WATCHDOG_SECONDS = 20.0  # from its detecting that a rank is stuck to the end of the run
-FAREWELL_SECONDS = 5.0  # how long rank 0, where it hosts the store, lets the others read it at the end
+_WATCHDOG_SECONDS = 20.0  # from finding that a rank is stuck to the end of the run
+FAREWELL_SECONDS = 5.0  # for which rank 0, where it hosts the store, lets the others read it at the end
 
 
 @dataclass
@@ -38,7 +37,7 @@ class World:
         timeout: seconds after which a wait for another rank fails.
         nonce: agreed at the start, so that keys of an earlier attempt in the same store are never read.
         heartbeat: kept up for the watchdog.
-        stop: whether this rank was asked to stop; what follows of it the ranks agree on.
+        stop: whether this rank was asked to stop; the ranks agree on what follows.
     """
 
     rank: int = 0
@@ -63,11 +62,11 @@ class World:
 
     @property
     def cores(self) -> int:
-        """Usable cores of this node, which its ranks share."""
+        """The number of usable cores of this node, which its ranks share."""
         return len(os.sched_getaffinity(0))
 
     def share_of_cores(self) -> int:
-        """The node's usable cores shared out among its ranks; at least one."""
+        """Returns this rank's share of the node's usable cores, at least one."""
         return max(1, self.cores // self.local_world_size)
 
     def all_reduce(self, tensor: torch.Tensor, operation: Literal["sum", "max"]) -> torch.Tensor:
@@ -78,7 +77,7 @@ class World:
         return tensor
 
     def gather(self, value: T) -> list[T]:
-        """Each rank's value, by rank. For small things and rare occasions."""
+        """Returns each rank's value, by rank. For small values and rare occasions. Collective."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -87,7 +86,7 @@ class World:
         return values
 
     def broadcast_bytes(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes on every rank; the others pass None."""
+        """Returns rank 0's bytes on every rank; the others pass None. Collective."""
         if self.world_size == 1:
             assert data is not None
             return data
@@ -106,15 +105,15 @@ class World:
     def on_rank_0(self, work: Callable[[], T], what: str, deadline: float | None = None, phase: Phase = "set-up") -> T:
         """Runs `work` on rank 0 alone; the others wait for its JSON-serializable result.
 
-        They wait on the store, not in a collective, so that work longer than the process group's timeout kills nobody (law 4).
+        They wait on the store, not in a collective: work longer than the process group's timeout kills nobody (law 4).
 
         Raises:
-            PeerError: on the waiting ranks, if the work failed or took longer than `deadline` seconds (`timeout` where it is None).
+            PeerError: on the waiting ranks, if the work failed or took longer than `deadline` seconds; None: `timeout`.
         """
         return self._on_leader(0, work, what, deadline, phase)
 
     def first_on_node(self, work: Callable[[], T], what: str, deadline: float | None = None) -> T:
-        """Like `on_rank_0`, but once on each node, on its local rank 0."""
+        """Runs `work` as `on_rank_0` does, but once on each node, on its local rank 0."""
         return self._on_leader(self.rank - self.local_rank, work, what, deadline, "set-up")
 
     def _on_leader(self, leader: int, work: Callable[[], T], what: str, deadline: float | None, phase: Phase) -> T:
@@ -142,7 +141,7 @@ class World:
                 raise
             self.store.set(key, answer)
             return result
-        # Where the watchdog looks at the same moment, it is to speak first: it knows more.
+        # The watchdog, if it looks at the same moment, speaks first: it knows more.
         watched = 0 < self.heartbeat.limit <= deadline
         self._wait(key, leader, what, deadline + _WATCHDOG_SECONDS if watched else deadline)
         received = json.loads(self.asked(partial(self.store.get, key)))
@@ -153,37 +152,36 @@ class World:
 
     def _wait(self, key: str, leader: int, what: str, deadline: float) -> None:
         assert self.store is not None
-        end, pause = time.monotonic() + deadline, 0.001
-        while not self.asked(partial(self.store.check, [key])):
+        for _ in attempts(deadline):
+            if self.asked(partial(self.store.check, [key])):
+                return
             self.asked(self.raise_peer_failure)
-            if time.monotonic() > end:
-                raise PeerError(
-                    f"rank {leader} did not finish ({what}) within {deadline:g} s",
-                    "raise the stage's `deadline`, or look at what that rank does",
-                )
-            time.sleep(pause)
-            pause = min(pause * 2, _POLL_SECONDS)
+        raise PeerError(
+            f"rank {leader} did not finish ({what}) within {deadline:g} s",
+            "raise the stage's `deadline`, or look at what that rank does",
+        )
 
     def stop_wanted(self) -> bool:
-        """Whether this rank was asked to stop: by a signal, or by the process beside it (the file STOP)."""
+        """Tells whether this rank was asked to stop: by a signal, or by its watcher (the file STOP)."""
         if not self.stop.requested and self.heartbeat.stop_reason:
             self.stop.ask(self.heartbeat.stop_reason)
         return self.stop.requested
 
     def stop_agreed(self) -> bool:
-        """Whether any rank was asked to stop. Collective; for rare occasions."""
+        """Tells whether any rank was asked to stop. Collective; for rare occasions."""
         wanted = torch.full((1,), float(self.stop_wanted()), device=self.device)
         return bool(self.all_reduce(wanted, "max"))
 
     def asked(self, question: Callable[[], T], seconds: float | None = None) -> T:
-        """What the store answers to `question`, which is asked in a thread: where the store's node is gone without a word, torch's
-        client waits for what TCP allows (a quarter of an hour), whatever its timeout.
+        """Asks the store in a thread, and returns its answer.
+
+        Where the store's node is gone without a word, torch's client waits as long as TCP allows, whatever its timeout.
 
         Args:
             seconds: how long to wait for an answer; None: `timeout`.
 
         Raises:
-            PeerError: there is none. The store is then given up: nothing more is asked.
+            PeerError: no answer came. The store is then given up: nothing more is asked.
         """
         answers: Queue[Future[T]] = Queue()
         Thread(target=lambda: answers.put(_outcome(question)), daemon=True).start()
@@ -192,7 +190,7 @@ class World:
         except Empty:
             self.store = None
             raise PeerError(
-                "the store, with which the ranks' process group began, does not answer: its node is gone, or the network is down",
+                "the store of the ranks' process group does not answer: its node is gone, or the network is down",
                 "start again; torchrun with --restarts does so by itself",
             ) from None
 
@@ -204,7 +202,7 @@ class World:
                 torch.cuda.synchronize(self.device)
 
     def report_failure(self, error: BaseException) -> None:
-        """Tells the other ranks why this one ends; the first report counts. Never raises: the error itself matters more."""
+        """Tells the other ranks why this one ends; the first report counts. Never raises: the error matters more."""
         if self.store is None:
             return
         try:
@@ -214,7 +212,7 @@ class World:
             return  # the store died with the rank or agent that held it
 
     def peer_failure(self) -> dict[str, Any] | None:
-        """The first failure that another rank reported: its "rank" and "error"."""
+        """Returns the first failure that another rank reported: its "rank" and "error"."""
         if self.store is None:
             return None
         try:
@@ -231,22 +229,22 @@ class World:
             raise PeerError(f"rank {failure['rank']} failed: {failure['error']}")
 
     def take_leave(self) -> None:
-        """The last use of the store: rank 0, where its process holds it, waits for the others, so that they can still read why it ends."""
+        """Uses the store for the last time: rank 0, where its process holds it, waits until the others have read it."""
         if self.store is None:
             return
         try:
             if self.rank != 0:
                 self.store.add(f"{self.nonce}/gone", 1)
             elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-                end = time.monotonic() + FAREWELL_SECONDS
-                while self.store.add(f"{self.nonce}/gone", 0) < self.world_size - 1 and time.monotonic() < end:
-                    time.sleep(0.01)
+                for _ in attempts(FAREWELL_SECONDS, longest_pause=0.01):
+                    if self.store.add(f"{self.nonce}/gone", 0) >= self.world_size - 1:
+                        return
         except RuntimeError:
             return  # as above
 
 
 def _outcome(question: Callable[[], T]) -> Future[T]:
-    """The question's answer, or the error that it raised."""
+    """Returns the question's answer, or the error that it raised."""
     outcome: Future[T] = Future()
     try:
         outcome.set_result(question())
@@ -262,7 +260,7 @@ def _in_a_line(error: BaseException) -> str:
 
 
 def resolve_threads(requested: int | Literal["auto"], world: World) -> int:
-    """Threads of each rank: as asked, or the node's usable cores shared out."""
+    """Returns the threads of each rank: as requested, or its share of the node's cores."""
     if requested != "auto":
         return requested
     return world.share_of_cores()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,15 @@ import torch
 
 from dist_train.artifact.load import load_artifact
 from dist_train.artifact.store import verify_artifact
-from dist_train.console.progress import Progress
 from dist_train.console.results_table import print_results
 from dist_train.distributed.process_group import join
-from dist_train.distributed.world import World
 from dist_train.errors import RunDirError
 from dist_train.finished_run.open import FinishedRun, as_trained, described_by, reopen
 from dist_train.models.half_precision import HalfModel
-from dist_train.pipeline.auto import choose, look
-from dist_train.pipeline.set_up import configure_torch, make_context
+from dist_train.pipeline.set_up import open_session
 from dist_train.programs.program import open_program
-from dist_train.run_dir.ledger import NoLedger
 from dist_train.stages.context import Context
 from dist_train.stages.int8_evaluation import evaluate_int8
-from dist_train.trackers.base import Trackers
 from dist_train.training.evaluate import evaluate
 
 
@@ -46,13 +40,13 @@ def evaluate_run(
     """
     run = reopen(run_dir, overrides)
     with join(run.config.run) as world:
-        configure_torch(run.config, run.threads)
-        progress = Progress(world.is_main and not as_json, run.config.log.interval)
-        choices = choose(run.config, look(world, run.threads, threads_kept=True), os.environ, run.precision)
-        context = make_context(run.config, run.paths, world, run.threads, progress, Trackers([]), NoLedger(), choices)
+        session = open_session(
+            run.config, run.paths, world, threads=run.threads, precision=run.precision, show=not as_json
+        )
+        context = session.build()
         models = {}
         for name in [model] if model is not None else _of_run(run):
-            label, metrics = _evaluate(name, run, context, world)
+            label, metrics = _evaluate(name, run, context)
             models[label] = metrics
         results = {
             "run": run.config.run.name,
@@ -74,37 +68,31 @@ def _of_run(run: FinishedRun) -> list[str]:
     return [name for stage, name in stages.items() if stage in run.stages]
 
 
-def _evaluate(name: str, run: FinishedRun, context: Context, world: World) -> tuple[str, dict[str, Any]]:
-    """The name to show, and the metrics."""
-    splits = context.splits
-    try:
-        if name == "int8" and "convert" in run.stages:
-            context.splits = as_trained(splits, run.described, whole_shape=True)
-            return name, evaluate_int8(context, _int8(run)).metrics
-        if name in ("fp32", "half", run.half):
-            if name != "fp32" and run.half is None:
-                raise RunDirError(f"{run.paths.path} has no half model", "run it with half among its stages")
-            context.splits = as_trained(splits, run.described, whole_shape=False)
-            run.load_float(context.model)
-            if name == "fp32":
-                return name, context.evaluate(context.model).metrics
-            assert run.half is not None
-            half = HalfModel(context.model, run.half)
-            return run.half, evaluate(half, context.evaluation_batches(), context.task, world).metrics
-        if name == "int8" or not Path(name).exists():
-            raise RunDirError(
-                f"{run.paths.path} has no model {name!r}, and there is no such file",
-                f"one of: {', '.join(_of_run(run))}; or the path of an artifact",
-            )
-        call, manifest = load_artifact(name)
-        context.splits = as_trained(splits, described_by(manifest), whole_shape=True)
-        return name, evaluate_int8(context, call).metrics
-    finally:
-        context.splits = splits
+def _evaluate(name: str, run: FinishedRun, context: Context) -> tuple[str, dict[str, Any]]:
+    """Returns the name to show, and the metrics."""
+    if name == "int8" and "convert" in run.stages:
+        return name, evaluate_int8(as_trained(context, run.described, whole_shape=True), _int8(run)).metrics
+    if name in ("fp32", "half", run.half):
+        if name != "fp32" and run.half is None:
+            raise RunDirError(f"{run.paths.path} has no half model", "run it with half among its stages")
+        context = as_trained(context, run.described, whole_shape=False)
+        run.load_float(context.model)
+        if name == "fp32":
+            return name, context.evaluate(context.model).metrics
+        assert run.half is not None
+        half = HalfModel(context.model, run.half)
+        return run.half, evaluate(half, context.data.evaluation_batches(), context.task, context.world).metrics
+    if name == "int8" or not Path(name).exists():
+        raise RunDirError(
+            f"{run.paths.path} has no model {name!r}, and there is no such file",
+            f"one of: {', '.join(_of_run(run))}; or the path of an artifact",
+        )
+    call, manifest = load_artifact(name)
+    return name, evaluate_int8(as_trained(context, described_by(manifest), whole_shape=True), call).metrics
 
 
 def _int8(run: FinishedRun) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What is deployed, where it was exported; else what was converted."""
+    """Opens the exported int8 model, else the converted one."""
     if run.paths.export.is_dir() and "int8" in verify_artifact(run.paths.export)["models"]:
         return load_artifact(run.paths.export, "int8")[0]
     return open_program(run.int8_program())

@@ -1,175 +1,125 @@
-"""Export after the fact: further models and formats of a finished run, from its config.yaml and checkpoints.
+"""Exports further models and formats of a finished run, from its config.yaml and checkpoints.
 
-Formats of int8 are judged by the run's evaluation set; the rest needs no data.
+The run's evaluation set judges formats of int8; the rest needs no data.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from dist_train import registry
-from dist_train.artifact.bundle import Bundle, chosen_models, manifest
-from dist_train.artifact.deployable import Deployable, deploy_float, deploy_half, deploy_int8, simulation
-from dist_train.artifact.store import read_artifact, write_artifact
-from dist_train.artifact.verify import Differences, prove
+from dist_train.artifact.bundle import Bundle, chosen_models
+from dist_train.artifact.deployable import Deployable, deploy_float, deploy_half, deploy_int8
+from dist_train.artifact.export import Exported, ExportJob, export_models
+from dist_train.artifact.store import read_artifact
 from dist_train.config.stages import simulated_bits
-from dist_train.console.progress import Progress
 from dist_train.distributed.process_group import join
 from dist_train.errors import ConfigError, DataError, GateError, RunDirError
 from dist_train.finished_run.open import FinishedRun, as_trained, reopen
-from dist_train.lowering.agreement import Decisions
-from dist_train.lowering.autoselect import choose_format
-from dist_train.lowering.comparison import LARGEST_DIFFERENCE, Candidate, drawn_from
+from dist_train.lowering.comparison import Candidate
 from dist_train.models.build import build_model
-from dist_train.pipeline.auto import choose, look
-from dist_train.pipeline.set_up import configure_torch, make_context
+from dist_train.pipeline.set_up import open_session
 from dist_train.run_dir.files import read_json, replace_json
-from dist_train.run_dir.ledger import NoLedger
+from dist_train.stages.convert import Converted
 from dist_train.stages.int8_evaluation import format_decisions
 from dist_train.tasks import Task
-from dist_train.trackers.base import Trackers
 
 _PROBE_ROWS = 16
 
 
 def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | None = None) -> list[str]:
-    """Adds a model in these formats to the run's `export/`; needs not the run's device, and the data for formats of int8 alone.
+    """Adds a model in these formats to the run's `export/`; returns a line for the user for each thing written.
 
-    formats: pt2 (the program itself, TorchScript for some backends), onnx, openvino, executorch; auto: the fastest here, of those
-        installed, by the table that goes into the run's results.json.
-    model: fp32, half or int8; None: the artifact's default, or int8, half, fp32, whichever the run has first.
+    It needs not the run's device, and the data for formats of int8 alone. The older artifact is replaced whole.
 
-    Returns a line for the user for each thing written; the older artifact is replaced whole.
+    Args:
+        formats: pt2 (the program itself, TorchScript for some backends), onnx, openvino, executorch; auto: the fastest
+            here, of those installed, by the table that goes into the run's results.json.
+        model: fp32, half or int8; None: the artifact's default, or int8, half, fp32, whichever the run has first.
 
     Raises:
         RunDirError: there is no such run, or it has not got that model.
         ArtifactError: the model and the format do not go together, or what was written answers differently.
-        GateError: int8 decides otherwise in a format's runtime; or a program or a file answers differently in a fresh process.
+        GateError: int8 decides otherwise in a format's runtime; or a program or a file answers differently in a fresh
+            process.
         DataError: the evaluation set by which a format of int8 is judged is not here.
         SetupError: a package is missing.
     """
     run = reopen(run_dir)
-    if not run.described:
-        raise RunDirError(f"{run_dir} was made by a version that did not record its data", "run it anew")
     wanted = [each for each in dict.fromkeys(formats) if each != "pt2"]
     for each in wanted:
         if each != "auto":
             registry.export_formats.get(each)  # a missing package is found before anything is made
-    configure_torch(run.config, run.threads)
-    folder = run.paths.export
+    torch.set_num_threads(run.threads)
+    folder, settings = run.paths.export, run.config
     kept, files = read_artifact(folder) if folder.is_dir() else ({}, {})
     name = _name(run, model or kept.get("default"))
+    converted = Converted.of(run.product("convert")) if "convert" in run.stages else None
+    float_model = _float_model(run) if name != "int8" or "auto" in wanted else None
+    deployable, probe = _deployable(run, name, converted, float_model)
+    if name == "int8" and wanted and deployable.candidate.source is not None and not deployable.simulated_bits:
+        deployable = _judged(run, deployable)
+    lines: list[str] = []
+    task: Task = registry.tasks.get(settings.task.name)(run.described["num_outputs"], settings.task.args)
+    job = ExportJob(
+        folder=folder,
+        formats=wanted,
+        probe=probe,
+        task=task,
+        task_name=settings.task.name,
+        described=run.described,
+        results=run.results,
+        ranges_sha256=None if converted is None else converted.ranges_sha256,
+        settings=settings.export,
+        agreement_bound=settings.convert.agreement_bound,
+        seed=settings.run.seed,
+        threads=run.threads,
+        say=lines.append,
+    )
+    candidates = {} if float_model is None else {"fp32": Candidate(float_model, float_model)}
     bundle = Bundle(kept.get("default", name), kept.get("models"), files)
-    deployable, probe = _deployable(run, name)
-    bundle.add(deployable)
-    lines = [f"{name}: {bundle.models[name]['file']}"]
-    with _judged(run, deployable, wanted) as judged:
-        table = _add_formats(run, bundle, judged, wanted, probe, lines)
-    for format in bundle.judged:
-        if not format.agreed.passed:
-            gate = format.gate()
-            message = f"the gate `{gate['name']}` failed in {format.runtime}:{gate['detail']}"
-            raise GateError(message, "take another format, or the program itself (pt2); the artifact is as it was")
-    ranges = run.product("convert")["ranges_sha256"] if "convert" in run.stages else None
-    content = manifest(bundle, run.described, run.config.task.name, run.results, ranges)
-    settings = run.config.export
-    expected = {name: deployable.outputs}
-    found = prove(bundle.files, content, probe, expected, bundle.answers, settings.deadline)
-    _require_same(found, name, settings.artifact_bound)
-    write_artifact(folder, bundle.files, content)
-    _record(run, name, bundle, table)
-    return lines
+    exported = export_models(job, bundle, {name: deployable}, {**candidates, name: deployable.candidate})
+    try:
+        for gate in exported.gates:
+            gate.require()
+    except GateError as error:
+        raise GateError(error.message, f"{error.hint}; {folder} is as it was") from None
+    _record(run, name, exported)
+    return [f"{name}: {bundle.models[name]['file']}", *lines]
 
 
-def _add_formats(
-    run: FinishedRun,
-    bundle: Bundle,
-    deployable: Deployable,
-    wanted: Sequence[str],
-    probe: torch.Tensor,
-    lines: list[str],
-) -> list[dict[str, Any]] | None:
-    """Adds the formats to the bundle and what there is to say of them to the lines; the table of `auto`, None without."""
-    table, name = None, deployable.name
-    for each in wanted:
-        if each == "auto" and deployable.simulated_bits:
-            lines.append(f"{name}: no format but the program: {simulation(deployable.simulated_bits)}")
-        elif each == "auto":
-            float_model, settings = _float_model(run), run.config.export
-            candidates = {"fp32": Candidate(float_model, float_model), name: deployable.candidate}
-            images, sizes = drawn_from(probe, run.config.run.seed), settings.latency_batch_sizes
-            task: Task = registry.tasks.get(run.config.task.name)(run.described["num_outputs"], run.config.task.args)
-            few = Decisions(deployable.candidate.call, task, [probe], run.config.convert.agreement_bound)
-            choice = choose_format(name, candidates, probe, images, sizes, run.threads, deployable.decisions or few)
-            lines += bundle.add_choice(deployable, choice, probe)
-            table = choice.rows()
-        else:
-            lines.append(bundle.add_format(deployable, each, probe, run.threads))
-    return table
+def _judged(run: FinishedRun, deployable: Deployable) -> Deployable:
+    """Returns the int8 model with the decisions by which its formats are judged, of the run's evaluation set.
 
-
-@contextmanager
-def _judged(run: FinishedRun, deployable: Deployable, wanted: Sequence[str]) -> Iterator[Deployable]:
-    """The model with what its formats are judged by; int8 alone needs the data for it."""
-    if deployable.name != "int8" or not wanted or deployable.candidate.source is None or deployable.simulated_bits:
-        yield deployable
-        return
+    Raises:
+        DataError: the evaluation set cannot be read here.
+    """
     with join(run.config.run) as world:
-        progress = Progress(False, run.config.log.interval)
-        choices = choose(run.config, look(world, run.threads, threads_kept=True), os.environ, run.precision)
+        session = open_session(run.config, run.paths, world, threads=run.threads, precision=run.precision, show=False)
         try:
-            context = make_context(
-                run.config, run.paths, world, run.threads, progress, Trackers([]), NoLedger(), choices
-            )
+            context = session.build()
         except (ConfigError, DataError) as error:
             raise DataError(
                 f"formats of int8 are judged by the run's evaluation set, which cannot be read here: {error.message}",
                 error.hint or "export them where the data is; or --model fp32",
             ) from error
-        context.splits = as_trained(context.splits, run.described, whole_shape=True)
-        yield dataclasses.replace(deployable, decisions=format_decisions(context, deployable))
+        context = as_trained(context, run.described, whole_shape=True)
+        return dataclasses.replace(deployable, decisions=format_decisions(context, deployable))
 
 
-def _require_same(found: Differences, name: str, bound: float) -> None:
-    """Raises GateError where the program or a file does not answer in a fresh process as it did here."""
-    difference = found.models[name]
-    if not difference <= bound:
-        raise GateError(
-            f"{name} was not exported: in a fresh process it differs by {difference:.6g}, bound {bound:g}",
-            "report this with the model's name",
-        )
-    for (model, format), differs in found.formats.items():
-        if not differs <= LARGEST_DIFFERENCE:
-            raise GateError(
-                f"{model} as {format} was not exported: its file answers differently in a fresh process "
-                f"({differs:.2g} of the largest output)",
-                "take another format, and report this with the model's name",
-            )
-
-
-def _record(run: FinishedRun, name: str, bundle: Bundle, table: list[dict[str, Any]] | None) -> None:
-    """What was measured, in the run's results.json."""
+def _record(run: FinishedRun, name: str, exported: Exported) -> None:
+    """Adds the gates of formats and the tables of `auto` to the run's results.json."""
     results = read_json(run.paths.results)
-    if table is not None:
-        results["models"].setdefault(name, {})["runtimes"] = table
-    for each in bundle.judged:
-        agreed = each.agreed
-        results["gates"][each.gate()["name"]] = {
-            "value": agreed.share,
-            "bound": agreed.bound,
-            "passed": agreed.passed,
-            "runtime": each.runtime,
-            "samples": agreed.samples,
-        }
-    if table is not None or bundle.judged:
+    for model, table in exported.runtimes.items():
+        results["models"].setdefault(model, {})["runtimes"] = table
+    formats = [gate for gate in exported.gates if gate.runtime]
+    results["gates"] |= {gate.name: gate.record() for gate in formats}
+    if exported.runtimes or formats:
         replace_json(run.paths.results, results)
 
 
@@ -182,16 +132,18 @@ def _name(run: FinishedRun, wanted: str | None) -> str:
     return name
 
 
-def _deployable(run: FinishedRun, name: str) -> tuple[Deployable, torch.Tensor]:
-    """The model, and the inputs that it is asked: those of the conversion, else drawn, as the data may be elsewhere."""
+def _deployable(
+    run: FinishedRun, name: str, converted: Converted | None, float_model: nn.Module | None
+) -> tuple[Deployable, torch.Tensor]:
+    """Returns the model and its probe: that of the conversion, else drawn, as the data may be elsewhere."""
     if name == "int8":
-        probe: dict[str, Any] = run.product("convert")["probe"]
+        assert converted is not None
         bits = simulated_bits(run.config.qat.rules)
-        return deploy_int8(run.int8_program(), probe["outputs"], bits), probe["inputs"]
+        return deploy_int8(converted.program, converted.probe["outputs"], bits), converted.probe["inputs"]
+    assert float_model is not None
     generator = torch.Generator().manual_seed(run.config.run.seed)
     inputs = torch.randn(_PROBE_ROWS, *run.described["input_shape"], generator=generator)
-    model = _float_model(run)
-    return deploy_float(model, inputs) if name == "fp32" else deploy_half(model, name, inputs), inputs
+    return deploy_float(float_model, inputs) if name == "fp32" else deploy_half(float_model, name, inputs), inputs
 
 
 def _float_model(run: FinishedRun) -> nn.Module:

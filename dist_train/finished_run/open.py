@@ -1,4 +1,4 @@
-"""A run on the disk, opened again: its settings, and what its finished stages left."""
+"""Opens a run on the disk: its settings, and the products of its finished stages."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ from typing import Any
 
 from torch import nn
 
-from dist_train.artifact.store import read_artifact
 from dist_train.config.checks.strategy import Precision
 from dist_train.config.load import load
 from dist_train.config.tree import Config
-from dist_train.data.splits import Splits
 from dist_train.errors import ConfigError, DataError, RunDirError
 from dist_train.models.half_precision import Dtype
 from dist_train.programs.program import Program
 from dist_train.run_dir.checkpoint import CheckpointFolder
 from dist_train.run_dir.files import read_json
 from dist_train.run_dir.paths import RunDir, recorded_config
+from dist_train.stages.context import Context
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run left.
+    """A run on the disk.
 
     Attributes:
         paths: of the run.
         config: its settings, without what only its start needed (weights, trackers).
-        described: of its data, as `deployment.describe_data` says; empty for a run of a version that did not record it.
+        described: its data, as `describe_data` says.
         results: as of its newest checkpoint.
         stages: finished stage -> name of its checkpoint.
     """
@@ -43,7 +42,7 @@ class FinishedRun:
     stages: dict[str, str]
 
     def product(self, stage: str) -> dict[str, Any]:
-        """What a finished stage handed on."""
+        """Loads what a finished stage returned."""
         product: dict[str, Any] = CheckpointFolder(self.paths.checkpoints).load(self.stages[stage])["payload"]
         return product
 
@@ -66,7 +65,7 @@ class FinishedRun:
         return recorded
 
     def load_float(self, model: nn.Module) -> None:
-        """Gives `model` the trained weights, where the run trained any, and puts it into eval mode."""
+        """Loads the trained weights into `model`, where the run trained any, and puts it into eval mode."""
         if "train" in self.stages:
             model.load_state_dict(self.product("train")["model"])
         model.eval()
@@ -88,7 +87,7 @@ def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> FinishedRun:
     paths = RunDir(Path(run_dir))
     recorded = recorded_config(paths)
     folder = CheckpointFolder(paths.checkpoints)
-    newest = folder.load(folder.latest) if folder.latest is not None else {"finished_stages": {}, "results": {}}
+    newest = folder.load(folder.latest) if folder.latest is not None else {"finished_stages": {}}
     finished = newest["finished_stages"]
     if not {"train", "half", "convert"} & set(finished):
         raise RunDirError(
@@ -113,22 +112,15 @@ def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> FinishedRun:
             f"{paths.config} does not fit this version or what is registered: {unknown[0].message}",
             "where the run used code of yours: --import MODULE",
         ) from error
-    return FinishedRun(paths, config, newest.get("described") or _from_manifest(paths), newest["results"], finished)
+    return FinishedRun(paths, config, newest["described"], newest["results"], finished)
 
 
 def _dropped(key: str) -> tuple[str, str]:
     return (f"--data.{key}", "{}" if key == "args" else "null")
 
 
-def _from_manifest(paths: RunDir) -> dict[str, Any]:
-    """Runs of the first version described their data only in the artifact."""
-    if not paths.export.is_dir():
-        return {}
-    return described_by(read_artifact(paths.export)[0])
-
-
 def described_by(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What an artifact says of the data that its models take, as `deployment.describe_data` does."""
+    """Reads from a manifest what `describe_data` says of the data."""
     return {
         "input_shape": manifest["input"]["shape"][1:],
         "resize": manifest["input"].get("resize"),
@@ -139,26 +131,26 @@ def described_by(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def as_trained(splits: Splits, described: Mapping[str, Any], whole_shape: bool) -> Splits:
-    """The data as the model knows it: normalised by the mean and deviation of what it was trained on.
+def as_trained(context: Context, described: Mapping[str, Any], whole_shape: bool) -> Context:
+    """Returns the context with its data normalised by the mean and deviation of what the model was trained on.
 
     whole_shape: the model takes images of one height and width only, as an exported one does.
 
     Raises:
         DataError: the images or classes are of another kind than the model's.
     """
-    if not described:
-        return splits
+    splits = context.data.splits
     shape, known = list(splits.input_shape), list(described["input_shape"])
     if shape != known if whole_shape else shape[:1] != known[:1]:
         raise DataError(
             f"the model takes inputs of shape {known}, but the data has {shape}",
             "give data of that shape: --data.name and --data.args",
         )
-    outputs = getattr(splits, "num_outputs", splits.num_classes)
+    outputs = splits.num_outputs
     if described["num_outputs"] not in (None, outputs):
         raise DataError(
             f"the model has {described['num_outputs']} outputs, but the data asks for {outputs}",
             "give data of the same classes, in the same order",
         )
-    return dataclasses.replace(splits, mean=tuple(described["mean"]), std=tuple(described["std"]))
+    splits = dataclasses.replace(splits, mean=tuple(described["mean"]), std=tuple(described["std"]))
+    return dataclasses.replace(context, data=dataclasses.replace(context.data, splits=splits))

@@ -1,4 +1,4 @@
-"""Do model, data and task fit each other? Asked before training: not after an epoch, and not in a message of cuDNN's."""
+"""Checks that model, data and task fit, before training starts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _MOVING = ("random_crop", "random_horizontal_flip", "random_resized_crop", "rand
 
 
 @torch.no_grad()
-def try_out(config: Config, model: nn.Module, splits: Splits, task: Task, world: World) -> None:
-    """Looks at the targets, and sends two images of zeros through the model, in eval and in train mode. Changes nothing.
+def check_fit(config: Config, model: nn.Module, splits: Splits, task: Task, world: World) -> None:
+    """Checks the targets, and sends two images of zeros through the model in eval and train mode. Changes nothing.
 
     Raises:
         ConfigError: an augmentation would move the images and leave their masks.

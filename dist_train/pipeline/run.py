@@ -1,10 +1,9 @@
-"""A run: its stages in order, resumed at the first unfinished one."""
+"""Runs a config: its stages in order, resumed at the first unfinished one."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,14 +16,15 @@ from dist_train.config.load import differences, dump
 from dist_train.config.tree import Config
 from dist_train.console.progress import Progress
 from dist_train.console.results_table import print_results
+from dist_train.distributed.polling import attempts
 from dist_train.distributed.process_group import join
 from dist_train.distributed.watchdog.rank_side import watched
 from dist_train.distributed.watchdog.stop_signals import listening
-from dist_train.distributed.world import World, resolve_threads
+from dist_train.distributed.world import World
 from dist_train.errors import ConfigError, PeerError, Preempted, Problem, RunDirError, SetupError
-from dist_train.pipeline.auto import choose, look
+from dist_train.pipeline.arguments import check_arguments
 from dist_train.pipeline.environment import describe
-from dist_train.pipeline.set_up import advise, check_arguments, configure_torch, make_context
+from dist_train.pipeline.set_up import advise, open_session
 from dist_train.run_dir.files import read_json, replace_json, replace_text
 from dist_train.run_dir.ledger import Ledger, NoLedger, record_expectation
 from dist_train.run_dir.paths import RunDir, recorded_config, refuse_foreign
@@ -41,10 +41,10 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
     """Runs or resumes what the config describes, on all ranks; every rank of the world calls it.
 
     Args:
-        warnings: of the configuration's reading; said once, by rank 0, with those that are found here.
+        warnings: from reading the configuration; rank 0 shows them once, with its own.
 
     Returns:
-        what results.json holds.
+        the content of results.json.
 
     Raises:
         ConfigError: the run directory holds a run with other settings that determine the result.
@@ -142,11 +142,11 @@ def _check_shared(run_dir: RunDir, world: World) -> None:
     token = world.on_rank_0(lambda: uuid.uuid4().hex, "agreeing on a token")
     path = run_dir.path / f".token-{token}"
     world.on_rank_0(lambda: path.write_text(token) and None, "writing a token")
-    end = time.monotonic() + _SEEN_SECONDS
-    while not path.exists() and time.monotonic() < end:
+    for _ in attempts(_SEEN_SECONDS):
+        if path.exists():
+            break
         with suppress(OSError):  # not even the parent is there
             os.listdir(run_dir.path.parent)  # asks NFS anew
-        time.sleep(0.05)
     seen = world.gather(path.exists())
     if world.is_main:
         path.unlink()
@@ -161,15 +161,13 @@ def _check_shared(run_dir: RunDir, world: World) -> None:
 def _run(config: Config, run_dir: RunDir, world: World, attempt: int, warnings: Sequence[Problem]) -> dict[str, Any]:
     known = read_json(run_dir.environment) or {}
     threads = known.get("threads_per_rank") if config.run.threads_per_rank == "auto" else None
-    threads_kept = threads is not None
-    threads = threads or resolve_threads(config.run.threads_per_rank, world)
-    configure_torch(config, threads)
     began = (run_dir.checkpoints / "latest.json").exists()
-    choices = choose(config, look(world, threads, threads_kept), os.environ, known.get("precision") if began else None)
+    precision = known.get("precision") if began else None
+    session = open_session(config, run_dir, world, threads=threads, precision=precision)
+    choices, progress = session.choices, session.progress
     world.barrier("reading the former environment")
     if world.is_main:
-        replace_json(run_dir.environment, describe(world, threads, choices.strategy, choices.precision))
-    progress = Progress(world.is_main, config.log.interval)
+        replace_json(run_dir.environment, describe(world, session.threads, choices.strategy, choices.precision))
     for line in choices.lines:
         progress.say(line)
     status = Status(run_dir, config.run.name, attempt)
@@ -178,7 +176,7 @@ def _run(config: Config, run_dir: RunDir, world: World, attempt: int, warnings: 
         trackers.add(name, partial(registry.trackers.get(name), run_dir, config.run.name, attempt), config)
     ledger = Ledger(run_dir, world.rank, world.world_size, attempt) if config.debug.ledger else NoLedger()
     try:
-        context = make_context(config, run_dir, world, threads, progress, trackers, ledger, choices)
+        context = session.build(trackers, ledger)
         advise(context, warnings)
         if world.is_main and config.debug.ledger:
             _expect(context)
@@ -195,7 +193,7 @@ def _run(config: Config, run_dir: RunDir, world: World, attempt: int, warnings: 
     ledger.close()
     world.barrier("end")
     if world.is_main:
-        context.folder.keep_only(set(context.finished.values()))  # a kill may have come before older ones were removed
+        context.checkpoints.keep_ends()
         replace_json(run_dir.results, context.results)
         status.set(state="done")
         run_dir.stop.unlink(missing_ok=True)  # it came too late
@@ -207,7 +205,7 @@ def _run(config: Config, run_dir: RunDir, world: World, attempt: int, warnings: 
 
 def _expect(context: Context) -> None:
     """Tells the ledger what an epoch consumes."""
-    data, size = context.config.data, context.train_samples
+    data, size = context.config.data, context.data.train_samples
     per_epoch = size - size % data.global_batch_size if data.drop_last else size
     if context.config.debug.fast_dev_run:
         per_epoch = min(per_epoch, 2 * data.global_batch_size)
@@ -215,46 +213,57 @@ def _expect(context: Context) -> None:
 
 
 def _run_stages(context: Context, attempt: int, status: Status) -> None:
-    config, world, folder = context.config, context.world, context.folder
-    interrupted: dict[str, Any] | None = None
-    latest = folder.latest
-    if latest is not None:
-        interrupted = folder.load(latest)
-        context.require_same_data(interrupted["data"])
-        context.require_same_weights(interrupted["results"])
-        context.same_model.restore(interrupted.get("same_model"))
-        context.finished = dict(interrupted["finished_stages"])
-        context.results = interrupted["results"]
-        context.retention.restore(interrupted["retention"])
-        where = (
-            f"after {interrupted['stage']}"
-            if interrupted["finished"]
-            else f"in {interrupted['stage']} at step {interrupted['payload']['step']}"
-        )
-        context.progress.say(f"resuming (attempt {attempt}) {where}")
+    config, world, checkpoints = context.config, context.world, context.checkpoints
+    interrupted = checkpoints.newest()
+    if interrupted is not None:
+        _take_up(context, interrupted, attempt)
     context.results["world_size"] = world.world_size
     if world.world_size not in context.results["world_sizes"]:
         context.results["world_sizes"].append(world.world_size)
     for name in config.stages:
         stage: Stage = registry.stages.get(name)(name, getattr(config, name, None))
-        if name in context.finished:
-            stage.restore(context, folder.load(context.finished[name])["payload"])
-            continue
-        if world.stop_agreed():
+        done = name in checkpoints.finished
+        if not done and world.stop_agreed():
             raise Preempted(f"stopped before {name}; what was done until there is saved")
         if interrupted is not None and not interrupted["finished"] and interrupted["stage"] == name:
             context.resume = interrupted["payload"]
-        world.heartbeat.at_step(name, 0)
-        world.heartbeat.begin("set-up", at_least=world.timeout)
-        if world.is_main:
-            status.set(state="running", stage=name, step=0)
-        stopwatch = Stopwatch()
-        product = stage.run(context)
-        context.results["stages"].setdefault(name, {})["seconds"] = stopwatch.seconds
+        product = checkpoints.product(name) if done else _run_stage(stage, context, status)
         stage.restore(context, product)
-        context.save_stage(name, product)
-        if world.is_main:
-            replace_json(context.run_dir.results, context.results)
+        context.products[name] = product
+        if not done:
+            checkpoints.save_stage(name, product)
+            if world.is_main:
+                replace_json(context.run_dir.results, context.results)
+
+
+def _take_up(context: Context, interrupted: dict[str, Any], attempt: int) -> None:
+    """Continues from the newest checkpoint of an earlier attempt.
+
+    Raises:
+        DataError: data or weights are not what they were.
+    """
+    context.data.require_same_data(interrupted["data"])
+    context.require_same_weights(interrupted["results"])
+    context.same_model.restore(interrupted.get("same_model"))
+    context.results.clear()
+    context.results.update(interrupted["results"])
+    stage = interrupted["stage"]
+    place = f"after {stage}" if interrupted["finished"] else f"in {stage} at step {interrupted['payload']['step']}"
+    context.progress.say(f"resuming (attempt {attempt}) {place}")
+
+
+def _run_stage(stage: Stage, context: Context, status: Status) -> dict[str, Any]:
+    """Runs a stage and returns its product; its seconds go into the results."""
+    world = context.world
+    world.heartbeat.at_step(stage.name, 0)
+    world.heartbeat.begin("set-up", at_least=world.timeout)
+    if world.is_main:
+        status.set(state="running", stage=stage.name, step=0)
+    stopwatch = Stopwatch()
+    product = stage.run(context)
+    context.results["stages"].setdefault(stage.name, {})["seconds"] = stopwatch.seconds
+    context.resume = None
+    return product
 
 
 def _agree_on_config(config: Config, world: World) -> None:

@@ -1,4 +1,4 @@
-"""What a stage is."""
+"""The interface of a stage."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ class Stage(ABC):
         """Does the work on all ranks, continuing from `context.resume` where it is set; updates `context.results`.
 
         Returns:
-            the product: what `restore` needs, of tensors, numbers, strings, bytes, lists and dicts.
+            the product, of tensors, numbers, strings, bytes, lists and dicts. Later stages find it in `context.products`
+            under the stage's name.
         """
 
     @abstractmethod
     def restore(self, context: Context, product: dict[str, Any]) -> None:
-        """Puts a finished stage's product into the context: after `run`, and when a run is resumed behind this stage."""
+        """Loads the product into the models that stages share: after `run`, and when a run is resumed behind this stage."""
 
 
 class Stopwatch:
-    """Seconds since it was made."""
+    """Measures seconds since it was made."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from dist_train.quantization.layer_sqnr import in_words, layer_noise, noise_tabl
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
 from dist_train.quantization.rules import resolve_rules
+from dist_train.run_dir.gates import Gate
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
 from dist_train.stages.int8_evaluation import InRuntime, agreement_bound, convert_on_rank_0, judge, open_in_runtime
@@ -35,7 +39,7 @@ class Convert(Stage):
 
         def inspect(converted: nn.Module) -> dict[str, Any]:
             # What the artifact must answer is asked of the model in memory, before it is serialised.
-            probe["inputs"] = context.probe_inputs()
+            probe["inputs"] = context.data.probe_inputs()
             with torch.no_grad():
                 probe["outputs"] = converted(probe["inputs"])
             noise = layer_noise(prepared, converted, probe["inputs"][:_NOISE_ROWS])
@@ -54,8 +58,8 @@ class Convert(Stage):
         return {"program": vars(program), "ranges_sha256": Ranges(prepared).digest(), "probe": probe}
 
     def _gate(self, context: Context, program: Program, noise: dict[str, float]) -> None:
-        """int8 in process, then in its runtime, decides as the fake-quantized model does; `noise` are the layers' ratios."""
-        reference = evaluate(context.prepared().eval(), context.evaluation_batches(), context.task, context.world)
+        """Checks that int8, in process and in its runtime, decides as the fake-quantized model; `noise`: the layers' ratios."""
+        reference = evaluate(context.prepared().eval(), context.data.evaluation_batches(), context.task, context.world)
         bound, models = agreement_bound(context), context.results["models"]
         bits = simulated_bits(context.config.qat.rules)
         table = "\nsignal to quantization noise of each layer, the worst first:\n" + noise_table(noise) if noise else ""
@@ -65,42 +69,77 @@ class Convert(Stage):
             context.keep_details("int8", int8.evaluation)
             if bits:
                 models["int8"]["simulated_bits"] = bits
-        hint = "where a layer stands out, leave it in floating point by --qat.rules; else train qat longer, or loosen --convert.agreement_bound; and run again"
-        context.gate("convert", int8.agreed, bound, int8.agreed >= bound, hint, table)
+        hint = (
+            "where a layer stands out, leave it in floating point by --qat.rules; else train qat longer, "
+            "or loosen --convert.agreement_bound; and run again"
+        )
+        gate = Gate(
+            name="convert", value=int8.agreed, bound=bound, passed=int8.agreed >= bound, hint=hint, detail=table
+        )
+        context.gates.check(gate)
         opened = simulation(bits) if bits else open_in_runtime(context, program)
         if not isinstance(opened, InRuntime):
             context.progress.say(f"{self.name}: int8 was judged in process alone: {opened}")
-            context.skip_gate("lowered", opened)
+            context.gates.skip("lowered", opened)
             return
         lowered = int8 if opened.name == "torchscript" else judge(context, opened.call, reference)
         if lowered.evaluation is not None:
             models["int8"]["lowered"] = {"runtime": opened.name, **lowered.evaluation.metrics}
         table = f"\nin process {int8.agreed:.6g} agree: the layers are not the cause, {opened.name} is{table}"
-        hint = f"--convert.runtime with another runtime, or none, and do not deploy it in {opened.name}; or loosen --convert.agreement_bound; and run again"
-        context.gate("lowered", lowered.agreed, bound, lowered.agreed >= bound, hint, table, opened.name)
+        hint = (
+            f"--convert.runtime with another runtime, or none, and do not deploy it in {opened.name}; "
+            "or loosen --convert.agreement_bound; and run again"
+        )
+        context.gates.check(
+            dataclasses.replace(
+                gate,
+                name="lowered",
+                value=lowered.agreed,
+                passed=lowered.agreed >= bound,
+                hint=hint,
+                detail=table,
+                runtime=opened.name,
+            )
+        )
 
     def restore(self, context: Context, product: dict[str, Any]) -> None:
-        context.program = Program(**product["program"])
-        context.ranges_sha256 = product["ranges_sha256"]
-        context.probe = product["probe"]
+        return
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The product of `convert`.
+
+    Attributes:
+        ranges_sha256: digest of the ranges that the program was converted with.
+        probe: on rank 0, `inputs` and the converted model's `outputs`, as computed in memory; empty on other ranks.
+    """
+
+    program: Program
+    ranges_sha256: str
+    probe: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, product: Mapping[str, Any]) -> Converted:
+        return cls(Program(**product["program"]), product["ranges_sha256"], product["probe"])
 
 
 _OTHERS = ("pt2e", "fx")  # eager takes only models that are made for it
 
 
 def count_weights(context: Context, prepared: PreparedModel) -> dict[str, Any] | None:
-    """`Coverage.as_json`, and a line for people as `said`; None where the backend's model cannot be looked into. On one rank."""
+    """Returns `Coverage.as_json` and a line for people as `said`; None where the backend cannot tell. On one rank."""
     found = coverage(context.model, prepared)
     if found is None:
         return None
     line = found.in_words()
     if found.share < LEAST_SHARE:
-        line += f"; {_advice(context.float_copy(), context.example(2), context.config.qat, found)}"
+        line += f"; {_advice(context.float_copy(), context.data.example(2), context.config.qat, found)}"
     return {**found.as_json(), "said": line}
 
 
 def _advice(model: nn.Module, example: Tensor, settings: QATConfig, found: Coverage) -> str:
-    """Whose decision the floats are, and which backend would take more, which is tried."""
+    """Says what left the weights in floating point, and which backend, as tried, takes more of them."""
     skipped = {name for name, rule in resolve_rules(model, settings.rules).items() if rule.skip}
     by_rules = sum(count for name, count in found.left_float.items() if name in skipped)
     parts = [f"qat.rules leave {by_rules:,} of them in floating point"] if by_rules else []
@@ -114,10 +153,10 @@ def _advice(model: nn.Module, example: Tensor, settings: QATConfig, found: Cover
 
 
 def _share(model: nn.Module, example: Tensor, settings: QATConfig, backend: str) -> float:
-    """Of the weights that another backend would take; 0 where it does not take the model."""
+    """Returns the share of the weights that another backend takes; 0 where it does not take the model."""
     try:
         other = build_backend(settings.model_copy(update={"backend": backend, "engine": "auto"}))
         found = coverage(model, other.prepare(model, example, settings.rules))
-    except Exception:  # it is asked for advice only: nothing that goes wrong in it is to end a run that needs it not
+    except Exception:  # advice only: no failure of an unused backend may end the run
         return 0.0
     return found.share if found is not None else 0.0

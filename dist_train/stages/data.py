@@ -1,9 +1,10 @@
-"""The rows that a run reads: of training, of the final evaluation, and samples of it; this rank's share of each."""
+"""Loads the rows that a run reads: this rank's share of the training set, of the evaluation set, and samples of both."""
 
 from __future__ import annotations
 
 from collections.abc import Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from dist_train.data.augment.steps import Augmentation
 from dist_train.data.loader import EstimationLoader, EvaluationLoader, Source, TrainLoader
 from dist_train.data.permutation import derive_key
 from dist_train.data.sampler import ElasticDistributedSampler
-from dist_train.data.splits import Splits
+from dist_train.data.splits import Splits, describe_data
 from dist_train.distributed.world import World
 from dist_train.errors import DataError
 
@@ -28,10 +29,15 @@ class RunData:
     config: Config
     world: World
     splits: Splits
-    _kept_source: Source | None = None
+    _kept_source: Source | None = field(default=None, init=False)
+
+    @cached_property
+    def described(self) -> dict[str, Any]:
+        """The data as an artifact's manifest describes it; see `describe_data`."""
+        return describe_data(self.splits)
 
     def example(self, rows: int) -> torch.Tensor:
-        """A synthetic batch of zeros, float32 [rows, C, H, W], on the CPU."""
+        """Returns a synthetic batch of zeros, float32 [rows, C, H, W], on the CPU."""
         return torch.zeros(rows, *self.splits.input_shape)
 
     def require_same_data(self, recorded: str) -> None:
@@ -47,7 +53,7 @@ class RunData:
             )
 
     def source(self, split: ImageArrays | Dataset[Any], seed: int) -> Source:
-        """Rows of a split; its worker processes, where it has any, live as long as it does."""
+        """Returns the rows of a split; its worker processes, if any, live as long as the source does."""
         data = self.config.data
         augment = data.augment[getattr(split, "own_steps", 0) :]
         return Source(
@@ -69,21 +75,24 @@ class RunData:
 
     @property
     def train_samples(self) -> int:
-        """Samples to train on; of an iterable dataset those that an epoch takes."""
+        """The number of samples to train on; of an iterable dataset, as many as an epoch takes."""
         if self.splits.steps_per_epoch is not None:
             return self.splits.steps_per_epoch * self.config.data.global_batch_size
         return len(cast(Sized, self.splits.train))
 
     @property
     def workers(self) -> int:
-        """Worker processes of this rank."""
+        """The number of data workers of this rank."""
         asked = self.config.data.workers
         return self.world.share_of_cores() if asked == "auto" else asked
 
     def train_loader(self, stage: str) -> TrainLoader:
-        """This rank's share of each global batch; order and augmentation are functions of (seed, stage, epoch, sample id)."""
+        """Returns this rank's share of each global batch.
+
+        Order and augmentation are functions of (seed, stage, epoch, sample id).
+        """
         data, seed = self.config.data, derive_key("stage", self.config.run.seed, stage)
-        # Micro-batches that ranks synchronise in are as many on each; others are cut as each rank's own share asks.
+        # Ranks that synchronise in each micro-batch need equally many; otherwise each rank cuts its own share.
         joint = stage == "train" and self.config.sync_batchnorm
         sampler = ElasticDistributedSampler(
             range(self.train_samples),
@@ -100,19 +109,35 @@ class RunData:
         return TrainLoader(self.source(self.splits.train, seed), sampler, own, mix)
 
     def probe_inputs(self, rows: int = 16) -> torch.Tensor:
-        """The first rows of the evaluation set, as a model takes them: float32 [rows, C, H, W], on the CPU, contiguous."""
+        """Returns the first rows of the evaluation set as a model takes them: float32 [rows, C, H, W], CPU, contiguous."""
         batches = EvaluationLoader(self._evaluation_source, rows, 1, 0, rows)
         return next(iter(batches)).inputs.cpu().contiguous()
 
     def evaluation_batches(self) -> EvaluationLoader:
-        """This rank's part of the evaluation set."""
+        """Returns this rank's part of the evaluation set."""
         size = self.config.data.eval_batch_size
         limit = 2 * size * self.world.world_size if self.config.debug.fast_dev_run else None
         return EvaluationLoader(self._evaluation_source, size, self.world.world_size, self.world.rank, limit)
 
     def evaluation_sample(self, samples: int | None) -> EstimationLoader:
-        """Rows of the evaluation set, drawn by the seed, all on this rank; None: the whole set."""
+        """Returns `samples` rows of the evaluation set, drawn by the seed, all on this rank; None: the whole set."""
         source, size = self._evaluation_source, self.config.data.eval_batch_size
         if self.config.debug.fast_dev_run:
             samples = min(samples or 2 * size, 2 * size)
         return EstimationLoader(source, samples or len(source), size, self.config.run.seed, 1, 0)
+
+    def training_sample(self, samples: int, rows: int) -> EstimationLoader:
+        """Returns this rank's batches of `rows` of as many training samples, drawn by the seed.
+
+        Over all ranks the batches are the same at any world size; of a stream they are the first ones.
+        """
+        config, world = self.config, self.world
+        return EstimationLoader(
+            self.source(self.splits.train, config.run.seed),
+            2 * config.data.eval_batch_size if config.debug.fast_dev_run else samples,
+            rows,
+            config.run.seed,
+            world.world_size,
+            world.rank,
+            shuffle=self.splits.steps_per_epoch is None,
+        )

@@ -12,7 +12,7 @@ from dist_train.training.evaluate import evaluate
 
 
 class Half(Stage):
-    """Casts parameters and inputs; outputs stay float32. The metrics stand under the dtype's name."""
+    """Casts parameters and inputs; outputs stay float32. The dtype names the metrics."""
 
     settings: HalfConfig
 
@@ -22,11 +22,11 @@ class Half(Stage):
         dtype, why = world.on_rank_0(lambda: choose_dtype(self.settings.dtype, world.device), "choosing a dtype")
         context.progress.say(f"{self.name}: {dtype}, {why}")
         model = HalfModel(context.model, dtype)
-        require_half(model, context.example(2).to(world.device))
-        evaluation = evaluate(model, context.evaluation_batches(), context.task, world)
+        require_half(model, context.data.example(2).to(world.device))
+        evaluation = evaluate(model, context.data.evaluation_batches(), context.task, world)
         context.results["models"][dtype] = dict(evaluation.metrics)
         context.keep_details(dtype, evaluation)
         return {"dtype": dtype}
 
     def restore(self, context: Context, product: dict[str, Any]) -> None:
-        context.half = product["dtype"]
+        return

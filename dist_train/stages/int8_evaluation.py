@@ -1,4 +1,4 @@
-"""The int8 model on all ranks: rank 0 converts, its bytes are broadcast, and every rank answers for its part of the data."""
+"""The int8 model on all ranks: rank 0 converts and broadcasts its bytes, and every rank evaluates its part of the data."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from dist_train.training.evaluate import Evaluation, agreement, evaluate
 
 Call = Callable[[Tensor], Tensor]
 T = TypeVar("T")
-# Of a fast dev run: two batches teach a model nothing, it decides by a hair, and roundings tip some of that.
+# For a fast dev run: after two batches a model decides by a hair, and rounding tips some decisions.
 _UNTRAINED_BOUND = 0.9
 
 
 def agreement_bound(context: Context) -> float:
-    """`convert.agreement_bound`, or what can be asked of a fast dev run."""
+    """Returns `convert.agreement_bound`, or what can be asked of a fast dev run."""
     bound = context.config.convert.agreement_bound
     return min(bound, _UNTRAINED_BOUND) if context.config.debug.fast_dev_run else bound
 
@@ -37,16 +37,17 @@ def agreement_bound(context: Context) -> float:
 def convert_on_rank_0(
     context: Context, prepared: PreparedModel, inspect: Callable[[nn.Module], T]
 ) -> tuple[Program, T]:
-    """The int8 program of `prepared`, which is not changed, on every rank; its `extra` files stay on rank 0. Collective.
+    """Returns the int8 program of `prepared` on every rank; its `extra` files stay on rank 0. Collective.
 
-    inspect: is given the converted model in memory, before it is serialised, on rank 0; every rank gets what it returns (JSON).
+    inspect: called on rank 0 with the converted model in memory, before it is serialised; its result (JSON) reaches
+        every rank.
     """
     world, made = context.world, list[Program]()
 
     def convert() -> T:
         converted = context.backend.convert(prepared.eval())
         found = inspect(converted)
-        made.append(context.backend.serialize(converted, context.example(2)))
+        made.append(context.backend.serialize(converted, context.data.example(2)))
         return found
 
     found = world.on_rank_0(convert, "converting to int8", context.config.convert.deadline, "convert")
@@ -57,7 +58,7 @@ def convert_on_rank_0(
 
 
 def on_cpu(call: Call, world: World) -> Call:
-    """A model that runs on the CPU, for inputs on the rank's device."""
+    """Wraps a model that runs on the CPU for inputs on the rank's device."""
 
     def on_device(inputs: Tensor) -> Tensor:
         return call(inputs.cpu().contiguous()).to(world.device)
@@ -68,7 +69,7 @@ def on_cpu(call: Call, world: World) -> Call:
 def evaluate_int8(context: Context, call: Call) -> Evaluation:
     """Evaluates a model that runs on the CPU, in process or in a runtime. Collective."""
     with torch.no_grad():
-        return evaluate(on_cpu(call, context.world), context.evaluation_batches(), context.task, context.world)
+        return evaluate(on_cpu(call, context.world), context.data.evaluation_batches(), context.task, context.world)
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,11 @@ def judge(context: Context, call: Call, reference: Evaluation) -> Judged:
 
 
 def format_decisions(context: Context, deployable: Deployable) -> Decisions:
-    """What the int8 model in process decides on `export.agreement_samples`, for the gates of formats. On one rank."""
-    sample = context.evaluation_sample(context.config.export.agreement_samples)
+    """Returns what the int8 model in process decides on `export.agreement_samples`, for the formats' gates. On one rank."""
+    sample = context.data.evaluation_sample(context.config.export.agreement_samples)
 
     class Inputs:
-        """Of the batches; read anew for each model that is asked."""
+        """Inputs of the batches; read anew for each model that is asked."""
 
         def __iter__(self) -> Iterator[Tensor]:
             return (batch.inputs.cpu().contiguous() for batch in sample)
@@ -103,14 +104,14 @@ def format_decisions(context: Context, deployable: Deployable) -> Decisions:
 
 @dataclass(frozen=True)
 class InRuntime:
-    """An int8 model in the runtime that it is judged in."""
+    """An int8 model in the runtime in which it is judged."""
 
     name: str
     call: Call
 
 
 def open_in_runtime(context: Context, program: Program) -> InRuntime | str:
-    """The program in the runtime that `convert.runtime` names, on every rank; else why it is in none. Collective.
+    """Opens the program in the runtime that `convert.runtime` names, on every rank; else says why not. Collective.
 
     TorchScript, which fx and eager make, holds integer kernels and is its own runtime.
     """
@@ -122,10 +123,10 @@ def open_in_runtime(context: Context, program: Program) -> InRuntime | str:
     lowered: list[bytes] = []
 
     def lower() -> list[str]:
-        """The runtime's name, or nothing and a reason."""
+        """Returns the runtime's name, or nothing and a reason."""
         try:
             name = int8_session.choose(wanted)
-            lowered.append(int8_session.runtime_bytes(name, load_program(program.data), context.example(2)))
+            lowered.append(int8_session.runtime_bytes(name, load_program(program.data), context.data.example(2)))
         except LoweringUnavailable as reason:
             return ["", str(reason)]
         return [name, ""]
@@ -136,7 +137,7 @@ def open_in_runtime(context: Context, program: Program) -> InRuntime | str:
     data = world.broadcast_bytes(lowered[0] if lowered else None)
     call, problem = None, ""
     try:
-        call = int8_session.open_in(name, data, context.example(2), context.threads)
+        call = int8_session.open_in(name, data, context.data.example(2), context.threads)
     except LoweringUnavailable as error:
         problem = str(error)
     problem = next(filter(None, world.gather(problem)), "")  # all ranks, or none

@@ -17,11 +17,10 @@ from dist_train.quantization.range_search import Histograms, least_error_ranges,
 from dist_train.quantization.ranges import Ranges
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
-from dist_train.stages.gates import gate_prepare
-from dist_train.stages.train import estimation_batches
+from dist_train.stages.prepare_gate import gate_prepare
 from dist_train.training.recalibration import estimate_moments
 
-# Of a batch, whatever the world size: ranks take turns with whole batches, and of the default's 512 samples 16 ranks have some.
+# Rows of a calibration batch at any world size: ranks take turns with whole batches, so 512 samples serve 16 ranks.
 _CALIBRATION_ROWS = 32
 _LITTLE = 0.1  # points of the task's metric: the bar that qat itself is measured by
 
@@ -42,12 +41,13 @@ class PTQ(Stage):
         return {"quantized": prepared.state_dict()}
 
     def _say_loss(self, context: Context) -> None:
-        """How much ptq lost, where the run knows FP32's figure; qat says it itself where it has a budget."""
+        """Says how much ptq lost, where the run knows FP32's figure; with a budget, qat says it."""
         config = context.config
         if "fp32" not in context.results["models"] or ("qat" in config.stages and config.qat.budget is not None):
             return
         lost = lost_points(context)
-        line = f"{self.name}: {'loses' if lost >= 0 else 'gains'} {abs(lost):.2f} points of {context.task.headline} against fp32"
+        verb = "loses" if lost >= 0 else "gains"
+        line = f"{self.name}: {verb} {abs(lost):.2f} points of {context.task.headline} against fp32"
         if "qat" in config.stages and lost <= _LITTLE:
             line += f"; where that will do, --qat.budget {_LITTLE:g} leaves qat out"
         context.progress.say(line)
@@ -57,7 +57,7 @@ class PTQ(Stage):
 
 
 def lost_points(context: Context) -> float:
-    """Points (0.01) of the task's metric that ptq lost against FP32, below 0 where it gained; both were evaluated."""
+    """Returns how many points (0.01) of the task's metric ptq lost against FP32, below 0 where it gained."""
     models, task = context.results["models"], context.task
     sign = 1 if task.headline in task.lower_is_better else -1
     lost: float = 100 * sign * (models["ptq"][task.headline] - models["fp32"][task.headline])
@@ -67,10 +67,10 @@ def lost_points(context: Context) -> float:
 def calibrate(context: Context, prepared: PreparedModel, settings: PTQConfig) -> None:
     """Sets every range from `samples` training samples of all ranks. Collective.
 
-    The samples are drawn by the seed, as the first ones of a sorted dataset are of one class; of a stream they are the first ones.
+    The seed draws the samples, as the first ones of a sorted dataset are of one class. Of a stream they are the first ones.
     """
     rows = min(_CALIBRATION_ROWS, context.config.data.eval_batch_size)
-    batches = estimation_batches(context, settings.samples, rows)
+    batches = context.data.training_sample(settings.samples, rows)
     if _knows_no_data(context.model):
         context.progress.say(
             "batch norm has no statistics yet: they are estimated first, from the samples of the ranges"
@@ -81,10 +81,10 @@ def calibrate(context: Context, prepared: PreparedModel, settings: PTQConfig) ->
 
 
 def _knows_no_data(model: nn.Module) -> bool:
-    """Whether all batch norms have the statistics that they were made with, as in a model whose training begins with qat.
+    """Tells whether all batch norms have their initial statistics, as in a model whose training begins with qat.
 
-    By these a deep network's activations fade or grow from layer to layer, and its ranges in evaluation mode say nothing of those in
-    training, where each batch is normalised: EfficientNet-B0's end at 1e-13, by which every activation and gradient would be clipped.
+    With these a deep network's activations fade or grow from layer to layer, so ranges in evaluation mode say nothing of
+    those in training. EfficientNet-B0's end at 1e-13, which would clip every activation and gradient.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_var is not None]
     pairs = [(norm.get_buffer("running_mean"), norm.get_buffer("running_var")) for norm in norms]
@@ -93,12 +93,12 @@ def _knows_no_data(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def initialise_ranges(prepared: PreparedModel, batches: Iterable[Batch], world: World, settings: PTQConfig) -> None:
-    """Sets every range from this rank's batches and those of the others. Collective: one MAX, and one SUM where it clips.
+    """Sets every range from all ranks' batches, in eval mode. Collective: one MAX, and one SUM where it clips.
 
-    In eval mode, and from the extremes or the counts of all samples: the result does not depend on the number of ranks.
+    The extremes or counts of all samples decide, so the result does not depend on the number of ranks.
 
     Args:
-        batches: gone through once, or twice where `settings.ranges` clips.
+        batches: of this rank; read once, or twice where `settings.ranges` clips.
 
     Raises:
         QuantizationError: an activation is not finite, or was never reached.

@@ -16,10 +16,10 @@ from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
-from dist_train.stages.gates import gate_prepare
 from dist_train.stages.int8_evaluation import convert_on_rank_0, evaluate_int8
+from dist_train.stages.prepare_gate import gate_prepare
 from dist_train.stages.ptq import calibrate, lost_points
-from dist_train.stages.train import LastEvaluation, estimation, run_loop
+from dist_train.stages.train import StageLearner, ema_sample, run_loop
 from dist_train.training.evaluate import Evaluation
 from dist_train.training.hooks import FreezeSchedule, Hook
 from dist_train.training.recalibration import estimate_moments, estimate_ranges
@@ -42,39 +42,21 @@ class QAT(Stage):
         for problem in clipping_undone(context.config):
             context.progress.warn(str(problem))
         prepared = context.prepared()
-        ranges = Ranges(prepared, self.settings.observer)
+        learner = QuantizedLearner(context, self.settings, prepared)
         if context.quantized is None:
             gate_prepare(context, prepared)
             if context.resume is None:
                 calibrate(context, prepared, context.config.ptq)
-        reduction = StepReduction(context.world, prepared, ranges, self.settings.averaging)
-
-        def hooks(total_steps: int) -> Sequence[Hook]:
-            return [FreezeSchedule(self.settings, total_steps, prepared, ranges, reduction)]
-
-        def reestimate(averaged: nn.Module) -> None:
-            """Only what is still learned: the steps that were averaged took what is frozen as constants, and so does their average."""
-            assert isinstance(averaged, PreparedModel)
-            if not prepared.batch_norm_frozen:
-                estimate_moments(averaged, *estimation(context, self.settings))
-            if not ranges.frozen:
-                estimate_ranges(averaged, *estimation(context, self.settings))
-
-        def evaluate_both(model: nn.Module) -> Evaluation:
-            return _with_int8(context, model, context.evaluate_prepared(model))
-
         if self.settings.dropout:
             prepared.keep_dropout()
-        by_int8 = (self.settings.select_by or "").startswith(INT8)
-        evaluate = LastEvaluation(evaluate_both if by_int8 else context.evaluate_prepared)
-        state = run_loop(context, self.name, self.settings, prepared, reduction, hooks, evaluate, reestimate)
+        state = run_loop(context, self.name, self.settings, learner)
         figures = {name: value for name, value in state.metrics.items() if not name.startswith(INT8)}
         context.results["models"]["fake_quant"] = figures
-        context.keep_details("fake_quant", evaluate.of(state))
+        context.keep_details("fake_quant", learner.evaluation_of(state))
         return {"quantized": state.chosen.state_dict()}
 
     def _is_left_out(self, context: Context) -> bool:
-        """Whether ptq is within the budget, which is said and recorded; the same on all ranks, as metrics are."""
+        """Tells whether ptq is within the budget, says and records it; equal on all ranks, as metrics are."""
         if self.settings.budget is None:
             return False
         models, task = context.results["models"], context.task
@@ -102,10 +84,32 @@ class QAT(Stage):
         context.set_quantized(product["quantized"])
 
 
-def _with_int8(context: Context, model: nn.Module, evaluation: Evaluation) -> Evaluation:
-    """The evaluation of a prepared model, with the metrics of what it is converted to beside its own. Collective."""
-    assert isinstance(model, PreparedModel)
-    program, _ = convert_on_rank_0(context, model, lambda converted: None)
-    int8 = evaluate_int8(context, open_program(program)).metrics
-    named = {f"{INT8}{name}": value for name, value in int8.items() if name not in COUNTS}
-    return dataclasses.replace(evaluation, metrics={**evaluation.metrics, **named})
+class QuantizedLearner(StageLearner):
+    """The prepared model in training."""
+
+    def __init__(self, context: Context, settings: QATConfig, prepared: PreparedModel) -> None:
+        self._ranges = Ranges(prepared, settings.observer)
+        super().__init__(prepared, StepReduction(context.world, prepared, self._ranges, settings.averaging))
+        self._context, self._settings, self._prepared = context, settings, prepared
+
+    def hooks(self, total_steps: int) -> Sequence[Hook]:
+        return [FreezeSchedule(self._settings, total_steps, self._prepared, self._ranges, self.reduction)]
+
+    def measure(self, model: nn.Module) -> Evaluation:
+        evaluation = self._context.evaluate_prepared(model)
+        if not (self._settings.select_by or "").startswith(INT8):
+            return evaluation
+        assert isinstance(model, PreparedModel)
+        program, _ = convert_on_rank_0(self._context, model, lambda converted: None)
+        int8 = evaluate_int8(self._context, open_program(program)).metrics
+        named = {f"{INT8}{name}": value for name, value in int8.items() if name not in COUNTS}
+        return dataclasses.replace(evaluation, metrics={**evaluation.metrics, **named})
+
+    def recalibrate(self, averaged: nn.Module) -> None:
+        """Estimates only what is still learned: the averaged steps took what is frozen as constants."""
+        assert isinstance(averaged, PreparedModel)
+        context, batches = self._context, ema_sample(self._context, self._settings)
+        if not self._prepared.batch_norm_frozen:
+            estimate_moments(averaged, batches, context.world, context.strategy.autocast)
+        if not self._ranges.frozen:
+            estimate_ranges(averaged, batches, context.world, context.strategy.autocast)

@@ -1,4 +1,4 @@
-"""Hugging Face accelerate: wrapping, precision and backward are the Accelerator's, so that the user's `accelerate config` holds."""
+"""Hugging Face accelerate: the Accelerator wraps, casts and runs backward, as the user's `accelerate config` says."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from dist_train.config.checks.strategy import Precision
 from dist_train.distributed.world import World
 from dist_train.errors import SetupError
 from dist_train.strategies.base import Strategy
-from dist_train.strategies.ddp import settle_buckets
+from dist_train.strategies.ddp import warm_up_ddp
 
 
 class Accelerate(Strategy):
-    """Works in the process group that world.join formed; the loop, the data and the checkpoints stay ours.
+    """Works in the process group that `join` formed; the loop, the data and the checkpoints stay ours.
 
-    Of accelerate's plugins only DDP: config_strategy.py refuses the others. Buffers are not broadcast, as in ddp.py.
+    Of accelerate's plugins DDP alone works: config/checks/strategy.py refuses the others. As in ddp.py, buffers are
+    not broadcast.
     """
 
     def __init__(self, world: World, precision: Precision) -> None:
@@ -39,15 +40,14 @@ class Accelerate(Strategy):
             )
         super().__init__(world, precision)
 
-    def begin(self) -> torch.amp.GradScaler:
-        scaler = super().begin()
+    def new_scaler(self) -> None:
+        super().new_scaler()
         if self._accelerator.scaler is not None:
-            self._accelerator.scaler = scaler
-        return scaler
+            self._accelerator.scaler = self.scaler
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        # In a shell, as prepare_model replaces `forward` of what it is given, and the model is evaluated, exported and saved bare.
-        # The model is on its device, and must not be moved from "cpu" to "cpu:0": that would make other buffers of it.
+        # In a shell: prepare_model replaces `forward` of what it is given, and the model is evaluated and saved bare.
+        # It stays where it is: moving it from "cpu" to "cpu:0" would replace its buffers.
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "`broadcast_buffers` is deprecated"
@@ -62,9 +62,9 @@ class Accelerate(Strategy):
             return context
         return nullcontext()
 
-    def settle(self, wrapped: nn.Module, inputs: torch.Tensor) -> None:
+    def warm_up_buckets(self, wrapped: nn.Module, inputs: torch.Tensor) -> None:
         if isinstance(wrapped, DistributedDataParallel):
-            settle_buckets(self, wrapped, inputs)
+            warm_up_ddp(self, wrapped, inputs)
 
     def autocast(self) -> AbstractContextManager[object]:
         context: AbstractContextManager[object] = self._accelerator.autocast()

@@ -1,4 +1,4 @@
-"""What the loop asks of a strategy; the loop never asks which one it has."""
+"""The interface of strategies; the loop never asks which one it has."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dist_train.distributed.world import World
 from dist_train.errors import NonFiniteLossError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Scaled by less than this, fp16's range would be wasted on its low end; GradScaler itself would halve the scale to 0, skipping every step.
+# Below this scale fp16's range is wasted on its low end; GradScaler itself would halve the scale to 0 and skip every step.
 _SMALLEST_LOSS_SCALE = 2.0**-10
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What became of an optimizer step.
+    """The outcome of an optimizer step.
 
     Attributes:
         grad_norm: L2 norm of all gradients before clipping, float32 [] on the device; None where it was not asked for.
@@ -35,7 +35,8 @@ class Strategy(ABC):
     """Wraps a model for training and owns precision.
 
     Attributes:
-        scaler: multiplies the loss so that fp16 gradients do not vanish; off, and then of no effect, in other precisions.
+        scaler: multiplies the loss so that fp16 gradients do not vanish; disabled in other precisions. Its state goes
+            into checkpoints.
     """
 
     scaler: torch.amp.GradScaler
@@ -44,30 +45,29 @@ class Strategy(ABC):
         """precision: resolved, no longer `auto`."""
         self.world = world
         self._precision = precision
-        self.begin()
+        self.new_scaler()
 
-    def begin(self) -> torch.amp.GradScaler:
-        """A fresh scaler, for a stage that begins: its scale belongs to that stage's gradients. Its state goes into checkpoints."""
+    def new_scaler(self) -> None:
+        """Makes a fresh `scaler` for a stage that begins; its scale belongs to that stage's gradients."""
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self._precision == "fp16")
-        return self.scaler
 
     @abstractmethod
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The module whose forward the loop calls in training."""
+        """Returns the module whose forward the loop calls in training."""
 
     @abstractmethod
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
-        """A context in which backward accumulates without averaging over ranks."""
+        """Returns a context in which backward accumulates without averaging over ranks."""
 
     @abstractmethod
-    def settle(self, wrapped: nn.Module, inputs: torch.Tensor) -> None:
-        """Runs what the wrapper does differently in its first steps, so that a resumed run's first step is like any other's.
+    def warm_up_buckets(self, wrapped: nn.Module, inputs: torch.Tensor) -> None:
+        """Runs what the wrapper does differently in its first steps, so that a resumed run's first step is like any other.
 
         Leaves no gradients and no changed buffers behind.
         """
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context of forward and loss."""
+        """Returns the context of forward and loss."""
         if self._precision == "fp32":
             return nullcontext()
         return torch.autocast(self.world.device.type, dtype=_DTYPES[self._precision])

@@ -14,7 +14,7 @@ from dist_train.strategies.base import Strategy
 
 
 class DP(Strategy):
-    """Each micro-batch is split over the GPUs; outputs, and so the loss and its mean, are of the whole one on the first GPU."""
+    """Splits each micro-batch over the GPUs; the outputs and the loss of the whole one are on the first GPU."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
         self._replicated = Replicated(model)
@@ -23,7 +23,7 @@ class DP(Strategy):
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def settle(self, wrapped: nn.Module, inputs: Tensor) -> None:
+    def warm_up_buckets(self, wrapped: nn.Module, inputs: Tensor) -> None:
         return
 
     def backward(self, loss: Tensor) -> None:
@@ -46,7 +46,7 @@ class Replicated(nn.DataParallel[nn.Module]):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """After backward, which may still read the buffers: makes the module's those of all rows of the forward.
+        """Makes the module's buffers those of all rows of the forward; called after backward, which may still read them.
 
         BatchNorm's running statistics are averaged by rows, as over ranks (reduction.py); ranges of a step are widened.
 

@@ -20,9 +20,9 @@ _NO_BROADCAST: dict[str, Any] = {
 
 
 class DDP(Strategy):
-    """Gradients are averaged by DDP; buffers are synchronised by our own collective (reduction.py), not broadcast from rank 0 each forward.
+    """Lets DDP average the gradients; our own collective (training/reduction.py) synchronises buffers.
 
-    Broadcasting would make BatchNorm's statistics and quantization ranges those of rank 0's data (pytorch#85627).
+    DDP's broadcast would make BatchNorm's statistics and quantization ranges those of rank 0's data (pytorch#85627).
     """
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -34,15 +34,15 @@ class DDP(Strategy):
         context: AbstractContextManager[None] = wrapped.no_sync()
         return context
 
-    def settle(self, wrapped: nn.Module, inputs: torch.Tensor) -> None:
-        settle_buckets(self, wrapped, inputs)
+    def warm_up_buckets(self, wrapped: nn.Module, inputs: torch.Tensor) -> None:
+        warm_up_ddp(self, wrapped, inputs)
 
 
-def settle_buckets(strategy: Strategy, wrapped: nn.Module, inputs: torch.Tensor) -> None:
-    """Two throwaway steps of a DistributedDataParallel, after which its buckets keep their order.
+def warm_up_ddp(strategy: Strategy, wrapped: nn.Module, inputs: torch.Tensor) -> None:
+    """Runs two throwaway steps of a DistributedDataParallel, after which its buckets keep their order.
 
-    It orders them anew after the first backward, at the next forward; on three and more ranks another order sums in another order,
-    so a resumed run's first step would differ in the last bits.
+    DDP orders them anew at the second forward. On three and more ranks another order sums in another order, so the first
+    step of a resumed run would differ in the last bits.
     """
     buffers = {name: buffer.clone() for name, buffer in wrapped.named_buffers()}
     for _ in range(2):

@@ -19,5 +19,5 @@ class Single(Strategy):
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def settle(self, wrapped: nn.Module, inputs: torch.Tensor) -> None:
+    def warm_up_buckets(self, wrapped: nn.Module, inputs: torch.Tensor) -> None:
         return

@@ -1,20 +1,22 @@
-"""fit() and train_step(): the one training loop, of float training and of quantization-aware training alike.
+"""Trains a model: `fit` is the one loop of float and of quantization-aware training, `train_step` one rank's step.
 
-Its order is law: seed, forward and backward, reduction, clip, optimizer, schedule, average, ledger; then evaluation, then the checkpoint.
+The order within a step is law: seed, forward and backward, reduction, clip, optimizer, schedule, average, ledger.
+The evaluation follows at the end of an epoch, then the checkpoint.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from dist_train.config.stages import FitConfig
+from dist_train.config.tree import Config
 from dist_train.console.progress import Progress, epoch_line, plain_line
 from dist_train.data.loader import MicroBatch, StepBatch, TrainLoader, seed_everything
 from dist_train.data.permutation import derive_key
@@ -24,52 +26,49 @@ from dist_train.run_dir.ledger import Ledger, NoLedger
 from dist_train.strategies.base import StepOutcome, Strategy
 from dist_train.tasks import Task
 from dist_train.trackers.base import Trackers
-from dist_train.training.evaluate import Evaluation
-from dist_train.training.hooks import Hook
+from dist_train.training.learner import Learner
 from dist_train.training.profiler import NoProfile, Profile
-from dist_train.training.reduction import StepReduction, StepSums, require_same_buffers
+from dist_train.training.reduction import StepSums, require_same_buffers
 from dist_train.training.selection import Selection
 from dist_train.training.state import TrainState
-from dist_train.training.step_log import Outlook
+from dist_train.training.step_log import StepLog
 
 
 class Checkpoints(Protocol):
-    """Where the loop's state goes. Collective: every rank calls it."""
+    """Saves and loads the loop's state. Collective: every rank calls it."""
 
     def save_step(
         self, stage: str, step: int, state: dict[str, Any], best_first: Sequence[int], needed: int | None
     ) -> None:
-        """Saves the state of `step`; that of `needed` is kept too, and of `best_first`, the evaluated ones, as many as retention says."""
+        """Saves the state of `step`; keeps that of `needed` too, and of the evaluated `best_first` as many as configured."""
 
     def load_step(self, stage: str, step: int) -> dict[str, Any]:
-        """The state that was saved at `step`."""
+        """Loads the state that was saved at `step`."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Fit:
-    """What the loop works with; made by a stage."""
+    """One stage's run of the loop.
+
+    Attributes:
+        settings: of the stage, the learning rate being that of this global batch.
+        epochs, steps_per_epoch: how long it trains; fewer in a fast dev run than the settings say.
+    """
 
     stage: str
-    seed: int
-    config: FitConfig
+    config: Config
+    settings: FitConfig
     epochs: int
     steps_per_epoch: int
     loader: TrainLoader
     task: Task
     strategy: Strategy
-    reduction: StepReduction
-    hooks: Sequence[Hook]
-    evaluate: Callable[[nn.Module], Evaluation]
+    learner: Learner
     checkpoints: Checkpoints
-    checkpoint_every: int | None
     ledger: Ledger | NoLedger
     trackers: Trackers
-    log_every: int
     progress: Progress
-    compile: bool
-    epoch_format: str | None = None
-    reestimate: Callable[[nn.Module], None] = lambda averaged: None
-    profile: Profile | NoProfile = field(default_factory=NoProfile)
+    profile: Profile | NoProfile
 
     @property
     def total_steps(self) -> int:
@@ -77,7 +76,7 @@ class Fit:
 
 
 def train_step(model: nn.Module, batch: StepBatch, task: Task, strategy: Strategy) -> StepSums:
-    """Forward and backward of one rank's share; gradients end up as those of the mean over the global batch (law 2).
+    """Runs forward and backward of one rank's share; gradients become those of the mean over the global batch (law 2).
 
     DDP divides the sum of the ranks' gradients by their number, so the local sum of losses is multiplied by it.
     """
@@ -100,25 +99,27 @@ def train_step(model: nn.Module, batch: StepBatch, task: Task, strategy: Strateg
 
 
 def _losses(task: Task, outputs: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
-    """Loss of each row, float [rows]; of a mixed one that of its own target and its partner's, by their shares."""
+    """Returns each row's loss, float [rows]; of a mixed row its own target's and its partner's, weighted by their shares."""
     losses = task.loss(outputs, micro.targets)
     if micro.partner_targets is None:
         return losses
     return micro.weight * losses + (1 - micro.weight) * task.loss(outputs, micro.partner_targets)
 
 
-def fit(run: Fit, model: nn.Module, resume: dict[str, Any] | None) -> TrainState:
-    """Trains `model` in place to the last step, from the state in `resume` or from the beginning.
+def fit(run: Fit, resume: dict[str, Any] | None) -> TrainState:
+    """Trains the learner's model in place to the last step, from the state in `resume` or from the beginning.
 
     Returns:
-        the state, its `chosen` model in eval mode being the stage's result and `metrics` that model's.
+        the state: its `chosen` model, in eval mode, is the stage's result, and `metrics` are that model's.
 
     Raises:
         NonFiniteLossError: on all ranks; what was saved is finite.
         Preempted: on all ranks, once the state is saved, where any was asked to stop.
     """
-    selection = Selection(run.config, run.task.headline, run.task.lower_is_better)
-    state = TrainState(model, run.config, run.total_steps, run.steps_per_epoch, selection, run.strategy.begin())
+    run.strategy.new_scaler()
+    selection = Selection(run.settings, run.task.headline, run.task.lower_is_better)
+    scaler = run.strategy.scaler
+    state = TrainState(run.learner.model, run.settings, run.total_steps, run.steps_per_epoch, selection, scaler)
     if resume is not None:
         state.load_state_dict(resume)
     if (state.step < run.total_steps and not selection.stop) or state.epoch_open:
@@ -131,69 +132,70 @@ def fit(run: Fit, model: nn.Module, resume: dict[str, Any] | None) -> TrainState
         run.progress.end()
     state.chosen_step = state.step
     best = selection.best_step
-    if run.config.select == "best" and best is not None and best != state.step:
+    if run.settings.select == "best" and best is not None and best != state.step:
         state.take_model(run.checkpoints.load_step(run.stage, best))
     state.chosen.eval()
     return state
 
 
 def _train(run: Fit, state: TrainState) -> None:
-    model = state.model.train()
-    wrapped = run.strategy.wrap(_compiled(model) if run.compile else model)
+    model, config, hooks = state.model.train(), run.config, run.learner.hooks(run.total_steps)
+    wrapped = run.strategy.wrap(_compiled(model) if config.compile else model)
     world = run.strategy.world
     lag = 1 if world.device.type == "cuda" else 0
-    outlook = Outlook(run.stage, run.total_steps, run.log_every, run.progress, run.trackers, lag)
+    log = StepLog(run.stage, run.total_steps, config.log.every_steps, run.progress, run.trackers, lag)
     first_step, first_epoch = True, state.step // run.steps_per_epoch
     if state.epoch_open:  # it was stopped between the last step of an epoch and its evaluation
-        for hook in run.hooks:
+        for hook in hooks:
             hook.before_step(state.step - 1)
         _end_epoch(run, state, (state.step - 1) // run.steps_per_epoch)
     while state.step < run.total_steps and not state.selection.stop:
         epoch, first = divmod(state.step, run.steps_per_epoch)
         # An epoch has all the shapes, each of which is compiled.
-        world.heartbeat.patience = world.timeout if run.compile and epoch == first_epoch else 0.0
+        world.heartbeat.patience = world.timeout if config.compile and epoch == first_epoch else 0.0
         world.heartbeat.begin("data")
-        for batch in outlook.clock.timed(run.loader.epoch(epoch, first, run.steps_per_epoch)):
+        for batch in log.clock.timed(run.loader.epoch(epoch, first, run.steps_per_epoch)):
             step = state.step
             world.heartbeat.at_step(run.stage, step)
-            for hook in run.hooks:
+            for hook in hooks:
                 hook.before_step(step)
             if first_step:
                 with world.heartbeat.within("set-up", at_least=world.timeout):  # it compiles, and connects the ranks
-                    run.strategy.settle(wrapped, batch.micro_batches[0].inputs)
+                    run.strategy.warm_up_buckets(wrapped, batch.micro_batches[0].inputs)
             run.profile.before_step(step)
-            seed_everything(derive_key("step", run.seed, run.stage, step, world.rank))
+            seed_everything(derive_key("step", config.run.seed, run.stage, step, world.rank))
             sums = train_step(wrapped, batch, run.task, run.strategy)
-            pending = run.reduction(sums, step)
+            pending = run.learner.reduction(sums, step)
             world.heartbeat.enter("update")
-            outlook.add(pending, step, epoch, state.optimizer.param_groups[0]["lr"], batch.global_count)
+            log.add(pending, step, epoch, state.optimizer.param_groups[0]["lr"], batch.global_count)
             if run.loader.may_leave_out:
                 pending.rescale(state.model)
-            outcome = _update(run, state, with_norm=outlook.logs(step))
-            outlook.updated(outcome.grad_norm)
+            outcome = _update(run, state, with_norm=log.logs(step))
+            log.updated(outcome.grad_norm)
             run.ledger.record(run.stage, epoch, step, batch.ids, skipped=outcome.skipped, left_out=batch.left_out)
             if first_step:
                 require_same_buffers(world, model)
                 first_step = False
-            due = run.checkpoint_every and state.step % run.checkpoint_every == 0
-            if (due or outlook.stop_agreed) and state.step % run.steps_per_epoch:
-                state.left_out += outlook.drain()
+            every = config.checkpoint.every_steps
+            due = every is not None and state.step % every == 0
+            if (due or log.stop_agreed) and state.step % run.steps_per_epoch:
+                state.left_out += log.drain()
                 _require_finite(state)
                 _save(run, state)
-                _stop_if(outlook.stop_agreed, run, state)
+                _stop_if(log.stop_agreed, run, state)
             world.heartbeat.begin("data")
         world.heartbeat.patience = 0.0
-        state.left_out += outlook.drain()
+        state.left_out += log.drain()
         _require_finite(state)
         state.epoch_open = True
-        if outlook.stop_agreed:  # the evaluation may take longer than there is time
+        if log.stop_agreed:  # the evaluation may take longer than there is time
             _save(run, state)
             _stop_if(True, run, state)
         _end_epoch(run, state, epoch)
 
 
 def _stop_if(agreed: bool, run: Fit, state: TrainState) -> None:
-    """After the state was saved.
+    """Ends the run where the ranks agreed to stop; the state is saved.
 
     Raises:
         Preempted: on all ranks.
@@ -203,10 +205,10 @@ def _stop_if(agreed: bool, run: Fit, state: TrainState) -> None:
 
 
 def _compiled(model: nn.Module) -> nn.Module:
-    """The model, compiled for training; evaluation runs the model itself, so that its many shapes are not compiled too.
+    """Returns the model compiled for training; evaluation runs the model itself, as its many shapes would be compiled too.
 
-    Shapes are static: with dynamic ones the kernels would depend on which shapes came first, and so on where a run was resumed.
-    For the same reason running out of compilations is an error; by default the model would silently run uncompiled from then on.
+    Shapes are static. With dynamic ones the kernels depend on which shapes came first, and so on where a run was resumed.
+    Running out of compilations is an error for the same reason: by default the model would silently run uncompiled.
     """
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -215,13 +217,13 @@ def _compiled(model: nn.Module) -> nn.Module:
 
 
 def _update(run: Fit, state: TrainState, with_norm: bool) -> StepOutcome:
-    """Clip, optimizer, schedule, average."""
+    """Clips, steps the optimizer and the schedule, and averages."""
     # To clip to infinity measures the norm, and multiplies the gradients by exactly 1.
     unclipped = math.inf if with_norm else None
-    outcome = run.strategy.step(state.optimizer, state.model, run.config.clip_grad_norm or unclipped)
+    outcome = run.strategy.step(state.optimizer, state.model, run.settings.clip_grad_norm or unclipped)
     state.optimizer.zero_grad(set_to_none=True)
     if outcome.skipped:
-        # As torch's recipe has it: the schedule follows the optimizer's steps, of which this is none, and nothing new is to be averaged.
+        # As in torch's recipe: a skipped step moves neither the schedule nor the average.
         state.skipped += 1
     else:
         state.schedule.step()
@@ -232,7 +234,7 @@ def _update(run: Fit, state: TrainState, with_norm: bool) -> StepOutcome:
 
 
 def _require_finite(state: TrainState) -> None:
-    """Before anything is evaluated or saved: a finite loss can have gradients that are not, and the last step's loss is not its update.
+    """Checks the parameters before they are evaluated or saved: a finite loss can have gradients that are not.
 
     Raises:
         NonFiniteLossError: on all ranks, as they hold the same parameters.
@@ -251,7 +253,7 @@ def _report_left_out(run: Fit, state: TrainState, epoch: int) -> None:
         run.trackers.log(run.stage, epoch, state.step - 1, {"skipped_samples": state.left_out})
     if state.left_out:
         run.progress.say(
-            f"{run.stage}: epoch {epoch + 1}/{run.epochs}: samples left out because they cannot be decoded: {state.left_out}"
+            f"{run.stage}: epoch {epoch + 1}/{run.epochs}: left out {state.left_out} samples that cannot be decoded"
         )
     state.left_out = 0
 
@@ -259,12 +261,12 @@ def _report_left_out(run: Fit, state: TrainState, epoch: int) -> None:
 def _end_epoch(run: Fit, state: TrainState, epoch: int) -> None:
     _report_left_out(run, state, epoch)
     last, stop = state.step == run.total_steps, False
-    if last or (epoch + 1) % run.config.evaluate_every == 0:
+    if last or (epoch + 1) % run.settings.evaluate_every == 0:
         if state.average is not None:
             # Its buffers were copied from the last step's model.
-            run.reestimate(state.average.module)
+            run.learner.recalibrate(state.average.module)
         state.chosen.eval()
-        evaluation = run.evaluate(state.chosen)
+        evaluation = run.learner.evaluate(state.chosen)
         state.metrics, stop = evaluation.metrics, evaluation.stop
         state.model.train()
         run.trackers.log(
@@ -272,12 +274,13 @@ def _end_epoch(run: Fit, state: TrainState, epoch: int) -> None:
         )
         state.selection.add(state.step, state.metrics)
         place = (run.stage, epoch + 1, run.epochs, state.metrics)
-        run.progress.say(plain_line(*place) if run.epoch_format is None else epoch_line(run.epoch_format, *place))
+        form = run.config.log.epoch_format
+        run.progress.say(plain_line(*place) if form is None else epoch_line(form, *place))
     if state.selection.stop and not last:
         run.progress.say(_stopped(run, state, epoch + 1))
     state.epoch_open = False
     if not last:
-        # The end of a stage is saved by the pipeline, with the stage's result. An early stop is saved, so that it is not trained again.
+        # The pipeline saves a stage's end. An early stop is saved here too, so that a resume does not train it again.
         _save(run, state)
         _stop_if(stop, run, state)
 
@@ -293,5 +296,5 @@ def _stopped(run: Fit, state: TrainState, epoch: int) -> str:
 
 def _save(run: Fit, state: TrainState) -> None:
     selection = state.selection
-    needed = selection.best_step if run.config.select == "best" else None
+    needed = selection.best_step if run.settings.select == "best" else None
     run.checkpoints.save_step(run.stage, state.step, state.state_dict(), selection.ranking, needed)

@@ -1,4 +1,4 @@
-"""What the ranks agree on after each backward: at most two flat all-reduces (law 3)."""
+"""Reduces loss, statistics and ranges over the ranks after each backward: at most two flat all-reduces (law 3)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dist_train.quantization.ranges import Ranges
 class StepSums:
     """Sums over this rank's real samples of a step: `loss` and `score` are float32 tensors [] on the device.
 
-    `global_count` is the number of samples that were planned for all ranks; those that could not be decoded are in no rank's `rows`.
+    `global_count` samples were planned for all ranks; a sample that cannot be decoded is in no rank's `rows`.
     """
 
     loss: torch.Tensor
@@ -40,8 +40,25 @@ class StepMeans:
     """Whether any rank was asked to stop."""
 
 
-class Pending:
-    """A reduction under way; `means()` waits for it. On CUDA the loop calls it a step later, so that the device never idles."""
+class HostCopy:
+    """A small tensor on its way from the device to the host."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._host = tensor.detach().to("cpu", non_blocking=True)
+        self._event: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> torch.Tensor:
+        """Waits for this copy alone, and returns it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
+class PendingMeans:
+    """A reduction under way; on CUDA the loop asks for its `means()` a step later, so that the device never idles."""
 
     def __init__(
         self, totals: torch.Tensor, own_loss: torch.Tensor, global_count: int, step: int, world: World
@@ -51,36 +68,24 @@ class Pending:
         self._world = world
         self._own_loss = own_loss
         self._rows = totals[2]
-        self._host = totals.to("cpu", non_blocking=True)
-        self._event: torch.cuda.Event | None = None
-        if totals.is_cuda:
-            self._event = torch.cuda.Event()
-            self._event.record()
+        self._totals = HostCopy(totals)
 
     def means(self) -> StepMeans:
-        """The means of the step.
+        """Waits for the means of the step.
 
         Raises:
             NonFiniteLossError: on every rank, if the loss of any is NaN or infinite; names the step and the ranks.
             DataError: on every rank, if no rank had a sample.
         """
-        if self._event is not None:
-            self._event.synchronize()
-        loss, score, count, stop = self._host.tolist()
+        loss, score, count, stop = self._totals.wait().tolist()
         if not math.isfinite(loss):
-            guilty = [
-                rank for rank, own in enumerate(self._world.gather(float(self._own_loss))) if not math.isfinite(own)
-            ]
-            where = (
-                f"rank {guilty[0]}"
-                if len(guilty) == 1
-                else f"ranks {', '.join(map(str, guilty))}"
-                if guilty
-                else "the sum over ranks"
-            )
+            losses = self._world.gather(float(self._own_loss))
+            ranks = [str(rank) for rank, own in enumerate(losses) if not math.isfinite(own)]
+            place = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}" if ranks else "the sum over ranks"
             raise NonFiniteLossError(
-                f"the loss of step {self._step} is not finite on {where}",
-                "lower the learning rate, set clip_grad_norm, or look for bad samples: --debug.ledger true writes each step's ids",
+                f"the loss of step {self._step} is not finite on {place}",
+                "lower the learning rate, set clip_grad_norm, or look for bad samples: "
+                "--debug.ledger true writes each step's ids",
             )
         if count == 0:
             raise DataError(
@@ -90,15 +95,15 @@ class Pending:
         return StepMeans(loss / count, score / count, int(count), stop > 0)
 
     def rescale(self, model: nn.Module) -> None:
-        """Makes gradients of the sum over the planned count those of the mean over the real one; exact where they are equal."""
+        """Turns gradients of the sum over the planned count into those of the mean over the real one."""
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         torch._foreach_mul_(gradients, self._global_count / self._rows)
 
 
 def require_same_buffers(world: World, model: nn.Module) -> None:
-    """Refuses models whose buffers follow each rank's own data: only one rank's would be saved, and no resume could be exact.
+    """Refuses models whose buffers follow each rank's own data: only one rank's buffers are saved. Collective.
 
-    BatchNorm's running statistics are averaged and quantization ranges are merged, so those are equal. Collective.
+    BatchNorm's running statistics are averaged and quantization ranges are merged, so those are equal.
 
     Raises:
         SetupError: on every rank; names the buffer.
@@ -131,13 +136,13 @@ def require_same_buffers(world: World, model: nn.Module) -> None:
 class StepReduction:
     """Makes loss, BatchNorm statistics and quantization ranges those of all ranks' data.
 
-    A SUM carries the loss, the score, who was asked to stop, and the running statistics of BatchNorm, each rank's weighted by its share of the rows: as
-    running statistics are linear in the batch's, averaging them each step is averaging the batches'. A MAX carries the ranges.
-    A rank without rows has weight 0: neither its statistics nor its ranges count.
+    A SUM carries the loss, the score, the stop flag and the running statistics of BatchNorm, each rank's weighted by its
+    share of the rows. Running statistics are linear in the batch's, so averaging them each step averages the batches'.
+    A MAX carries the ranges. A rank without rows has weight 0: neither its statistics nor its ranges count.
 
     Args:
         model: the unwrapped module whose buffers named running_mean and running_var are averaged.
-        ranges: of the prepared model, or None in float training, where there is no MAX.
+        ranges: of the prepared model; None in float training, which has no MAX.
         averaging: weight of a step's range in the moving average.
     """
 
@@ -146,17 +151,16 @@ class StepReduction:
         self._ranges = ranges
         self._averaging = averaging
         self._statistics = running_statistics(model)
-        self.collectives = 0
 
     def freeze_statistics(self) -> None:
-        """BatchNorm's statistics stand still from now on; averaging equal values would still round them."""
+        """Leaves BatchNorm's statistics alone from now on; averaging equal values would still round them."""
         self._statistics = []
 
     def freeze_ranges(self) -> None:
         self._ranges = None
 
     @torch.no_grad()
-    def __call__(self, sums: StepSums, step: int) -> Pending:
+    def __call__(self, sums: StepSums, step: int) -> PendingMeans:
         """Reduces one step; leaves the averaged statistics and ranges in the model."""
         rows, stop = (
             torch.full((), float(value), device=sums.loss.device) for value in (sums.rows, self._world.stop_wanted())
@@ -166,7 +170,7 @@ class StepReduction:
             totals = self._sum(totals, sums)
         if self._ranges is not None:
             self._merge(self._ranges, sums.rows)
-        return Pending(totals, sums.loss, sums.global_count, step, self._world)
+        return PendingMeans(totals, sums.loss, sums.global_count, step, self._world)
 
     def _sum(self, scalars: torch.Tensor, sums: StepSums) -> torch.Tensor:
         weight = sums.rows / sums.global_count
@@ -176,9 +180,8 @@ class StepReduction:
             for buffer in self._statistics
         ]
         flat = self._world.all_reduce(torch.cat([scalars, *own]), "sum")
-        self.collectives += 1
         if self._statistics:
-            # The weights add up to 1, unless samples were left out: which, only this reduction tells. By 1 it is exact.
+            # The weights add up to 1 unless samples were left out, which this reduction alone tells. Times 1 is exact.
             averages = flat[len(scalars) :] * (sums.global_count / flat[2])
             pieces = averages.split([buffer.numel() for buffer in self._statistics])
             torch._foreach_copy_(
@@ -193,5 +196,4 @@ class StepReduction:
         observed = ranges.observed()
         if self._world.world_size > 1:
             self._world.all_reduce(observed, "max")
-            self.collectives += 1
         ranges.update(observed, self._averaging)

@@ -1,4 +1,4 @@
-"""What the loop sees of its own steps: losses, speed, the wait for data, the gradients' norm; logged at intervals."""
+"""Logs the loop's steps: loss, speed, data wait, gradient norm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from dist_train.console.progress import Progress
 from dist_train.trackers.base import Trackers
-from dist_train.training.reduction import Pending, StepMeans
+from dist_train.training.reduction import HostCopy, PendingMeans, StepMeans
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ class DataClock:
         self._arrived: float | None = None
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches; from one's arrival until the next one is asked for the loop works."""
+        """Yields the same batches; from a batch's arrival until the next is asked for, the loop works."""
         iterator = iter(batches)
         while True:
             asked = time.monotonic()
@@ -40,7 +40,7 @@ class DataClock:
             self._arrived = None
 
     def share(self) -> float:
-        """Share of the time since the last call that was waited, 0 to 1; evaluations are left out of that time."""
+        """Returns which share of the time since the last call was waited, 0 to 1; evaluations do not count."""
         self._settle(time.monotonic())
         total = self._waited + self._worked
         share = self._waited / total if total > 0 else 0.0
@@ -53,36 +53,20 @@ class DataClock:
             self._arrived = now
 
 
-class _Norm:
-    """A scalar on its way from the device; `item()` waits for it alone."""
-
-    def __init__(self, value: torch.Tensor) -> None:
-        self._host = value.detach().to("cpu", non_blocking=True)
-        self._event: torch.cuda.Event | None = None
-        if value.is_cuda:
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def item(self) -> float:
-        if self._event is not None:
-            self._event.synchronize()
-        return float(self._host)
-
-
 @dataclass
 class _Step:
-    pending: Pending
+    pending: PendingMeans
     step: int
     epoch: int
     lr: float
     samples: int
-    norm: _Norm | None = None
+    norm: HostCopy | None = None
 
 
-class Outlook:
-    """Looks at what the reductions brought: at once on a CPU, a step later on CUDA, where waiting would idle the device.
+class StepLog:
+    """Reads the steps' reduced values and logs them: at once on a CPU, a step later on CUDA, where waiting idles the device.
 
-    Nothing is evaluated or saved before `drain`.
+    Call `drain` before anything is evaluated or saved.
     """
 
     def __init__(
@@ -92,45 +76,45 @@ class Outlook:
         self._progress, self._trackers = progress, trackers
         self._lag = lag
         self._waiting: deque[_Step] = deque()
-        self._looked: deque[tuple[_Step, StepMeans]] = deque()
+        self._read: deque[tuple[_Step, StepMeans]] = deque()
         self._data_wait = 0.0
         self._left_out = 0
         self.clock = DataClock()
         self.stop_agreed = False
-        """Some rank was asked to stop; the same on all ranks, as they look at the same steps."""
+        """Whether some rank was asked to stop; equal on all ranks, as they read the same steps."""
 
     def logs(self, step: int) -> bool:
-        """Whether this step gets a line of metrics."""
+        """Tells whether this step gets a line of metrics."""
         return step % self._log_every == 0 or step + 1 == self._total_steps
 
-    def add(self, pending: Pending, step: int, epoch: int, lr: float, samples: int) -> None:
-        """A step's gradients are there.
+    def add(self, pending: PendingMeans, step: int, epoch: int, lr: float, samples: int) -> None:
+        """Adds a step whose gradients are there.
 
         Raises:
-            NonFiniteLossError: on all ranks, where the loss of a step looked at is not finite: before its update on a CPU.
+            NonFiniteLossError: on all ranks, where the loss of a step read is not finite; on a CPU before its update.
         """
         self._waiting.append(_Step(pending, step, epoch, lr, samples))
-        self._look(self._lag)
+        self._read_all_but(self._lag)
 
     def updated(self, grad_norm: torch.Tensor | None) -> None:
-        """The update of the step that was added last is under way; `grad_norm` float32 [] on the device, before clipping."""
-        newest = self._waiting[-1] if self._waiting else self._looked[-1][0]
+        """Takes the `grad_norm` of the step added last, float32 [] on the device, before clipping."""
+        newest = self._waiting[-1] if self._waiting else self._read[-1][0]
         if grad_norm is not None and self.logs(newest.step):
-            newest.norm = _Norm(grad_norm)
+            newest.norm = HostCopy(grad_norm)
         self._log()
 
     def drain(self) -> int:
-        """Looks at all; returns how many samples were left out since it was called last."""
-        self._look(0)
+        """Reads all steps; returns how many samples were left out since the last call."""
+        self._read_all_but(0)
         self._log()
         left_out, self._left_out = self._left_out, 0
         return left_out
 
-    def _look(self, lag: int) -> None:
+    def _read_all_but(self, lag: int) -> None:
         while len(self._waiting) > lag:
             found = self._waiting.popleft()
             means = found.pending.means()
-            self._looked.append((found, means))
+            self._read.append((found, means))
             self._left_out += found.samples - means.count
             self.stop_agreed |= means.stop
             if self.logs(found.step):
@@ -138,8 +122,8 @@ class Outlook:
             self._progress.step(found.step + 1, means.count, means.loss, means.score, found.lr, self._data_wait)
 
     def _log(self) -> None:
-        while self._looked:
-            found, means = self._looked.popleft()
+        while self._read:
+            found, means = self._read.popleft()
             if not self.logs(found.step):
                 continue
             scalars = {
@@ -150,5 +134,5 @@ class Outlook:
                 "data_wait": round(self._data_wait, 4),
             }
             if found.norm is not None:
-                scalars["grad_norm"] = found.norm.item()
+                scalars["grad_norm"] = float(found.norm.wait())
             self._trackers.log(self._stage, found.epoch, found.step, scalars)

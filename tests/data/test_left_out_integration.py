@@ -43,7 +43,7 @@ class Damaged(Dataset[Any]):
 def _fit(world: World, damaged: list[int], micro: int | None) -> dict[str, Any]:
     model = mlp()
     made = make(world, model, size=SIZE, batch=BATCH, epochs=EPOCHS, micro=micro, dataset=Damaged(SIZE, damaged))
-    state = fit(made.run, model, None)
+    state = fit(made.run, None)
     return {
         "parameters": flat(model),
         "losses": made.recorder.of("loss"),
@@ -157,7 +157,7 @@ def test_where_nothing_is_damaged_nothing_changes() -> None:
     found = _fit(World(), [], None)
     model = mlp()
     made = make(World(), model, size=SIZE, batch=BATCH, epochs=EPOCHS)
-    fit(made.run, model, None)
+    fit(made.run, None)
     assert found["parameters"] == flat(model) and found["left out"] == [0, 0]
     assert "skipped_samples" not in found["metrics"]
 
@@ -173,11 +173,11 @@ def test_the_count_of_an_epoch_survives_an_interruption() -> None:
     model = mlp()
     options: dict[str, Any] = {"size": SIZE, "batch": BATCH, "epochs": 1, "dataset": Damaged(SIZE, damaged)}
     made = make(World(), model, checkpoint_every=2, **options)
-    fit(made.run, model, None)
+    fit(made.run, None)
     state = made.memory.states[2]
     assert 0 < state["left_out"] < len(damaged)
     again = make(World(), model, **options)
-    fit(again.run, model, state)
+    fit(again.run, state)
     assert again.recorder.of("skipped_samples") == [len(damaged)]
 
 

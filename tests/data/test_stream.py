@@ -78,7 +78,7 @@ def test_a_stream_that_is_too_short_is_named() -> None:
 def _fit(world: World) -> dict[str, Any]:
     model = mlp()
     made = make(world, model, size=20, batch=5, dataset=Stream(20), evaluate_with=_loss_of_nothing)
-    fit(made.run, model, None)
+    fit(made.run, None)
     return {"losses": made.recorder.of("loss"), "parameters": flat(model)}
 
 

@@ -282,7 +282,7 @@ def test_ranks_that_do_not_come_are_a_setup_error(monkeypatch: pytest.MonkeyPatc
 
 PLUGIN = """
 import dist_train, os, torch
-from dist_train.data.arrays import Splits
+from dist_train.data.splits import Splits
 from torch.utils.data import Dataset
 
 class Planted(Dataset):

@@ -370,7 +370,7 @@ def test_one_model_on_other_data_is_normalised_as_in_training(
 ) -> None:
     (tmp_path / "darker.py").write_text(
         "import dataclasses, dist_train\n"
-        "from dist_train.data.datasets.digits import fake\n"
+        "from dist_train.data.datasets.fake import fake\n"
         "@dist_train.register_dataset('darker')\n"
         "def darker(data):\n"
         "    splits = fake(data.model_copy(update={'name': 'fake'}))\n"

@@ -17,7 +17,7 @@ from dist_train.config.tree import Config
 from dist_train.errors import ConfigError, DataError
 from dist_train.models.build import build_model, check_model, initial_weights
 from dist_train.models.weights import digest, load_weights, read_file, read_run
-from dist_train.pipeline.set_up import check_arguments
+from dist_train.pipeline.arguments import check_arguments
 from dist_train.run_dir.checkpoint import CheckpointFolder
 from dist_train.run_dir.files import read_json
 

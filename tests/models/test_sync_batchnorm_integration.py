@@ -75,7 +75,7 @@ def _losses(
         strategy_class=strategy,
     )
     with synchronised_batch_norms(model, world) if world.world_size > 1 else nullcontext():
-        fit(made.run, model, None)
+        fit(made.run, None)
     return {
         "losses": made.recorder.of("loss"),
         "weights": flat(model),
@@ -132,7 +132,7 @@ def test_losses_are_those_of_one_process_at_equal_world_times_micro_batch(
 def _unsynchronised(world: World) -> list[float]:
     model = net()
     made = make(world, model, size=SIZE, batch=BATCH, config={"clip_grad_norm": 0.5, "ema_decay": 0.8})
-    fit(made.run, model, None)
+    fit(made.run, None)
     return made.recorder.of("loss")
 
 
@@ -142,11 +142,11 @@ def _in_other_ways(world: World) -> dict[str, Any]:
     model = net()
     made = make(world, model, size=SIZE, batch=BATCH, joint_micro=WHOLE // 2, compile=True)
     with synchronised_batch_norms(model, world):
-        fit(made.run, model, None)
+        fit(made.run, None)
     eager = net()
     plain = make(world, eager, size=SIZE, batch=BATCH, joint_micro=WHOLE // 2)
     with synchronised_batch_norms(eager, world):
-        fit(plain.run, eager, None)
+        fit(plain.run, None)
     return {
         "unsynchronised": _unsynchronised(world),
         "compiled": made.recorder.of("loss"),

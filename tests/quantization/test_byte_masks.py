@@ -96,7 +96,7 @@ def test_a_compiled_step_keeps_no_bools_and_has_the_gradients_of_an_eager_one(ac
 
 @pytest.mark.parametrize(
     ("name", "instead"),
-    [("fake_quantize.equal", torch.eq), ("prepared_graph.use_byte_masks", lambda graph: None)],
+    [("fake_quantize.equal", torch.eq), ("pt2e.prepared_graph.use_byte_masks", lambda graph: None)],
 )
 def test_without_it_a_compiled_step_keeps_bools(
     name: str, instead: Callable[..., Any], monkeypatch: pytest.MonkeyPatch

@@ -68,7 +68,7 @@ def test_what_torchao_raises_names_the_module_the_line_and_what_to_type(images: 
     model = nn.Sequential(Doubled(), nn.Flatten(), nn.Linear(588, 5)).eval()
     with pytest.raises(QuantizationError) as error:
         backend("pt2e").check(model, (), images)
-    assert "at 0.conv, test_rehearsal.py line" in error.value.message
+    assert "at 0.conv, test_dry_run.py line" in error.value.message
     assert "return self.conv(x): mul is not an aten conv2d operator" in error.value.message
     rule = "'[{match: \"0.conv\", skip: true}]'"
     assert error.value.hint == f"--qat.rules {rule}, or --qat.backend fx"

@@ -94,7 +94,7 @@ def test_a_thing_that_lacks_a_package_says_what_to_install() -> None:
 def test_entry_points_add_names_but_never_replace_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     group = "dist_train.stages"
     points = [EntryPoint("theirs", "fractions:Fraction", group), EntryPoint("ours", "fractions:Fraction", group)]
-    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    monkeypatch.setattr(registry.registry, "entry_points", lambda group: points)
     stages = Registry("stage", group, {"ours": Entry("json:loads")})
     assert stages.names() == ["ours", "theirs"]
     assert stages.get("theirs").__name__ == "Fraction" and stages.get("ours").__name__ == "loads"

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from dist_train.distributed.world import World
 from dist_train.errors import GateError
 from dist_train.run_dir.files import read_json
+from dist_train.run_dir.gates import Gate, Gates
 from dist_train.run_dir.paths import RunDir
-from dist_train.stages.context import Context
-from dist_train.stages.gates import _draw_variances, _relative_difference
+from dist_train.stages.prepare_gate import _draw_variances, _relative_difference
 
 
 def judge(tmp_path: Path, value: float, bound: float) -> dict[str, Any]:
-    """The recorded gate, from a context that has what `Context.gate` needs."""
-    context = SimpleNamespace(world=World(), run_dir=RunDir(tmp_path), results={"gates": {}})
-    Context.gate(cast(Context, context), "prepare", value, bound, value <= bound, "type this")
-    gate: dict[str, Any] = context.results["gates"]["prepare"]
-    return gate
+    """Checks a gate and returns its record."""
+    results: dict[str, Any] = {"gates": {}}
+    gate = Gate(name="prepare", value=value, bound=bound, passed=value <= bound, hint="type this")
+    Gates(RunDir(tmp_path), results, is_main=True).check(gate)
+    record: dict[str, Any] = results["gates"]["prepare"]
+    return record
 
 
 def test_what_lies_within_the_bound_passes(tmp_path: Path) -> None:

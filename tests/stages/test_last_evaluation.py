@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,26 +10,41 @@ import torch
 from torch import nn
 
 from dist_train.distributed.world import World
-from dist_train.stages.train import LastEvaluation
+from dist_train.stages.train import StageLearner
 from dist_train.training.evaluate import Evaluation
+from dist_train.training.hooks import Hook
+from dist_train.training.learner import Learner
 from dist_train.training.loop import fit
+from dist_train.training.state import TrainState
 from tests.support.training_loops import CLASSES, make, mlp
 
 
-def trained(select: str) -> tuple[LastEvaluation, list[Evaluation], Any]:
-    """Trains four epochs, the second of which is the best."""
-    seen: list[Evaluation] = []
-    plain = make(World(), mlp()).run.evaluate
+class Scored(StageLearner):
+    """Evaluates as `make`'s own learner does, with scores of which the second and the fifth are the best."""
 
-    def evaluate(model: nn.Module) -> Evaluation:
-        found = plain(model)
-        score = 0.9 if len(seen) in (1, 4) else 0.5 + len(seen) / 100
-        seen.append(Evaluation({**found.metrics, "top1": score}, found.decisions, found.details))
-        return seen[-1]
+    def __init__(self, plain: Learner) -> None:
+        super().__init__(plain.model, plain.reduction)
+        self._plain = plain
+        self.seen: list[Evaluation] = []
 
-    last = LastEvaluation(evaluate)
-    made = make(World(), mlp(), epochs=4, config={"select": select}, evaluate_with=last)
-    return last, seen, fit(made.run, mlp(), None)
+    def hooks(self, total_steps: int) -> Sequence[Hook]:
+        return ()
+
+    def measure(self, model: nn.Module) -> Evaluation:
+        found = self._plain.evaluate(model)
+        score = 0.9 if len(self.seen) in (1, 4) else 0.5 + len(self.seen) / 100
+        self.seen.append(Evaluation({**found.metrics, "top1": score}, found.decisions, found.details))
+        return self.seen[-1]
+
+    def recalibrate(self, averaged: nn.Module) -> None:
+        return
+
+
+def trained(select: str) -> tuple[Scored, TrainState]:
+    """Trains four epochs, of which the second is the best."""
+    run = make(World(), mlp(), epochs=4, config={"select": select}).run
+    run.learner = learner = Scored(run.learner)
+    return learner, fit(run, None)
 
 
 def counted(evaluation: Evaluation) -> Any:
@@ -37,22 +53,22 @@ def counted(evaluation: Evaluation) -> Any:
 
 
 def test_the_last_epoch_s_details_cost_no_second_evaluation() -> None:
-    last, seen, state = trained("last")
-    assert last.of(state) is seen[3]
-    assert len(seen) == 4
+    learner, state = trained("last")
+    assert learner.evaluation_of(state) is learner.seen[3]
+    assert len(learner.seen) == 4
 
 
 def test_where_an_earlier_epoch_is_chosen_the_details_are_its_own() -> None:
-    last, seen, state = trained("best")
+    learner, state = trained("best")
     assert state.chosen_step < state.step == 16
-    found = last.of(state)
-    assert len(seen) == 5
-    assert found.metrics == state.metrics == seen[1].metrics
-    assert counted(found) == counted(seen[1]) != counted(seen[3])
+    found = learner.evaluation_of(state)
+    assert len(learner.seen) == 5
+    assert found.metrics == state.metrics == learner.seen[1].metrics
+    assert counted(found) == counted(learner.seen[1]) != counted(learner.seen[3])
 
 
 def test_details_add_up_to_the_metrics() -> None:
-    evaluation = make(World(), mlp()).run.evaluate(mlp().eval())
+    evaluation = make(World(), mlp()).run.learner.evaluate(mlp().eval())
     confusion = torch.tensor(counted(evaluation)["metrics"]["confusion"])
     assert confusion.shape == (CLASSES, CLASSES) and int(confusion.sum()) == evaluation.metrics["count"]
     assert float(confusion.diagonal().sum() / confusion.sum()) == pytest.approx(evaluation.metrics["top1"])

@@ -101,7 +101,7 @@ def test_quantization_aware_training_runs_in_the_precision_of_the_accelerate_con
 def _trained(world: World, strategy: type[Strategy], precision: Any = "fp32") -> dict[str, Any]:
     model = normed()
     made = make(world, model, strategy_class=strategy, precision=precision, micro=3, config={"clip_grad_norm": 0.5})
-    state = fit(made.run, model, None)
+    state = fit(made.run, None)
     buffers = {name: buffer.double().tolist() for name, buffer in model.named_buffers() if "step_" not in name}
     return {"weights": flat(model), "buffers": buffers, "losses": made.recorder.of("loss"), "metrics": state.metrics}
 

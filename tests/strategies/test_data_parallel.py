@@ -163,7 +163,7 @@ def test_training_under_dp_is_that_of_one_process_on_every_tail() -> None:
         torch.manual_seed(1)
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.3)
-        fit(make(World(), model, micro=4, strategy_class=strategy).run, model, None)
+        fit(make(World(), model, micro=4, strategy_class=strategy).run, None)
         weights.append(flat(model))
     assert weights[1] == pytest.approx(weights[0], abs=1e-5)
 

@@ -69,11 +69,11 @@ def _skipping(world: World, folder: str) -> dict[str, Any]:
         kept[step] = made.memory.states[step]
 
     made.memory.save_step = keep  # type: ignore[method-assign]
-    state = fit(made.run, model, None)
+    state = fit(made.run, None)
     ledger.sync()
     ledger.close()
     again = steep(100.0)
-    resumed = fit(make(world, again, precision="fp16", config=settings, micro=3).run, again, kept[2])
+    resumed = fit(make(world, again, precision="fp16", config=settings, micro=3).run, kept[2])
     return {
         "skipped": state.skipped,
         "weights": rates.seen,
@@ -113,7 +113,7 @@ def test_gradients_that_are_not_finite_whatever_the_scale_end_the_run() -> None:
     model = steep(math.inf)
     made = make(World(), model, precision="fp16", epochs=20, size=40)
     with pytest.raises(NonFiniteLossError, match=r"gradients are not finite, though the loss is.*\n.*--precision bf16"):
-        fit(made.run, model, None)
+        fit(made.run, None)
     assert all(map(math.isfinite, flat(model)))
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 from dist_train.config.checks.strategy import Precision
 from dist_train.config.data import MixConfig
 from dist_train.config.stages import FitConfig
+from dist_train.config.tree import Config
 from dist_train.console.progress import Progress
 from dist_train.data.arrays import ImageArrays
 from dist_train.data.augment.mix import Mix
@@ -34,7 +35,9 @@ from dist_train.tasks import Classification, Task
 from dist_train.trackers.base import Tracker, Trackers
 from dist_train.training.evaluate import Evaluation, evaluate
 from dist_train.training.hooks import Hook
+from dist_train.training.learner import Learner
 from dist_train.training.loop import Fit
+from dist_train.training.profiler import NoProfile
 from dist_train.training.reduction import StepReduction
 
 CLASSES = 4
@@ -123,6 +126,30 @@ class Watch:
         self.seen.append(self._look())
 
 
+class Given(Learner):
+    """A learner of given parts."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reduction: StepReduction,
+        hooks: Sequence[Hook],
+        evaluate: Callable[[nn.Module], Evaluation],
+        recalibrate: Callable[[nn.Module], None],
+    ) -> None:
+        super().__init__(model, reduction)
+        self._hooks, self._evaluate, self._recalibrate = hooks, evaluate, recalibrate
+
+    def hooks(self, total_steps: int) -> Sequence[Hook]:
+        return self._hooks
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        return self._evaluate(model)
+
+    def recalibrate(self, averaged: nn.Module) -> None:
+        self._recalibrate(averaged)
+
+
 @dataclass
 class Made:
     run: Fit
@@ -147,8 +174,9 @@ def make(
     ledger: Ledger | NoLedger | None = None,
     compile: bool = False,
     checkpoint_every: int | None = None,
+    log_every: int = 1,
     evaluate_with: Callable[[nn.Module], Evaluation] | None = None,
-    reestimate: Callable[[nn.Module], None] = lambda averaged: None,
+    recalibrate: Callable[[nn.Module], None] = lambda averaged: None,
     dataset: Dataset[Any] | None = None,
     mix: MixConfig | None = None,
 ) -> Made:
@@ -188,26 +216,30 @@ def make(
         return found
 
     settings = FitConfig.model_validate({"epochs": epochs, "optim": {"lr": 0.1}, **(config or {})})
+    whole = Config.model_validate(
+        {
+            "run": {"seed": 7},
+            "compile": compile,
+            "checkpoint": {"every_steps": checkpoint_every},
+            "log": {"every_steps": log_every},
+        }
+    )
+    reduction = StepReduction(world, model, ranges if len(ranges) else None, 0.1)
     run = Fit(
         stage="train",
-        seed=7,
-        config=settings,
+        config=whole,
+        settings=settings,
         epochs=epochs,
         steps_per_epoch=loader.steps_per_epoch,
         loader=loader,
         task=chosen_task,
         strategy=strategy,
-        reduction=StepReduction(world, model, ranges if len(ranges) else None, 0.1),
-        hooks=hooks,
-        evaluate=evaluate_with or evaluation,
+        learner=Given(model, reduction, hooks, evaluate_with or evaluation, recalibrate),
         checkpoints=memory,
-        checkpoint_every=checkpoint_every,
         ledger=ledger or NoLedger(),
         trackers=Trackers([recorder]),
-        log_every=1,
         progress=Progress(False, 1.0, io.StringIO()),
-        compile=compile,
-        reestimate=reestimate,
+        profile=NoProfile(),
     )
     return Made(run, recorder, memory)
 

@@ -27,7 +27,7 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4))
 
 
-def reestimate(averaged: nn.Module) -> None:
+def recalibrate(averaged: nn.Module) -> None:
     data = arrays(24)
     inputs = (data.images.float() / 255 - 0.5) / 0.25
     estimate_moments(averaged, [Batch(torch.arange(24), inputs, data.targets)], World())
@@ -43,13 +43,13 @@ def made(model: nn.Module, **options: Any) -> Made:
 
 def test_what_is_handed_on_has_the_moments_of_the_averaged_parameters() -> None:
     model = net()
-    state = fit(made(model, reestimate=reestimate).run, model, None)
+    state = fit(made(model, recalibrate=recalibrate).run, None)
     expected = copy.deepcopy(state.chosen)
-    reestimate(expected)
+    recalibrate(expected)
     assert statistics(state.chosen) == pytest.approx(statistics(expected), rel=1e-6)
     assert statistics(state.chosen) != pytest.approx(statistics(model), rel=1e-2)
     untouched = net()
-    fit(made(untouched).run, untouched, None)
+    fit(made(untouched).run, None)
     assert flat(untouched) == flat(model) and statistics(untouched) == statistics(model), "training knows nothing of it"
 
 
@@ -57,7 +57,7 @@ def test_what_is_handed_on_has_the_moments_of_the_averaged_parameters() -> None:
 def test_a_resumed_run_has_the_same_ones_to_the_bit(select: str) -> None:
     config = {"select": select, "optim": {"lr": 2.0}}
     model, kept = net(), {}
-    undisturbed = made(model, reestimate=reestimate, config=config, checkpoint_every=3)
+    undisturbed = made(model, recalibrate=recalibrate, config=config, checkpoint_every=3)
     save = undisturbed.memory.save_step
 
     def keep(stage: str, step: int, state: dict[str, Any], best_first: Sequence[int], needed: int | None) -> None:
@@ -65,13 +65,13 @@ def test_a_resumed_run_has_the_same_ones_to_the_bit(select: str) -> None:
         kept[step] = copy.deepcopy(undisturbed.memory.states)
 
     undisturbed.memory.save_step = keep  # type: ignore[method-assign]
-    state = fit(undisturbed.run, model, None)
+    state = fit(undisturbed.run, None)
     assert len(kept) > 4
     for step, states in kept.items():
         again = net()
-        resumed = made(again, reestimate=reestimate, config=config, checkpoint_every=3)
+        resumed = made(again, recalibrate=recalibrate, config=config, checkpoint_every=3)
         resumed.memory.states = states
-        found = fit(resumed.run, again, copy.deepcopy(states[step]))
+        found = fit(resumed.run, copy.deepcopy(states[step]))
         assert statistics(found.chosen) == statistics(state.chosen) and flat(found.chosen) == flat(state.chosen), step
         assert found.chosen_step == state.chosen_step and found.metrics == state.metrics
 

@@ -17,7 +17,7 @@ from dist_train.tasks import Classification
 from dist_train.training import loop
 from dist_train.training.evaluate import Evaluation
 from dist_train.training.loop import fit
-from dist_train.training.step_log import Outlook
+from dist_train.training.step_log import StepLog
 from tests.support.training_loops import CLASSES, Watch, flat, make, mlp, normed
 
 
@@ -36,7 +36,7 @@ class Planted(Classification):
         return (outputs * 0).abs().sqrt().sum(1) if self._only_gradient else loss * math.nan
 
 
-class _Lagging(Outlook):
+class _Lagging(StepLog):
     """Reads values a step later, as on CUDA."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -47,18 +47,18 @@ class _Lagging(Outlook):
 def test_training_learns() -> None:
     model = mlp()
     made = make(World(), model, epochs=15)
-    state = fit(made.run, model, None)
+    state = fit(made.run, None)
     assert state.metrics["top1"] > 0.9 and state.metrics["count"] == 37 and state.step == made.run.total_steps == 60
     assert not model.training
 
 
 def test_looking_a_step_later_logs_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     logged = []
-    for outlook in (Outlook, _Lagging):
-        monkeypatch.setattr(loop, "Outlook", outlook)
+    for step_log in (StepLog, _Lagging):
+        monkeypatch.setattr(loop, "StepLog", step_log)
         model = mlp()
         made = make(World(), model, checkpoint_every=3)
-        fit(made.run, model, None)
+        fit(made.run, None)
         lines = [
             {name: value for name, value in line.items() if name not in ("samples_per_second", "data_wait")}
             for line in made.recorder.lines
@@ -68,18 +68,18 @@ def test_looking_a_step_later_logs_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     assert [line["step"] for line in logged[0][0] if "loss" in line] == list(range(8))
 
 
-@pytest.mark.parametrize("outlook", [Outlook, _Lagging])
+@pytest.mark.parametrize("step_log", [StepLog, _Lagging])
 @pytest.mark.parametrize("step", [0, 4, 5, 7])
 def test_nothing_is_saved_after_a_loss_that_is_not_finite(
-    step: int, outlook: type[Outlook], monkeypatch: pytest.MonkeyPatch
+    step: int, step_log: type[StepLog], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "Outlook", outlook)
+    monkeypatch.setattr(loop, "StepLog", step_log)
     model = mlp()
     made = make(
         World(), model, checkpoint_every=1, task=Planted(step if step < 4 else step + 3)
     )  # 3 batches of evaluation lie between the epochs
     with pytest.raises(NonFiniteLossError, match=f"the loss of step {step} is not finite on rank 0"):
-        fit(made.run, model, None)
+        fit(made.run, None)
     assert all(saved <= step for saved in made.memory.saved)
     assert len(made.recorder.of("loss")) == step
 
@@ -93,7 +93,7 @@ def test_a_gradient_that_is_not_finite_reaches_no_checkpoint_and_no_evaluation(s
     with pytest.raises(
         NonFiniteLossError, match=rf"after step {step} the parameter 1\.weight is not finite, though the loss was"
     ):
-        fit(made.run, model, None)
+        fit(made.run, None)
     assert made.memory.saved == saved and len(made.recorder.of("eval_loss")) == step // 4
 
 
@@ -101,19 +101,23 @@ def test_what_is_chosen_is_the_moving_average_where_there_is_one() -> None:
     model = mlp()
     watch = Watch(lambda: torch.tensor(flat(model)))
     made = make(World(), model, hooks=[watch], config={"ema_decay": 0.7})
-    state = fit(made.run, model, None)
+    state = fit(made.run, None)
     after = [*watch.seen[1:], torch.tensor(flat(model))]
     average = after[0]
     for parameters in after[1:]:
         average = 0.7 * average + 0.3 * parameters
     assert state.chosen is not model
     assert flat(state.chosen) == pytest.approx(average.tolist(), abs=1e-6)
-    assert state.metrics == made.run.evaluate(state.chosen).metrics != made.run.evaluate(model.eval()).metrics
+    assert (
+        state.metrics
+        == made.run.learner.evaluate(state.chosen).metrics
+        != made.run.learner.evaluate(model.eval()).metrics
+    )
 
 
 def test_the_average_has_the_newest_statistics_and_ranges() -> None:
     model = normed()
-    state = fit(make(World(), model, config={"ema_decay": 0.7}).run, model, None)
+    state = fit(make(World(), model, config={"ema_decay": 0.7}).run, None)
     buffers = dict(state.chosen.named_buffers())
     assert buffers["2.initialized"] and buffers["2.low"] < 0 < buffers["2.high"]
     for name, buffer in model.named_buffers():
@@ -149,7 +153,7 @@ def test_the_best_epochs_model_is_handed_on_where_that_is_asked_for(
             evaluate_with=evaluation,
             checkpoint_every=3,
         )
-        state = fit(made.run, model, None)
+        state = fit(made.run, None)
         assert flat(state.chosen) == seen[expected] and state.metrics["top1"] == values[expected]
         assert not state.chosen.training
 
@@ -158,7 +162,7 @@ def test_evaluation_comes_at_its_interval_and_at_the_end() -> None:
     model = mlp()
     evaluation, seen = _scored([0.3, 0.5, 0.4], model)
     made = make(World(), model, epochs=5, config={"evaluate_every": 2, "select": "best"}, evaluate_with=evaluation)
-    state = fit(made.run, model, None)
+    state = fit(made.run, None)
     assert [(line["epoch"], line["eval_top1"]) for line in made.recorder.lines if "eval_top1" in line] == [
         (1, 0.3),
         (3, 0.5),
@@ -171,7 +175,7 @@ def test_evaluation_comes_at_its_interval_and_at_the_end() -> None:
 def test_after_an_evaluation_training_goes_on_in_training_mode() -> None:
     model = normed()
     watch = Watch(lambda: (model.training, model.get_buffer("1.running_mean").tolist()))
-    fit(make(World(), model, hooks=[watch], epochs=3).run, model, None)
+    fit(make(World(), model, hooks=[watch], epochs=3).run, None)
     assert all(training for training, _ in watch.seen) and len({str(mean) for _, mean in watch.seen}) == 12
 
 
@@ -180,7 +184,7 @@ def test_clipping_bounds_the_update() -> None:
         model = mlp()
         before = torch.tensor(flat(model))
         made = make(World(), model, size=10, batch=10, epochs=1, config={"clip_grad_norm": bound, "optim": {"lr": 1.0}})
-        fit(made.run, model, None)
+        fit(made.run, None)
         moved = float((torch.tensor(flat(model)) - before).norm())
         assert moved == pytest.approx(1e-3, rel=1e-3) if bound else moved > 0.1
 
@@ -207,9 +211,9 @@ def test_a_resumed_loop_ends_to_the_bit_like_an_undisturbed_one(stop: int) -> No
         states[step] = made.memory.load_step(stage, step)
 
     made.run.checkpoints.save_step = save_step
-    undisturbed = fit(made.run, model, None)
+    undisturbed = fit(made.run, None)
     resumed_model, resumed_made = run()
-    resumed = fit(resumed_made.run, resumed_model, states[stop])
+    resumed = fit(resumed_made.run, states[stop])
     assert (
         flat(resumed_model) == flat(model)
         and flat(resumed.chosen) == flat(undisturbed.chosen)
@@ -226,12 +230,12 @@ def test_a_loop_resumed_just_after_it_stopped_early_does_not_train_on() -> None:
         return model, make(World(), model, epochs=9, config=config, evaluate_with=evaluation)
 
     model, made = run([0.5, 0.7, 0.6, 0.7])
-    stopped = fit(made.run, model, None)
+    stopped = fit(made.run, None)
     assert stopped.step == 16 and stopped.chosen_step == 8 and stopped.metrics["top1"] == 0.7
     assert made.memory.saved == [4, 8, 12, 16]
     resumed_model, resumed_made = run([])
     resumed_made.memory.states = made.memory.states
-    resumed = fit(resumed_made.run, resumed_model, made.memory.load_step("train", 16))
+    resumed = fit(resumed_made.run, made.memory.load_step("train", 16))
     assert resumed_made.memory.saved == [] and resumed_made.recorder.lines == []
     assert (resumed.step, resumed.chosen_step) == (16, 8) and flat(resumed_model) == flat(model)
 
@@ -244,7 +248,7 @@ def test_the_best_is_chosen_by_any_metric_in_its_own_direction() -> None:
 
     model = mlp()
     made = make(World(), model, epochs=3, config={"select": "best", "select_by": "loss"}, evaluate_with=evaluation)
-    assert fit(made.run, model, None).metrics["loss"] == 0.2
+    assert fit(made.run, None).metrics["loss"] == 0.2
 
 
 def test_bf16_autocast_trains_with_float32_parameters() -> None:
@@ -252,7 +256,7 @@ def test_bf16_autocast_trains_with_float32_parameters() -> None:
     for precision in ("fp32", "bf16"):
         model = mlp()
         made = make(World(), model, epochs=10, precision=precision)
-        fit(made.run, model, None)
+        fit(made.run, None)
         losses[precision] = made.recorder.of("loss")
         assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert losses["bf16"][-1] < 0.7 * losses["bf16"][0]
@@ -266,7 +270,7 @@ def test_a_compiled_model_trains_like_an_eager_one() -> None:
     for compile in (False, True):
         model, limits = mlp(), Watch(lambda: world.heartbeat.limit)
         made = make(world, model, micro=4, compile=compile, hooks=[limits])
-        state = fit(made.run, model, None)
+        state = fit(made.run, None)
         # Compilation is not taken for a stuck rank.
         assert limits.seen == [world.timeout if compile else 5.0] * 4 + [5.0] * 4
         found.append((made.recorder.of("loss"), flat(state.chosen), state.metrics["top1"]))

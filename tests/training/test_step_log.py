@@ -58,14 +58,14 @@ def test_the_norm_is_that_of_the_gradients_before_clipping(bound: float | None) 
     made = make(
         World(), model, hooks=[watch], config={"optim": {"lr": 1.0, "momentum": 0}, "schedule": {"name": "constant"}}
     )
-    fit(made.run, model, None)
+    fit(made.run, None)
     after = [*watch.seen[1:], torch.tensor(flat(model))]
     moved = [float((new - old).norm()) for old, new in zip(watch.seen, after, strict=True)]
     assert made.recorder.of("grad_norm") == pytest.approx(moved, rel=1e-3)
 
     model = mlp()
     clipped = make(World(), model, config={"clip_grad_norm": bound, "optim": {"lr": 1.0, "momentum": 0}})
-    fit(clipped.run, model, None)
+    fit(clipped.run, None)
     assert clipped.recorder.of("grad_norm")[0] == pytest.approx(moved[0], rel=1e-3)
 
 
@@ -73,9 +73,8 @@ def test_only_logged_steps_are_measured_and_the_result_is_the_same_to_the_bit() 
     found = []
     for every in (1, 3):
         model = mlp()
-        made = make(World(), model)
-        made.run.log_every = every
-        fit(made.run, model, None)
+        made = make(World(), model, log_every=every)
+        fit(made.run, None)
         found.append(flat(model))
         logged = [line["step"] for line in made.recorder.lines if "grad_norm" in line]
         assert logged == [line["step"] for line in made.recorder.lines if "loss" in line]
@@ -87,7 +86,7 @@ def test_only_logged_steps_are_measured_and_the_result_is_the_same_to_the_bit() 
 def _normed(world: World) -> dict[str, Any]:
     model = mlp()
     made = make(world, model, epochs=9, config={"optim": {"lr": 1e-12}, "early_stopping": {"patience": 2}})
-    return {"steps": fit(made.run, model, None).step, "norms": made.recorder.of("grad_norm")}
+    return {"steps": fit(made.run, None).step, "norms": made.recorder.of("grad_norm")}
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ def test_cutmix_of_what_is_no_image_with_one_target_is_refused(inputs: torch.Ten
 def _losses(world: World, settings: dict[str, Any], micro: int | None) -> dict[str, Any]:
     model = mlp()
     made = make(world, model, micro=micro, mix=MixConfig(**settings))
-    fit(made.run, model, None)
+    fit(made.run, None)
     return {"losses": made.recorder.of("loss"), "parameters": flat(model)}
 
 
@@ -114,8 +114,8 @@ def _losses(world: World, settings: dict[str, Any], micro: int | None) -> dict[s
 @pytest.mark.parametrize("settings", [{"mixup": 0.4, "cutmix": 1.0}])
 def test_losses_and_parameters_agree_on_real_ranks(settings: dict[str, Any]) -> None:
     alone = _losses(World(), settings, None)
-    unmixed = make(World(), model := mlp())
-    fit(unmixed.run, model, None)
+    unmixed = make(World(), mlp())
+    fit(unmixed.run, None)
     assert alone["losses"] != pytest.approx(unmixed.recorder.of("loss"), abs=1e-2), "mixing changes the loss"
     for world_size, micro in ((2, None), (3, 2)):
         for each in call(world_size, "tests.data.augment.test_mix:_losses", settings, micro):

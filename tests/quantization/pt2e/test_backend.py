@@ -233,7 +233,7 @@ def conv(**settings: object) -> nn.Conv2d:
 @pytest.mark.parametrize(
     ("model", "message", "hint"),
     [
-        (Variant(conv(), branching), r"cannot trace Variant, test_pt2e.py line \d+: return self.then", "branches"),
+        (Variant(conv(), branching), r"cannot trace Variant, test_backend.py line \d+: return self.then", "branches"),
         (Variant(conv(), normalised, bn=nn.BatchNorm2d(4, momentum=None)), "bn: .*momentum=None", "0.1"),
         (
             Variant(conv(), normalised, bn=nn.BatchNorm2d(4, track_running_stats=False)),

@@ -19,7 +19,7 @@ class Clamped(dist_train.Strategy):
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def settle(self, wrapped: nn.Module, inputs: torch.Tensor) -> None:
+    def warm_up_buckets(self, wrapped: nn.Module, inputs: torch.Tensor) -> None:
         return
 
     def backward(self, loss: torch.Tensor) -> None:

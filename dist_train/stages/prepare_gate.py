@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dist_train.data.loader import EvaluationLoader
 from dist_train.quantization.float_checks import float_literals
 from dist_train.quantization.prepared import PreparedModel
+from dist_train.run_dir.gates import Gate
 from dist_train.stages.context import Context
 
 _VARIANCES = (1e-5, 10.0)  # a fresh network's variances lie near 1, which would hide a wrong eps
@@ -18,14 +19,15 @@ _VARIANCES = (1e-5, 10.0)  # a fresh network's variances lie near 1, which would
 
 @torch.no_grad()
 def gate_prepare(context: Context, prepared: PreparedModel) -> None:
-    """Gate: with fake quantization off, the prepared model computes what the float model does, also with extreme BatchNorm variances.
+    """Checks that the prepared model computes what the float model does, with fake quantization off.
 
-    And the literals that training alone shows are the float model's: eps and momentum of batch norms, dropout's probability.
+    It is also tried with extreme BatchNorm variances. The literals that only training shows must be the float model's:
+    eps and momentum of batch norms, dropout's probability.
 
     Raises:
         GateError: on every rank.
     """
-    inputs = next(iter(EvaluationLoader(context.source(context.splits.train, 0), 16, 1, 0, 16))).inputs
+    inputs = next(iter(EvaluationLoader(context.data.source(context.data.splits.train, 0), 16, 1, 0, 16))).inputs
     prepared.fake_quantize(False)
     prepared.observe(False)
     pairs = [
@@ -49,19 +51,21 @@ def gate_prepare(context: Context, prepared: PreparedModel) -> None:
     prepared.observe(True)
     worst = float(torch.stack(differences).max())  # NaN if any is, which passes no bound
     bound, changed = context.config.qat.prepare_bound, _changed_literals(context.model, prepared)
-    context.gate(
-        "prepare",
-        worst,
-        bound,
-        worst <= bound and not changed,
-        "the backend changed the model: report it with the model's name, or take another --qat.backend"
-        + ("" if changed else "; or loosen --qat.prepare_bound"),
-        "".join(f"\n  {line}" for line in changed),
+    hint = "the backend changed the model: report it with the model's name, or take another --qat.backend"
+    context.gates.check(
+        Gate(
+            name="prepare",
+            value=worst,
+            bound=bound,
+            passed=worst <= bound and not changed,
+            hint=hint + ("" if changed else "; or loosen --qat.prepare_bound"),
+            detail="".join(f"\n  {line}" for line in changed),
+        )
     )
 
 
 def _changed_literals(model: nn.Module, prepared: PreparedModel) -> list[str]:
-    """A line for each literal of the float model that is another one in the prepared model."""
+    """Returns a line for each literal of the float model that has another value in the prepared model."""
     expected = float_literals(model)
     lines = (
         f"{name} is {value:g}, which was {expected[name]:g}"
@@ -72,10 +76,10 @@ def _changed_literals(model: nn.Module, prepared: PreparedModel) -> list[str]:
 
 
 def _draw_variances(pairs: Sequence[tuple[nn.Module, nn.Module]], seed: int) -> None:
-    """The same variances in both batch norms of a pair; each weight grows with the deviation, so that the factor stays what it was.
+    """Draws the same variances for both batch norms of a pair; each weight grows with the deviation.
 
-    The float model then computes what it did before, and no layer of a deep one overflows, as those without their trained factors
-    would. A backend that takes another eps for the float model's is off by its square root, as much as ever.
+    The factor stays what it was, so the float model computes what it did and no layer of a deep one overflows. A backend
+    with another eps than the float model's is still off by its square root.
     """
     generator = torch.Generator().manual_seed(seed)
     low, high = (torch.tensor(bound).log() for bound in _VARIANCES)

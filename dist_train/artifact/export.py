@@ -1,0 +1,152 @@
+"""Exports models: adds programs and formats to a bundle, judges them, proves them in a fresh process, then writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_train.artifact.bundle import Bundle, manifest
+from dist_train.artifact.deployable import Deployable, simulation
+from dist_train.artifact.store import write_artifact
+from dist_train.artifact.verify import Differences, prove
+from dist_train.config.stages import ExportConfig
+from dist_train.lowering.agreement import Decisions
+from dist_train.lowering.autoselect import choose_format
+from dist_train.lowering.comparison import LARGEST_DIFFERENCE, Candidate, drawn_from
+from dist_train.run_dir.gates import Gate
+from dist_train.tasks import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportJob:
+    """An export of one or several models of a run.
+
+    Attributes:
+        folder: where the artifact is written, whole or not at all.
+        formats: pt2 is the program itself; auto the fastest format here.
+        probe: the inputs that every program and file must answer as the model in memory, float32 [rows, C, H, W].
+        described: the data, as `describe_data` says.
+        results: of the run, for the manifest.
+        ranges_sha256: digest of the ranges of its int8 model; None without one.
+        agreement_bound: which share of `auto`'s decisions must be the model's.
+        say: takes a line for the user.
+    """
+
+    folder: Path
+    formats: Sequence[str]
+    probe: Tensor
+    task: Task
+    task_name: str
+    described: Mapping[str, Any]
+    results: Mapping[str, Any]
+    ranges_sha256: str | None
+    settings: ExportConfig
+    agreement_bound: float
+    seed: int
+    threads: int
+    say: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The outcome of an export.
+
+    Attributes:
+        gates: in the order in which they were measured; the artifact was written where all hold.
+        runtimes: the tables of `auto`, by model.
+    """
+
+    gates: list[Gate]
+    runtimes: dict[str, list[dict[str, Any]]]
+
+    @property
+    def written(self) -> bool:
+        return all(gate.holds for gate in self.gates)
+
+
+def export_models(
+    job: ExportJob, bundle: Bundle, models: Mapping[str, Deployable], candidates: Mapping[str, Candidate]
+) -> Exported:
+    """Exports `models` by name in the job's formats, in one process, on the CPU.
+
+    candidates: what `auto` times, by name; these models and the float one.
+
+    Raises:
+        ArtifactError: a model and a format do not go together, or what was written answers differently here.
+    """
+    tables = {}
+    for name, model in models.items():
+        bundle.add(model)
+        for each in dict.fromkeys(job.formats):
+            if each == "auto":
+                tables[name] = _add_fastest(job, bundle, model, candidates)
+            elif each != "pt2":
+                job.say(bundle.add_format(model, each, job.probe, job.threads))
+    gates = [Gate(**judged.gate()) for judged in bundle.judged]
+    if all(gate.holds for gate in gates):
+        content = manifest(bundle, job.described, job.task_name, job.results, job.ranges_sha256)
+        expected = {name: model.outputs for name, model in models.items()}
+        found = prove(bundle.files, content, job.probe, expected, bundle.answers, job.settings.deadline)
+        gates += _proof_gates(found, job.settings.artifact_bound)
+        if all(gate.holds for gate in gates):
+            write_artifact(job.folder, bundle.files, content)
+    return Exported(gates, tables)
+
+
+def _add_fastest(
+    job: ExportJob, bundle: Bundle, model: Deployable, candidates: Mapping[str, Candidate]
+) -> list[dict[str, Any]]:
+    """Adds the format that `auto` chooses; returns the table of what was timed."""
+    if model.simulated_bits:
+        job.say(f"{model.name}: no format but the program: {simulation(model.simulated_bits)}")
+        return []
+    images, sizes = drawn_from(job.probe, job.seed), job.settings.latency_batch_sizes
+    few = Decisions(model.candidate.call, job.task, [job.probe], job.agreement_bound)
+    decisions = model.decisions or few
+    choice = choose_format(model.name, dict(candidates), job.probe, images, sizes, job.threads, decisions)
+    for line in bundle.add_choice(model, choice, job.probe):
+        job.say(line)
+    return choice.rows()
+
+
+def _proof_gates(found: Differences, bound: float) -> list[Gate]:
+    """Returns the gates of a fresh process: of the programs, absolute, and of the formats' files, relative."""
+    programs = _largest(found.models.values())
+    gates = [
+        Gate(
+            name="artifact",
+            value=programs,
+            bound=bound,
+            passed=programs <= bound,
+            hint="a model does not compute in a fresh process what it computes in memory; nothing was written: "
+            "report this with the model's name",
+        )
+    ]
+    if found.formats:
+        files = _largest(found.formats.values())
+        lines = [
+            f"\n  {model} as {name}: differs by {difference:.2g} of the largest output"
+            for (model, name), difference in found.formats.items()
+        ]
+        gates.append(
+            Gate(
+                name="artifact_formats",
+                value=files,
+                bound=LARGEST_DIFFERENCE,
+                passed=files <= LARGEST_DIFFERENCE,
+                hint="a file does not answer in a fresh process as it did when it was written; nothing was written: "
+                "take another format",
+                detail="".join(lines),
+            )
+        )
+    return gates
+
+
+def _largest(differences: Iterable[float]) -> float:
+    """Returns the largest of the differences; NaN, which passes no bound, where one is NaN."""
+    return float(torch.tensor(list(differences)).max())

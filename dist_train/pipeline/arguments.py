@@ -1,0 +1,94 @@
+"""Checks the arguments of data, model, task and weights before any rank waits for another and any file is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dist_train import registry
+from dist_train.config.data import is_weights_file
+from dist_train.config.stages import FitConfig, QATConfig
+from dist_train.config.tree import Config
+from dist_train.console.progress import check_epoch_format
+from dist_train.data.datasets.builtin import check_args
+from dist_train.errors import ConfigError, Problem
+from dist_train.models.build import check_model
+from dist_train.quantization.backend import build_backend
+from dist_train.run_dir.checkpoint import CheckpointFolder
+from dist_train.run_dir.paths import RunDir
+from dist_train.tasks import Task
+from dist_train.training.evaluate import metric_names
+from dist_train.training.selection import INT8
+
+QUANTIZES = {"ptq", "qat", "convert"}
+
+
+def check_arguments(config: Config) -> None:
+    """Checks data.args, model.args, task.args and metrics as far as it goes without data.
+
+    Raises:
+        ConfigError: with all mistakes.
+    """
+    problems: list[Problem] = []
+    checks: list[Callable[[], object]] = [
+        lambda: check_args(config.data),
+        lambda: check_model(config.model),
+        lambda: registry.tasks.get(config.task.name)(2, config.task.args),
+        lambda: _require_initial_weights(config),
+        lambda: _check_metrics_without_data(config),
+    ]
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise ConfigError(problems)
+    if QUANTIZES & set(config.stages):
+        build_backend(config.qat)  # the libraries and integer kernels that it needs are there
+
+
+def _check_metrics_without_data(config: Config) -> None:
+    """Refuses metrics that no number of classes makes right: how many there are is not known yet, and top5 wants many."""
+    make: Callable[[int, dict[str, Any]], Task] = registry.tasks.get(config.task.name)
+    if _metric_problems(config, make(2, config.task.args)):
+        check_metrics(config, make(1000, config.task.args))
+
+
+def check_metrics(config: Config, task: Task) -> None:
+    """Raises ConfigError where a stage selects by a metric, or log.epoch_format shows one, that the task does not have."""
+    problems = _metric_problems(config, task)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _metric_problems(config: Config, task: Task) -> list[Problem]:
+    names = metric_names(task)
+    problems = [] if config.log.epoch_format is None else check_epoch_format(config.log.epoch_format, names)
+    for section in config.stages:
+        settings = getattr(config, section, None)
+        wanted = settings.select_by if isinstance(settings, FitConfig) else None
+        known = [*names, *(f"{INT8}{name}" for name in names)] if isinstance(settings, QATConfig) else names
+        if wanted is not None and wanted not in known:
+            hint = f"the metrics are {', '.join(known)}"
+            problems.append(Problem(f"{section}.select_by", f"{config.task.name} has no metric {wanted!r}", hint=hint))
+    return problems
+
+
+def holds_its_weights(config: Config, folder: CheckpointFolder) -> bool:
+    """Tells whether checkpoints hold the model, so that the weights that the run started from may be gone."""
+    return config.stages[0] == "train" and folder.latest is not None
+
+
+def _require_initial_weights(config: Config) -> None:
+    """Raises ConfigError where the file or the run that the model starts from is not there."""
+    weights, other = config.model.weights, config.model.init_from
+    if holds_its_weights(config, CheckpointFolder(RunDir(config.run_dir).checkpoints)):
+        return
+    if weights is not None and is_weights_file(weights) and not Path(weights).is_file():
+        hint = "give a .safetensors, .pt or .pth file"
+        raise ConfigError([Problem("model.weights", f"the file {weights} does not exist", hint=hint)])
+    if other is not None and not RunDir(other).config.is_file():
+        hint = "give the directory of a run that was trained, as in runs/NAME"
+        raise ConfigError([Problem("model.init_from", f"{other} is not a run directory", hint=hint)])
