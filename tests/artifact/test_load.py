@@ -91,6 +91,7 @@ sys.stdout.write(hashlib.sha256(data).hexdigest())
 """
 
 
+@pytest.mark.heavy
 def test_bytes_are_equal_in_processes_with_another_history_and_hash_seed():
     root = Path(__file__).resolve().parents[2]
     digests = []
@@ -285,6 +286,7 @@ def child_killed_at(event: int, action: Callable[[], None]) -> bool:
     return status != 0
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("older", [True, False], ids=["replacing", "first"])
 def test_a_writer_killed_at_any_file_operation_leaves_a_whole_artifact(tmp_path, older):
     old, new = b"old" * 1000, b"new" * 1000
@@ -373,6 +375,7 @@ def test_half_is_whichever_half_precision_there_is(tmp_path, program):
     assert load_artifact(tmp_path / "export", "half")[0](images(2)).shape == (2, 10)
 
 
+@pytest.mark.heavy
 def test_every_model_is_proved_in_one_fresh_process(two_models, converted):
     inputs = images(4)
     with torch.no_grad():
@@ -422,6 +425,7 @@ def test_a_fresh_isolated_process_gives_the_same_bits(artifact, converted):
     assert verify_in_fresh_process(artifact, inputs, {"int8": expected}, DEADLINE).models == {"int8": 0.0}
 
 
+@pytest.mark.heavy
 def test_a_wrong_answer_is_measured_in_a_fresh_process(artifact, converted):
     inputs = images(6)
     with torch.no_grad():
@@ -432,6 +436,7 @@ def test_a_wrong_answer_is_measured_in_a_fresh_process(artifact, converted):
     )
 
 
+@pytest.mark.heavy
 def test_damage_seen_by_the_fresh_process_reaches_the_caller(artifact):
     flip(artifact / PROGRAM, 1000)
     with pytest.raises(ArtifactError, match=r"model\.pt2 is damaged"):

@@ -80,6 +80,7 @@ def gradients(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) 
     return [x.grad, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_compiled_step_keeps_no_bools_and_has_the_gradients_of_an_eager_one(activation: str) -> None:
     model = prepared(ACTIVATIONS[activation])
@@ -94,6 +95,7 @@ def test_a_compiled_step_keeps_no_bools_and_has_the_gradients_of_an_eager_one(ac
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("name", "instead"),
     [("fake_quantize.equal", torch.eq), ("pt2e.prepared_graph.use_byte_masks", lambda graph: None)],

@@ -46,6 +46,7 @@ class Ranks:
         self.outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115 (closed by __exit__)
         self.processes: list[subprocess.Popen[bytes] | WarmProcess] = []
         for rank in range(world_size):
+            sys.audit("tests.rank", rank)
             variables = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "SLURM"))}
             variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"} | (environ or {})
             if world_size > 1:

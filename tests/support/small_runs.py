@@ -54,6 +54,12 @@ class Interruptible(Classification):
         return super().loss(outputs, targets)
 
 
+def run_here(*arguments: str) -> int:
+    """Runs `dist-train` in this process and returns its exit code."""
+    with _own_torch_settings():
+        return main(list(arguments))
+
+
 class Runs:
     """Makes runs in a folder; `folder / name` is the run directory of each."""
 
@@ -66,13 +72,12 @@ class Runs:
         """Runs `dist-train run` and returns its exit code, or -1 if it was interrupted at the given step."""
         Interruptible.at, Interruptible.seen = interrupt_at, 0
         given = [] if interrupt_at is None and "--task.name" not in options else ["--task.name", "interruptible"]
-        with _own_torch_settings():
-            try:
-                return main(["run", str(self.config), "--run.dir", str(self.folder / name), *given, *options])
-            except Interrupted:
-                return -1
-            finally:
-                Interruptible.at = None
+        try:
+            return run_here("run", str(self.config), "--run.dir", str(self.folder / name), *given, *options)
+        except Interrupted:
+            return -1
+        finally:
+            Interruptible.at = None
 
     def results(self, name: str) -> Any:
         return read_json(RunDir(self.folder / name).results)

@@ -189,6 +189,7 @@ with listening():
 """
 
 
+@pytest.mark.heavy
 def test_a_daemon_of_a_user_s_own_can_clean_up_when_a_program_ends_and_a_worker_of_ours_does_not_hold_it_up(
     tmp_path: Path,
 ) -> None:

@@ -134,6 +134,7 @@ def test_convert_without_ranges_names_what_lacks_them(prepared: PreparedGraph) -
         PT2EBackend().convert(prepared)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
 def test_torchvision_models_the_whole_way(name: str) -> None:
     model = draw_statistics(getattr(torchvision.models, name)(num_classes=10)).eval()

@@ -167,6 +167,7 @@ def test_the_program_answers_as_the_model_for_any_batch_and_its_state_is_int8_wi
     assert sorted(integers) == sorted([8 * 3 * 9, 8 * 8 * 9, 5 * 8])
 
 
+@pytest.mark.heavy
 def test_programs_are_equal_in_another_process_whatever_was_traced_before() -> None:
     code = "import json; from tests.support.one_net_all_backends import digests; print(json.dumps([digests('fx'), digests('eager')]))"
     answer = fresh_process(code)
@@ -271,6 +272,7 @@ def test_fx_takes_layers_called_twice_functional_dropout_and_odd_batch_norms(ima
     assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters() if p.requires_grad)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "kind", ["quantized_resnet18", pytest.param("quantized_mobilenet_v3_large", marks=pytest.mark.slow)]
 )
@@ -347,6 +349,7 @@ def test_kernels_that_this_torch_lacks_are_refused_with_those_it_has(
     assert error.value.hint == "--qat.engine onednn"
 
 
+@pytest.mark.heavy
 def test_where_torch_dropped_torch_ao_the_error_names_pt2e() -> None:
     printed = fresh_process("""
 import sys, torch
