@@ -47,6 +47,7 @@ SlurmdPidFile={dir}/slurmd.%n.pid
 SlurmctldLogFile={dir}/ctld.log
 SlurmdLogFile={dir}/slurmd.%n.log
 SlurmctldPort={port}
+FirstJobId={first_job}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -121,7 +122,11 @@ class Cluster:
         first = free_port() // 2  # below the ephemeral range
         while not all(_free(first + offset) for offset in range(NODES)):
             first += NODES
-        text = _CONF.format(dir=folder, host=host, port=free_port(), ports=f"{first}-{first + NODES - 1}")
+        ports = f"{first}-{first + NODES - 1}"
+        # Ports of jobs follow from their ids, and another cluster may be at work on this machine.
+        text = _CONF.format(
+            dir=folder, host=host, port=free_port(), ports=ports, first_job=1 + secrets.randbelow(50000)
+        )
         (folder / "slurm.conf").write_text(text)
         key = folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
