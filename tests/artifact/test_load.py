@@ -91,7 +91,7 @@ sys.stdout.write(hashlib.sha256(data).hexdigest())
 """
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_bytes_are_equal_in_processes_with_another_history_and_hash_seed():
     root = Path(__file__).resolve().parents[2]
     digests = []
