@@ -33,6 +33,7 @@ from dist_train.run_dir.files import read_json
 from dist_train.run_dir.paths import RunDir
 from dist_train.stages.export import Export
 from tests.support.ranks import Ranks, train, train_done
+from tests.support.small_runs import own_torch_settings
 
 ARGS: dict[str, Any] = {"num_train": 203, "num_eval": 61, "num_classes": 6, "channels": 1, "height": 8, "width": 8}
 CONFIG = f"""
@@ -64,10 +65,8 @@ def config(folder: Path, stages: str) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def settings_of_torch() -> Iterator[None]:
     """Restores settings of torch, which the verbs set for their process and other tests share."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
+    with own_torch_settings():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ class Interruptible(Classification):
 
 def run_here(*arguments: str) -> int:
     """Runs `dist-train` in this process and returns its exit code."""
-    with _own_torch_settings():
+    with own_torch_settings():
         return main(list(arguments))
 
 
@@ -95,7 +95,7 @@ class Runs:
 
 
 @contextlib.contextmanager
-def _own_torch_settings() -> Iterator[None]:
+def own_torch_settings() -> Iterator[None]:
     """Restores threads and determinism, which a run sets for its process and other tests share."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     try:
