@@ -28,6 +28,8 @@ from dist_train.errors import ArtifactError, DataError
 from dist_train.programs.pt2 import load_program, program_bytes
 from tests.support.converted_nets import converted_net, float_net, images, program_of
 
+pytestmark = pytest.mark.heavy
+
 PROGRAM, FLOAT = "model.pt2", "model.fp32.pt2"
 FIELDS: dict[str, Any] = {
     "models": {"int8": {"file": PROGRAM, "kind": "pt2"}},
@@ -286,7 +288,6 @@ def child_killed_at(event: int, action: Callable[[], None]) -> bool:
     return status != 0
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("older", [True, False], ids=["replacing", "first"])
 def test_a_writer_killed_at_any_file_operation_leaves_a_whole_artifact(tmp_path, older):
     old, new = b"old" * 1000, b"new" * 1000
@@ -375,7 +376,6 @@ def test_half_is_whichever_half_precision_there_is(tmp_path, program):
     assert load_artifact(tmp_path / "export", "half")[0](images(2)).shape == (2, 10)
 
 
-@pytest.mark.heavy
 def test_every_model_is_proved_in_one_fresh_process(two_models, converted):
     inputs = images(4)
     with torch.no_grad():
@@ -425,7 +425,6 @@ def test_a_fresh_isolated_process_gives_the_same_bits(artifact, converted):
     assert verify_in_fresh_process(artifact, inputs, {"int8": expected}, DEADLINE).models == {"int8": 0.0}
 
 
-@pytest.mark.heavy
 def test_a_wrong_answer_is_measured_in_a_fresh_process(artifact, converted):
     inputs = images(6)
     with torch.no_grad():
@@ -436,7 +435,6 @@ def test_a_wrong_answer_is_measured_in_a_fresh_process(artifact, converted):
     )
 
 
-@pytest.mark.heavy
 def test_damage_seen_by_the_fresh_process_reaches_the_caller(artifact):
     flip(artifact / PROGRAM, 1000)
     with pytest.raises(ArtifactError, match=r"model\.pt2 is damaged"):
