@@ -15,6 +15,8 @@ import pytest
 from tests.support.ranks import Ranks
 from tests.support.warm_ranks import can_be_warm
 
+pytestmark = pytest.mark.heavy
+
 
 def described() -> dict[str, Any]:
     main = sys.modules["__main__"]

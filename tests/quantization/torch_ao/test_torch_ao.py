@@ -206,6 +206,7 @@ def test_convert_without_ranges_names_what_lacks_them(name: str, prepared: Prepa
         backend(name).convert(prepared)
 
 
+@pytest.mark.heavy
 def test_two_ranks_merge_their_ranges_to_the_same_bits() -> None:
     first, second = call(2, "tests.support.one_net_all_backends:ranges_of_rank", BACKENDS)
     assert first == second
