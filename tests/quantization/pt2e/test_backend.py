@@ -134,7 +134,8 @@ def test_convert_without_ranges_names_what_lacks_them(prepared: PreparedGraph) -
         PT2EBackend().convert(prepared)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("mobilenet_v3_small", marks=pytest.mark.slow)])
 def test_torchvision_models_the_whole_way(name: str) -> None:
     model = draw_statistics(getattr(torchvision.models, name)(num_classes=10)).eval()
     x = torch.rand(4, 3, 32, 32)
