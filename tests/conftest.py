@@ -65,10 +65,7 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
     return report
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("gpu") is not None:
-            item.add_marker(pytest.mark.skipif(not _gpu(), reason="only on a machine with CUDA devices"))
+_started: list[str] = []
 
 
 def _note_rank(event: str, arguments: tuple[Any, ...]) -> None:
