@@ -2,12 +2,15 @@
 
     python benchmarks/data.py [--batch 512] [--rounds 5] [--images 8192] [--threads 1] [--padding 2]
 
-Ours: rows gathered from memory-mapped arrays in the sampler's order, and augmented as a batch, in the main process. The
-reference: PIL images through RandomCrop, RandomHorizontalFlip, ToTensor and Normalize in a DataLoader with 2 workers,
-which are started before its clock is. Rounds alternate; medians count. Synthetic images of the same size stand in where
-Fashion-MNIST cannot be had. One thread of ours against two worker processes: as many ranks as cores is how
-a node is used. A second thread gains nothing at this size of image, where it waits more than it works (2 threads: 17 to 19 where
-one gave 31). The ratio to expect on 2 idle cores is at least 25; less exits 1. The load before is printed.
+Ours: the main process gathers rows from memory-mapped arrays in the sampler's order, and augments them as a batch.
+The reference: PIL images through RandomCrop, RandomHorizontalFlip, ToTensor and Normalize in a DataLoader with 2
+workers, which are started before its clock. Rounds alternate; medians count. Synthetic images of the same size are
+used if Fashion-MNIST is not available.
+
+One thread of ours is compared with two worker processes, because a node runs as many ranks as it has cores. A second
+thread gains nothing with images of this size, where it mostly waits: the ratio was 17 to 19 with 2 threads and 31 with
+one. The expected ratio on 2 idle cores is at least 25; the script exits with 1 below it. It also prints the load at
+its start.
 """
 
 import argparse
@@ -40,7 +43,7 @@ BAR = 25.0
 
 
 class Reference(Dataset[Any]):
-    """torchvision's MNIST-style dataset: a tensor row becomes a PIL image, goes through the transforms."""
+    """Dataset in the style of torchvision's MNIST: makes a PIL image of a tensor row and transforms it."""
 
     def __init__(self, arrays: ImageArrays, transform: Any) -> None:
         self.images, self.targets, self.transform = arrays.images, arrays.targets, transform
@@ -54,7 +57,7 @@ class Reference(Dataset[Any]):
 
 
 def ours(splits: Splits, batch: int, padding: int) -> Iterator[int]:
-    """Sizes of augmented batches."""
+    """Yields the sizes of augmented batches."""
     train = splits.train
     assert isinstance(train, ImageArrays)
     sampler = ElasticDistributedSampler(train, 1, 0, global_batch_size=batch)
@@ -85,7 +88,7 @@ def reference(splits: Splits, batch: int, padding: int) -> Iterator[int]:
 
 
 def rate(batches: Iterator[int], images: int) -> float:
-    """Images per second over the next batches of at least `images` images."""
+    """Returns images per second over the next batches of at least `images` images."""
     start, done = time.perf_counter(), 0
     while done < images:
         done += next(batches)

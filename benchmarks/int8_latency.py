@@ -1,20 +1,21 @@
 """int8 and FP32 latency by each runtime, against NNCF's own post-training quantization in OpenVINO.
 
     pip install -e '.[quickstart,bench]'
-    python benchmarks/int8_latency.py [--models resnet18 resnet50 mobilenet_v2] [--batches 1 32 256] [--rounds 7]
-        [--runtimes openvino onnxruntime inductor] [--threads 2] [--size 224]
 
-Ours: `ptq` with the pt2e backend, lowered as `export` does it. The peer: nncf.quantize of the same model, as NNCF reads it from torch, on
-the same images, by its default and its mixed preset; the faster one counts. Weights are random and batch normalization is given the
-statistics of the images: latency does not depend on them. FP32 and int8 of all runtimes take turns within each round; the runtime is
-given the same number of threads. Medians count.
+    python benchmarks/int8_latency.py [--models resnet18 resnet50 mobilenet_v2] [--batches 1 32 256]
+        [--rounds 7] [--runtimes openvino onnxruntime inductor] [--threads 2] [--size 224]
 
-Before the clock starts, answers are checked: no int8 model may be farther from FP32 than 1.5 times what quantization itself costs in
-memory (a random network multiplies each rounding, so that runtimes cannot be held against each other to the last bits). One that is
-fails the benchmark.
+Ours: `ptq` with the pt2e backend, lowered as `export` does it. The peer: nncf.quantize of the same torch model on the
+same images, with its default and its mixed preset; the faster one counts. Weights are random, and BatchNorm gets the
+statistics of the images: latency does not depend on them. FP32 and int8 of all runtimes take turns within each round,
+each with the same number of threads. Medians count.
 
-The bar: the fastest of ours takes at most 1.05 times the peer's time, for every model and batch size. A miss exits 1.
-About 10 minutes as it stands, most of it batch 256 in FP32; `--fp32-largest` says up to which batch size FP32 is timed.
+Answers are checked before the clock starts. The error of an int8 model against FP32 may be at most 1.5 times the error
+of the converted model in memory. Runtimes cannot be compared to the last bits, because a random network amplifies each
+rounding. A model above this bound fails the benchmark.
+
+The bar: the fastest of ours takes at most 1.05 times the peer's time, for every model and batch size. A miss exits with
+1. The defaults take about 10 minutes, most of it batch 256. `--fp32-largest` sets the largest batch size timed in FP32.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def float_model(name: str, images: Tensor) -> nn.Module:
     model: nn.Module = getattr(torchvision.models, name)(weights=None)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
-        norm.momentum = None  # the mean over what is seen, which is all of it
+        norm.momentum = None  # the mean over all images
     with torch.no_grad():
         model.train()(images)
     for norm in norms:
@@ -75,7 +76,7 @@ def quantized(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def peers(model: nn.Module, images: Tensor, threads: int) -> dict[str, Call]:
-    """NNCF's models in OpenVINO, compiled for each batch size with the settings that ours get."""
+    """Returns NNCF's models in OpenVINO, compiled for each batch size with the settings that ours get."""
     openvino.shared_core()  # imports OpenVINO without its telemetry
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # and NNCF's
     import nncf
@@ -113,14 +114,14 @@ def peers(model: nn.Module, images: Tensor, threads: int) -> dict[str, Call]:
 
 
 def relative_error(call: Call, expected: Tensor, images: Tensor) -> float:
-    """Root of the mean squared difference, in units of that of what is expected."""
+    """Returns the norm of the difference divided by the norm of `expected`."""
     answers = torch.cat([call(image) for image in images.split(1)])
     return float((answers - expected).norm() / expected.norm())
 
 
 @torch.no_grad()
 def lowered(name: str, images: Tensor, options: argparse.Namespace) -> tuple[dict[str, Call], list[str]]:
-    """Calls by "runtime model", and the names of those whose answers are wrong."""
+    """Returns calls by "runtime model", without the wrong ones, and the names of the wrong ones."""
     model = float_model(name, images)
     converted = quantized(model, images)
     expected = model(images)
@@ -145,7 +146,7 @@ def lowered(name: str, images: Tensor, options: argparse.Namespace) -> tuple[dic
 
 @torch.no_grad()
 def medians(calls: dict[str, Call], batch: Tensor, rounds: int) -> dict[str, float]:
-    """Milliseconds. Each turn begins with a call that is not timed, so that caches and threads are the runtime's own."""
+    """Returns milliseconds. An untimed call begins each turn, so that caches and threads are the runtime's own."""
     times: dict[str, list[float]] = {label: [] for label in calls}
     for _ in range(rounds):
         for label, call in calls.items():

@@ -2,15 +2,16 @@
 
     python benchmarks/jpeg.py [--images 1024] [--batch 64] [--rounds 5] [--workers 2] [--quality 90] [--noise 8]
 
-Ours: `image_folder` with random_resized_crop and random_horizontal_flip as a rank's loader gives it, float32 and normalized. The reference:
-`torchvision.datasets.ImageFolder`, PIL, with the transforms of torchvision's references/classification (RandomResizedCrop(224),
-RandomHorizontalFlip, PILToTensor, ConvertImageDtype, Normalize) in a DataLoader. Both read the same files with the same number of
-workers on the same cores, in turns; before each round's clock starts, what the workers had made ahead is used up. Medians count.
+Ours: `image_folder` with random_resized_crop and random_horizontal_flip through a rank's loader, float32 and
+normalized. The reference: `torchvision.datasets.ImageFolder` with PIL in a DataLoader, with the transforms of
+torchvision's references/classification (RandomResizedCrop(224), RandomHorizontalFlip, PILToTensor, ConvertImageDtype,
+Normalize). Both read the same files in turns, with the same number of workers on the same cores. Batches that the
+workers prefetched are used up before each round's clock starts. Medians count.
 
-The files are made by this script: 500x375, smooth shapes under noise (quality 90, noise 8: about 70 kB).
-Noise makes decoding dearer, and decoding is what both have in common: the ratio falls with it. What decoding alone
-costs is printed beside it: with torchvision's decoder, which cannot decode a part of an image, 2.5, the bar, was not
-reached (docs/benchmarks.md has the figures). Less than the bar exits 1.
+This script makes the files: 500x375, smooth shapes under noise (quality 90, noise 8: about 70 kB). Noise makes decoding
+slower. Both sides have to decode, so that the ratio falls with noise. The time of decoding alone is printed as well.
+The bar of 2.5 was not reached with torchvision's decoder, which cannot decode a part of an image
+(docs/benchmarks.md has the figures). A ratio below the bar exits with 1.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def write_photos(root: Path, count: int, quality: int, noise: float) -> None:
 
 
 def ours(root: Path, batch: int, workers: int) -> Iterator[int]:
-    """Sizes of batches."""
+    """Yields the sizes of batches."""
     augment = [RandomResizedCrop(), RandomHorizontalFlip()]
     splits = image_folder(DataConfig(name="image_folder", root=root, augment=augment))
     assert isinstance(splits.train, ImageFiles)
@@ -90,7 +91,7 @@ def reference(root: Path, batch: int, workers: int) -> Iterator[int]:
 
 
 def rate(batches: Iterator[int], images: int) -> float:
-    """Images per second over the next batches of at least `images` images, once nothing made ahead is left."""
+    """Returns images per second over the next batches of at least `images` images, after the prefetched ones."""
     for _ in range(AHEAD):
         next(batches)
     start, done = time.perf_counter(), 0
@@ -100,7 +101,7 @@ def rate(batches: Iterator[int], images: int) -> float:
 
 
 def decoding(files: list[Path]) -> dict[str, float]:
-    """Milliseconds to decode a file, on one thread: medians of 5 turns."""
+    """Returns the milliseconds to decode a file on one thread, medians of 5 turns."""
     ways = {
         "torchvision.io": lambda path: decode_jpeg(read_file(str(path)), mode=ImageReadMode.RGB),
         "PIL": lambda path: Image.open(path).convert("RGB"),

@@ -1,27 +1,33 @@
 """Top-1 of FP32, post-training quantization and int8 by each backend: on Fashion-MNIST, 2 ranks, over paired seeds.
 
     pip install -e '.[quickstart]'
-    python benchmarks/qat_accuracy.py [--all] [--seeds 3] [--models small_resnet ...] [--backends pt2e fx eager]
-        [--engine onednn] [--train-samples 16000] [--epochs 6] [--qat-epochs 1] [--out runs/qat_accuracy] [--json qat_accuracy.json]
 
-Every figure is of the real program, `torchrun --nproc_per_node 2 -m dist_train run configs/fashion_mnist.yaml ...`: for each model and
-seed one run with the stage `train`, and from its float model (`model.init_from`) one run of `ptq`, `qat` and `convert` for each backend.
-So all of a seed's figures belong to one float model, and their differences are paired. The eager backend takes part where torchvision
-has the model in a quantizable form. Each top-1 is of all 10,000 test images.
+    python benchmarks/qat_accuracy.py [--all] [--seeds 3] [--models small_resnet ...]
+        [--backends pt2e fx eager] [--engine onednn] [--train-samples 16000] [--epochs 6]
+        [--qat-epochs 1] [--out runs/qat_accuracy]
 
-By default small_resnet and mobilenet_v3_small, 6 epochs of 16,000 images without augmentation, 1 of qat: 15 minutes on 2 idle
-cores by an estimate (with other work beside it 9 runs of mobilenet_v3_small took 10).
-`--all` adds resnet18 and mobilenet_v2 and trains as configs/fashion_mnist.yaml says, 8 epochs of 60,000 images with augmentation, 2 of qat:
-4 hours by the same estimate. --models, --train-samples, --epochs, --qat-epochs and --augment change either.
+Every figure comes from the real program, `torchrun --nproc_per_node 2 -m dist_train run configs/fashion_mnist.yaml`.
+Each model and seed has one run with the stage `train`. Each backend then has one run of `ptq`, `qat` and `convert` from
+this float model (`model.init_from`). So all figures of a seed belong to one float model, and their differences are
+paired. The eager backend takes part if torchvision has the model in a quantizable form. Each top-1 is of all 10,000
+test images.
 
-Stop it at any moment (Ctrl-C, SIGTERM) and type the same line: finished runs are read, not run again, and the interrupted one resumes.
+The defaults are small_resnet and mobilenet_v3_small, 6 epochs of 16,000 images without augmentation, and 1 of qat. They
+take 15 minutes on 2 idle cores by an estimate (9 runs of mobilenet_v3_small took 10 beside other work). `--all` adds
+resnet18 and mobilenet_v2 and trains as configs/fashion_mnist.yaml says: 8 epochs of 60,000 images with augmentation,
+2 of qat. It takes 4 hours by the same estimate. --models, --train-samples, --epochs, --qat-epochs and --augment
+change either.
 
-The bar: |mean over the seeds of int8 - FP32| is at most 0.1 point, for every model and backend. A gain counts as a miss, too: it is
-noise, or qat trained what `train` had left to learn, and the pair does not show what quantization costs. The interval of 95 % is Student's t over the
-seeds. Exit code 0: within the bar; 1: it is missed, or a run failed; 75: stopped, to be resumed.
+Stop it at any moment (Ctrl-C, SIGTERM) and type the same line: finished runs are read, and the interrupted one resumes.
 
-The gate of `convert` is off, so that what it would refuse is measured, too, and said. Column `agree` is what it looks at: the share of the
-test images on which int8 decides as the fake-quantized model does, in process and in its runtime, the least of the seeds.
+The bar: |mean over the seeds of int8 - FP32| is at most 0.1 point, for every model and backend. A gain counts as a miss
+too. It is noise, or qat trained further than `train` did, and the pair does not show the cost of quantization. The 95 %
+interval is Student's t over the seeds. Exit code 0: within the bar. 1: missed, or a run failed. 75: stopped, and can be
+resumed.
+
+The gate of `convert` is off, so that models below its bound are measured too; the table marks them. Column `agree` is
+the value that the gate checks: the share of test images on which int8 and the fake-quantized model decide alike. It is
+the lowest over the seeds, in process and in the runtime.
 """
 
 from __future__ import annotations
@@ -53,8 +59,8 @@ from dist_train.run_dir.paths import RunDir, recorded_config
 RANKS, TRAIN_SAMPLES = 2, 60_000
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "fashion_mnist.yaml"
 BACKENDS = ("pt2e", "fx", "eager")
-# Before an averaged model is handed on, its BatchNorm statistics are estimated anew. Moving ones of MobileNetV3, whose momentum is 0.01,
-# still hold 2 % of their first values, 1, after the default's 378 steps: of variances that are far smaller.
+# Before an averaged model is handed on, its BatchNorm statistics are estimated anew. MobileNetV3's momentum is 0.01:
+# after the default's 378 steps, moving variances still hold 2 % of their first value, 1. True ones are far smaller.
 EMA_DECAY = 0.98
 GRACE = 60  # seconds: torchrun's own 30 until it kills its ranks, and some
 
@@ -62,7 +68,7 @@ GRACE = 60  # seconds: torchrun's own 30 until it kills its ranks, and some
 @dataclass(frozen=True)
 class Model:
     lr: float
-    """Of `train`, for a global batch of 256."""
+    """Learning rate of `train`, for a global batch of 256."""
     quantizable: str | None = None
     """The same network with the same parameters, for the eager backend."""
 
@@ -82,7 +88,7 @@ class Failed(Exception):
 
 
 def first_rows(root: Path | None, count: int, folder: Path) -> Path:
-    """A folder with the first `count` training images of Fashion-MNIST and all test images, as IDX files; made where it is not there.
+    """Makes a folder with the first `count` training images and all test images as IDX files, unless it exists.
 
     Fashion-MNIST's files are shuffled: the first rows are of all classes.
     """
@@ -116,7 +122,7 @@ class Bench:
             self.common += ["--data.root", str(options.root)]
 
     def rows(self, name: str, seed: int) -> tuple[list[Row], list[str]]:
-        """One row for each backend, from one float model; and what failed, in words."""
+        """Returns a row for each backend, all from one float model, and the errors of failed runs."""
         folder, model, options = self.folder / name / f"seed-{seed}", MODELS[name], self.options
         own = [*self.common, "--run.seed", str(seed)]
         train = ["--stages", "[train]", "--train.optim.lr", str(model.lr), "--train.ema_decay", str(EMA_DECAY)]
@@ -135,7 +141,7 @@ class Bench:
             kernels = "" if options.engine == "auto" or backend == "pt2e" else f"-{options.engine}"
             if kernels:
                 qat += ["--qat.engine", options.engine]
-            # What the gate would refuse is measured here all the same, and said.
+            # Models that the gate would refuse are measured too; the table marks them.
             qat += ["--convert.agreement_bound", "0", *epochs("qat", options.qat_epochs)]
             start = ["--model.name", model_name, "--model.init_from", str(folder / "fp32")]
             try:
@@ -149,7 +155,7 @@ class Bench:
         return rows, failed
 
     def run(self, run_dir: Path, settings: list[str]) -> dict[str, Any]:
-        """results.json of this run, which is started, or resumed, unless it is done.
+        """Starts or resumes the run unless it is done; returns its results.json.
 
         Raises:
             Failed: it ended otherwise; its log is beside its directory.
@@ -176,7 +182,7 @@ class Bench:
 
 
 def epochs(stage: str, count: int) -> list[str]:
-    """Evaluated at their end alone, which is what counts here."""
+    """Returns the settings of `count` epochs, with an evaluation at the end only."""
     return [f"--{stage}.epochs", str(count), f"--{stage}.evaluate_every", str(count)]
 
 
@@ -186,7 +192,7 @@ def state(run_dir: RunDir) -> str | None:
 
 
 def seconds(results: dict[str, Any]) -> float:
-    """Of all stages; set-up not counted, nor what was repeated after a kill."""
+    """Returns the seconds of all stages, without set-up and steps repeated after a kill."""
     return float(sum(stage["seconds"] for stage in results["stages"].values()))
 
 
@@ -199,7 +205,10 @@ def row_of(name: str, backend: str, seed: int, fp32: dict[str, Any], found: dict
 
 
 def call(command: list[str], log: Path, timeout: float) -> int | str:
-    """Runs it, its output added to `log`; its exit code, or that it took too long. Where we are stopped, so is it."""
+    """Runs a command and appends its output to `log`; stops it if this process is stopped.
+
+    Returns its exit code, or a text if it took too long.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
@@ -259,9 +268,8 @@ def main() -> int:
         print(f"qat_accuracy: {error}", file=sys.stderr)
         return error.exit_code
     found = summaries(rows)
-    print(
-        f"\n{datetime.date.today()} torch {torch.__version__}, {RANKS} ranks, {os.cpu_count()} cores (load {load:.1f} before)"
-    )
+    machine = f"{os.cpu_count()} cores (load {load:.1f} before)"
+    print(f"\n{datetime.date.today()} torch {torch.__version__}, {RANKS} ranks, {machine}")
     print(f"{options.train_samples} images, {options.epochs} epochs and {options.qat_epochs} of qat; differences in")
     print("points, ± half the 95 % interval of the paired mean (Student's t)\n")
     print(table(found))

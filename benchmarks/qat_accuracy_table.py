@@ -1,4 +1,4 @@
-"""What qat_accuracy.py found: a row for each run, their paired differences over the seeds, and the table of both."""
+"""Results of qat_accuracy.py: a row for each run, paired differences over the seeds, and the table of both."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ GATE = ConvertConfig().agreement_bound
 
 @dataclass(frozen=True)
 class Row:
-    """Top-1 of one float model and what one backend made of it.
+    """Top-1 of one float model and of the models that one backend made from it.
 
-    `lowered`: of int8 in its runtime; None where it ran in none. `agreement`: share of the images on which int8 decides as the
-    fake-quantized model does, in process or in the runtime, whichever is less.
+    `lowered`: top-1 of int8 in its runtime; None if it ran in none. `agreement`: share of the images on which int8 and
+    the fake-quantized model decide alike, the lower one of in process and in the runtime.
     """
 
     model: str
@@ -37,7 +37,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Paired:
-    """The mean over seeds of a difference to FP32 in points, and half the width of its 95 % interval; None for one seed."""
+    """Mean over seeds of a difference to FP32 in points, and half its 95 % interval (None for one seed)."""
 
     mean: float
     half_width: float | None
@@ -57,7 +57,7 @@ def paired(differences_in_points: Sequence[float]) -> Paired:
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one model and backend, over the seeds: means of top-1, and differences to FP32 in points."""
+    """Means of top-1 and differences to FP32 in points, over the seeds of one model and backend."""
 
     model: str
     backend: str
@@ -66,7 +66,7 @@ class Summary:
     ptq_minus_fp32: Paired
     int8_minus_fp32: Paired
     agreement: float
-    """The least of the seeds."""
+    """The lowest over the seeds."""
 
     @property
     def passed(self) -> bool:

@@ -1,27 +1,39 @@
-"""Whose data QAT learns from under DDP, where each rank sees other classes: rank 0's, as stock QAT does, or those of all ranks.
+"""QAT under DDP with different classes on each rank: ranges from rank 0, as in stock QAT, or from all ranks.
 
     python benchmarks/qat_ddp.py [--seeds 3] [--train 4096] [--epochs 2] [--batch 128] [--json qat_ddp.json]
 
-Two real gloo ranks on Fashion-MNIST. Shards `by class`: rank 0 sees classes 0 to 4, rank 1 classes 5 to 9 (federated sites, sorted
-files: the worst case of ranks whose data differ). Shards `mixed`, the control: rows at random, as most training has them. For each seed
-one float model is trained on mixed rows, and calibrated once on mixed rows. From it every method starts, with the same ranges; all take
-the same rows in the same steps, the same optimizer and schedule, the same averaging of ranges, weight scales that follow the weights,
-torch.ao's x86 kernels, and the same freezing (BatchNorm's statistics after 30 % of the steps, ranges after 50 %):
+Two real gloo ranks on Fashion-MNIST. Shards `by class`: rank 0 sees classes 0 to 4, rank 1 classes 5 to 9. This is the
+worst case of ranks whose data differ (federated sites, sorted files). Shards `mixed`, the control: random rows, as in
+most training. For each seed one float model is trained on mixed rows, and calibrated once on mixed rows. Every method
+starts from it with the same ranges, and has these in common:
 
-    stock          torch.ao's FX QAT and observers, DistributedDataParallel as it comes: it broadcasts rank 0's buffers
-    ours, rank 0   dist_train's loop, told to take ranges and BatchNorm's statistics from rank 0: what stock does, by our code
-    ours           dist_train's loop as it is: ranges and statistics of all ranks
+- the same rows in the same steps, optimizer and schedule
+- the same averaging of ranges, and weight scales that follow the weights
+- torch.ao's x86 kernels
+- the same freezing: BatchNorm's statistics after 30 % of the steps, ranges after 50 %
 
-Between the last two the only difference is whose data ranges and statistics come from. Stock differs from the second in how it
-quantizes, too: by a range that already holds the batch, where ours lags a step, and at more places, averages and logits, whose ranges
-are not counted. Each method is also run by one process on the concatenated
-batches (`stock, one`, `ours, one`), and a range's error is how far its two ends are from the same range there, in units of that
-range's width. It is not 0 for ours either: until it is frozen, BatchNorm normalises by a rank's own rows in every method, which
-SyncBatchNorm would change, and so weights differ too. It shows what it costs in ranges, and in int8 accuracy on the whole test set, to
-learn from one rank's data, for one small network that is trained briefly: after the 32 steps until ranges freeze, where they started still
-weighs 0.95 ** 32 = 19 %. Three seeds tell a large effect from none, not a small one. The rate is `qat`'s default: at ten times that, QAT
-of a float model that was trained more briefly still diverged as soon as BatchNorm stood still, in one process too, stock as ours. By a
-count of steps and of their processor time: about 7 minutes on 2 idle cores.
+The methods:
+
+- stock: torch.ao's FX QAT and observers in DistributedDataParallel, which broadcasts rank 0's buffers
+- ours, rank 0: dist_train's loop with ranges and BatchNorm's statistics from rank 0, as in stock
+- ours: dist_train's loop with ranges and statistics of all ranks
+
+The last two differ only in the source of ranges and statistics. Stock and `ours, rank 0` also quantize differently.
+Stock's range already includes the batch, and ours lags by one step. Stock quantizes at more places: averages and
+logits, whose ranges are not counted.
+
+Each method is also run by one process on the concatenated batches (`stock, one`, `ours, one`). A range's error is the
+distance of its two ends from the same range there, in units of that range's width. It is not 0 for ours either. Until
+BatchNorm is frozen, it normalizes by a rank's own rows in every method, so that weights differ too; SyncBatchNorm
+would change this.
+
+The benchmark shows the cost of learning from one rank's data, in ranges and in int8 accuracy on the whole test set.
+It does so for one small network that is trained briefly. After the 32 steps until ranges freeze, their start still has
+a weight of 0.95 ** 32 = 19 %. Three seeds tell a large effect from none, not a small one.
+
+The learning rate is the default of `qat`. At ten times that rate, QAT of a more briefly trained float model diverged as
+soon as BatchNorm was frozen. It did so in one process too, with stock as with ours. By a count of steps and of their
+processor time it takes about 7 minutes on 2 idle cores.
 """
 
 from __future__ import annotations
@@ -51,7 +63,7 @@ from dist_train.distributed.world import World
 
 
 def table(rows: list[Row], fp32: list[float]) -> str:
-    """The mean over seeds, then each seed in brackets."""
+    """Returns lines with the mean over seeds and the value of each seed."""
     lines = [f"{'shards':9} {'method':13} {'int8':>8}  {'of each seed':24} range error: median, max (each seed)"]
     for shards in SHARDS:
         for method in dict.fromkeys(row.method for row in rows):
@@ -101,12 +113,10 @@ def main() -> None:
         if not world.is_main:
             return
     seconds = time.perf_counter() - start
-    print(
-        f"{datetime.date.today()} torch {torch.__version__}, {RANKS} ranks, {os.cpu_count()} cores (load {load:.1f} before)"
-    )
-    print(
-        f"{options.train} rows x {options.epochs} epochs, batch {options.batch}, {options.seeds} seed(s), {seconds:.0f} s\n"
-    )
+    machine = f"{os.cpu_count()} cores (load {load:.1f} before)"
+    print(f"{datetime.date.today()} torch {torch.__version__}, {RANKS} ranks, {machine}")
+    sizes = f"{options.train} rows x {options.epochs} epochs, batch {options.batch}, {options.seeds} seed(s)"
+    print(f"{sizes}, {seconds:.0f} s\n")
     print(table(rows, fp32))
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     found = {"settings": settings, "fp32": fp32, "rows": [asdict(row) for row in rows], "seconds": seconds}

@@ -64,7 +64,10 @@ Ends = dict[str, tuple[float, float]]
 
 @dataclass
 class Row:
-    """Of one method: top-1 of the test set; errors of the activations' ranges, None for one process, which they are held against."""
+    """Results of one method: top-1 of the test set, and errors of the activations' ranges.
+
+    Errors are relative to the run of one process, for which they are None.
+    """
 
     shards: str
     method: str
@@ -75,7 +78,7 @@ class Row:
     range_error_max: float | None = None
 
     def against(self, one: Row) -> None:
-        """Fills the errors in."""
+        """Fills in the errors of the ranges, relative to `one`."""
         errors = []
         for name, (low, high) in self.ranges.items():
             right_low, right_high = one.ranges[name]
@@ -124,7 +127,7 @@ class OfRank0(StepReduction):
 
 
 def activations(prepared: GraphModule) -> dict[str, nn.Module]:
-    """The fake-quantize modules of activations, ours or torch.ao's, by what is first given to each: a node of the float model's graph."""
+    """Returns the fake-quantize modules of activations, ours or torch.ao's, by the name of their input node."""
     found = dict[nn.Module, str]()  # some are shared, by torch.ao under several names
     for node in prepared.graph.find_nodes(op="call_module"):
         module = prepared.get_submodule(str(node.target))
@@ -136,7 +139,7 @@ def activations(prepared: GraphModule) -> dict[str, nn.Module]:
 
 
 class Bench:
-    """The data, on this rank, and what every method does with it."""
+    """Data and float model of one seed on this rank, and the methods that start from them."""
 
     def __init__(self, world: World, splits: Splits, options: argparse.Namespace, seed: int) -> None:
         assert isinstance(splits.train, ImageArrays)
@@ -152,7 +155,7 @@ class Bench:
         return Source(arrays, augmentation, self.world.device, False, 0, self.seed)
 
     def arranged(self, shards: str, rows_of_epoch: int, epochs: int) -> ImageArrays:
-        """The rows of all steps in the order of their use; of each global batch the first half is rank 0's."""
+        """Returns the rows of all steps in order; the first half of each global batch belongs to rank 0."""
         rng, batch, train = np.random.default_rng(self.seed), self.options.batch, self.splits.train
         assert isinstance(train, ImageArrays)
         halves = train.targets.numpy() // (CLASSES // RANKS)
@@ -169,7 +172,8 @@ class Bench:
 
     @torch.no_grad()
     def evaluate(self, call: Callable[[Tensor], Tensor], world: World) -> float:
-        """Top-1 of the test set, shared by the ranks of `world`. torchmetrics would share it with all, whatever `world` is."""
+        """Returns top-1 of the test set, split over the ranks of `world`."""
+        # Not by torchmetrics, which reduces over all ranks, whatever `world` is.
         source = self.source(self.splits.eval)
         right = torch.zeros(2)
         for batch in EvaluationLoader(source, 250, world.world_size, world.rank, self.options.test):
@@ -186,7 +190,7 @@ class Bench:
         reduction: StepReduction,
         hooks: list[Hook],
     ) -> None:
-        """dist_train's own loop over the rows in their order."""
+        """Runs dist_train's own loop over the rows in their order."""
         size, batch = world.world_size, self.options.batch
         sampler = ElasticDistributedSampler(
             range(len(arrays)), size, world.rank, shuffle=False, global_batch_size=batch
@@ -219,7 +223,7 @@ class Bench:
 
     @torch.no_grad()
     def calibrated(self) -> Ends:
-        """The ranges that all methods start from: of mixed rows, by all ranks, of every node of the graph."""
+        """Returns the ranges that all methods start from: of mixed rows on all ranks, for every node of the graph."""
         prepared = self.stock_model().eval()
         prepared.apply(disable_observer).apply(disable_fake_quant)
         ends, batch, world = dict[str, Tensor](), self.options.batch, self.world  # -low and high
@@ -241,7 +245,7 @@ class Bench:
         return {name: (-float(low), float(high)) for name, (low, high) in zip(ends, found, strict=True)}
 
     def ours(self, arrays: ImageArrays, world: World, of_rank_0: bool = False) -> tuple[float, Ends]:
-        """Top-1 of int8, and the ranges."""
+        """Trains with dist_train's loop; returns top-1 of int8, and the ranges."""
         backend = build_backend(QAT)
         prepared = backend.prepare(self.model, self.example)
         ranges, quantizers = Ranges(prepared), activations(prepared.model)
@@ -266,7 +270,7 @@ class Bench:
         return prepare_qat_fx(copy.deepcopy(self.model).train(), QConfigMapping().set_global(qconfig), (self.example,))
 
     def stock(self, arrays: ImageArrays, world: World) -> tuple[float, Ends]:
-        """As `ours`, by torch's own parts."""
+        """Does the same as `ours` with torch's own parts."""
         prepared = self.stock_model()
         observers = {name: each.activation_post_process for name, each in activations(prepared).items()}
         for name, observer in observers.items():
@@ -289,7 +293,7 @@ class Bench:
             optimizer.zero_grad()
             schedule.step()
         if together:
-            for buffer in prepared.buffers():  # what would be saved: rank 0's
+            for buffer in prepared.buffers():  # a checkpoint would hold rank 0's
                 dist.broadcast(buffer, src=0)
         prepared.apply(disable_observer).eval()
         found = {name: (float(each.min_val), float(each.max_val)) for name, each in observers.items()}
@@ -308,9 +312,8 @@ class Bench:
         outcomes["stock"] = self.stock(arrays, self.world)
         outcomes["ours, rank 0"] = self.ours(arrays, self.world, of_rank_0=True)
         outcomes["ours"] = self.ours(arrays, self.world)
-        compared = [
-            name for name in outcomes["ours"][1] if name in outcomes["stock"][1]
-        ]  # the places that all methods have
+        # The places that all methods have.
+        compared = [name for name in outcomes["ours"][1] if name in outcomes["stock"][1]]
         rows = {
             method: Row(shards, method, self.seed, int8, {name: ranges[name] for name in compared})
             for method, (int8, ranges) in outcomes.items()

@@ -1,23 +1,26 @@
 """Time of a QAT step against the float step of the same precision, on one process: stock FX, stock PT2E, and ours.
 
     pip install -e '.[quickstart]'
-    python benchmarks/qat_step.py [--models small_resnet resnet18] [--precisions fp32 bf16] [--rounds 21] [--threads 2] [--profile]
+    python benchmarks/qat_step.py [--models small_resnet resnet18] [--precisions fp32 bf16]
+        [--rounds 21] [--threads 2] [--profile]
 
-A step is forward, backward, the optimizer's update and the update of the ranges, which are learned all the while, as BatchNorm's statistics
-are: the dearest part of a stage (`--frozen` times, too, what comes after both are frozen). All tensors are channels_last. small_resnet
-takes 256 images of 28x28, torchvision's resnet18 64 of 32x32.
+A step is forward, backward, the optimizer's update and the update of the ranges. Ranges and BatchNorm's statistics are
+learned in every step, which is the slowest part of a stage. `--frozen` also times the steps after both are frozen. All
+tensors are channels_last. small_resnet takes 256 images of 28x28, torchvision's resnet18 64 of 32x32.
 
-    fx stock      torch.ao's prepare_qat_fx with its default for x86
-    pt2e stock    torchao's prepare_qat_pt2e with X86InductorQuantizer's default
-    ours          dist_train's default backend, with ranges that lag one step
+The methods:
 
-All methods take turns within each round, a step each, in an order that rotates. A figure is the median over rounds of a step's time divided
-by the float step's of the same round, with the smallest and the largest such ratio. The float step is that of the same mode: eager is held
-against eager, compiled against compiled. What a compiled step takes of the eager float step is printed as well. Where a method
-cannot take a step, the reason stands in its place.
+- fx stock: torch.ao's prepare_qat_fx with its default for x86
+- pt2e stock: torchao's prepare_qat_pt2e with X86InductorQuantizer's default
+- ours: dist_train's default backend, with ranges that lag one step
 
-The bar: ours, compiled, at most 1.3 times the float step, compiled, for every model and precision. A miss exits 1.
-About 8 minutes on two idle cores, most of it compilation, which torch caches on disk for the next time.
+All methods take turns within each round, one step each, in a rotating order. A figure is the median over rounds of a
+step's time divided by the float step's time in the same round. The smallest and the largest ratio stand beside it. The
+float step has the same mode: eager is compared with eager, compiled with compiled. The ratio of a compiled step to the
+eager float step is printed as well. If a method cannot take a step, the reason is printed in its place.
+
+The bar: ours, compiled, takes at most 1.3 times the float step, compiled, for every model and precision. A miss exits
+with 1. It takes about 8 minutes on two idle cores, most of it compilation, which torch caches on disk.
 """
 
 from __future__ import annotations
@@ -134,7 +137,7 @@ def ours(case: Case, frozen: bool = False) -> nn.Module:
 
 
 def steps(case: Case, precision: str, frozen: bool) -> dict[tuple[str, str], Callable[[], Step]]:
-    """What makes the step of each method and mode."""
+    """Returns functions that make the step of each method and mode."""
 
     def maker(prepare: Callable[[Case], nn.Module], mode: str) -> Callable[[], Step]:
         return lambda: Step(prepare(case), case, precision, mode == "compiled")
@@ -157,17 +160,14 @@ Key = tuple[str, str]
 
 
 def able(makers: dict[Key, Callable[[], Step]]) -> tuple[dict[Key, Step], dict[Key, str]]:
-    """The steps that can be taken, taken a few times, so that they are compiled; and why the others cannot."""
+    """Compiles the steps by taking each a few times; returns the working ones, and the errors of the others."""
     able, failed = dict[Key, Step](), dict[Key, str]()
     for key, make in makers.items():
         step = make()
         try:
             for _ in range(WARM_UP):
                 step()
-        except (
-            RuntimeError,
-            AssertionError,
-        ) as error:  # what torch raises; compiled code asserts what it was told of an operator
+        except (RuntimeError, AssertionError) as error:  # compiled code asserts the metadata of operators
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             failed[key] = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
             continue
@@ -176,7 +176,7 @@ def able(makers: dict[Key, Callable[[], Step]]) -> tuple[dict[Key, Step], dict[K
 
 
 def seconds(steps: dict[Key, Step], rounds: int, clock: Callable[[], float]) -> dict[Key, list[float]]:
-    """Of each step, a figure a round."""
+    """Returns the seconds of each step in each round."""
     times: dict[Key, list[float]] = {key: [] for key in steps}
     keys = list(steps)
     for number in range(rounds):
@@ -195,7 +195,7 @@ def ratios(own: list[float], base: list[float]) -> tuple[float, str]:
 
 
 def dearest(step: Step, label: str) -> None:
-    """Prints the ten operations that take the most time themselves."""
+    """Prints the ten operations with the most time of their own."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(3):
             step()
@@ -204,7 +204,7 @@ def dearest(step: Step, label: str) -> None:
 
 
 def run(name: str, precision: str, options: argparse.Namespace) -> float:
-    """Measures, prints, and returns the figure that the bar is held against."""
+    """Measures and prints; returns the ratio that is compared with the bar."""
     torch._dynamo.reset()
     taken, failed = able(steps(case(name), precision, options.frozen))
     times = seconds(taken, options.rounds, CLOCKS[options.clock])

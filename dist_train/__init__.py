@@ -1,4 +1,4 @@
-"""Distributed training in PyTorch, from float to a verified int8 artifact. The names here are the public API."""
+"""The public API of dist_train: distributed training in PyTorch, from float to a verified int8 artifact."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ pt2e alone:
     node.meta["quantization_annotation"]        removed where it is empty; its specifications replaced by rules
     GraphModule.meta["_observed_graph_module_attrs"]
                                                 left by prepare for convert; kept in `prepared_graph.Blueprint.meta`
-    GraphModule.train, .eval                    replaced on the instance by prepare and convert with functions that raise
+    GraphModule.train, .eval                    prepare and convert replace them by functions that raise
     type(GraphModule).forward                   the generated function of a graph, taken unbound by prepared_graph.py
     torch._export.verifier.SpecViolationError   an error of a strict export
 

@@ -1,4 +1,4 @@
-"""Tasks: loss, score and metrics of each kind of problem. Packages below this one do not know about classes."""
+"""Tasks: loss, score and metrics of each kind of problem, which are unknown to the packages below."""
 
 from dist_train.tasks.base import Task
 from dist_train.tasks.classification import Classification

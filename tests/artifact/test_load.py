@@ -47,7 +47,7 @@ DEADLINE = 120.0  # a fresh process imports torch, which takes seconds on a busy
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """So that forked children inherit no half-used thread pool."""
+    """Keeps forked children from inheriting a half-used thread pool."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

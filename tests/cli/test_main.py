@@ -77,7 +77,10 @@ def test_the_first_look_does_not_import_pydantic(arguments: list[str], tmp_path:
 
 
 def test_importing_the_package_does_not_import_torch_or_pydantic(tmp_path: Path) -> None:
-    code = "import dist_train, sys; dist_train.register_model; sys.exit(' '.join({'torch', 'pydantic'} & set(sys.modules)) or 0)"
+    code = (
+        "import dist_train, sys; dist_train.register_model;"
+        "sys.exit(' '.join({'torch', 'pydantic'} & set(sys.modules)) or 0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), check=False)
     assert done.returncode == 0
 

@@ -1,4 +1,4 @@
-"""Which rank a process is, in environments captured from the real launchers (Slurm 22.05.8, torch 2.14.1, accelerate 1.15.0)."""
+"""Ranks read from environments captured from real launchers (Slurm 22.05.8, torch 2.14.1, accelerate 1.15.0)."""
 
 from __future__ import annotations
 

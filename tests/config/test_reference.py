@@ -55,7 +55,8 @@ def test_qat_lists_what_differs_from_train_only() -> None:
 
 
 def test_meanings_are_those_of_the_docstrings_in_one_line() -> None:
-    meaning = Config.model_fields["data"].annotation.model_fields["global_batch_size"].description  # type: ignore[union-attr]
+    data = Config.model_fields["data"].annotation
+    meaning = data.model_fields["global_batch_size"].description  # type: ignore[union-attr]
     assert _tables()["data"]["global_batch_size"][3] == meaning
 
 

@@ -1,4 +1,4 @@
-"""How doctor runs its checks and shows what they say: each level, a crash, a hang; and lines that depend on the machine, planted."""
+"""The doctor's checks and its lines for them: each level, a crash, a hang, and planted lines of other machines."""
 
 from __future__ import annotations
 

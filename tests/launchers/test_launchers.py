@@ -281,7 +281,10 @@ def test_wrong_words_end_with_78_and_what_to_type(
 def test_a_wrong_configuration_starts_nothing_and_leaves_no_file(tmp_path: Path) -> None:
     config = tmp_path / "small.yaml"
     config.write_text("run: {name: small}\nstages: [train]\n")
-    program = "import sys; from dist_train.cli.main import main; code = main(sys.argv[1:]); sys.exit(code if 'torch' not in sys.modules else 'torch')"
+    program = (
+        "import sys; from dist_train.cli.main import main; code = main(sys.argv[1:]);"
+        "sys.exit(code if 'torch' not in sys.modules else 'torch')"
+    )
     command = [sys.executable, "-c", program, "launch", "torchrun", "--nproc-per-node", "2", "small.yaml"]
     done = subprocess.run(
         [*command, "--train.epochs", "0"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False

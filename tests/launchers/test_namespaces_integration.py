@@ -1,4 +1,4 @@
-"""Two machines (network namespaces): the same result as on one, also after one of them was lost, or the network between them."""
+"""Two machines (network namespaces): the same result as on one, even after a machine or the network was lost."""
 
 from __future__ import annotations
 

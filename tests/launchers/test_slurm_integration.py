@@ -1,4 +1,4 @@
-"""On a real Slurm of four virtual nodes: ranks by srun, batch jobs, what is requeued and what is not, and what is left after scancel."""
+"""A real Slurm of four virtual nodes: ranks by srun, batch jobs, requeued jobs, and nothing left after scancel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from tests.support.slurm_cluster import SMALL, Cluster
 
 STAND_IN = str(Path(__file__).parent / "stand_in_python")
 DETECT = (
-    "import dataclasses, json, os; from dist_train.cluster.slurm_lists import show_hostnames; from dist_train.cluster.rank_plan import detect;"
+    "import dataclasses, json, os;"
+    "from dist_train.cluster.slurm_lists import show_hostnames; from dist_train.cluster.rank_plan import detect;"
     "print(json.dumps(dataclasses.asdict(detect(os.environ, show_hostnames))))"
 )
 

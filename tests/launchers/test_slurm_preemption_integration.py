@@ -1,4 +1,4 @@
-"""Jobs that train are told to stop, by Slurm itself or by a signal before their end; they go back into the queue and finish by themselves."""
+"""Training jobs stopped by Slurm, or by a signal before their end, are requeued and finish by themselves."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def lines(run: Path) -> int:
 
 
 def trains(run: Path) -> Callable[[], bool]:
-    """Whether it is in the middle of its work."""
+    """Returns a condition: the run is in the middle of its work."""
     return lambda: lines(run) > 50
 
 

@@ -1,4 +1,4 @@
-"""Retention within a stage: the newest, the best, one for so many hours, and those that are needed."""
+"""Retention within a stage: the newest, the best, one every few hours, and the needed ones."""
 
 from __future__ import annotations
 
