@@ -1,10 +1,14 @@
-"""Skips are failures where CI says so: DIST_TRAIN_REQUIRE_ALL=1 means that everything a test can need was installed."""
+"""Marks the quick tests, skips those for GPUs, and fails other skips if DIST_TRAIN_REQUIRE_ALL=1.
+
+That variable, which CI sets, means that everything a test can need is installed.
+"""
 
 from __future__ import annotations
 
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Generator
 from typing import Any
@@ -17,6 +21,24 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 REQUIRE_ALL = os.environ.get("DIST_TRAIN_REQUIRE_ALL") == "1"
+NOT_QUICK = {"slow", "long", "gpu", "heavy"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks a test quick unless it is in an *_integration.py, or marked slow, long, gpu or heavy."""
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        if "gpu" in marks:
+            item.add_marker(pytest.mark.skipif(not _gpu(), reason="only on a machine with CUDA devices"))
+        if not marks & NOT_QUICK and not item.path.stem.endswith("_integration"):
+            item.add_marker(pytest.mark.quick)
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -33,13 +55,36 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("gpu") is not None:
-            item.add_marker(pytest.mark.skipif(not _gpu(), reason="only on a machine with CUDA devices"))
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """A file that imports a backend which refuses the installed torch or torchao is skipped as a whole."""
+    report = yield
+    if report.failed and not REQUIRE_ALL and report.call.excinfo.typename == "QuantizationError":
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, f"Skipped: {report.call.excinfo.value}")
+    return report
 
 
-def _gpu() -> bool:
-    import torch
+_started: list[str] = []
 
-    return torch.cuda.is_available()
+
+def _note_rank(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "tests.rank":  # raised by tests/support/ranks.py
+        _started.append(str(arguments[0]))
+
+
+sys.addaudithook(_note_rank)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    _started.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A quick test that starts ranks fails."""
+    result = yield
+    if _started and item.get_closest_marker("quick") is not None:
+        pytest.fail(f"a quick test started ranks {', '.join(_started)}: mark it heavy", pytrace=False)
+    return result

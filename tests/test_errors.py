@@ -1,4 +1,4 @@
-"""What error texts are made of: names near to what was typed, and one line of another library's message."""
+"""Parts of error texts: the nearest names, and the first line of another library's message."""
 
 from __future__ import annotations
 

@@ -28,6 +28,8 @@ from dist_train.errors import ArtifactError, DataError
 from dist_train.programs.pt2 import load_program, program_bytes
 from tests.support.converted_nets import converted_net, float_net, images, program_of
 
+pytestmark = pytest.mark.heavy
+
 PROGRAM, FLOAT = "model.pt2", "model.fp32.pt2"
 FIELDS: dict[str, Any] = {
     "models": {"int8": {"file": PROGRAM, "kind": "pt2"}},
@@ -91,6 +93,7 @@ sys.stdout.write(hashlib.sha256(data).hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_bytes_are_equal_in_processes_with_another_history_and_hash_seed():
     root = Path(__file__).resolve().parents[2]
     digests = []

@@ -82,6 +82,7 @@ def test_importing_the_package_does_not_import_torch_or_pydantic(tmp_path: Path)
     assert done.returncode == 0
 
 
+@pytest.mark.heavy
 def test_the_start_costs_little_more_than_its_libraries(config: Path) -> None:
     commands = [
         ["-c", "import pydantic, yaml; pydantic.BaseModel"],

@@ -189,6 +189,7 @@ def test_a_name_that_does_not_resolve_is_named(name: str, monkeypatch: pytest.Mo
 # Real ranks.
 
 
+@pytest.mark.heavy
 def test_a_wrong_interface_ends_both_ranks_with_78_and_its_name() -> None:
     with Ranks(2, ["-m", "tests.distributed.test_preflight"], {"GLOO_SOCKET_IFNAME": "nope0"}) as ranks:
         start = time.monotonic()

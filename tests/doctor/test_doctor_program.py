@@ -38,6 +38,7 @@ def only(*names: str) -> list[str]:
     return [word for name in names for word in ("--only", name)]
 
 
+@pytest.mark.heavy
 def test_what_is_good_ends_with_0_and_is_plain_text_without_secrets(tmp_path: Path) -> None:
     done = doctor(tmp_path, *only("ranks", "network", "machine", "slurm", "wandb"), **SECRETS)
     assert done.returncode == EXIT_DONE and done.stderr == "", done.stdout + done.stderr

@@ -32,6 +32,7 @@ from dist_train.run_dir.files import read_json
 from dist_train.run_dir.paths import RunDir
 from dist_train.stages.export import Export
 from tests.support.ranks import Ranks, train, train_done
+from tests.support.small_runs import own_torch_settings
 
 ARGS: dict[str, Any] = {"num_train": 203, "num_eval": 61, "num_classes": 6, "channels": 1, "height": 8, "width": 8}
 CONFIG = f"""
@@ -332,9 +333,9 @@ def test_an_unreadable_image_is_named_and_the_others_are_predicted(
     [
         (["nowhere.png"], 1, "there is no file nowhere.png"),
         (["."], 1, "holds no image"),
-        (["x.png", "--top", "0"], 78, "--top must be a whole number"),
+        (["x.png", "--top", "0"], 78, "--top: 0 is not in the range x>=1"),
         (["x.png", "--format", "xml"], 78, "--format xml is unknown"),
-        ([], 78, "too few arguments"),
+        ([], 78, "predict: missing argument 'IMAGE"),
     ],
 )
 def test_mistakes_of_predict_say_what_to_type(
@@ -417,7 +418,7 @@ def test_mistakes_of_evaluate_say_what_is_wrong(
     assert said in capsys.readouterr().err
 
 
-# ---- interrupted, and with everything
+# ---- interrupted, and with all formats
 
 
 @pytest.mark.slow

@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.support.network_namespaces import TwoMachines
 from tests.support.ranks import ROOT
@@ -76,12 +74,9 @@ def test_the_quickstart_s_weights_and_artifact_are_the_same_behind_every_launche
     logs = sorted((tmp_path / "torchrun" / "logs").glob("*/attempt_0/*/stdout.log"))
     assert [file.parent.name for file in logs] == ["0", "1"], "each rank's output is kept"
 
-    # Of accelerate's own strategy it is the weights that are compared.
-    for strategy, stages in (("ddp", ()), ("accelerate", ("--stages", "[train, ptq, qat]"))):
-        run = ("--run.dir", f"accelerate-{strategy}", "--strategy", strategy, *stages)
-        words = ("--nproc-per-node", "2", *QUICKSTART, *run)
-        printed = launch(tmp_path, "accelerate", *words)
-        assert "quickstart: 2 ranks" in printed and "[default1]" not in printed
+    words = ("--nproc-per-node", "2", *QUICKSTART, "--run.dir", "accelerate", "--strategy", "ddp")
+    printed = launch(tmp_path, "accelerate", *words)
+    assert "quickstart: 2 ranks" in printed and "[default1]" not in printed
 
     nodes = []
     for machine in machines:
@@ -106,18 +101,9 @@ def test_the_quickstart_s_weights_and_artifact_are_the_same_behind_every_launche
     assert "quickstart: 2 ranks" in done.stdout
     assert done.stdout.count("train: epoch 2/2") == 1, "rank 0 is shown, once"
 
-    runs = ("torchrun", "accelerate-ddp", "machines", "srun", "sbatch")
+    runs = ("torchrun", "accelerate", "machines", "srun", "sbatch")
     results = {run: result(tmp_path / run) for run in runs}
     assert len(set(results.values())) == 1, results
-    for stage in ("train", "qat"):
-        ours, theirs = (
-            load_file(tmp_path / run / "checkpoints" / f"{stage}-end" / "tensors.safetensors")
-            for run in ("torchrun", "accelerate-accelerate")
-        )
-        assert ours.keys() == theirs.keys()
-        for name, tensor in ours.items():
-            said = f"{stage}: {name}"
-            torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-4, msg=said)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from tests.support.converted_nets import float_net, images
 needs_openvino = pytest.mark.skipif(bool(missing_modules()), reason=f"not installed: {', '.join(missing_modules())}")
 
 
+@pytest.mark.heavy
 @needs_openvino
 @pytest.mark.parametrize(("name", "precision"), [("bf16", "bf16"), pytest.param("fp16", "f16", marks=pytest.mark.slow)])
 def test_half_is_timed_in_the_runtime_of_the_others_where_it_computes_in_half(name, precision, program, converted):

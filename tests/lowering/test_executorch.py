@@ -19,9 +19,12 @@ from dist_train.quantization.pt2e.backend import PT2EBackend, export_converted
 from dist_train.quantization.ranges import Ranges
 from tests.support.converted_nets import images
 
-pytestmark = pytest.mark.skipif(
-    bool(missing := registry.export_formats.entry("executorch").missing()), reason=f"not installed: {missing}"
-)
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif(
+        bool(missing := registry.export_formats.entry("executorch").missing()), reason=f"not installed: {missing}"
+    ),
+]
 
 
 class Residual(nn.Module):

@@ -11,6 +11,8 @@ from dist_train.lowering.openvino import shared_core
 from dist_train.models.half_precision import HalfModel
 from tests.support.converted_nets import float_net, images
 
+pytestmark = pytest.mark.heavy
+
 
 def write(name: str):
     entry = registry.export_formats.entry(name)

@@ -12,6 +12,8 @@ from dist_train.quantization.pt2e.backend import PT2EBackend, export_converted
 from dist_train.quantization.ranges import Ranges
 from tests.support.converted_nets import float_net, images
 
+pytestmark = pytest.mark.heavy
+
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
 

@@ -15,6 +15,8 @@ from dist_train.lowering import LoweringUnavailable
 from dist_train.lowering.openvino import lower, missing_modules, onnx_bytes
 from tests.support.converted_nets import converted_net, images
 
+pytestmark = pytest.mark.heavy
+
 needs_openvino = pytest.mark.skipif(bool(missing_modules()), reason=f"not installed: {', '.join(missing_modules())}")
 
 

@@ -199,6 +199,7 @@ def weights_of(run: Path) -> torch.Tensor:
     return state["head.weight"]
 
 
+@pytest.mark.heavy
 def test_a_run_starts_from_the_model_of_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dist_train.run(config(tmp_path, "first", run={"name": "first", "dir": str(tmp_path / "first"), "seed": 1}))
     model = {**SMALL, "init_from": str(tmp_path / "first")}
@@ -218,6 +219,7 @@ def test_a_run_starts_from_the_model_of_another(tmp_path: Path, capsys: pytest.C
         read_run(tmp_path / "third")
 
 
+@pytest.mark.heavy
 def test_quantization_without_training_is_not_resumed_from_other_weights(tmp_path: Path) -> None:
     file = tmp_path / "trained.pt"
     torch.save(small(3, 1).state_dict(), file)

@@ -80,7 +80,10 @@ def gradients(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) 
     return [x.grad, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "activation", [pytest.param(name, marks=[] if name == "relu6" else pytest.mark.slow) for name in ACTIVATIONS]
+)
 def test_a_compiled_step_keeps_no_bools_and_has_the_gradients_of_an_eager_one(activation: str) -> None:
     model = prepared(ACTIVATIONS[activation])
     x = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
@@ -94,6 +97,7 @@ def test_a_compiled_step_keeps_no_bools_and_has_the_gradients_of_an_eager_one(ac
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("name", "instead"),
     [("fake_quantize.equal_mask", torch.eq), ("pt2e.prepared_graph.use_byte_masks", lambda graph: None)],

@@ -1,4 +1,4 @@
-"""Names to things: what is registered, what is refused, what is suggested."""
+"""The registry: names registered, refused and suggested."""
 
 from __future__ import annotations
 

@@ -15,7 +15,10 @@ from dist_train.report.write import write_report
 from tests.support.written_run_dirs import finished, started
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome: apt-get install chromium")
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome: apt-get install chromium"),
+]
 
 
 def load(page: Path, profile: Path) -> tuple[str, list[str]]:

@@ -135,6 +135,7 @@ def test_several_runs_share_a_page_with_the_settings_that_differ(
     assert {row[0] for row in rows(Path("report/tables/curves.csv"))} == {"run", "first", "second"}
 
 
+@pytest.mark.heavy
 def test_many_classes_are_an_image_and_the_pairs_most_confused(tmp_path: Path) -> None:
     run = RunDir(finished(tmp_path / "run"))
     for model in ("fp32", "int8"):
@@ -154,6 +155,7 @@ def test_a_task_without_classes_has_no_confusion(tmp_path: Path) -> None:
     assert "0.125, 2" in shown and "loss 0.25, id 1" in shown
 
 
+@pytest.mark.heavy
 def test_a_report_is_written_anew_over_an_earlier_one_and_stale_files_go(tmp_path: Path) -> None:
     run = RunDir(finished(tmp_path / "run"))
     write_report([run.path])
@@ -175,21 +177,23 @@ def test_files_of_somebody_else_are_not_overwritten(tmp_path: Path) -> None:
     assert (out / "report.html").read_text() == "years of work"
 
 
+@pytest.mark.heavy
 def test_the_command_takes_runs_and_an_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second, out = finished(tmp_path / "a", "x"), finished(tmp_path / "b", "y"), tmp_path / "deep" / "out"
     assert main(["report", str(first), str(second), f"--output={out}"]) == 0
     assert capsys.readouterr().out == f"{out / 'report.html'}\n"
     assert main(["report", str(first), "--output", str(out)]) == 0
     for arguments, message in (
-        ([], "report needs a run"),
+        ([], "report: missing argument 'RUN_DIR"),
         ([str(tmp_path)], "has no config.yaml"),
-        ([str(first), "--output"], "--output needs a folder"),
+        ([str(first), "--output"], "--output has no value"),
         ([str(first), "--open"], "report has no option --open"),
     ):
         assert main(["report", *arguments]) == 78
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_a_report_does_not_import_torch(tmp_path: Path) -> None:
     code = "import sys; from dist_train.cli.main import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     answer = subprocess.run(

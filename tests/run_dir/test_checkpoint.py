@@ -162,6 +162,7 @@ for step in range(first, 10**6):
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.timeout(120)
 def test_kills_in_the_middle_of_saving_leave_latest_whole(tmp_path: Path) -> None:
     draw = random.Random(0)

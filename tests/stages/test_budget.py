@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.small_runs import Runs
 
+pytestmark = pytest.mark.heavy
+
 SETTINGS = ["--stages", "[train, ptq, qat, convert]", "--train.epochs", "1", "--qat.epochs", "1", "--ptq.samples", "64"]
 
 

@@ -73,6 +73,7 @@ def run_arguments(folder: Path, stages: str) -> list[str]:
     return ["run", str(folder / "config.yaml"), "--import", "tests.support.dtype_telling_model", *options]
 
 
+@pytest.mark.slow
 def test_bf16_in_the_users_accelerate_config_is_seen_in_the_forward_of_both_ranks(tmp_path: Path) -> None:
     done = launch(tmp_path, "bf16", *run_arguments(tmp_path, "[train]"))
     assert done.returncode == 0, done.stdout

@@ -102,6 +102,7 @@ def step(model: nn.Module, images: torch.Tensor, replicas: int) -> torch.Tensor:
     return outputs.detach()
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("apply_in_turn")
 def test_ranges_under_dp_are_those_of_all_replicas_rows_and_not_the_first_gpus() -> None:
     torch.manual_seed(0)

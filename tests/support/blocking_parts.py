@@ -1,8 +1,8 @@
-"""Parts of a run that stand still at a place, registered as a user would: --import tests.support.blocking_parts.
+"""Registers parts of a run that block at a chosen place, as a user would: --import tests.support.blocking_parts.
 
-HOLD is `place rank count how`: at the count-th time (from 0) that this rank comes to the place, it leaves the file `reached` in
-HOLD_DIR and stands there until the file `go` is there (how: wait), or for good inside a C call that keeps the interpreter's
-lock (how: lock). Without HOLD nothing holds.
+HOLD is `place rank count how`. When this rank comes to the place for the count-th time (from 0), it writes the file
+`reached` in HOLD_DIR and blocks. It waits until the file `go` exists (how: wait), or for ever in a C call that keeps
+the interpreter's lock (how: lock). Without HOLD nothing blocks.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class _Net(nn.Module):
 
 
 class _Held(nn.Module):
-    """Outside of what a backend traces."""
+    """Blocks outside the part of the model that a backend traces."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training:
@@ -115,7 +115,7 @@ class Kept(Tracker):
 @dist_train.register_quantization_backend("held")
 class HeldBackend(FXBackend):
     def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
-        super().check(model, rules)  # does not convert on trial: the stage is what is held
+        super().check(model, rules)  # without the trial conversion, so that the stage blocks
 
     def convert(self, prepared: PreparedModel) -> GraphModule:
         hold("convert")

@@ -1,4 +1,4 @@
-"""Networks of which one thing is difficult to quantize, and any network with statistics as of a trained one; registered as a user would."""
+"""Registers networks that are difficult to quantize, and any network with the statistics of a trained one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dist_train.models.build import build_model
 
 
 class _Reused(nn.Module):
-    """One convolution, one batch norm and one activation that are called twice."""
+    """Calls one convolution, one batch norm and one activation twice."""
 
     def __init__(self, num_classes: int, in_channels: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class _Reused(nn.Module):
 
 
 class _Branching(nn.Module):
-    """Takes one of two ways, by what is in the batch."""
+    """Takes one of two branches, depending on the values in the batch."""
 
     def __init__(self, num_classes: int, in_channels: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def branch_on_data(num_classes: int, in_channels: int) -> nn.Module:
 
 @dist_train.register_model("same_padding")
 def same_padding(num_classes: int, in_channels: int) -> nn.Module:
-    """Odd, even and dilated kernels, and one that is padded unevenly, each in the way in which "same" pads."""
+    """Convolutions with "same" padding: odd, even and dilated kernels, and one with uneven padding."""
     return nn.Sequential(
         nn.Conv2d(in_channels, 8, 3, padding="same", bias=False),
         nn.BatchNorm2d(8),
@@ -74,7 +74,7 @@ def same_padding(num_classes: int, in_channels: int) -> nn.Module:
 
 
 def _images(rows: int, channels: int, size: int, seed: int) -> dist_train.ImageArrays:
-    """Two patterns in turns, with some noise: uint8 [rows, channels, size, size]."""
+    """Two alternating patterns with noise: uint8 [rows, channels, size, size]."""
     patterns = F.interpolate(torch.rand(2, channels, 4, 4, generator=torch.Generator().manual_seed(0)), size)
     noise = torch.rand(rows, channels, size, size, generator=torch.Generator().manual_seed(seed))
     labels = torch.arange(rows) % 2
@@ -92,9 +92,9 @@ def two_patterns(data: dist_train.DataConfig) -> dist_train.Splits:
 @dist_train.register_model("settled")
 @torch.no_grad()
 def settled(num_classes: int, in_channels: int, kind: str, size: int, args: dict[str, Any]) -> nn.Module:
-    """The model `kind` as if it had learned `two_patterns`: batch norms know their inputs, the last layer tells the patterns apart.
+    """The model `kind` with batch norms fitted to `two_patterns` and a last layer that separates the patterns.
 
-    A fresh deep network puts out nearly the same for all images, and its integer model's decisions would be those of rounding.
+    A fresh deep network's outputs are nearly equal for all images, so rounding would decide its int8 predictions.
     """
     model = build_model(ModelConfig(name=kind, args=args), num_classes, in_channels).eval()
     rows = _images(16, in_channels, size, seed=1)
@@ -112,13 +112,13 @@ def settled(num_classes: int, in_channels: int, kind: str, size: int, args: dict
 
 
 def _settle(batch_norm: nn.Module, inputs: Tensor) -> None:
-    """The statistics of `inputs`, with one variance for all channels: its own would blow up the noise of one that hardly varies."""
+    """Sets the statistics of `inputs`, with one variance for all channels: a tiny one would amplify noise."""
     batch_norm.get_buffer("running_mean").copy_(inputs.transpose(0, 1).flatten(1).mean(1))
     batch_norm.get_buffer("running_var").fill_(inputs.transpose(0, 1).flatten(1).var(1).mean())
 
 
 def _tell_apart(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Gives the last layer the weight with which the mean of each class is 3 logits off the middle."""
+    """Sets the last layer so that the mean of each class is 3 logits off the middle."""
     head = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))][-1]
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

@@ -1,4 +1,4 @@
-"""Small converted (Q/DQ) models for tests, by torchao's own flow, so that these tests do not lean on our quantization."""
+"""Small converted (Q/DQ) models for tests, made by torchao's own flow and independent of our quantization."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def float_net(channels_last: bool = False, width: int = 16) -> nn.Module:
             nn.Flatten(),
             head := nn.Linear(2 * width, 10),
         )
-    head.weight.data *= 8  # logits far enough apart for argmax to mean something
+    head.weight.data *= 8  # logits far enough apart for a stable argmax
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return net.eval().to(memory_format=memory_format)
 

@@ -1,4 +1,4 @@
-"""A model that tells in which type its forward computed: --import tests.support.dtype_telling_model."""
+"""A model that writes the dtype of its activations to a file: --import tests.support.dtype_telling_model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import dist_train
 
 
 class _Telling(nn.Module):
-    """Notes the mode and the type of what reaches it, a line each, in the file that TELL names, one for each rank."""
+    """Writes the mode and dtype of each input as a line of the file that TELL names, one file per rank."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if "TELL" in os.environ and not torch.compiler.is_compiling():

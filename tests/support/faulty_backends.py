@@ -1,4 +1,4 @@
-"""Quantization backends with one planted fault each, registered as a user would: --import tests.support.faulty_backends."""
+"""Quantization backends with one planted fault each: --import tests.support.faulty_backends."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Edit = Callable[[Graph], None]
 
 
 def _without_restoring(then: Edit) -> Any:
-    """prepare as it would be if it did `then` in place of restoring the literals that torchao changes."""
+    """Prepares with `then` in place of restoring the literals that torchao changes."""
     return mock.patch.object(graph_rewrite, "restore_batch_norms", lambda graph, literals: then(graph))
 
 
 class _Edited(PT2EBackend):
-    """Prepares right, but for an edit of the graph before its code is generated."""
+    """Prepares correctly, then edits the graph before its code is generated."""
 
     edit: ClassVar[Edit]
 
@@ -75,7 +75,7 @@ class OtherMomentum(_Edited):
 
 @dist_train.register_quantization_backend("other_dropout")
 class OtherDropout(_Edited):
-    """As torchao's move_exported_model_to_train does."""
+    """Changes dropout as torchao's move_exported_model_to_train does."""
 
     @staticmethod
     def edit(graph: Graph) -> None:
@@ -85,7 +85,7 @@ class OtherDropout(_Edited):
 
 @dist_train.register_quantization_backend("fx_other_literals")
 class FXOtherLiterals(FXBackend):
-    """The same three, in the modules of fx."""
+    """Plants the same three faults in the modules of fx."""
 
     def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> TracedModules:
         prepared = super().prepare(model, example, rules)
@@ -97,7 +97,7 @@ class FXOtherLiterals(FXBackend):
 
 
 def scale_of(converted: nn.Module, layer: str, factor: float) -> None:
-    """Multiplies one scale of a layer of a converted model, in place: its weight's (pt2e), or its output's (fx, eager)."""
+    """Multiplies one scale of a converted layer in place: the weight's (pt2e) or the output's (fx, eager)."""
     if isinstance(converted, IntegerModel):
         converted.model.get_submodule(layer).scale *= factor  # type: ignore[operator, assignment]
         return
@@ -126,12 +126,12 @@ class WrongScale(_Wrong, PT2EBackend):
 
 @dist_train.register_quantization_backend("fx_wrong_scale")
 class FXWrongScale(_Wrong, FXBackend):
-    layer = "conv1"  # whose outputs are rounded to nothing; without conv2's, a residual branch's, decisions stay
+    layer = "conv1"  # its outputs become zero; conv2 would not do, as the residual keeps the decisions
 
 
 @dist_train.register_quantization_backend("other_program")
 class OtherProgram(PT2EBackend):
-    """Serialises a model that is a little different from the converted one in memory."""
+    """Serialises a model that differs slightly from the converted one in memory."""
 
     def serialize(self, converted: nn.Module, example: Tensor) -> Program:
         other = copy.deepcopy(converted)
@@ -141,7 +141,7 @@ class OtherProgram(PT2EBackend):
 
 @dist_train.register_quantization_backend("worse_each_time")
 class WorseEachTime(FXBackend):
-    """The check's conversion and the first one are right, and each further one is ruined: a layer's outputs are rounded to nothing."""
+    """Converts correctly twice (check and first conversion), then rounds a layer's outputs to zero each time."""
 
     conversions = 0
 

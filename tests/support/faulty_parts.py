@@ -1,4 +1,4 @@
-"""Backends, a model and datasets that go wrong, registered as a user would: --import tests.support.faulty_parts."""
+"""Backends, a model and datasets with planted faults: --import tests.support.faulty_parts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dist_train.quantization.pt2e.backend import PT2EBackend
 
 
 class _ConvertsInItsStage(PT2EBackend):
-    """What goes wrong is the stage, not the trial at set-up."""
+    """Fails in the stage, not in the trial conversion at set-up."""
 
     def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: torch.Tensor | None = None) -> None:
         super().check(model, rules)
@@ -41,7 +41,7 @@ class Endless(_ConvertsInItsStage):
 
 @dist_train.register_quantization_backend("drifting")
 class Drifting(PT2EBackend):
-    """Converts with scales that are far too small, so that everything is clipped."""
+    """Converts with scales that are far too small, so that all values are clipped."""
 
     def convert(self, prepared: PreparedModel) -> GraphModule:
         for quantizer in prepared.fake_quantizers:
@@ -53,7 +53,7 @@ class Drifting(PT2EBackend):
 
 
 class Centre(nn.Module):
-    """Subtracts a mean that it learns from its own rank's batches."""
+    """Subtracts a mean that is learned from the batches of its own rank."""
 
     centre: torch.Tensor
 
@@ -80,13 +80,13 @@ def _images(rows: int) -> dist_train.ImageArrays:
 
 @dist_train.register_dataset("growing")
 def growing(data: dist_train.DataConfig) -> dist_train.Splits:
-    """As many rows as the environment says."""
+    """A dataset with GROWING_ROWS rows."""
     names = tuple("abcdef")
     return dist_train.Splits(_images(int(os.environ["GROWING_ROWS"])), _images(30), 6, names, (0.5,), (0.3,))
 
 
 class _Undecodable(torch.utils.data.Dataset[Any]):
-    """Rank 0 cannot read image 7."""
+    """Images of which rank 0 cannot read number 7."""
 
     def __init__(self, rows: int, planted: str) -> None:
         self._rows, self._planted = rows, planted

@@ -1,4 +1,4 @@
-"""Models that do not fit segmentation, registered as a user would, and one that counts."""
+"""Models that do not fit segmentation, and one that counts its forwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dist_train.models.small import small_fcn
 
 @dist_train.register_model("shrinking")
 def shrinking(num_classes: int, in_channels: int) -> nn.Module:
-    """Puts out a smaller image than the mask."""
+    """Returns an image smaller than the mask."""
     return nn.Conv2d(in_channels, num_classes, 3)
 
 
@@ -26,7 +26,7 @@ class _TwoHeaded(nn.Module):
 
 @dist_train.register_model("two_headed")
 def two_headed(num_classes: int, in_channels: int) -> nn.Module:
-    """Puts out a second tensor in train mode, as networks with auxiliary heads do."""
+    """Returns a second tensor in train mode, as networks with auxiliary heads do."""
     return _TwoHeaded(small_fcn(num_classes, in_channels))
 
 
@@ -42,5 +42,5 @@ class _Counting(nn.Module):
 
 @dist_train.register_model("counting")
 def counting(num_classes: int, in_channels: int) -> nn.Module:
-    """Its BatchNorm counts the forwards in train mode."""
+    """Counts the forwards in train mode in its BatchNorm."""
     return _Counting(num_classes, in_channels)

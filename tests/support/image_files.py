@@ -11,14 +11,14 @@ COLOURS = ((220, 40, 40), (40, 200, 60), (50, 60, 210))
 
 
 def photo(seed: int, colour: tuple[int, int, int], height: int = 48, width: int = 60) -> Image.Image:
-    """Smooth noise around a colour."""
+    """An image of smooth noise around a colour."""
     generator = np.random.default_rng(seed)
     coarse = generator.integers(-60, 60, (4, 5, 3)) + np.array(colour)
     return Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def write_folder(root: Path, train: int = 8, val: int = 3, classes: int = 3) -> Path:
-    """train/ and val/ with as many JPEGs of each class; each class has a colour of its own."""
+    """Writes train/ and val/ with the given number of JPEGs per class, one colour per class."""
     for split, count in (("train", train), ("val", val)):
         for label in range(classes):
             folder = root / split / f"class{label}"
@@ -30,6 +30,6 @@ def write_folder(root: Path, train: int = 8, val: int = 3, classes: int = 3) -> 
 
 
 def damage(path: Path) -> None:
-    """Cuts an image file in the middle."""
+    """Truncates an image file in the middle."""
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])

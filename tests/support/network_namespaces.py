@@ -1,4 +1,7 @@
-"""Two machines on one: two network namespaces joined by a cable, whose processes can be killed and whose cable can be cut; nothing is left behind."""
+"""Two network namespaces that stand for two machines joined by a cable.
+
+Tests kill their processes and cut the cable; at the end nothing is left behind.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ _INTERFACE = "eth0"
 
 
 def why_not() -> str | None:
-    """Why no network namespaces can be made here."""
+    """The reason why no network namespaces can be made here, or None."""
     if os.geteuid() != 0:
         return "only as root"
     if shutil.which("ip", path=_PATH) is None:
@@ -36,7 +39,7 @@ def why_not() -> str | None:
 
 
 class Machine:
-    """One namespace; what runs in it, and what it printed."""
+    """One namespace, its processes and their output."""
 
     def __init__(self, name: str, address: str, folder: Path) -> None:
         self.name, self.address = name, address
@@ -45,7 +48,7 @@ class Machine:
 
     @staticmethod
     def environ() -> dict[str, str]:
-        """This process's environment, without what launchers leave in one."""
+        """The environment of this process without the variables of launchers."""
         left = ("SLURM", "TORCHELASTIC", "GLOO", "MASTER_")
         keep = {name: value for name, value in os.environ.items() if not name.startswith(left)}
         return keep | {"PATH": _PATH, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -54,7 +57,7 @@ class Machine:
         """Starts a command in this namespace; its output goes to a file of its own."""
         with self._output(len(self._started)).open("wb") as out:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", self.name, *command],  # which becomes the command: the same process id
+                ["ip", "netns", "exec", self.name, *command],  # execs the command, so the process id stays
                 env=self.environ() | environ,
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,
@@ -71,11 +74,11 @@ class Machine:
         return self.start(*command, *words, cwd=cwd)
 
     def processes(self) -> list[int]:
-        """The ids of all processes in this namespace, whoever started them."""
+        """The ids of all processes in this namespace."""
         return [int(number) for number in _ip("netns", "pids", self.name).stdout.split()]
 
     def kill(self) -> None:
-        """SIGKILL to all of them, as when the power fails."""
+        """Kills all processes with SIGKILL, as a power failure would."""
         end = time.monotonic() + 30
         while left := self.processes():
             assert time.monotonic() < end, f"{left} survive SIGKILL on {self.name}"
@@ -87,7 +90,7 @@ class Machine:
             process.wait(10)
 
     def printed(self) -> str:
-        """What all commands that were started here printed, in their order."""
+        """The output of all commands that were started here, in order."""
         return "\n".join(self._output(number).read_text(errors="replace") for number in range(len(self._started)))
 
     def _output(self, number: int) -> Path:
@@ -95,7 +98,7 @@ class Machine:
 
 
 class TwoMachines:
-    """`with` makes the machines and joins them; at the end their processes are killed and they are gone."""
+    """Context manager that makes and joins two machines, and kills and removes them at its end."""
 
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="machines-"))
@@ -131,15 +134,15 @@ class TwoMachines:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def left_behind(self) -> list[str]:
-        """What should be gone: namespaces that still have a name."""
+        """Namespaces that still have a name and should be gone."""
         return [name for name in _ip("netns", "list").stdout.split() if name in (self.first.name, self.second.name)]
 
     def cut(self) -> None:
-        """Takes the link down: no packet goes over, and no end of a connection is told."""
+        """Takes the link down: packets are lost and neither end of a connection is told."""
         _ip("-n", self.first.name, "link", "set", _INTERFACE, "down")
 
     def join(self) -> None:
-        """Takes the link up, and waits until it carries."""
+        """Takes the link up and waits until it carries packets."""
         for machine in self:
             _ip("-n", machine.name, "link", "set", _INTERFACE, "up")
         self.until(
@@ -155,7 +158,7 @@ class TwoMachines:
         return time.monotonic() - begin
 
     def codes(self, *processes: subprocess.Popen[bytes], deadline: float = DEADLINE) -> list[int | None]:
-        """Exit codes, when all have ended."""
+        """Waits for all processes and returns their exit codes."""
         self.until(lambda: all(process.poll() is not None for process in processes), deadline)
         return [process.returncode for process in processes]
 

@@ -1,4 +1,7 @@
-"""A network for every quantization backend, registered as a user would (--import tests.support.one_net_all_backends), and what is asked of it elsewhere."""
+"""A network for every quantization backend, and functions that tests call in other processes and on ranks.
+
+--import tests.support.one_net_all_backends registers it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from dist_train.quantization.ranges import Ranges
 
 
 class StubNet(nn.Module):
-    """Two convolutions with different batch norms, one with a bias, a residual addition, dropout, a head; and a part never called."""
+    """Two convolutions (one with a bias), different batch norms, a residual sum, dropout, a head, an unused part."""
 
     def __init__(self, num_classes: int = 5, in_channels: int = 3, momentum: float = 0.01) -> None:
         super().__init__()
@@ -44,7 +47,7 @@ class StubNet(nn.Module):
 
 @dist_train.register_model("stub_net")
 def stub_net(num_classes: int, in_channels: int) -> nn.Module:
-    return StubNet(num_classes, in_channels, momentum=0.2)  # so that a run of few steps has statistics
+    return StubNet(num_classes, in_channels, momentum=0.2)  # so that few steps give usable statistics
 
 
 def backend(name: str, engine: str = "auto") -> QuantizationBackend:
@@ -66,7 +69,7 @@ def digests(name: str) -> list[str]:
 
 
 def ranges_of_rank(world: World, names: list[str]) -> list[dict[str, Any]]:
-    """For each backend, the ranges after a step in which this rank saw inputs up to rank + 1, merged over the ranks."""
+    """Ranges per backend after a step, merged over the ranks; this rank sees inputs up to rank + 1."""
     found = []
     for name in names:
         torch.manual_seed(3)

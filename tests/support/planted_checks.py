@@ -1,4 +1,4 @@
-"""Checks that do what a check must not, and one that is right."""
+"""Checks of the doctor with planted faults, and a correct one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dist_train.doctor.base import Line, Subject, bad, good, warning
 
 
 def chatters(subject: Subject) -> Iterator[Line]:
-    """What libraries print, from Python and from below it, must not get into the answer."""
+    """Prints from Python and from C, as libraries do; the answer must not contain it."""
     print("a banner")
     os.write(1, b"another one\n")
     yield good("all is well")
@@ -33,7 +33,7 @@ def is_killed(subject: Subject) -> Iterator[Line]:
 
 
 def hangs(subject: Subject) -> Iterator[Line]:
-    """With a process of its own; its number goes to a file in `run_dir`."""
+    """Hangs with a child process, whose id it writes to a file in `run_dir`."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
     Path(subject.run_dir, "started").write_text(str(process.pid))
     time.sleep(100)

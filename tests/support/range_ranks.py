@@ -1,4 +1,4 @@
-"""What real ranks do in tests of ranges: a few optimizer steps, with ours or with stock fake quantization, and the same in one process."""
+"""Code that real ranks run in tests of ranges: optimizer steps with our or torchao's fake quantization."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ AVERAGING = 0.05
 
 
 class Net(PreparedModel):
-    """Two layers, a batch norm in evaluation mode, and one fake-quantize module that is used at two places."""
+    """Two layers, a batch norm in evaluation mode, and one fake-quantize module that is used twice."""
 
     def __init__(self, make: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def net(make: Callable[[], nn.Module]) -> Net:
 
 
 def data(world_size: int) -> tuple[Tensor, Tensor]:
-    """[steps, ranks, micro-batches, rows, ...]; the value that is ten times the others is in the first micro-batch of the last rank."""
+    """Inputs [steps, ranks, micro-batches, rows, ...] with an outlier in the last rank's first micro-batch."""
     generator = torch.Generator().manual_seed(4)
     inputs = torch.rand(STEPS, world_size, MICRO_BATCHES, ROWS, FEATURES, generator=generator) * 2 - 1
     inputs[:, -1, 0, 1, 2] = EXTREME
@@ -83,7 +83,7 @@ def data(world_size: int) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def counted() -> Iterator[list[str]]:
-    """The all-reduces that are called in this block; those of DDP's gradients are not called from Python."""
+    """Counts the all-reduces called from Python in this block, which excludes DDP's gradients."""
     calls: list[str] = []
     reduce = dist.all_reduce
 
@@ -104,7 +104,7 @@ def _ends(model: nn.Module) -> list[float]:
 
 
 def ours(world: World, observer: Any) -> dict[str, Any]:
-    """The ranges after each step, their digests, the collectives of a step, and the ranges of one process on all rows."""
+    """Ranges after each step, digests, collectives of a step, and the ranges of one process on all rows."""
     model = net(ActivationFakeQuantize)
     alone = copy.deepcopy(model)
     inputs, targets = data(world.world_size)
@@ -147,7 +147,7 @@ def _alone(model: Net, observer: Any, inputs: Tensor, targets: Tensor) -> list[l
 
 
 def stock(world: World) -> dict[str, Any]:
-    """As `ours`, with torchao's fake quantization in torch's DDP, both as they are."""
+    """Does the same as `ours` with torchao's fake quantization in torch's DDP, both unmodified."""
 
     def make() -> nn.Module:
         quantizer: nn.Module = FusedMovingAvgObsFakeQuantize(
@@ -180,9 +180,9 @@ def stock(world: World) -> dict[str, Any]:
 
 
 def initialised(world: World, method: str) -> dict[str, Any]:
-    """The ranges that ptq finds in uneven parts of the rows, and in all of them; and its collectives.
+    """Ranges that ptq finds in uneven parts of the rows and in all of them, and its collectives.
 
-    The first range alone is compared to the bit: those behind a layer are computed from other batches.
+    Only the first range is compared bit by bit: the others depend on how the rows are batched.
     """
     generator = torch.Generator().manual_seed(5)
     rows = torch.randn(400, FEATURES, generator=generator)
@@ -202,7 +202,7 @@ def _batches(rows: Tensor) -> list[Batch]:
 
 
 def everything(world: World) -> dict[str, Any]:
-    """All of the above in one start of the ranks."""
+    """Calls all of the above in one start of the ranks."""
     return {
         "moving_average": ours(world, "moving_average"),
         "min_max": ours(world, "min_max"),

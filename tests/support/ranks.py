@@ -1,4 +1,4 @@
-"""Real ranks for tests: processes with torchrun's variables, a free port, a deadline, and nothing left behind."""
+"""Real ranks for tests: processes with torchrun's variables, a free port and a deadline."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 class Ranks:
-    """Rank processes of one run; `with` kills what is left of them."""
+    """Rank processes of one run; a context manager that kills them at its end."""
 
     def __init__(
         self,
@@ -41,11 +41,12 @@ class Ranks:
         folder: Path | None = None,
         cold: bool = False,
     ) -> None:
-        """cold: they import torch themselves, see tests/support/warm_ranks.py."""
+        """Starts the ranks. cold: each imports torch itself, see tests/support/warm_ranks.py."""
         self.port = port = str(free_port())
         self.outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115 (closed by __exit__)
         self.processes: list[subprocess.Popen[bytes] | WarmProcess] = []
         for rank in range(world_size):
+            sys.audit("tests.rank", rank)
             variables = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "SLURM"))}
             variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"} | (environ or {})
             if world_size > 1:
@@ -80,14 +81,14 @@ class Ranks:
             out.close()
 
     def kill(self, ranks: Sequence[int] | None = None) -> None:
-        """SIGKILL, from outside, to the process groups of these ranks (all by default)."""
+        """Sends SIGKILL to the process groups of these ranks (default: all)."""
         for rank in range(len(self.processes)) if ranks is None else ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.processes[rank].pid, signal.SIGKILL)
             self.processes[rank].wait(10)
 
     def wait(self, deadline: float = DEADLINE) -> list[int]:
-        """Exit codes by rank; fails the test with everything that was printed if they take too long."""
+        """Exit codes by rank; after the deadline the test fails with the output of all ranks."""
         end = time.monotonic() + deadline
         try:
             return [process.wait(max(0.1, end - time.monotonic())) for process in self.processes]
@@ -95,7 +96,7 @@ class Ranks:
             raise AssertionError(f"ranks still run after {deadline:.0f} s:\n{self.printed()}") from None
 
     def until(self, condition: Callable[[], bool], deadline: float = DEADLINE) -> bool:
-        """Waits for a condition; False where the ranks ended before."""
+        """Waits for a condition; False if the ranks ended before it held."""
         end = time.monotonic() + deadline
         while not condition():
             if all(process.poll() is not None for process in self.processes):
@@ -105,7 +106,7 @@ class Ranks:
         return True
 
     def until_alone(self, rank: int, deadline: float = 10.0) -> bool:
-        """Waits until of this rank's process group nobody is left but those that are dead and not yet buried."""
+        """Waits until this rank's process group has no processes but zombies; False after the deadline."""
         end = time.monotonic() + deadline
         while time.monotonic() < end:
             if not any(_is_of(process, self.processes[rank].pid) for process in psutil.process_iter()):
@@ -129,12 +130,12 @@ def _is_of(process: psutil.Process, group: int) -> bool:
 
 
 def train(world_size: int, *arguments: str, environ: dict[str, str] | None = None, cold: bool = False) -> Ranks:
-    """`python -m dist_train ...` on each rank."""
+    """Starts `python -m dist_train ...` on each rank."""
     return Ranks(world_size, ["-m", "dist_train", *arguments], environ, cold=cold)
 
 
 def train_done(world_size: int, *arguments: str, deadline: float = DEADLINE, cold: bool = False) -> str:
-    """Runs to the end, expects success, and returns what rank 0 printed."""
+    """Runs to the end, expects success, and returns the output of rank 0."""
     with train(world_size, *arguments, cold=cold) as ranks:
         codes = ranks.wait(deadline)
         assert codes == [0] * world_size, f"exit codes {codes}\n{ranks.printed()}"

@@ -1,4 +1,4 @@
-"""What real ranks do in tests of an averaged model: its statistics are estimated anew, from each rank's part of the batches."""
+"""Code that real ranks run in tests of an averaged model, whose statistics are re-estimated from all ranks' batches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BRIGHTEST = 1.0
 
 
 def reestimated(world: World, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Of each backend: moments and ranges, before and after, of a moving average as the loop keeps it."""
+    """Moments and ranges of a moving average per backend, before and after its statistics are re-estimated."""
     return {name: _reestimated(world, name) for name in names}
 
 

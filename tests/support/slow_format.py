@@ -1,4 +1,4 @@
-"""To import into a run: beside ONNX one more format for `auto` to try, whose runtime is right and slow at int8."""
+"""Registers a further format, which `auto` tries: its runtime is correct, and slow at int8."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real Slurm on one machine, for tests: munge, a controller, four nodes (127.0.0.1 to 127.0.0.4); nothing is left behind."""
+"""A real Slurm cluster on one machine: munge, a controller and four nodes (127.0.0.1 to 127.0.0.4)."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ SlurmdPidFile={dir}/slurmd.%n.pid
 SlurmctldLogFile={dir}/ctld.log
 SlurmdLogFile={dir}/slurmd.%n.log
 SlurmctldPort={port}
+FirstJobId={first_job}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -69,7 +70,7 @@ PartitionName=high Nodes=127.0.0.[1-4] PriorityTier=10 PreemptMode=OFF MaxTime=6
 
 
 def why_not() -> str | None:
-    """Why no Slurm can be started here."""
+    """The reason why no Slurm can be started here, or None."""
     if os.geteuid() != 0:
         return "only as root"
     missing = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
@@ -81,11 +82,11 @@ def _path() -> str:
 
 
 class Cluster:
-    """Four virtual nodes; `with` starts them, and stops whatever was started on them."""
+    """Context manager that starts four virtual nodes, and at its end stops them and their processes."""
 
     def __init__(self) -> None:
         self.dir = Path(tempfile.mkdtemp(prefix="slurm-"))
-        self.dir.chmod(0o755)  # munge wants to see its socket's folder
+        self.dir.chmod(0o755)  # munge must be able to search the folder of its socket
         keep = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TORCHELASTIC"))}
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             keep.pop(name, None)
@@ -96,7 +97,7 @@ class Cluster:
             "OMP_NUM_THREADS": "1",
         }
         self._daemons: list[subprocess.Popen[bytes]] = []
-        # Outlives a pytest that is killed: the pipe's other end is closed by whatever ends this process.
+        # Cleans up after a killed pytest, too: the pipe's other end is closed however this process ends.
         gone, self._alive = os.pipe()
         command = [sys.executable, "-m", "tests.support.slurm_cluster", str(self.dir), str(gone)]
         environ = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -121,7 +122,11 @@ class Cluster:
         first = free_port() // 2  # below the ephemeral range
         while not all(_free(first + offset) for offset in range(NODES)):
             first += NODES
-        text = _CONF.format(dir=folder, host=host, port=free_port(), ports=f"{first}-{first + NODES - 1}")
+        ports = f"{first}-{first + NODES - 1}"
+        # Ports of jobs follow from their ids, and another cluster may be at work on this machine.
+        text = _CONF.format(
+            dir=folder, host=host, port=free_port(), ports=ports, first_job=1 + secrets.randbelow(50000)
+        )
         (folder / "slurm.conf").write_text(text)
         key = folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
@@ -157,7 +162,7 @@ class Cluster:
                     daemon.kill()
                     daemon.wait(20)
             os.close(self._alive)
-            self._survivor.wait(60)  # it does what is left to do
+            self._survivor.wait(60)  # it does the clean-up
 
     def processes(self, *words: str) -> dict[int, str]:
         """Running processes of this cluster whose command line holds all `words`: pid -> command line."""
@@ -171,30 +176,30 @@ class Cluster:
         text: str | None = None,
         **environ: str,
     ) -> subprocess.CompletedProcess[str]:
-        """A command of Slurm's, or of ours, with this cluster's configuration."""
+        """Runs a command with this cluster's configuration."""
         given = {"stdin": subprocess.DEVNULL} if text is None else {"input": text}
         return subprocess.run(  # type: ignore[call-overload,no-any-return]
             command, env=self.environ | environ, cwd=cwd, capture_output=True, text=True, timeout=deadline, **given
         )
 
     def launch(self, *words: str, cwd: Path, deadline: float = DEADLINE) -> subprocess.CompletedProcess[str]:
-        """`dist-train launch slurm ...`"""
+        """Runs `dist-train launch slurm ...`."""
         return self.run(sys.executable, "-m", "dist_train", "launch", "slurm", *words, cwd=cwd, deadline=deadline)
 
     def submit(self, script: str, cwd: Path, *options: str) -> str:
-        """The number of a job with this script."""
+        """Submits a script and returns the id of its job."""
         answer = self.run("sbatch", "--parsable", *options, cwd=cwd, text=script)
         assert answer.returncode == 0, answer.stderr
         return answer.stdout.strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What Slurm knows of a job: JobState, ExitCode, Restarts, StdOut, ..."""
+        """Fields of a job as scontrol shows them: JobState, ExitCode, Restarts, StdOut, ..."""
         answer = self.run("scontrol", "show", "job", number)
         assert answer.returncode == 0, answer.stderr
         return dict(re.findall(r"(\w+)=(\S+)", answer.stdout))
 
     def ended(self, number: str, deadline: float = DEADLINE) -> dict[str, str]:
-        """Waits until the job has left the queue for good; returns what Slurm knows of it."""
+        """Waits until the job has left the queue for good; returns its fields."""
         running = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED")
         self.until(lambda: self.job(number)["JobState"] not in running, deadline, lambda: self.output(number))
         self.until(lambda: number not in self.run("squeue", "-h", "-o", "%A").stdout.split(), deadline)
@@ -228,7 +233,7 @@ def processes_of(folder: Path, *words: str) -> dict[int, str]:
 
 
 def kill_all(folder: Path) -> None:
-    """Also those that the killed had started in the meantime."""
+    """Kills all processes of a cluster, also new ones, and removes its folder."""
     end = time.monotonic() + 30
     while (left := processes_of(folder)) and time.monotonic() < end:
         for pid in left:
@@ -248,5 +253,5 @@ def _free(port: int) -> bool:
 
 
 if __name__ == "__main__":
-    os.read(int(sys.argv[2]), 1)  # nothing comes, but the end
+    os.read(int(sys.argv[2]), 1)  # returns when the pipe is closed
     kill_all(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Whole runs of seconds in this process, for tests of what a run prints, writes and keeps."""
+"""Whole runs of a few seconds in this process, for tests of a run's output and files."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ log: {every_steps: 1}
 
 
 class Interrupted(Exception):
-    """As if the process had been killed."""
+    """Ends a run as a kill of the process would."""
 
 
 @dist_train.register_task("interruptible")
 class Interruptible(Classification):
-    """Raises at the step of which `at` is the number, of this stage's losses with gradients; None: never."""
+    """Raises Interrupted at step `at`, counted over the losses with gradients since the run began; None: never."""
 
     at: int | None = None
     seen = 0
@@ -54,8 +54,14 @@ class Interruptible(Classification):
         return super().loss(outputs, targets)
 
 
+def run_here(*arguments: str) -> int:
+    """Runs `dist-train` in this process and returns its exit code."""
+    with own_torch_settings():
+        return main(list(arguments))
+
+
 class Runs:
-    """Runs in a folder; `folder / name` is the run directory of each."""
+    """Makes runs in a folder; `folder / name` is the run directory of each."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,16 +69,15 @@ class Runs:
         self.config.write_text(CONFIG.replace("data:\n", f"data:\n  cache_dir: {folder / 'cache'}\n"))
 
     def __call__(self, name: str, *options: str, interrupt_at: int | None = None) -> int:
-        """The exit code of `dist-train run`, or -1 where the run was interrupted before the given step."""
+        """Runs `dist-train run` and returns its exit code, or -1 if it was interrupted at the given step."""
         Interruptible.at, Interruptible.seen = interrupt_at, 0
         given = [] if interrupt_at is None and "--task.name" not in options else ["--task.name", "interruptible"]
-        with _own_torch_settings():
-            try:
-                return main(["run", str(self.config), "--run.dir", str(self.folder / name), *given, *options])
-            except Interrupted:
-                return -1
-            finally:
-                Interruptible.at = None
+        try:
+            return run_here("run", str(self.config), "--run.dir", str(self.folder / name), *given, *options)
+        except Interrupted:
+            return -1
+        finally:
+            Interruptible.at = None
 
     def results(self, name: str) -> Any:
         return read_json(RunDir(self.folder / name).results)
@@ -84,14 +89,14 @@ class Runs:
         return CheckpointFolder(RunDir(self.folder / name).checkpoints)
 
     def product(self, name: str, stage: str = "train") -> dict[str, bytes]:
-        """The bytes of every tensor that a stage handed on."""
+        """The bytes of every tensor in a stage's final checkpoint."""
         _, tensors = codec.encode(self.checkpoints(name).load(f"{stage}-end")["payload"])
         return {key: tensor.contiguous().view(torch.uint8).numpy().tobytes() for key, tensor in tensors.items()}
 
 
 @contextlib.contextmanager
-def _own_torch_settings() -> Iterator[None]:
-    """A run sets threads and determinism of its process, which here is that of other tests too."""
+def own_torch_settings() -> Iterator[None]:
+    """Restores threads and determinism, which a run sets for its process and other tests share."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     try:
         yield

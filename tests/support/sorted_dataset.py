@@ -1,4 +1,4 @@
-"""A dataset sorted by class, registered as a user would (--import tests.support.sorted_dataset), that keeps which of its samples were read."""
+"""A dataset sorted by class that records which samples were read: --import tests.support.sorted_dataset."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEVELS = torch.arange(SIZE) * CLASSES // SIZE * 50 + 25
 
 
 class Read(Dataset[Any]):
-    """Writes the index of each item that is read to a file of this rank."""
+    """Writes the index of each item that is read to this rank's file."""
 
     def __init__(self, root: Path) -> None:
         self._file = ids_file(root, int(os.environ.get("RANK", "0")))

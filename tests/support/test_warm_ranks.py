@@ -1,4 +1,4 @@
-"""A warm rank is what a cold one is."""
+"""Warm ranks behave as cold ones do."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import pytest
 
 from tests.support.ranks import Ranks
 from tests.support.warm_ranks import can_be_warm
+
+pytestmark = pytest.mark.heavy
 
 
 def described() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Small networks whose batch norms have settings that PT2E is known to lose, and their first ranges."""
+"""Small networks whose batch norms have settings that PT2E loses, and their first ranges."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dist_train.quantization.ranges import Ranges
 
 
 class TinyNet(nn.Module):
-    """Two convolutions with different batch norms, one with a bias, a residual addition, dropout, a classifier of 5 classes."""
+    """Two convolutions (one with a bias), different batch norms, a residual sum, dropout, a head of 5 classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class TinyNet(nn.Module):
 
 
 def draw_statistics(model: nn.Module) -> nn.Module:
-    """Variances from 1e-5 to 10, as a trained network has: near 1 a wrong eps would not show."""
+    """Draws variances from 1e-5 to 10, as in a trained network: near 1 a wrong eps would not show."""
     with torch.no_grad():
         for module in model.modules():
             if (
@@ -39,14 +39,14 @@ def draw_statistics(model: nn.Module) -> nn.Module:
             ):
                 module.running_var.copy_(10 ** (torch.rand_like(module.running_var) * 6 - 5))
                 module.running_mean.normal_(0, 0.1)
-                # The weight goes with the deviation, or activations would grow from layer to layer by the hundredfold.
+                # Scale the weight with the deviation, or activations would grow a hundredfold per layer.
                 deviation = torch.sqrt(module.running_var + module.eps)
                 module.weight.copy_(deviation * (0.5 + torch.rand_like(deviation)))
     return model
 
 
 def calibrate(prepared: PreparedModel, *batches: Tensor) -> PreparedModel:
-    """The first ranges from `batches`; the mode is kept, observing stays on."""
+    """Observes the first ranges on `batches`; keeps the mode and leaves observing on."""
     ranges, mode = Ranges(prepared), prepared.training
     prepared.eval()
     with torch.no_grad():

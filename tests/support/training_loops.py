@@ -1,4 +1,4 @@
-"""Runs of the training loop on small models and data, for tests: everything real but the sizes."""
+"""Runs of the real training loop on small models and data."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def mlp(dropout: float = 0.0) -> nn.Module:
 
 
 def normed() -> nn.Module:
-    """With BatchNorm, and with ranges of activations."""
+    """A network with BatchNorm and with ranges of activations."""
     torch.manual_seed(1)
     first = ActivationFakeQuantize()
     return nn.Sequential(
@@ -71,7 +71,7 @@ def normed() -> nn.Module:
 
 
 class Draws(nn.Module):
-    """Keeps what each forward in training drew from the global generator, as a dropout would."""
+    """Records what each training forward draws from the global generator, as dropout does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Draws(nn.Module):
 
 
 class Recorder(Tracker):
-    """Keeps what is logged."""
+    """A tracker that keeps its scalars."""
 
     def __init__(self) -> None:
         super().__init__(RunDir(Path()), "recorded", 0)
@@ -98,7 +98,7 @@ class Recorder(Tracker):
 
 
 class Memory:
-    """Checkpoints in memory: the newest and the best."""
+    """Keeps the newest and the best checkpoint in memory."""
 
     def __init__(self) -> None:
         self.states: dict[int, dict[str, Any]] = {}
@@ -116,7 +116,7 @@ class Memory:
 
 
 class Watch:
-    """A hook that keeps what `look` returns before each step."""
+    """A hook that keeps the value of `look` before each step."""
 
     def __init__(self, look: Callable[[], Any]) -> None:
         self._look = look
@@ -180,7 +180,10 @@ def make(
     dataset: Dataset[Any] | None = None,
     mix: MixConfig | None = None,
 ) -> Made:
-    """A run of the loop over `size` samples, in micro-batches of each rank's own, or as many on each rank (`joint_micro`); SGD at 0.1 with momentum unless `config` (of FitConfig) says otherwise."""
+    """A run of the loop over `size` samples, by SGD at 0.1 with momentum unless `config` (of FitConfig) changes it.
+
+    joint_micro: the same number of micro-batches on each rank.
+    """
     data, augmentation = (
         arrays(size) if dataset is None else dataset,
         Augmentation([], seed=0, mean=(0.5,), std=(0.25,)),
@@ -203,7 +206,7 @@ def make(
     recorder, memory = Recorder(), Memory()
 
     def evaluation(chosen: nn.Module) -> Evaluation:
-        # As the stage does, without letting the evaluation set into the ranges.
+        # As in the stage: the evaluation set must not change the ranges.
         quantizers = [module for module in chosen.modules() if isinstance(module, ActivationFakeQuantize)]
         for quantizer in quantizers:
             quantizer.observing = False
@@ -242,5 +245,5 @@ def make(
 
 
 def flat(model: nn.Module) -> list[float]:
-    """All parameters, one after the other."""
+    """All parameters, concatenated."""
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).tolist()

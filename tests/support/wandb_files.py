@@ -1,4 +1,4 @@
-"""What wandb wrote while it was offline."""
+"""Reads the files that wandb writes offline."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from wandb.proto import wandb_internal_pb2 as records
 
 
 def files(folder: Path) -> list[Path]:
-    """One for each attempt."""
+    """The .wandb files, one for each attempt."""
     return sorted(folder.glob("offline-run-*/*.wandb"))
 
 
 def read(path: Path) -> Iterator[records.Record]:
-    """The records of a .wandb file: LevelDB's log format, blocks of 32 KiB after a header of 7 bytes. What a kill tore off is left out."""
+    """The records of a .wandb file, without a last one that a kill cut off.
+
+    The format is LevelDB's log: blocks of 32 KiB after a header of 7 bytes.
+    """
     data, position, parts = path.read_bytes(), 7, b""
     while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:  # no room for a record's head: the block ends with zeros
+        if 32768 - position % 32768 < 7:  # no room for a record's header: zeros to the block's end
             position += 32768 - position % 32768
             continue
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
@@ -34,5 +37,5 @@ def read(path: Path) -> Iterator[records.Record]:
 
 
 def run_ids(folder: Path) -> list[str]:
-    """The id under which each attempt would appear."""
+    """The id of each attempt's run."""
     return [record.run.run_id for path in files(folder) for record in read(path) if record.HasField("run")]

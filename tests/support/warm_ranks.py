@@ -1,10 +1,10 @@
-"""Rank processes that need not import torch again: forked from a process that has, and that has imported nothing of ours.
+"""Forks rank processes from an origin process that has imported torch, and nothing of dist_train.
 
-Importing torch, torchvision, torchmetrics and torchao takes 5 s of a processor for each rank, and the suite starts hundreds. A warm rank is
-a process like any other: a session of its own, its own variables, folder and output, `dist_train` imported by itself, and Python's whole
-way out at its end. What it shares with its relatives is the seed of `hash` and where things lie in memory, by which a result must not be
-decided; there are two origins with different seeds, and ranks and runs take them in turn. Where that is what a test is about, or
-variables are set that torch reads when it is imported, ranks are started cold.
+Importing torch, torchvision, torchmetrics and torchao takes 5 s of a processor, and the suite starts hundreds of ranks.
+A warm rank has its own session, variables, folder and output, imports `dist_train` itself and exits as Python does.
+It shares the seed of `hash` and the memory layout with its relatives, and no result may depend on either.
+So there are two origins with different seeds, and ranks and runs take them in turn.
+Ranks are started cold where a test is about that, or sets variables that torch reads when it is imported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[2]
 ORIGINS = 2
-# Imports alone, without threads or sockets; what starts such things when it is imported must not be here.
+# No module may start threads or open sockets when it is imported.
 IMPORTED = (
     "torch",
     "torchvision",
@@ -58,7 +58,7 @@ READ_AT_IMPORT = (
 
 
 class WarmProcess:
-    """What subprocess.Popen is, of a process that an origin forked."""
+    """Handle of a process that an origin forked, with the methods of subprocess.Popen."""
 
     def __init__(self, origin: Origin, pid: int) -> None:
         self.pid, self._origin = pid, origin
@@ -80,7 +80,7 @@ class WarmProcess:
 
 
 class Origin:
-    """The process that ranks are forked from, seen from the tests. It ends when its socket is closed, by whatever end of ours."""
+    """Handle of a process that ranks are forked from; it ends when its socket is closed, however ours ends."""
 
     def __init__(self, seed: int) -> None:
         self._socket, theirs = socket.socketpair()
@@ -124,7 +124,7 @@ class Origin:
         self._process.wait(30)
 
     def _news(self, timeout: float | None) -> list[dict[str, Any]]:
-        """Lines that have come: `{"started": pid}` or `{"ended": pid, "code": code}`, which is kept, too."""
+        """Messages received: `{"started": pid}`, or `{"ended": pid, "code": code}`, whose code is kept."""
         if not select.select([self._socket], [], [], timeout)[0]:
             return []
         data = self._socket.recv(65536)
@@ -136,14 +136,14 @@ class Origin:
 
 
 class Origins:
-    """Those of this test run, started when a rank is first asked for."""
+    """The origins of this test run, started at the first rank."""
 
     def __init__(self) -> None:
         self._origins: list[Origin] = []
         self._turn = 0
 
     def take(self, rank: int) -> Origin:
-        """rank: ranks of one run are of different origins, and of the next run of the other ones."""
+        """The next origin: it alternates between the ranks of a run, and between runs."""
         if not self._origins:
             self._origins = [Origin(seed) for seed in range(1, ORIGINS + 1)]
             atexit.register(self._close)
@@ -159,7 +159,7 @@ ORIGIN_OF_RANKS = Origins()
 
 
 def can_be_warm(command: Sequence[str], given: dict[str, str]) -> bool:
-    """Whether a rank with this command and these variables besides the usual ones is the same when it is forked."""
+    """True if a forked rank with this command and these further variables behaves as a cold one."""
     return (
         command[0] == "-m"
         and "DIST_TRAIN_COLD_RANKS" not in os.environ
@@ -174,7 +174,7 @@ def _serve(server: socket.socket) -> dict[str, Any] | None:
         end.setblocking(False)
     signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    # Ctrl-C is for the tests, which end ranks themselves; what ranks do with it may have been inherited, as from nohup.
+    # Ctrl-C goes to the tests, which end ranks themselves; ranks get the inherited action back (nohup ignores it).
     interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         ready = select.select([server, children_end], [], [])[0]
@@ -191,7 +191,7 @@ def _serve(server: socket.socket) -> dict[str, Any] | None:
         if pid := os.fork():
             os.close(files[0])
             os.close(tells)
-            os.read(leads, 1)  # who is told of it may kill its process group at once
+            os.read(leads, 1)  # the caller may kill the process group as soon as it is told
             os.close(leads)
             server.sendall(json.dumps({"started": pid}).encode() + b"\n")
             continue
@@ -220,7 +220,7 @@ def _exactly(server: socket.socket, size: int) -> bytes:
 
 
 def _become(job: dict[str, Any]) -> None:
-    """What exec would have made of this process."""
+    """Gives this process the command, variables, folder and output of the job, as exec would."""
     for number in (1, 2):
         os.dup2(job["output"], number)
     os.close(job["output"])
@@ -231,7 +231,7 @@ def _become(job: dict[str, Any]) -> None:
     sys.path[0] = job["folder"]
     import numpy as np
 
-    np.random.seed()  # else it would draw what its relatives draw
+    np.random.seed()  # else all forked processes would draw the same
     _, module, *arguments = job["command"]
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

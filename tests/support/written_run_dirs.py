@@ -1,4 +1,4 @@
-"""Run directories as a run leaves them, written without training, for tests of what reads them."""
+"""Writes run directories as a run leaves them, without training, for tests of their readers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def details(classes: list[str] | None = None) -> dict[str, Any]:
 
 
 def finished(path: Path, name: str = "first", lines: list[dict[str, Any]] | None = None) -> Path:
-    """A run that is done, with fp32 and int8."""
+    """Writes a finished run with fp32 and int8."""
     run = RunDir(path)
     run.report.mkdir(parents=True)
     config = {
@@ -97,7 +97,7 @@ def log(run: RunDir, lines: list[dict[str, Any]]) -> None:
 
 
 def started(path: Path, state: str = "running", error: str | None = None) -> Path:
-    """A run that has only begun: no results, and its last line of metrics is being written."""
+    """Writes a run that has just begun: no results, and an incomplete last line of metrics."""
     run = RunDir(path)
     path.mkdir()
     run.config.write_text(yaml.safe_dump({"run": {"name": path.name}, "stages": ["train"]}))

@@ -14,6 +14,7 @@ import dist_train
 from dist_train.errors import ConfigError, DataError
 from dist_train.run_dir.checkpoint import CheckpointFolder
 from tests.support.ranks import train_done
+from tests.support.small_runs import own_torch_settings
 
 TASKS = {
     "multilabel": ("map", {"name": "small_resnet", "args": {"width": 8, "blocks": 1}}),
@@ -42,10 +43,8 @@ def settings(kind: str, folder: Path, **more: Any) -> Path:
 @pytest.fixture(autouse=True)
 def _torch_as_it_was() -> Iterator[None]:
     """A run in this process sets threads and determinism for good."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
+    with own_torch_settings():
+        yield
 
 
 @pytest.mark.parametrize("kind", ["regression", "segmentation"])

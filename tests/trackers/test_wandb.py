@@ -56,6 +56,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return RunDir(folder)
 
 
+@pytest.mark.heavy
 def test_two_attempts_are_one_run_with_the_run_s_settings(run_dir: RunDir) -> None:
     runs = [record.run for path in files(run_dir.wandb) for record in read(path) if record.HasField("run")]
     assert [(run.run_id, run.display_name) for run in runs] == [

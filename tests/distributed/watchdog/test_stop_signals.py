@@ -184,11 +184,12 @@ ready.wait()
 with listening():
     source = Source(_Rows(), Augmentation([], seed=0, mean=(), std=()), torch.device("cpu"), False, 1, 0)
     assert len(list(source.batches(iter([np.arange(4)]), None))) == 1
-    kept = source._loader._iterator  # as where it is still in use: its worker ignores SIGTERM
+    kept = source._loader._iterator  # as if it were still in use: its worker ignores SIGTERM
     kept._shutdown_workers = lambda: None
 """
 
 
+@pytest.mark.heavy
 def test_a_daemon_of_a_user_s_own_can_clean_up_when_a_program_ends_and_a_worker_of_ours_does_not_hold_it_up(
     tmp_path: Path,
 ) -> None:

@@ -21,6 +21,8 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from dist_train.lowering.onnx import onnx_bytes, write  # noqa: E402
 from dist_train.lowering.rewrites.onnx_qdq import quantize_biases  # noqa: E402
 
+pytestmark = pytest.mark.heavy
+
 
 class Residual(nn.Module):
     """Two residual additions, one with ReLU behind it and one without."""

@@ -64,7 +64,16 @@ def summands() -> Tensor:
     return torch.stack([other + torch.rand(4000, generator=draws) - 0.5, other]).view(1, 2, 1, -1)
 
 
-@pytest.mark.parametrize("ending", [nn.Identity(), nn.ReLU(), nn.Flatten(), nn.Sequential(nn.ReLU(), nn.Flatten())])
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "ending",
+    [
+        nn.Identity(),
+        pytest.param(nn.ReLU(), marks=pytest.mark.slow),
+        pytest.param(nn.Flatten(), marks=pytest.mark.slow),
+        nn.Sequential(nn.ReLU(), nn.Flatten()),
+    ],
+)
 def test_a_residual_summand_is_rounded_as_finely_as_clips_nothing_that_counts(ending: nn.Module) -> None:
     step, one = 0.002, summands()
     zero_point = 0 if "ReLU" in str(ending) else 120
@@ -104,8 +113,14 @@ MOVES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("move", "after"), [*((move, (0.07, 11)) for move in MOVES), ("reshape", (0.02, 40)), ("two", (0.02, 40))]
+    ("move", "after"),
+    [
+        *(pytest.param(move, (0.07, 11), marks=[] if move == "three" else pytest.mark.slow) for move in MOVES),
+        ("reshape", (0.02, 40)),
+        pytest.param("two", (0.02, 40), marks=pytest.mark.slow),
+    ],
 )
 def test_integers_keep_their_scale_while_they_are_moved(move: str, after: Step) -> None:
     one = torch.linspace(-1, 4, 24).view(1, 3, 2, 4)

@@ -84,6 +84,7 @@ def test_of_one_pixel_nothing_is_rounded_twice(images: Tensor) -> None:
     assert quantize.args[1:3] == pool.args[0].args[1:3]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", POOLS)
 @pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
 def test_runtimes_round_averages_as_was_simulated(name: str, runtime: str, images: Tensor) -> None:

@@ -167,6 +167,7 @@ def test_the_program_answers_as_the_model_for_any_batch_and_its_state_is_int8_wi
     assert sorted(integers) == sorted([8 * 3 * 9, 8 * 8 * 9, 5 * 8])
 
 
+@pytest.mark.heavy
 def test_programs_are_equal_in_another_process_whatever_was_traced_before() -> None:
     code = (
         "import json; from tests.support.one_net_all_backends import digests; "
@@ -208,6 +209,7 @@ def test_convert_without_ranges_names_what_lacks_them(name: str, prepared: Prepa
         backend(name).convert(prepared)
 
 
+@pytest.mark.heavy
 def test_two_ranks_merge_their_ranges_to_the_same_bits() -> None:
     first, second = call(2, "tests.support.one_net_all_backends:ranges_of_rank", BACKENDS)
     assert first == second
@@ -274,6 +276,7 @@ def test_fx_takes_layers_called_twice_functional_dropout_and_odd_batch_norms(ima
     assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters() if p.requires_grad)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "kind", ["quantized_resnet18", pytest.param("quantized_mobilenet_v3_large", marks=pytest.mark.slow)]
 )
@@ -350,6 +353,7 @@ def test_kernels_that_this_torch_lacks_are_refused_with_those_it_has(
     assert error.value.hint == "--qat.engine onednn"
 
 
+@pytest.mark.heavy
 def test_where_torch_dropped_torch_ao_the_error_names_pt2e() -> None:
     printed = fresh_process("""
 import sys, torch

@@ -14,7 +14,7 @@ class NormsConfig(dist_train.Settings):
 
 @dist_train.register_stage("norms", settings=NormsConfig)
 class Norms(dist_train.Stage):
-    """Notes the norm of each parameter of the float model in results.json."""
+    """Records the norm of each parameter of the float model in results.json."""
 
     settings: NormsConfig
 

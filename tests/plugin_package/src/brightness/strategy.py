@@ -10,7 +10,7 @@ import dist_train
 
 @dist_train.register_strategy("clamped")
 class Clamped(dist_train.Strategy):
-    """One process; each element of a gradient is kept within -0.01..0.01."""
+    """One process that clamps each element of a gradient to -0.01..0.01."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
         self._model = model

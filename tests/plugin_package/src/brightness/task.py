@@ -11,7 +11,7 @@ import dist_train
 
 @dist_train.register_task("log_cosh")
 class LogCosh(dist_train.Task):
-    """One number a sample: outputs float [B, 1], targets float [B]; the loss is log(cosh(difference))."""
+    """Regression of one number: outputs float [B, 1], targets float [B], loss log(cosh(difference))."""
 
     headline = "error"
     lower_is_better = frozenset({"loss", "error"})

@@ -8,7 +8,7 @@ import dist_train
 
 @dist_train.register_tracker("csv")
 class CSV(dist_train.Tracker):
-    """A line (stage, step, name, value) for each scalar, in scalars.csv of the run directory."""
+    """Writes a line (stage, step, name, value) per scalar to scalars.csv of the run directory."""
 
     def __init__(self, run_dir: Any, run_name: str, attempt: int) -> None:
         super().__init__(run_dir, run_name, attempt)
