@@ -1,4 +1,4 @@
-"""Distributed training in PyTorch, from float to a verified int8 artifact. What is named here is the public API."""
+"""Distributed training in PyTorch, from float to a verified int8 artifact. The names here are the public API."""
 
 from __future__ import annotations
 

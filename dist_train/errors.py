@@ -1,4 +1,4 @@
-"""Every error that a user may see: what is wrong, where, and what to type."""
+"""Errors that a user may see: they name the mistake, its place, and what to type."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ask_for(names: Sequence[str]) -> str:
 
 
 def first_line(error: BaseException | str) -> str:
-    """Returns the first line of an error's text that is not empty, or its type's name where it says nothing."""
+    """Returns the first line of an error's text that is not empty, or the name of its type if there is no text."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)
 
@@ -101,7 +101,7 @@ class DataError(DistTrainError):
 
 
 class ModelError(DataError):
-    """A model takes or returns something else than it must: running it again will not help."""
+    """A model does not take the inputs, or return the outputs, that data and task need."""
 
     exit_code = EXIT_CONFIG
 
@@ -123,7 +123,7 @@ class QuantizationError(DistTrainError):
 
 
 class GateError(DistTrainError):
-    """A measured fidelity lies outside its bound: the result must not be trusted."""
+    """A measured value lies outside its gate's bound: the result must not be trusted."""
 
 
 class NonFiniteLossError(DistTrainError):
@@ -135,7 +135,7 @@ class StuckError(DistTrainError):
 
 
 class Preempted(DistTrainError):
-    """The run was asked to stop, and stopped where it can go on. Nothing is wrong."""
+    """The run stopped on request, and can be resumed. Nothing is wrong."""
 
     exit_code = EXIT_PREEMPTED
 

@@ -1,13 +1,12 @@
-"""Exports models: adds programs and formats to a bundle, judges them, proves them in a fresh process, then writes them."""
+"""Export of models: adds programs and formats to a bundle, judges and verifies them, and writes the artifact."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dist_train.artifact.bundle import Bundle, manifest
@@ -17,7 +16,8 @@ from dist_train.artifact.verify import Differences, prove
 from dist_train.config.stages import ExportConfig
 from dist_train.lowering.agreement import Decisions
 from dist_train.lowering.autoselect import choose_format
-from dist_train.lowering.comparison import LARGEST_DIFFERENCE, Candidate, drawn_from
+from dist_train.lowering.base import Reference
+from dist_train.lowering.comparison import LARGEST_DIFFERENCE, drawn_from, largest
 from dist_train.run_dir.gates import Gate
 from dist_train.tasks import Task
 
@@ -27,13 +27,14 @@ class ExportJob:
     """An export of one or several models of a run.
 
     Attributes:
-        folder: where the artifact is written, whole or not at all.
-        formats: pt2 is the program itself; auto the fastest format here.
-        probe: the inputs that every program and file must answer as the model in memory, float32 [rows, C, H, W].
-        described: the data, as `describe_data` says.
+        folder: of the artifact, which is written whole or not at all.
+        formats: pt2 is the program itself, auto the fastest format on this machine.
+        probe: inputs for which every program and file must give the outputs of the model in memory, float32
+            [rows, C, H, W].
+        described: the data, from `describe_data`.
         results: of the run, for the manifest.
         ranges_sha256: digest of the ranges of its int8 model; None without one.
-        agreement_bound: which share of `auto`'s decisions must be the model's.
+        agreement_bound: the smallest share of equal decisions for a runtime of `auto`.
         say: takes a line for the user.
     """
 
@@ -70,11 +71,11 @@ class Exported:
 
 
 def export_models(
-    job: ExportJob, bundle: Bundle, models: Mapping[str, Deployable], candidates: Mapping[str, Candidate]
+    job: ExportJob, bundle: Bundle, models: Mapping[str, Deployable], references: Mapping[str, Reference]
 ) -> Exported:
     """Exports `models` by name in the job's formats, in one process, on the CPU.
 
-    candidates: what `auto` times, by name; these models and the float one.
+    references: what `auto` times, by name; these models and the float one.
 
     Raises:
         ArtifactError: a model and a format do not go together, or what was written answers differently here.
@@ -84,10 +85,10 @@ def export_models(
         bundle.add(model)
         for each in dict.fromkeys(job.formats):
             if each == "auto":
-                tables[name] = _add_fastest(job, bundle, model, candidates)
+                tables[name] = _add_fastest(job, bundle, model, references)
             elif each != "pt2":
                 job.say(bundle.add_format(model, each, job.probe, job.threads))
-    gates = [Gate(**judged.gate()) for judged in bundle.judged]
+    gates = [trial.gate() for trial in bundle.judged]
     if all(gate.holds for gate in gates):
         content = manifest(bundle, job.described, job.task_name, job.results, job.ranges_sha256)
         expected = {name: model.outputs for name, model in models.items()}
@@ -99,16 +100,16 @@ def export_models(
 
 
 def _add_fastest(
-    job: ExportJob, bundle: Bundle, model: Deployable, candidates: Mapping[str, Candidate]
+    job: ExportJob, bundle: Bundle, model: Deployable, references: Mapping[str, Reference]
 ) -> list[dict[str, Any]]:
-    """Adds the format that `auto` chooses; returns the table of what was timed."""
+    """Adds the format that `auto` chooses; returns the table of all runtimes."""
     if model.simulated_bits:
         job.say(f"{model.name}: no format but the program: {simulation(model.simulated_bits)}")
         return []
     images, sizes = drawn_from(job.probe, job.seed), job.settings.latency_batch_sizes
-    few = Decisions(model.candidate.call, job.task, [job.probe], job.agreement_bound)
+    few = Decisions(model.call, job.task, [job.probe], job.agreement_bound)
     decisions = model.decisions or few
-    choice = choose_format(model.name, dict(candidates), job.probe, images, sizes, job.threads, decisions)
+    choice = choose_format(model.name, references, job.probe, images, sizes, job.threads, decisions)
     for line in bundle.add_choice(model, choice, job.probe):
         job.say(line)
     return choice.rows()
@@ -116,7 +117,7 @@ def _add_fastest(
 
 def _proof_gates(found: Differences, bound: float) -> list[Gate]:
     """Returns the gates of a fresh process: of the programs, absolute, and of the formats' files, relative."""
-    programs = _largest(found.models.values())
+    programs = largest(found.models.values())
     gates = [
         Gate(
             name="artifact",
@@ -128,7 +129,7 @@ def _proof_gates(found: Differences, bound: float) -> list[Gate]:
         )
     ]
     if found.formats:
-        files = _largest(found.formats.values())
+        files = largest(found.formats.values())
         lines = [
             f"\n  {model} as {name}: differs by {difference:.2g} of the largest output"
             for (model, name), difference in found.formats.items()
@@ -145,8 +146,3 @@ def _proof_gates(found: Differences, bound: float) -> list[Gate]:
             )
         )
     return gates
-
-
-def _largest(differences: Iterable[float]) -> float:
-    """Returns the largest of the differences; NaN, which passes no bound, where one is NaN."""
-    return float(torch.tensor(list(differences)).max())

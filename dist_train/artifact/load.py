@@ -1,4 +1,4 @@
-"""The artifact that a user deploys: which models it holds, and how one of them is loaded after its hashes were checked."""
+"""Loading of one of an artifact's models, after its hashes were checked."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ HALF = ("bf16", "fp16")
 
 
 def load_artifact(path: Path | str, model: str | None = None) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
-    """Verifies all hashes, then loads: (model, manifest). Only from where you trust (see artifact_store.py).
+    """Verifies all hashes, then loads a model. Only for artifacts from a source you trust; see `artifact.store`.
 
-    path: an export directory, a run directory with one, or a model's file in it.
-    model: one of the manifest's `models`, as int8, fp32, bf16, fp16; half is bf16 or fp16. None: the file that `path`
-        names, else the manifest's `default`.
+    Args:
+        path: an export directory, a run directory with one, or a model's file in it.
+        model: one of the manifest's `models`, as int8, fp32, bf16, fp16; half is bf16 or fp16. None: the file that
+            `path` names, else the manifest's `default`.
 
-    Returns the model as a function, and the manifest. The function takes float32 [B, C, H, W] on the CPU, already
-    normalised with the manifest's `normalization`, and returns float32, for a classification logits [B, classes]. A pt2
-    int8 model simulates int8 in float32 (quantize and dequantize): right, not fast; for speed lower it
-    (`dist_train.lowering.lower`), or write another format (`dist-train export`). It raises DataError for another shape
-    or dtype.
+    Returns:
+        The model as a function, and the manifest. The function takes float32 [B, C, H, W] on the CPU, normalized with
+        the manifest's `normalization`. It returns float32, for a classification logits [B, classes], and raises
+        DataError for another shape or dtype. A pt2 int8 model simulates int8 in float32 (quantize and dequantize):
+        right, but not fast. For speed lower it (`dist_train.lowering.lower`), or write another format
+        (`dist-train export`).
 
-    Raises ArtifactError as `verify_artifact` and `open_program` do, and for a model that the artifact does not hold.
+    Raises:
+        ArtifactError: as `verify_artifact` and `open_program`; also for a model that the artifact does not hold.
     """
     path = Path(path)
     manifest, files = read_artifact(find_artifact(path))
@@ -48,7 +51,7 @@ def load_artifact(path: Path | str, model: str | None = None) -> tuple[Callable[
             sizes = ", ".join(map(str, shape))
             raise DataError(
                 f"the model takes float32 [batch, {sizes}], but got {images.dtype} {list(images.shape)}",
-                "convert and normalise the images as `input` and `normalization` of the manifest say",
+                "convert and normalize the images as `input` and `normalization` of the manifest say",
             )
         with torch.no_grad():
             return call(images)
@@ -57,9 +60,10 @@ def load_artifact(path: Path | str, model: str | None = None) -> tuple[Callable[
 
 
 def choose_model(manifest: Mapping[str, Any], wanted: str | None) -> str:
-    """The name in the manifest's `models` that is meant: None is the default, half is bf16 or fp16.
+    """Returns a model's name in the manifest's `models`: None is the default, half is bf16 or fp16.
 
-    Raises ArtifactError where the artifact does not hold it.
+    Raises:
+        ArtifactError: the artifact does not hold it.
     """
     models: Mapping[str, Any] = manifest["models"]
     default: str = manifest["default"]

@@ -1,7 +1,7 @@
-"""The artifact's directory: its files and `manifest.json` with their hashes, written whole or not at all, checked when read.
+"""The artifact's directory: files and a manifest with their hashes, written whole or not at all, checked when read.
 
-Hashes detect damage, not malice: whoever can change a model can change the hashes, and reading a prepared model can run code
-(program.py refuses what it can recognise). Load artifacts only from where you trust.
+Hashes detect damage, not malice: whoever can change a model can change the hashes. Loading a manipulated program can
+run code (`programs.pt2` refuses the forms that it recognizes). Load artifacts only from a source you trust.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from typing import Any
 import torch
 
 from dist_train.errors import ArtifactError
-from dist_train.run_dir.files import sync_directory
+from dist_train.run_dir.files import sync_directory, write_folder
 
 FORMAT = "dist_train/2"
-FIRST_FORMAT = "dist_train.pt2/1"  # one int8 program, model.pt2; still read
 MANIFEST = "manifest.json"
 _REQUIRED = (
     "models",
@@ -38,7 +37,7 @@ EXPORT_AGAIN = "copy it again from where it was exported, or write it anew: dist
 
 
 def _aside(directory: Path) -> Path:
-    """Where the older artifact stands for the moment between the two renames of a replacement."""
+    """Place of the older artifact between the two renames of a replacement."""
     return directory.with_name(f".{directory.name}.old")
 
 
@@ -47,22 +46,15 @@ def _digest(data: bytes) -> str:
 
 
 def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
-    """Canonical text: what was not written by this function is damaged. `sha256` covers all other fields."""
+    """Canonical text: any other text is damaged. `sha256` covers all other fields."""
     fields = {key: value for key, value in manifest.items() if key != "sha256"}
     text = json.dumps(fields, sort_keys=True, allow_nan=False)
     fields["sha256"] = _digest(text.encode())
     return (json.dumps(fields, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def _write_file(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _refuse_to_replace_foreign_files(directory: Path) -> None:
-    """Our own files are those that the manifest lists, whether it is whole or not."""
+    """Raises ArtifactError for a file that the manifest does not list; the manifest may be damaged."""
     try:
         listed = set(json.loads((directory / MANIFEST).read_bytes())["files"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -76,16 +68,26 @@ def _refuse_to_replace_foreign_files(directory: Path) -> None:
 
 
 def write_artifact(directory: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
-    """Writes the artifact into `directory`: whole or not at all, and an older one stays whole until the new one stands.
+    """Writes the artifact into `directory`, whole or not at all; an older one stays whole until it is replaced.
 
-    files: every file of the artifact but the manifest, by name.
-    manifest: `models` {name: {"file", "kind" ("pt2" or "torchscript"), "extra" [names], "formats" {...}}}, `default` (one
-        of the names), `task`, `input` {"shape": [null, C, H, W], "dtype": "float32", "resize"}, `normalization` {"mean",
-        "std"} (or null), `classes`, `ranges_sha256` (null for a float model), `world_sizes`, `metrics`, and any other JSON.
-        Added here: `format`, `versions` (torch, torchao), `files` {name: {"sha256", "bytes"}} and the manifest's `sha256`.
     Only one process writes at a time (rank 0).
 
-    Raises ArtifactError where the file system refuses, or where `directory` holds files that are not an artifact's.
+    Args:
+        files: every file of the artifact but the manifest, by name.
+        manifest: the fields below, and any other JSON:
+
+            - `models`: {name: {"file", "kind" ("pt2" or "torchscript"), "extra" [names], "formats" {...}}}
+            - `default`: one of the names
+            - `task`, `classes`, `world_sizes`, `metrics`
+            - `input`: {"shape": [null, C, H, W], "dtype": "float32", "resize"}
+            - `normalization`: {"mean", "std"} (or null)
+            - `ranges_sha256`: null for a float model
+
+            Added here: `format`, `versions` (torch, torchao), `files` {name: {"sha256", "bytes"}} and the manifest's
+            own `sha256`.
+
+    Raises:
+        ArtifactError: the file system refuses, or `directory` holds files that are not an artifact's.
     """
     missing = [key for key in _REQUIRED if key not in manifest]
     assert not missing, f"the manifest lacks {missing}"
@@ -110,10 +112,7 @@ def write_artifact(directory: Path, files: Mapping[str, bytes], manifest: Mappin
         for leftover in (temporary, aside):
             if leftover.exists():
                 shutil.rmtree(leftover)
-        temporary.mkdir()
-        for name, data in contents.items():
-            _write_file(temporary / name, data)
-        sync_directory(temporary)
+        write_folder(temporary, contents)
         if directory.exists():
             os.rename(directory, aside)
         os.rename(temporary, directory)
@@ -146,9 +145,9 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         whole = _manifest_bytes(manifest) == data
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, no UTF-8, no object, NaN
         raise ArtifactError(f"{path} is damaged: {error}", EXPORT_AGAIN) from error
-    if found not in (FORMAT, FIRST_FORMAT):
+    if found != FORMAT:
         raise ArtifactError(
-            f"{path}: format {found!r} is neither {FORMAT!r} nor {FIRST_FORMAT!r}, which this version reads",
+            f"{path}: format {found!r} is not {FORMAT!r}, which this version reads",
             "pip install the dist-train that wrote it, or " + EXPORT_AGAIN,
         )
     if not whole or not manifest.get("files"):
@@ -156,18 +155,11 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _in_the_present_format(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What was written in the first format held one int8 program of a classification."""
-    if manifest["format"] == FORMAT:
-        return manifest
-    models = {"int8": {"file": "model.pt2", "kind": "pt2"}}
-    return {**manifest, "models": models, "default": "int8", "task": "classification"}
-
-
 def find_artifact(path: Path) -> Path:
-    """The artifact's directory, where `path` is that directory, a run's directory with an export, or a file in it.
+    """Finds an artifact's directory: `path` is it, is a run's directory with an export, or is a file in it.
 
-    Raises ArtifactError where there is none.
+    Raises:
+        ArtifactError: there is none.
     """
     path = path.resolve()
     folder = path if path.is_dir() or not path.suffix else path.parent
@@ -182,7 +174,7 @@ def find_artifact(path: Path) -> Path:
 
 
 def read_artifact(directory: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The manifest and the very bytes that were hashed, so that nothing can change between the check and the use."""
+    """Returns the manifest and the bytes that were hashed, so that nothing can change between the check and the use."""
     manifest = _read_manifest(directory)
     files: dict[str, bytes] = {}
     for name, expected in manifest["files"].items():
@@ -195,12 +187,13 @@ def read_artifact(directory: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
                 f"but {MANIFEST} says {expected['bytes']} bytes with {expected['sha256'][:12]}...",
                 "copy it again from where it came, or " + EXPORT_AGAIN,
             )
-    return _in_the_present_format(manifest), files
+    return manifest, files
 
 
 def verify_artifact(directory: Path | str) -> dict[str, Any]:
-    """The manifest, after every listed file was hashed. Nothing is deserialised but the manifest's JSON.
+    """Hashes every listed file and returns the manifest. Nothing but the manifest's JSON is deserialized.
 
-    Raises ArtifactError, naming the file, where one is missing or a byte differs (in the manifest too).
+    Raises:
+        ArtifactError: a file is missing or a byte differs, in the manifest too; names the file.
     """
     return read_artifact(find_artifact(Path(directory)))[0]

@@ -1,4 +1,4 @@
-"""The proof: an artifact is loaded in a fresh isolated process, and what it answers is compared with the models in memory."""
+"""Verification of an artifact: a fresh isolated process must give the outputs of the models in memory."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from dist_train.artifact.load import load_artifact
 from dist_train.artifact.store import EXPORT_AGAIN, verify_artifact, write_artifact
 from dist_train.errors import ArtifactError
+from dist_train.lowering.comparison import relative_difference
 from dist_train.lowering.openers import OPENERS
 
 _FRESH_PROCESS = """
@@ -32,7 +33,12 @@ _answer_in_fresh_process(*sys.argv[2:5], sys.argv[6:])
 
 
 def _answer_in_fresh_process(directory: str, inputs: str, outputs: str, formats: Sequence[str]) -> None:
-    """The child's side of `verify_in_fresh_process`: reads `inputs` and writes `outputs` (safetensors files). formats: MODEL/FORMAT."""
+    """Runs in the child of `verify_in_fresh_process`.
+
+    Args:
+        inputs, outputs: safetensors files that are read and written.
+        formats: as MODEL/FORMAT.
+    """
     questions = load_file(inputs)["inputs"]
     models = verify_artifact(directory)["models"]
     answers = {name: load_artifact(directory, name)[0](questions) for name in models}
@@ -48,12 +54,12 @@ def _answer_in_fresh_process(directory: str, inputs: str, outputs: str, formats:
 
 @dataclass(frozen=True)
 class Differences:
-    """Largest differences of a fresh process's answers, NaN where one is NaN.
+    """Largest differences of a fresh process's outputs, NaN where one is NaN.
 
     Attributes:
-        models: absolute, of the programs by model. Zero is expected: the same operators run on the same number of threads.
-        formats: of the files of formats by (model, format), in units of the largest output, from what their runtime answered in the
-            process that wrote them. A user's own settings of a runtime may add otherwise.
+        models: absolute, by model. Zero is expected: the same operators run on the same number of threads.
+        formats: by model and format, in units of the largest output, from the outputs of the runtime that wrote the
+            file. Rounding is expected: the fresh process opens the file with a user's settings.
     """
 
     models: dict[str, float]
@@ -68,7 +74,10 @@ def prove(
     answers: Mapping[tuple[str, str], Tensor],
     deadline: float,
 ) -> Differences:
-    """Verifies an artifact in a folder of its own, before it takes the place of one that may be in use. Arguments as of the parts."""
+    """Verifies an artifact in a temporary folder, before it replaces one that may be in use.
+
+    Arguments as of `write_artifact` and `verify_in_fresh_process`.
+    """
     with tempfile.TemporaryDirectory(prefix="dist_train-") as beside:
         trial = Path(beside) / "export"
         write_artifact(trial, files, manifest)
@@ -82,15 +91,16 @@ def verify_in_fresh_process(
     deadline: float,
     answers: Mapping[tuple[str, str], Tensor] | None = None,
 ) -> Differences:
-    """Loads the artifact's models, and opens files of its formats, in a new isolated process (`python -I`, empty folder).
+    """Loads the artifact's models, and opens its formats' files, in a new isolated process (`python -I`, empty folder).
 
-    inputs: float32 [B, C, H, W], normalised (handed over contiguous); expected: for each model to be compared what the
-        model in memory answers to them, float32.
-    deadline: seconds until the child and its process group are killed.
-    answers: by model and format, what the files' runtimes answered to `inputs` here; of formats that are not built in nothing is
-        known of how a file is opened, and they are passed over.
+    Args:
+        inputs: float32 [B, C, H, W], normalized (passed on contiguous).
+        expected: by model, the outputs of the model in memory, float32.
+        deadline: seconds until the child and its process group are killed.
+        answers: by model and format, the outputs of the files' runtimes here. Only built-in formats are opened.
 
-    Raises ArtifactError where the child fails, is late, or answers in another shape.
+    Raises:
+        ArtifactError: the child fails, is late, or its outputs have another shape.
     """
     formats = {key: right for key, right in (answers or {}).items() if key[1] in OPENERS}
     package_parent = str(Path(__file__).resolve().parents[2])
@@ -110,19 +120,19 @@ def verify_in_fresh_process(
         )
         actual = load_file(outputs)
 
-    def difference(name: str, right: Tensor) -> Tensor:
+    def outputs_of(name: str, right: Tensor) -> Tensor:
         if actual[name].shape != right.shape:
             raise ArtifactError(
                 f"{name} of the artifact at {directory} answers with shape {list(actual[name].shape)}, "
                 f"not {list(right.shape)}",
                 EXPORT_AGAIN,
             )
-        return (actual[name] - right.detach().cpu()).abs().max()
+        return actual[name]
 
     return Differences(
-        {name: float(difference(name, right)) for name, right in expected.items()},
+        {name: float((outputs_of(name, right) - right.detach().cpu()).abs().max()) for name, right in expected.items()},
         {
-            (model, name): float(difference(f"{model}/{name}", right) / right.abs().max().clamp(min=1e-12))
+            (model, name): relative_difference(outputs_of(f"{model}/{name}", right), right.detach().cpu())
             for (model, name), right in formats.items()
         },
     )
@@ -136,14 +146,14 @@ def _run(command: list[str], folder: Path, deadline: float, subject: str) -> Non
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # its own process group: whatever it starts dies with it
+        start_new_session=True,  # a process group of its own, so that its children can be killed too
     )
     try:
         _, errors = child.communicate(timeout=deadline)
     except subprocess.TimeoutExpired:
         raise ArtifactError(
             f"{subject} did not answer in a fresh process within {deadline:g} s",
-            "give it a longer deadline, or look for what keeps this machine busy",
+            "give it a longer deadline, or free this machine of other load",
         ) from None
     finally:
         if child.poll() is None:
@@ -153,5 +163,6 @@ def _run(command: list[str], folder: Path, deadline: float, subject: str) -> Non
         reason = "\n".join(errors.strip().splitlines()[-8:]) or f"exit code {child.returncode}"
         raise ArtifactError(
             f"{subject} does not load in a fresh process (python -I):\n{reason}",
-            "install torch and the formats' runtimes where `python -I` finds them (not through PYTHONPATH), then export again",
+            "install torch and the formats' runtimes where `python -I` finds them (not through PYTHONPATH), "
+            "then export again",
         )

@@ -1,96 +1,175 @@
-"""`dist-train launch`: checks the configuration, settles the run directory, starts the ranks, and says what became of them."""
+"""`dist-train launch`: checks the configuration, starts the ranks or submits a job, and returns how they ended."""
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import click
+
+from dist_train.cli.launch_options import LAUNCHERS, OPTIONS, options, takers
+from dist_train.cli.verbs import SETTINGS, ConfigVerb, DottedVerb, Verbs, verb_name
 from dist_train.cluster.interfaces import interface_of, interfaces
 from dist_train.cluster.ports import is_free
-from dist_train.errors import EXIT_DONE, SetupError, UsageError
+from dist_train.errors import EXIT_DONE, SetupError, UsageError, did_you_mean
 from dist_train.launchers import accelerate, sbatch, slurm_script, torchrun
 from dist_train.launchers.agent import wait
 from dist_train.launchers.job import Command, Job, outcome
-from dist_train.launchers.options import details, split
 from dist_train.run_dir.files import read_json
 from dist_train.run_dir.paths import RunDir, refuse_foreign
 
-USAGE = "{torchrun,accelerate,slurm} [OPTION ...] CONFIG [--dotted.key VALUE ...]"
 _PATIENCE_SECONDS = 20.0
-_SAVING_SECONDS = 15  # that an agent waits longer than its ranks need at most
-_ACTIONS = ("dry_run", "submit", "follow")
+_SAVING_SECONDS = 15  # how much longer an agent waits than its ranks need at most
+_SBATCH = re.compile(r"--[a-z][a-z-]*")
 
 
-def help_text(settings: str) -> str:
-    return f"""\
-Options of the launcher come before CONFIG, those of the configuration after it.
-{details()}
+class _Launcher(ConfigVerb):
+    """A launcher: the options before CONFIG are its own. Its function also gets all words, as `typed`."""
 
-torchrun and accelerate run on this machine (for several nodes type the command on each); slurm prints a batch script,
-or gives it to sbatch. Each rank's output goes to RUN_DIR/logs, that of rank 0 to the terminal too. In an array job
-(--sbatch.array 0-3) every task is a run of its own, RUN_DIR-TASK; %a in an option is the task's number.
-Exit codes: 0 done, 1 failed, 75 preempted (run the same command again), 78 wrong configuration.
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.params["typed"] = tuple(args)
+        return super().parse_args(ctx, args)
 
-{settings}"""
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return ["[OPTION ...] CONFIG [--dotted.key VALUE ...]"]
+
+    def refusal(self, ctx: click.Context, error: click.UsageError, args: Sequence[str]) -> UsageError:
+        name = verb_name(ctx)
+        if isinstance(error, click.MissingParameter):
+            return UsageError(f"{name} needs a configuration", f"dist-train {name} [OPTION ...] CONFIG")
+        if not isinstance(error, click.NoSuchOption):
+            return super().refusal(ctx, error, args)
+        option = error.option_name
+        others = takers(option)
+        if others:
+            return UsageError(f"{option} is not for {self.name}", f"it is for {', '.join(others)}")
+        hint = "" if "." in option else did_you_mean(option, [each.opts[0] for each in self.params], count=1)
+        if self.name == "slurm" and _SBATCH.fullmatch(option):
+            value = next((after for word, after in pairwise(args) if word == option and after[:1] != "-"), "true")
+            hint = f"{hint} For an option of sbatch: --sbatch.{option.removeprefix('--')} {value}".strip()
+        settings = f"options of the configuration come after it: {name} [OPTION ...] CONFIG [--dotted.key VALUE ...]"
+        return UsageError(f"{name} has no option {option}", hint or settings)
 
 
-def launch(arguments: list[str]) -> int:
-    """Runs the verb; returns the exit code of law 7.
+class _Slurm(DottedVerb, _Launcher):
+    section = "sbatch"
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return ["[OPTION ...] [--sbatch.KEY VALUE ...] CONFIG [--dotted.key VALUE ...]"]
+
+
+class _Launch(Verbs):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:
+            hint = f"dist-train launch {{{','.join(LAUNCHERS)}}} [OPTION ...] CONFIG"
+            raise UsageError("launch needs a launcher", hint)
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for launchers, group in OPTIONS.items():
+            for option in group:
+                names, text = option.get_help_record(ctx) or ("", "")
+                rows.append((names, text if launchers == LAUNCHERS else f"{text} ({', '.join(launchers)})"))
+        rows.append(("--sbatch.KEY VALUE", "Any other option of sbatch; true for a flag, false omits ours. (slurm)"))
+        with formatter.section("Options of the launchers, before CONFIG"):
+            formatter.write_dl(rows)
+        self.format_commands(ctx, formatter)
+
+
+@click.group(cls=_Launch, subcommand_metavar="{torchrun,accelerate,slurm} ...", epilog=SETTINGS)
+def launch() -> None:
+    """Starts the ranks of a run, here or as a batch job.
+
+    torchrun and accelerate run on this machine (for several nodes type the command on each); slurm prints a batch
+    script, or gives it to sbatch. Each rank's output goes to RUN_DIR/logs, and rank 0's to the terminal too. In an
+    array job (--sbatch.array 0-3) every task is a run of its own, RUN_DIR-TASK; %a in an option is the task's number.
+
+    Exit codes: 0 done, 1 failed, 75 preempted (run the same command again), 78 wrong configuration.
+    """
+
+
+def _launch(
+    launcher: str,
+    config: str,
+    settings: tuple[str, ...],
+    typed: tuple[str, ...],
+    dry_run: bool,
+    env: tuple[tuple[str, str], ...],
+    submit: bool = False,
+    follow: bool = False,
+    sbatch: Sequence[tuple[str, str]] = (),
+    **values: Any,
+) -> int:
+    """Runs the verb; returns the exit code of the launch (see `launchers.job.outcome`).
 
     Raises:
         UsageError, ConfigError, SetupError: before anything is started.
     """
-    launcher, values, words = split(arguments)
     from dist_train.config.load import load
 
-    # Of this machine's variables none: the ranks will have others, and a batch job other files.
-    config = load(words[0], words[1:], environ={}).config
-    base = config.run.dir or Path("runs") / config.run.name
-    actions = {name: values.pop(name, False) for name in _ACTIONS}
-    environment = values.pop("env")
-    grace = math.ceil(config.stop.grace)
+    # This machine's variables are left out: the ranks will have others.
+    checked = load(config, settings, environ={}).config
+    base = checked.run.dir or Path("runs") / checked.run.name
+    grace = math.ceil(checked.stop.grace)
     defaults: dict[str, Any] = {
         "python": sys.executable,
-        "rdzv_id": config.run.name,
+        "rdzv_id": checked.run.name,
         "shutdown_timeout": grace + _SAVING_SECONDS,
         "stop_before": max(Job.stop_before, grace + 4 * _SAVING_SECONDS),
     }
+    words = [word for word in (launcher, *typed) if word not in ("--submit", "--follow")]
     job = Job(
-        arguments=(*words, "--run.dir", str(base)),
+        arguments=(config, *settings, "--run.dir", str(base)),
         run_dir=str(base),
-        home=str(config.run_dir),
-        name=config.run.name,
-        environment=environment,
-        made_by="dist-train launch " + shlex.join(word for word in arguments if word not in ("--submit", "--follow")),
-        **(defaults | values),
+        home=str(checked.run_dir),
+        name=checked.run.name,
+        environment=env,
+        made_by=f"dist-train launch {shlex.join(words)}",
+        sbatch=tuple((name.removeprefix("--sbatch."), value) for name, value in sbatch),
+        **(defaults | {name: value for name, value in values.items() if value is not None}),
     )
     _check(launcher, job)
     if launcher == "slurm":
-        return _batch(job, **actions)
+        return _batch(job, dry_run, submit, follow)
     if job.local_addr and "GLOO_SOCKET_IFNAME" not in os.environ:
-        job = replace(job, interface=_interface(job.local_addr, actions["dry_run"]))
+        job = replace(job, interface=_interface(job.local_addr, dry_run))
     command = (torchrun if launcher == "torchrun" else accelerate).command(job)
-    if actions["dry_run"]:
+    if dry_run:
         print(command.shell(), end="")
         return EXIT_DONE
     if job.is_host and job.nodes[1] > 1 and not is_free(torchrun.port(job)):
         raise SetupError(f"port {torchrun.port(job)} is taken on this node", "--port PORT, the same on all nodes")
-    return run(job, command)
+    return start(job, command)
+
+
+_HELP = {
+    "torchrun": "Starts torchrun's agent on this machine, and the ranks under it.",
+    "accelerate": "Starts `accelerate launch` on this machine.",
+    "slurm": "Prints a batch script, or gives it to sbatch.\n\nAny option of sbatch is --sbatch.KEY VALUE: true for a "
+    "flag, false leaves ours out.",
+}
+for _name in LAUNCHERS:
+    _kind = _Slurm if _name == "slurm" else _Launcher
+    launch.add_command(_kind(_name, callback=partial(_launch, _name), params=options(_name), help=_HELP[_name]))
 
 
 def _interface(address: str, dry_run: bool) -> str:
-    """Where this node's ranks shall meet the others'; "" where no interface says that it has the address.
+    """Returns the interface by which this node's ranks reach the others; "" where no interface has the address.
 
     Raises:
         SetupError: no other machine could reach this one at the address.
@@ -120,14 +199,15 @@ def _check(launcher: str, job: Job) -> None:
         given = {"--endpoint": job.endpoint, "--node-rank": job.node_rank}
         missing = [name for name in needed if given[name] in ("", None)]
         if missing:
-            hint = f"on every node: --endpoint HOST{' --node-rank K' if launcher == 'accelerate' else ''}, HOST being the first"
+            rank = " --node-rank K" if launcher == "accelerate" else ""
+            hint = f"on every node: --endpoint HOST{rank}, where HOST is the first node"
             raise UsageError(f"several nodes need {' and '.join(missing)}", hint)
 
 
-def run(job: Job, command: Command) -> int:
-    """Starts the command in the foreground, with our terminal, and waits for it."""
+def start(job: Job, command: Command) -> int:
+    """Starts the command in the foreground, waits for it, and returns the exit code of the launch."""
     if shutil.which(command.words[0]) is None:
-        raise SetupError(f"{command.words[0]} is no program", "--python PATH, or nothing for the one that runs this")
+        raise SetupError(f"{command.words[0]} is no program", "--python PATH, or leave the option out")
     home = RunDir(Path(job.home))
     before = _status_before(home)
     Path(job.logs).mkdir(parents=True, exist_ok=True)
@@ -142,7 +222,7 @@ def run(job: Job, command: Command) -> int:
 
 
 def _status_before(home: RunDir) -> Any:
-    """status.json of an earlier attempt, or None.
+    """Returns status.json of an earlier attempt, or None.
 
     Raises:
         RunDirError: the directory belongs to something else.
@@ -155,9 +235,9 @@ def _status_before(home: RunDir) -> Any:
 
 @contextmanager
 def _passing_on(send: Callable[[int], None], stop: Path) -> Iterator[None]:
-    """SIGTERM goes on to the agent, which stops the ranks; Ctrl-C reaches it without us, being in our process group.
+    """Passes SIGTERM on to the agent, which stops the ranks, and turns SIGUSR2 into the file STOP.
 
-    SIGUSR2, which would end the agent, becomes the STOP file.
+    SIGUSR2 itself would end the agent. Ctrl-C needs no help: the agent is in our process group.
     """
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -189,7 +269,7 @@ def _batch(job: Job, dry_run: bool, submit: bool, follow: bool) -> int:
             print("dist-train: not submitted: add --submit, or --follow", file=sys.stderr)
         return EXIT_DONE
     if follow and any(name == "array" for name, _ in job.sbatch):
-        raise UsageError("--follow shows one job, and an array is several", "--submit, then tail -F slurm-JOB_TASK.out")
+        raise UsageError("--follow shows one job, an array is several", "--submit, then tail -F slurm-JOB_TASK.out")
     home = RunDir(Path(job.home))
     before = _status_before(home)
     number = sbatch.submit(text)

@@ -1,112 +1,219 @@
-"""What the verbs of the command line are made of. Starts without importing torch."""
+"""Building blocks of the verbs: click commands that raise our errors. Starts without importing torch."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from dist_train.errors import ConfigError, RunDirError, UsageError
+import click
 
+from dist_train.errors import ConfigError, RunDirError, UsageError, did_you_mean
 
-@dataclass(frozen=True)
-class Verb:
-    """One verb: `call` gets what was typed after it, and returns the exit code."""
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
-    name: str
-    usage: str
-    summary: str
-    call: Callable[[list[str]], int]
-    details: str = ""
-
-    def help(self, prefix: str) -> str:
-        lines = [f"usage: dist-train {prefix}{self.name} {self.usage}".rstrip(), "", self.summary]
-        return "\n".join(lines + (["", self.details] if self.details else []))
-
-
-def positionals(name: str, usage: str, arguments: list[str], least: int, most: int) -> list[str]:
-    for word in arguments:
-        if word.startswith("-"):
-            raise UsageError(f"{name} has no option {word}", f"usage: dist-train {name} {usage}")
-    if not least <= len(arguments) <= most:
-        wrong = "too few" if len(arguments) < least else "too many"
-        raise UsageError(f"{name}: {wrong} arguments", f"usage: dist-train {name} {usage}")
-    return arguments
+PROGRAM = "dist-train"
+SETTINGS = """\
+\b
+CONFIG is a YAML file, or the name of a shipped configuration (dist-train config list).
+  --dotted.key VALUE  change a setting; VALUE is YAML: --train.optim.lr 1e-3, --data.augment.0.padding 2
+  --import MODULE     first import a module that registers models, datasets, stages, ...; repeatable
+  --fast-dev-run      two batches of every stage, in a run directory of its own"""
 
 
-@dataclass(frozen=True)
-class Typed:
-    """What was typed after a verb.
-
-    Attributes:
-        words: what is no option.
-        options: option without its dashes -> its values, in order.
-        settings: options with a dot, as they were typed.
-    """
-
-    words: list[str]
-    options: Mapping[str, list[str]]
-    settings: list[str] = field(default_factory=list)
-
-    def last(self, option: str, default: str | None = None) -> str | None:
-        """The value of an option that counts once."""
-        return self.options[option][-1] if option in self.options else default
+def verb_name(ctx: click.Context) -> str:
+    """Returns the words that lead to the verb, without the program's name: "config show"."""
+    return ctx.command_path.removeprefix(PROGRAM).strip()
 
 
-def typed(
-    verb: str,
-    usage: str,
-    arguments: list[str],
-    options: Collection[str],
-    flags: Collection[str] = (),
-    section: str = "",
-) -> Typed:
-    """Sorts words from options: `--name VALUE`, `--name=VALUE`, flags without a value, and settings `--section.key VALUE`.
+class Valued(click.Option):
+    """An option with a value, which must not be another option."""
 
-    Raises:
-        UsageError: an option that the verb does not have, or one without its value.
-    """
-    hint = f"usage: dist-train {verb} {usage}"
-    words: list[str] = []
-    found: dict[str, list[str]] = {}
-    settings: list[str] = []
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("-"):
-            words.append(word)
-            continue
-        name, equals, value = word.removeprefix("--").partition("=")
-        if name in flags and not equals:
-            found[name] = []
-            continue
-        if name not in options and not (section and name.startswith(f"{section}.")):
-            alike = difflib.get_close_matches(name, [*options, *flags], n=1, cutoff=0.5)
-            raise UsageError(f"{verb} has no option {word}", f"did you mean --{alike[0]}? {hint}" if alike else hint)
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise UsageError(f"--{name} has no value", f"type --{name} VALUE or --{name}=VALUE")
-            value = rest.pop(0)
-        if name in options:
-            found.setdefault(name, []).append(value)
-        else:
-            settings += [f"--{name}", value]
-    return Typed(words, found, settings)
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        if any(str(each).startswith("--") for each in (value if isinstance(value, list | tuple) else [value])):
+            raise click.BadOptionUsage(self.opts[0], "requires an argument", ctx)
+        return super().type_cast_value(ctx, value)
 
 
-def one_of(option: str, value: str, known: Collection[str]) -> str:
-    """`value`, where it is known; raises UsageError."""
-    if value in known:
+def option(name: str, metavar: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
+    """Returns the decorator of an option with a value."""
+    names = [name, *filter(None, [kwargs.pop("field", "")])]
+    return click.option(*names, cls=Valued, metavar=metavar, help=help, **kwargs)
+
+
+_IMPORT = "First import a module that registers what is used; repeatable."
+imports = option("--import", "MODULE", _IMPORT, field="modules", multiple=True)
+
+
+class Verb(click.Command):
+    """A command that raises our errors instead of click's, and shows its arguments before its options."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, ["--help"] if {"-h", "--help"} & set(args) else list(args))
+        except click.UsageError as error:
+            raise self.refusal(ctx, error, args) from None
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        arguments = [param.metavar or "" for param in self.params if isinstance(param, click.Argument)]
+        options = [param for param in self.params if isinstance(param, click.Option)]
+        return [*arguments, *(f"[{' '.join(filter(None, (each.opts[0], each.metavar)))}]" for each in options)]
+
+    def refusal(self, ctx: click.Context, error: click.UsageError, args: Sequence[str]) -> UsageError:
+        """Returns our error for a mistake that click found in `args`."""
+        name = verb_name(ctx)
+        usage = " ".join(["usage:", PROGRAM, name, *self.collect_usage_pieces(ctx)])
+        if isinstance(error, click.NoSuchOption):
+            known = [option for param in self.params if isinstance(param, click.Option) for option in param.opts]
+            guess = did_you_mean(error.option_name, known, count=1)
+            return UsageError(f"{name} has no option {error.option_name}", f"{guess} {usage}".strip())
+        if isinstance(error, click.BadOptionUsage):
+            option = error.option_name
+            value = next((param.metavar for param in self.get_params(ctx) if option in param.opts), None)
+            if value is None:
+                return UsageError(f"{option} takes no value", f"type {option} alone")
+            return UsageError(f"{option} has no value", f"type {option} {value}")
+        if isinstance(error, click.BadParameter) and isinstance(error.param, click.Option):
+            option = error.param.opts[0]
+            return UsageError(f"{option}: {error.message.rstrip('.')}", f"type {option} {error.param.metavar}")
+        message = error.format_message().rstrip(".")
+        return UsageError(f"{name}: {message[:1].lower()}{message[1:]}", usage)
+
+
+class ConfigVerb(Verb):
+    """A command with a configuration: what follows CONFIG are settings, passed on as they were typed."""
+
+    allow_interspersed_args = False  # parsing of options ends at the first other word, CONFIG
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"epilog": SETTINGS} | kwargs)
+        self.params += [
+            click.Argument(["config"], metavar="CONFIG", shell_complete=complete_config),
+            click.Argument(["settings"], metavar="[--dotted.key VALUE ...]", nargs=-1, type=click.UNPROCESSED),
+        ]
+
+    def refusal(self, ctx: click.Context, error: click.UsageError, args: Sequence[str]) -> UsageError:
+        if not isinstance(error, click.NoSuchOption | click.MissingParameter):
+            return super().refusal(ctx, error, args)
+        name = verb_name(ctx)
+        hint = f"{PROGRAM} {name} CONFIG --dotted.key VALUE; {PROGRAM} config list shows the shipped ones"
+        return UsageError(f"{name} needs the configuration first, then the options", hint)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        if not ctx.params.get("config"):
+            return super().shell_complete(ctx, incomplete)
+        from dist_train.config.tree import Config, leaves
+
+        return completions(["--import", "--fast-dev-run", *(f"--{key}" for key, _, _ in leaves(Config()))], incomplete)
+
+
+class DottedVerb(Verb):
+    """A command that takes `--SECTION.KEY VALUE` with any KEY: its function gets pairs ("--SECTION.KEY", VALUE)."""
+
+    section = ""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        found: list[tuple[str, str]] = []
+
+        def keep(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> None:
+            found.extend((option.opts[0], value) for value in values)
+
+        names = sorted({word.partition("=")[0] for word in args if word.startswith(f"--{self.section}.")})
+        ctx.meta[self.section] = [
+            Valued([f"_{number}", name], metavar="VALUE", multiple=True, expose_value=False, callback=keep)
+            for number, name in enumerate(names)
+        ]
+        rest = super().parse_args(ctx, args)
+        ctx.params[self.section] = found
+        return rest
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*super().get_params(ctx), *ctx.meta.get(self.section, [])]
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), f"[--{self.section}.KEY VALUE ...]"]
+
+
+class Verbs(click.Group):
+    """A group of verbs; without one, or with `help`, it shows them in the order in which they were added."""
+
+    command_class = Verb
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args[:1] in ([], ["help"], ["-h"]) and not ctx.resilient_parsing:
+            args = ["--help"]
+        try:
+            return super().parse_args(ctx, list(args))
+        except click.UsageError:
+            raise self.unknown(ctx, args[0]) from None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.commands and not ctx.resilient_parsing:
+            raise self.unknown(ctx, args[0])
+        return super().resolve_command(ctx, args)
+
+    def unknown(self, ctx: click.Context, word: str) -> UsageError:
+        """Returns the error for a word that is no verb of the group."""
+        prefix = f"{verb_name(ctx)} ".lstrip()
+        guess = did_you_mean(word, self.commands, count=1, before=f"{PROGRAM} {prefix}")
+        return UsageError(f"unknown command {prefix}{word}", guess or f"one of: {', '.join(self.commands)}")
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return [self.subcommand_metavar]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name, command in self.commands.items():
+            usage = " ".join(command.collect_usage_pieces(ctx))
+            rows.append((name, f"\b\n{command.get_short_help_str(200)}\n{usage}".rstrip()))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+class OneOf(click.ParamType):
+    """The type of an option that takes one of `names()`, which is called only when the option is given."""
+
+    name = "name"
+
+    def __init__(self, names: Callable[[], Iterable[str]]) -> None:
+        self.names = names
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        names = list(self.names())
+        if value not in names:
+            option = param.opts[0] if param else ""
+            hint = did_you_mean(value, names, count=1) or f"one of: {', '.join(names)}"
+            raise UsageError(f"{option} {value} is unknown", hint)
         return value
-    alike = difflib.get_close_matches(value, list(known), n=1, cutoff=0.5)
-    raise UsageError(
-        f"--{option} {value} is unknown", f"did you mean {alike[0]}?" if alike else f"one of: {', '.join(known)}"
-    )
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return completions(self.names(), incomplete)
 
 
-def import_user_modules(names: list[str]) -> None:
-    """For `--import MODULE`; raises ConfigError with each that cannot be imported."""
+def completions(words: Iterable[str], incomplete: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(word) for word in words if word.startswith(incomplete)]
+
+
+def complete_config(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Returns the shipped configurations and the YAML files here; where none fits, the shell completes any file."""
+    from click.shell_completion import CompletionItem
+
+    from dist_train.config.shipped import shipped
+
+    here = sorted(str(file) for file in Path().glob("*.y*ml"))
+    return completions([*shipped(), *here], incomplete) or [CompletionItem(incomplete, type="file")]
+
+
+def import_user_modules(names: Sequence[str]) -> None:
+    """Imports the modules of `--import`; raises ConfigError with each that cannot be imported."""
     from dist_train.config.load import import_modules
 
     problems = import_modules(names)
@@ -114,24 +221,19 @@ def import_user_modules(names: list[str]) -> None:
         raise ConfigError(problems)
 
 
-def known_run_dir(name: str, arguments: list[str]) -> Path:
-    run_dir = Path(positionals(name, "RUN_DIR", arguments, 1, 1)[0])
+def known_run_dir(run_dir: Path) -> Path:
+    """Returns the directory of a run; raises RunDirError where it has no config.yaml."""
     if not (run_dir / "config.yaml").is_file():
         what = "has no config.yaml: it is no run directory" if run_dir.is_dir() else "does not exist"
         known = [str(found.parent) for found in sorted(run_dir.parent.glob("*/config.yaml"))]
-        alike = difflib.get_close_matches(str(run_dir), known, n=2, cutoff=0.5)
-        hint = "did you mean " + " or ".join(alike) + "?" if alike else "give the directory of a run, runs/NAME"
+        hint = did_you_mean(str(run_dir), known) or "give the directory of a run, runs/NAME"
         raise RunDirError(f"{run_dir} {what}", hint)
     return run_dir
 
 
-def import_only(name: str, arguments: list[str]) -> None:
-    """For verbs whose only option is `--import MODULE`."""
-    from dist_train.config.load import import_modules, split_options
+def run_dirs(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """Callback of an argument RUN_DIR, once or repeated; raises RunDirError."""
+    return tuple(map(known_run_dir, value)) if isinstance(value, tuple) else known_run_dir(value)
 
-    options, modules, problems = split_options(arguments)
-    if options:
-        raise UsageError(f"{name} takes no settings: {options[0][0]}", f"dist-train {name} --help")
-    problems += import_modules(modules)
-    if problems:
-        raise ConfigError(problems)
+
+DIRECTORY = click.Path(file_okay=False, path_type=Path)  # a shell completes folders

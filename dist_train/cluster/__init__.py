@@ -1,1 +1,1 @@
-"""What launcher and machine say about the ranks: variables, host lists, ports and interfaces, without torch."""
+"""Reads ranks, host lists, ports and network interfaces from launcher and machine, without torch."""

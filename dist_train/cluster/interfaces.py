@@ -1,24 +1,20 @@
-"""This machine's network interfaces, and the one at which gloo would listen. Standard library only."""
+"""This machine's network interfaces, and the one at which gloo would listen."""
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import socket
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-_IPV6 = Path("/proc/net/if_inet6")
-_GET_FLAGS, _GET_ADDRESS = 0x8913, 0x8915  # Linux, include/uapi/linux/sockios.h
-_UP = 0x1  # Linux, include/uapi/linux/if.h
+import psutil
+
 _LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
 class Interface:
-    """`addresses`: its first IPv4 address, then those of IPv6; the ones on the link alone (fe80::) are left out."""
+    """A network interface. `addresses`: IPv4, then IPv6 without link-local ones (fe80::)."""
 
     name: str
     up: bool
@@ -26,43 +22,26 @@ class Interface:
 
     @property
     def reaches_others(self) -> bool:
-        """Whether another machine could connect to it."""
+        """True where another machine could connect to it."""
         return self.up and any(not is_loopback(address) for address in self.addresses)
 
 
 def interfaces() -> list[Interface]:
-    """The interfaces of this machine, or of this network namespace. Those of a system other than Linux have no addresses, and are up."""
-    ipv6 = _ipv6_addresses()
+    """Returns the interfaces of this machine, or of this network namespace."""
+    states, addresses = psutil.net_if_stats(), psutil.net_if_addrs()
     found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-        for _, name in socket.if_nameindex():
-            flags = _ask(asked, _GET_FLAGS, name)
-            address = _ask(asked, _GET_ADDRESS, name)
-            ipv4 = [socket.inet_ntoa(address[20:24])] if address is not None else []
-            up = flags is None or bool(struct.unpack_from("=H", flags, 16)[0] & _UP)
-            found.append(Interface(name, up, (*ipv4, *ipv6.get(name, []))))
+    for name in dict.fromkeys([*states, *addresses]):  # one without an address may be in the first alone
+        ipv4 = [each.address for each in addresses.get(name, []) if each.family == socket.AF_INET]
+        ipv6 = [each.address for each in addresses.get(name, []) if each.family == socket.AF_INET6]
+        state = states.get(name)
+        # psutil's `isup` asks for a carrier too, its flags do not; an alias (eth0:1) has no state of its own.
+        up = state is None or state.isup or "up" in state.flags.split(",")
+        found.append(Interface(name, up, (*ipv4, *(each for each in ipv6 if not _is_link_local(each)))))
     return found
 
 
-def _ask(asked: socket.socket, request: int, name: str) -> bytes | None:
-    """The kernel's `struct ifreq` (netdevice(7)): 16 bytes of name, then the answer. None where it has no answer."""
-    try:
-        import fcntl  # not on Windows
-
-        return fcntl.ioctl(asked.fileno(), request, struct.pack("256s", name.encode()[:15]))
-    except (ImportError, OSError):
-        return None
-
-
-def _ipv6_addresses() -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    with contextlib.suppress(OSError):  # no IPv6, or not Linux
-        for line in _IPV6.read_text().splitlines():
-            digits, *_, name = line.split()
-            address = ipaddress.IPv6Address(bytes.fromhex(digits))
-            if not address.is_link_local:
-                found.setdefault(name, []).append(str(address))
-    return found
+def _is_link_local(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_link_local
 
 
 def is_loopback(address: str) -> bool:
@@ -70,7 +49,7 @@ def is_loopback(address: str) -> bool:
 
 
 def resolve(host: str) -> list[str]:
-    """The addresses of a host name, in the resolver's order.
+    """Returns the addresses of a host name, in the resolver's order.
 
     Raises:
         OSError: it has none, or no name server answers.
@@ -80,7 +59,7 @@ def resolve(host: str) -> list[str]:
 
 
 def is_local(address: str) -> bool:
-    """Whether this machine could listen at the address."""
+    """Tells whether this machine could listen at the address."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:
@@ -91,7 +70,7 @@ def is_local(address: str) -> bool:
 
 
 def interface_of(host: str) -> str | None:
-    """The name of the interface that has this address of this machine; None where none says so.
+    """Returns the name of the interface that has this address of this machine; None where none has it.
 
     Raises:
         OSError: the name does not resolve, or this machine could not listen at the address.
@@ -106,16 +85,17 @@ def interface_of(host: str) -> str | None:
 
 
 def named_interfaces(environ: Mapping[str, str]) -> list[str]:
-    """The names in GLOO_SOCKET_IFNAME; empty where it is not set, or is empty, which gloo takes for the same."""
+    """Returns the names in GLOO_SOCKET_IFNAME; none where it is not set or is empty, which is the same to gloo."""
     value = environ.get("GLOO_SOCKET_IFNAME", "")
     return value.split(",") if value else []
 
 
 def gloo_address(environ: Mapping[str, str], present: Sequence[Interface]) -> str:
-    """The address at which gloo would listen, and which it gives to the other ranks.
+    """Returns the address at which gloo would listen, and which it gives to the other ranks.
 
-    That of the first interface in GLOO_SOCKET_IFNAME; else the first of the host name's that is one of this machine's; where there
-    is none, the loopback address. "" where the interface's address cannot be found out. Read in torch 2.14's ProcessGroupGloo.cpp (createDefaultDevice), and seen.
+    It is the address of the first interface in GLOO_SOCKET_IFNAME; "" where that has none. Without the variable it is
+    the first address of the host name that this machine has; without such an address, the loopback address.
+    Source: torch 2.14's ProcessGroupGloo.cpp, createDefaultDevice.
     """
     named = named_interfaces(environ)
     if named:

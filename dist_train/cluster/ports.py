@@ -1,6 +1,7 @@
-"""Ports for ranks to meet at: derived from a job's number, outside the range that the system hands out, checked.
+"""Ports for ranks to meet at: derived from a job's number, and outside the ephemeral range.
 
-`python -m dist_train.cluster.ports KEY` prints the first free one of KEY's; the batch script asks so, on the node that will listen.
+`python -m dist_train.cluster.ports KEY` prints the first free port of KEY: the batch script runs it on the node that
+will listen.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _TRIES = 64
 
 
 def ephemeral_range() -> tuple[int, int]:
-    """The first and last port that this system gives to outgoing connections: one of these may be taken at any moment."""
+    """Returns the first and last port that this system gives to outgoing connections: any of them may be taken."""
     try:
         first, last = _EPHEMERAL.read_text().split()
     except OSError:  # not Linux
@@ -30,10 +31,10 @@ def ephemeral_range() -> tuple[int, int]:
 
 
 def candidates(key: str, ephemeral: tuple[int, int]) -> Iterator[int]:
-    """All ports outside `ephemeral`, from one that `key` (a job's number) determines: every rank finds the same order.
+    """Yields all ports outside `ephemeral`, from one that `key` (a job's number) determines: the same for all ranks.
 
     Raises:
-        SetupError: there is none.
+        SetupError: no port is outside.
     """
     first, last = ephemeral
     pool = [port for port in range(_LOWEST, _HIGHEST + 1) if not first <= port <= last]
@@ -48,7 +49,7 @@ def candidates(key: str, ephemeral: tuple[int, int]) -> Iterator[int]:
 
 
 def is_free(port: int) -> bool:
-    """Whether this process could listen at `port` on every IPv4 address of this machine."""
+    """Tells whether this process could listen at `port` on every IPv4 address of this machine."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -59,10 +60,10 @@ def is_free(port: int) -> bool:
 
 
 def first_free(key: str, ephemeral: tuple[int, int] | None = None) -> int:
-    """The first of `key`'s ports that is free on this machine.
+    """Returns the first of `key`'s ports that is free on this machine.
 
     Raises:
-        SetupError: none of the first ones is.
+        SetupError: none of the first 64 is free.
     """
     tried = list(islice(candidates(key, ephemeral or ephemeral_range()), _TRIES))
     for port in tried:

@@ -1,6 +1,6 @@
-"""Which rank this process is, as the environment says: torchrun's variables, then those of a Slurm step, then one process.
+"""The rank of this process, read from torchrun's variables, else from a Slurm step's; else it is the only process.
 
-SLURM_JOB_ID alone proves nothing: the shell of a batch job has it too, and no other ranks.
+SLURM_JOB_ID alone proves nothing: the shell of a batch job has it too, and is no rank.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from dist_train.cluster.ports import candidates, ephemeral_range, is_free
 from dist_train.cluster.slurm_lists import parse_hostlist, parse_tasks_per_node
 from dist_train.errors import EXIT_DONE, EXIT_PREEMPTED, Problem, SetupError
 
-ASKED = "DIST_TRAIN_NUM_PROCESSES"  # set by `dist-train launch`: how many processes were asked for, N or MIN:MAX
-EXIT_FILE = "DIST_TRAIN_EXIT_FILE"  # set by `dist-train launch`: a rank that would end with 78 makes this file, as agents turn 78 into 1
+# Set by `dist-train launch`:
+ASKED = "DIST_TRAIN_NUM_PROCESSES"  # the number of processes asked for, N or MIN:MAX
+EXIT_FILE = "DIST_TRAIN_EXIT_FILE"  # a rank that exits with 78 makes this file, as agents turn 78 into 1
 _SPECIAL_STEPS = 0xFFFFFFF0  # Slurm's slurm.h: batch, interactive and extern steps have numbers above
 _TORCHRUN = "torchrun --nproc_per_node N -m dist_train run CONFIG"
 _SRUN = "start ranks with srun, one task each, and let it set SLURM_*"
@@ -25,11 +26,11 @@ Source = Literal["torchrun", "slurm", "single"]
 
 @dataclass(frozen=True)
 class RankPlan:
-    """This process among the ranks.
+    """The place of this process among the ranks.
 
     Attributes:
-        source: whose variables decided it; "torchrun" stands for every launcher that sets RANK and WORLD_SIZE.
-        master_addr, master_port: where the ranks meet; empty and 0 for one process.
+        source: the launcher whose variables count; "torchrun" stands for all that set RANK and WORLD_SIZE.
+        master_addr, master_port: address and port of the ranks' store; "" and 0 for one process.
     """
 
     source: Source = "single"
@@ -41,7 +42,7 @@ class RankPlan:
     master_port: int = 0
 
     def variables(self) -> dict[str, str]:
-        """torchrun's variables for a Slurm task, for libraries that know only those; else nothing, as they are there."""
+        """Returns torchrun's variables for a Slurm task, as libraries know only these; {} where they are set."""
         if self.source != "slurm" or self.world_size == 1:
             return {}
         return {
@@ -54,30 +55,30 @@ class RankPlan:
         }
 
     def require_free_port(self) -> None:
-        """On the rank that will listen at a port that we derived.
+        """Checks, on the rank that will listen, the port that was derived from the Slurm step.
 
         Raises:
-            SetupError: it is taken.
+            SetupError: the port is taken.
         """
         if self.source == "slurm" and self.rank == 0 and self.world_size > 1 and not is_free(self.master_port):
             raise self.port_taken()
 
     def port_taken(self) -> SetupError:
-        """Where something else listens at the port than what ranks would meet at."""
-        hint = (
-            "start the step again (each step has another port), or choose one: MASTER_PORT"
-            if self.source == "slurm"
-            else f"another MASTER_PORT, the same for all ranks; what listens there: ss -tlnp 'sport = {self.master_port}'"
-        )
+        """Returns the error for a port at which another program listens."""
+        if self.source == "slurm":
+            hint = "start the step again (each step has another port), or choose one: MASTER_PORT"
+        else:
+            look = f"ss -tlnp 'sport = {self.master_port}'"
+            hint = f"another MASTER_PORT, the same for all ranks; what listens there: {look}"
         where = f"MASTER_PORT {self.master_port} on {self.master_addr}"
         return SetupError(f"{where}, where the ranks would meet, is taken", hint)
 
 
 def detect(environ: Mapping[str, str], expand: Callable[[str], list[str]] = parse_hostlist) -> RankPlan:
-    """The plan that `environ` gives. `expand` turns a Slurm host list into hosts.
+    """Returns the plan that `environ` gives. `expand` turns a Slurm host list into hosts.
 
     Raises:
-        SetupError: the variables contradict each other, or those are missing by which ranks meet.
+        SetupError: the variables contradict each other, or address or port is missing.
     """
     problems = rank_problems(environ)
     if problems:
@@ -102,13 +103,13 @@ def detect(environ: Mapping[str, str], expand: Callable[[str], list[str]] = pars
 
 
 def step_port(environ: Mapping[str, str]) -> int:
-    """The port of a Slurm step: equal on all its tasks, another for another step."""
+    """Returns the port of a Slurm step: the same on all its tasks, another one for another step."""
     key = f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"
     return next(islice(candidates(key, ephemeral_range()), 1))
 
 
 def source_of(environ: Mapping[str, str]) -> Source:
-    """Whose variables decide."""
+    """Returns the launcher whose variables count."""
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return "torchrun"
     step = environ.get("SLURM_STEP_ID", "")
@@ -119,14 +120,14 @@ def source_of(environ: Mapping[str, str]) -> Source:
 
 
 def rank_problems(environ: Mapping[str, str]) -> list[Problem]:
-    """Every contradiction among the variables of the source that decides, and with the number of processes asked for."""
+    """Returns every contradiction among the launcher's variables, and with the number of processes asked for."""
     find = {"torchrun": _torchrun_problems, "slurm": _slurm_problems, "single": _accelerate_problems}
     problems = list(find[source_of(environ)](environ))
     return problems or list(_asked_problems(environ, _plan(environ).world_size))
 
 
 def _plan(environ: Mapping[str, str]) -> RankPlan:
-    """The plan of variables that are known to be right, without the place to meet."""
+    """Returns the plan of variables that were checked, without address and port."""
     source = source_of(environ)
     if source == "torchrun":
         rank, world_size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
@@ -142,7 +143,7 @@ def _plan(environ: Mapping[str, str]) -> RankPlan:
 
 
 def _numbers(environ: Mapping[str, str], leasts: Mapping[str, int], hint: str) -> tuple[dict[str, int], list[Problem]]:
-    """The variables that are whole numbers of at least so much, and what is wrong with the others that are set."""
+    """Returns the variables that are whole numbers of at least `leasts`, and the mistakes of the others."""
     numbers, problems = {}, []
     for name, least in leasts.items():
         text = environ.get(name, "")
@@ -206,7 +207,7 @@ def _slurm_problems(environ: Mapping[str, str]) -> Iterator[Problem]:
 def _layout_problems(
     environ: Mapping[str, str], numbers: Mapping[str, int], size_name: str, size: int
 ) -> Iterator[Problem]:
-    """How the tasks of a step lie on its nodes: node by node, which the nodes' shares of ranks and data rest on."""
+    """Checks that a step's tasks are numbered node by node: local ranks and shares of data rest on it."""
     text = environ["SLURM_STEP_TASKS_PER_NODE"]
     try:
         tasks, hosts = parse_tasks_per_node(text), parse_hostlist(environ["SLURM_STEP_NODELIST"])
@@ -228,12 +229,12 @@ def _layout_problems(
         first = sum(tasks[:node])
         here = ",".join(str(one) for one in range(first, first + tasks[node]))
         if rank != first + local_rank or environ.get("SLURM_GTIDS", here) != here:
-            message = f"is {rank}, but the ranks of node {node} would be {here} if they were dealt out node by node"
+            message = f"is {rank}, but with ranks numbered node by node, node {node} has {here}"
             yield Problem("SLURM_PROCID", message, "environment", "srun --distribution=block")
 
 
 def _accelerate_problems(environ: Mapping[str, str]) -> Iterator[Problem]:
-    """accelerate sets MASTER_PORT where several processes were asked for, even if it then starts one (1.15, utils/launch.py)."""
+    # accelerate sets MASTER_PORT for several processes, even where it then starts one (1.15, utils/launch.py).
     if "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_PORT" in environ:
         message = (
             "is not set, but MASTER_PORT is: accelerate was asked for several processes and started this one alone"
@@ -259,5 +260,5 @@ def _asked_problems(environ: Mapping[str, str], world_size: int) -> Iterator[Pro
 
 
 def exit_code_when_preempted(environ: Mapping[str, str]) -> int:
-    """75; under torchrun's agent 0, as it would start a worker that failed again, and says 1 for any failure (law 7)."""
+    """Returns 75; 0 under torchrun's agent, which would restart a worker that ends with another code."""
     return EXIT_DONE if "TORCHELASTIC_RUN_ID" in environ else EXIT_PREEMPTED

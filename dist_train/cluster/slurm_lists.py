@@ -13,10 +13,10 @@ _COUNT = re.compile(r"([1-9]\d*)(?:\(x([1-9]\d*)\))?")
 
 
 def parse_hostlist(text: str) -> list[str]:
-    """The hosts of a Slurm host list, in its order: `gpu[01-03,7],login1` names five.
+    """Returns the hosts of a Slurm host list, in its order: `gpu[01-03,7],login1` has five.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is no host list.
     """
     hosts: list[str] = []
     position = 0
@@ -37,7 +37,7 @@ def parse_hostlist(text: str) -> list[str]:
 
 
 def _numbers(inner: str) -> list[str]:
-    """`01-03,7` as texts; leading zeros are kept."""
+    """Expands `01-03,7` to texts; leading zeros are kept."""
     found = []
     for item in inner.split(","):
         first, dash, last = item.partition("-")
@@ -48,7 +48,7 @@ def _numbers(inner: str) -> list[str]:
 
 
 def show_hostnames(nodelist: str) -> list[str]:
-    """The hosts of a list as Slurm itself expands it, or as `parse_hostlist` does where Slurm's programs are not there.
+    """Returns the hosts of a list, expanded by Slurm's scontrol, or by `parse_hostlist` where that is not installed.
 
     Raises:
         ValueError: it is no host list.
@@ -62,7 +62,7 @@ def show_hostnames(nodelist: str) -> list[str]:
 
 
 def parse_tasks_per_node(text: str) -> list[int]:
-    """Tasks of each node: `2(x3),1` is 2, 2, 2, 1.
+    """Returns the tasks of each node: `2(x3),1` is 2, 2, 2, 1.
 
     Raises:
         ValueError: it is not of this form.

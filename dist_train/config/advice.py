@@ -1,4 +1,4 @@
-"""Settings that are right and yet probably not meant: each gets a warning with what to type. Imports nothing heavy."""
+"""Warns of valid settings that are probably not meant, with what to type. Starts without importing torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _BATCH = "data.global_batch_size"
 
 
 def unscaled_rates(config: Config, sources: Mapping[str, str], batch_of_file: Any) -> Iterator[Problem]:
-    """A global batch changed on the command line, while a learning rate stayed what it was for the file's.
+    """Warns where the command line changes the global batch size, and keeps the file's learning rate.
 
     Args:
-        sources: dotted key -> where its value came from; options begin with "--".
+        sources: dotted key -> source of its value; options begin with "--".
         batch_of_file: data.global_batch_size without the options.
     """
     batch = config.data.global_batch_size
@@ -43,23 +43,25 @@ def unscaled_rates(config: Config, sources: Mapping[str, str], batch_of_file: An
 
 
 def too_many_workers(workers: int | str, local_ranks: int, cores: int) -> Iterator[Problem]:
-    """Worker processes that were asked for by number, beyond the cores that this process may use."""
+    """Warns of more worker processes than cores that this process may use."""
     if isinstance(workers, int) and workers * local_ranks > max(cores, local_ranks):
         ranks = f" for each of {local_ranks} ranks" if local_ranks > 1 else ""
-        message = f"{workers} worker processes{ranks} on the {cores} core{'s' if cores > 1 else ''} of this node slow each other down"
+        where = f"on the {cores} core{'s' if cores > 1 else ''} of this node"
+        message = f"{workers} worker processes{ranks} {where} slow each other down"
         yield Problem("data.workers", message, hint=f"--data.workers {max(1, cores // local_ranks)}, or auto")
 
 
 def clipping_undone(config: Config) -> Iterator[Problem]:
-    """Ranges that ptq clips and qat's observer then moves back to the extremes of its steps."""
+    """Warns of ranges that ptq clips, and that qat's observer moves back to the extremes of its steps."""
     if config.ptq.ranges != "min_max" and config.qat.freeze_ranges > 0:
         how = "widens to" if config.qat.observer == "min_max" else "moves towards"
-        message = f"{config.ptq.ranges}: the ranges are clipped, but qat's observer {how} each step's smallest and largest value"
+        moved = f"qat's observer {how} each step's smallest and largest value"
+        message = f"{config.ptq.ranges}: the ranges are clipped, but {moved}"
         yield Problem("ptq.ranges", message, hint="--qat.freeze_ranges 0 keeps the clipped ones")
 
 
 def idle_settings(section: str, settings: FitConfig, epochs: int, steps_per_epoch: int) -> Iterator[Problem]:
-    """Settings of a stage that do nothing in so few steps, or all too early."""
+    """Warns of settings that have no effect in so few steps, or take effect from the first step."""
     total, schedule = epochs * steps_per_epoch, settings.schedule
     few = f"of {total} step{'s' if total > 1 else ''}"
     more = f"more --{section}.epochs"
@@ -69,17 +71,17 @@ def idle_settings(section: str, settings: FitConfig, epochs: int, steps_per_epoc
             f"{section}.schedule.warmup", message, hint=f"--{section}.schedule.warmup {1 / total:.2g}, or {more}"
         )
     if schedule.name == "step" and schedule.step_epochs >= epochs:
-        message = f"{schedule.step_epochs:g} epochs are not over before the stage's {epochs} are: the rate never decays"
+        message = f"{schedule.step_epochs:g} is not less than the stage's {epochs} epochs: the rate never decays"
         yield Problem(f"{section}.schedule.step_epochs", message, hint=f"lower it, or {more}")
     stopping = settings.early_stopping
     evaluations = -(-epochs // settings.evaluate_every)
     if stopping is not None and stopping.patience + 1 >= evaluations:
-        message = f"{stopping.patience} evaluations after the first are not over before the stage's {evaluations} are: it never stops early"
+        message = f"{stopping.patience} is too large for the stage's {evaluations} evaluations: it never stops early"
         yield Problem(f"{section}.early_stopping.patience", message, hint=f"lower it, or {more}")
     if not isinstance(settings, QATConfig):
         return
     for name, what in (("freeze_batch_norm", "BatchNorm's statistics"), ("freeze_ranges", "the ranges")):
         fraction = getattr(settings, name)
         if fraction and not steps_in(fraction, total):
-            message = f"{fraction:g} {few} is less than one: {what} stand still from the first step"
+            message = f"{fraction:g} {few} is less than one: {what} are frozen from the first step"
             yield Problem(f"{section}.{name}", message, hint=f"--{section}.{name} 1, to freeze nothing, or {more}")

@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of: immutable settings, and names that must be registered."""
+"""The base of all sections of the configuration: immutable settings, and names that must be registered."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from dist_train import registry
 
-# A field marked FREE does not determine the result: it may change when a run is resumed.
-FREE: dict[str, Any] = {"determines_result": False}
+# Marks a field that does not determine the result: a run may be resumed with another value.
+MAY_CHANGE_ON_RESUME: dict[str, Any] = {"determines_result": False}
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -26,7 +26,7 @@ class Settings(BaseModel):
 
 @dataclass(frozen=True)
 class Registered:
-    """Annotation of a text that must be a registered name, or one of `also`; editors complete from the names."""
+    """Annotation of a string that must be a registered name, or one of `also`; editors complete the names."""
 
     names: registry.Registry
     also: tuple[str, ...] = ()

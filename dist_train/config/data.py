@@ -1,4 +1,4 @@
-"""The sections `data`, `model` and `task`: what is trained, and on what."""
+"""The sections `data`, `model` and `task`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt
 
 from dist_train import registry
-from dist_train.config.base import FREE, Fraction, Registered, Settings
+from dist_train.config.base import MAY_CHANGE_ON_RESUME, Fraction, Registered, Settings
 
 
 class RandomCrop(Settings):
@@ -30,7 +30,7 @@ class ColorJitter(Settings):
 
 
 class RandomErasing(Settings):
-    """Zhong et al. 2020, arXiv:1708.04896; the erased rectangle becomes the mean of the data."""
+    """Zhong et al. 2020, arXiv:1708.04896. The erased rectangle gets the mean of the data."""
 
     name: Literal["random_erasing"] = "random_erasing"
     p: Fraction = 0.25
@@ -41,7 +41,7 @@ class RandomErasing(Settings):
 
 
 class RandomResizedCrop(Settings):
-    """image_folder only, where it is made by the workers while they decode."""
+    """For image_folder only; its workers apply it while they decode."""
 
     name: Literal["random_resized_crop"] = "random_resized_crop"
     scale: tuple[Fraction, Fraction] = (0.08, 1.0)
@@ -51,7 +51,7 @@ class RandomResizedCrop(Settings):
 
 
 class RandAugment(Settings):
-    """Cubuk et al. 2020, arXiv:1909.13719. image_folder only, where it is made by the workers."""
+    """Cubuk et al. 2020, arXiv:1909.13719. For image_folder only; its workers apply it."""
 
     name: Literal["rand_augment"] = "rand_augment"
     num_ops: PositiveInt = 2
@@ -65,12 +65,15 @@ AugmentConfig = Annotated[
 
 
 class MixConfig(Settings):
-    """Mixup (Zhang et al. 2018, arXiv:1710.09412) and cutmix (Yun et al. 2019, arXiv:1905.04899); partners come from the global batch."""
+    """Mixup (Zhang et al. 2018, arXiv:1710.09412) and cutmix (Yun et al. 2019, arXiv:1905.04899).
+
+    Partners come from the global batch.
+    """
 
     mixup: Annotated[float, Field(ge=0)] = 0.0
     """Alpha of mixup's Beta(alpha, alpha); 0: no mixup."""
     cutmix: Annotated[float, Field(ge=0)] = 0.0
-    """Alpha of cutmix's Beta(alpha, alpha); 0: no cutmix. With both, each step draws one of them."""
+    """Alpha of cutmix's Beta(alpha, alpha); 0: no cutmix. With both, each step draws one of the two."""
     p: Fraction = 1.0
     """Probability that a step is mixed at all."""
 
@@ -80,37 +83,45 @@ class DataConfig(Settings):
     """Name of a registered dataset."""
     args: dict[str, Any] = {}
     """Arguments of the dataset's function."""
-    root: Annotated[Path | None, Field(json_schema_extra=FREE)] = None
-    """Folder of the dataset's files, where it has any."""
-    cache_dir: Annotated[Path | None, Field(json_schema_extra=FREE)] = None
+    root: Annotated[Path | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
+    """Folder of the dataset's files, if it has any."""
+    cache_dir: Annotated[Path | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
     """Node-local folder of the memory-mapped arrays; default: dist_train in the user's cache folder."""
     global_batch_size: PositiveInt = 64
     """Samples of one optimizer step, over all ranks."""
     micro_batch_size: Annotated[int, Field(ge=2)] | None = None
     """Most samples of one forward on one rank; more are accumulated. None: a rank's whole share."""
     eval_batch_size: PositiveInt = 256
-    """Samples of one forward in evaluation, on each rank."""
+    """Samples of one forward in evaluation on each rank."""
     drop_last: bool = False
     """Leave out the last, partial global batch of an epoch."""
     augment: list[AugmentConfig] = []
-    """Augmentation of uint8 images, in order; normalization follows always. Of image_folder the first entries, as far as they are random_resized_crop, random_horizontal_flip and rand_augment, are made by the workers."""
+    """Augmentation of uint8 images, in order; normalization always follows. For image_folder, the workers apply the
+    first entries that are random_resized_crop, random_horizontal_flip or rand_augment."""
     mix: MixConfig = MixConfig()
     """Mixup and cutmix in `train`; never in `qat`."""
-    workers: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], Field(json_schema_extra=FREE)] = "auto"
-    """Worker processes of each rank for map-style datasets; image arrays need none. auto: the node's cores shared out among its ranks."""
+    workers: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = (
+        "auto"
+    )
+    """Worker processes of each rank for map-style datasets; image arrays need none. auto: the node's cores divided
+    among its ranks."""
     on_corrupt: Literal["error", "skip"] = "error"
-    """What to do with an image that cannot be decoded (a map-style dataset says so by raising CorruptSampleError): end the run with the file's name, or leave it out, count and report it."""
+    """Handling of an image that cannot be decoded (a map-style dataset raises CorruptSampleError). error: end the run
+    with the file's name; skip: leave the image out, count and report it."""
 
 
 class ModelConfig(Settings):
     name: Annotated[str, Registered(registry.models)] = "small_resnet"
     """Name of a registered model, of a classification or segmentation model of torchvision, or timm/NAME."""
     args: dict[str, Any] = {}
-    """Arguments of the model's function; num_classes (the width of the outputs) and in_channels are given by the data where the function takes them."""
+    """Arguments of the model's function. The data give num_classes (the width of the outputs) and in_channels, if the
+    function takes them."""
     weights: str | None = None
-    """Trained weights to start from: a name of torchvision's (DEFAULT, IMAGENET1K_V1) or timm's (pretrained), or a file (.safetensors, .pt, .pth). A head of another width is new; a first convolution is fitted to the images' channels."""
+    """Trained weights to start from: a name of torchvision's (DEFAULT, IMAGENET1K_V1) or timm's (pretrained), or a file
+    (.safetensors, .pt, .pth). A head of another width is initialised anew; the first convolution is adapted to the
+    images' channels."""
     init_from: Path | None = None
-    """Run directory of another run, whose trained float model this one starts from."""
+    """Run directory of another run: start from its trained float model."""
     channels_last: bool = False
     """Keep 4-dimensional weights and inputs in channels_last memory format."""
 
@@ -118,9 +129,10 @@ class ModelConfig(Settings):
 class TaskConfig(Settings):
     name: Annotated[str, Registered(registry.tasks)] = "classification"
     args: dict[str, Any] = {}
-    """Arguments of the task. classification: label_smoothing; multilabel: pos_weight; regression: loss (mse, l1, huber), tolerance; segmentation: ignore_index."""
+    """Arguments of the task. classification: label_smoothing; multilabel: pos_weight; regression: loss (mse, l1,
+    huber), tolerance; segmentation: ignore_index."""
 
 
 def is_weights_file(weights: str) -> bool:
-    """Whether `model.weights` is meant as a file: by its ending, or by being a path. Names of weights have neither."""
+    """Tells whether `model.weights` is a file: it has a file's suffix, or a slash. Names of weights have neither."""
     return weights.endswith((".safetensors", ".pt", ".pth")) or "/" in weights

@@ -1,13 +1,11 @@
-"""From a YAML file and `--dotted.key value` options to a checked Config; every mistake is reported at once."""
+"""Loads a Config from a YAML file and `--dotted.key value` options; reports every mistake at once."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import os
 import sys
-import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,20 +18,21 @@ from dist_train import registry
 from dist_train.config.advice import unscaled_rates
 from dist_train.config.checks.general import contradictions
 from dist_train.config.messages import mistakes
+from dist_train.config.shipped import shipped
 from dist_train.config.tree import Config, config_model, leaves
 from dist_train.config.yaml_tree import Place, Tree, dotted, to_yaml
-from dist_train.errors import ConfigError, Problem
+from dist_train.errors import ConfigError, Problem, did_you_mean
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checked configuration, and where each of its values came from.
+    """A checked configuration, with the source of each value.
 
     Attributes:
         config: the typed tree.
         sources: dotted key -> "configs/quickstart.yaml:12", "--train.optim.lr", or "default"; several with ", ".
         path: the file that was read.
-        warnings: what is right and yet probably not meant.
+        warnings: settings that are valid, but probably not meant.
     """
 
     config: Config
@@ -43,7 +42,7 @@ class Loaded:
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """The checked configuration of a YAML file, or of the shipped one of that name, with `overrides` applied.
+    """Returns the checked configuration of a YAML file, or of a shipped name, with `overrides` applied.
 
     Args:
         path: a file, or the name of a shipped configuration ("quickstart").
@@ -58,7 +57,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 def load(
     path: str | os.PathLike[str], overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ
 ) -> Loaded:
-    """As `load_config`, with the source of each value. `environ` is what the contradictions are looked for in.
+    """Loads as `load_config` does, with the source of each value. `environ` is checked against the settings too.
 
     Raises:
         ConfigError: all mistakes at once, with their places.
@@ -82,47 +81,32 @@ def load(
 
 
 def dump(config: BaseModel) -> str:
-    """The complete configuration as YAML; `load` of it gives an equal one."""
+    """Returns the complete configuration as YAML; `load` of it gives an equal one."""
     return to_yaml(config.model_dump(mode="json"))
 
 
 def differences(old: Mapping[str, Any], new: Config) -> list[Problem]:
-    """What determines the result and is not as in `old`, the config.yaml recorded in a run directory.
+    """Returns the settings that determine the result and differ from `old`, the config.yaml of a run directory.
 
-    A field that `old` lacks counts with its default. So does a section that only `old` has, if it is known; a field
-    that this version does not know at all is reported, because nobody can tell what it did.
+    A field that `old` lacks has its default, and so has a known section that only `old` has. A field that this version
+    does not know is reported, as its effect is unknown.
     """
     now = {key: (value, determines_result) for key, value, determines_result in leaves(new)}
     defaults = _defaults([*old, *type(new).model_fields])
     found = []
     for key, (_, determines_result) in {**defaults, **now}.items():
         if any(other.startswith(f"{key}.") for other in now):
-            continue  # a section that may be left out, and is not: its settings are compared one by one
+            continue  # an optional section that is given: its settings are compared one by one
         default = defaults.get(key, (_ABSENT,))[0]
         recorded, value = _at(old, key.split("."), default), now.get(key, (default,))[0]
         if determines_result and recorded != value:
             found.append(Problem(key, f"was {_brief(recorded)}, is {_brief(value)}"))
     unknown = _unknown(old, set(defaults) | set(now))
-    return found + [Problem(key, f"was {_brief(value)}, is not known any more") for key, value in unknown]
-
-
-def configs_dir() -> Path:
-    """The folder of the shipped configurations: of the checkout, or of the installation."""
-    checkout = Path(__file__).resolve().parents[2]
-    if (checkout / "setup.cfg").is_file() and (checkout / "configs").is_dir():
-        return checkout / "configs"
-    schemes = [sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user")]
-    folders = [Path(sysconfig.get_path("data", scheme)) / "share" / "dist_train" / "configs" for scheme in schemes]
-    return next((folder for folder in folders if folder.is_dir()), folders[0])
-
-
-def shipped() -> dict[str, Path]:
-    """The shipped configurations: name -> file."""
-    return {file.stem: file for file in sorted(configs_dir().glob("*.yaml"))}
+    return found + [Problem(key, f"was {_brief(value)}, is unknown now") for key, value in unknown]
 
 
 def import_modules(names: Sequence[str]) -> list[Problem]:
-    """Imports the user's modules, so that what they register is known; the working directory comes first on sys.path."""
+    """Imports the user's modules, which register names; the working directory comes first on sys.path."""
     problems = []
     if names and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -139,7 +123,7 @@ def import_modules(names: Sequence[str]) -> list[Problem]:
 
 
 def split_options(overrides: Sequence[str]) -> tuple[list[tuple[str, str]], list[str], list[Problem]]:
-    """What was typed after the file, as options (--dotted.key, YAML text), modules to import, and mistakes."""
+    """Splits the words after CONFIG into options (--dotted.key, YAML text), modules to import, and mistakes."""
     options, modules, problems = [], [], []
     rest = list(overrides)
     while rest:
@@ -160,7 +144,7 @@ def split_options(overrides: Sequence[str]) -> tuple[list[tuple[str, str]], list
 
 
 def annotated(loaded: Loaded) -> str:
-    """The complete configuration as YAML, with the source of each value in a comment."""
+    """Returns the complete configuration as YAML, with the source of each value in a comment."""
     lines = list(_annotated(loaded.config, loaded.sources, ""))
     width = min(max(len(setting) for setting, _ in lines), 60)
     return "".join(f"{setting:<{width}}{source and '  # ' + source}".rstrip() + "\n" for setting, source in lines)
@@ -179,7 +163,7 @@ def _annotated(config: BaseModel, sources: Mapping[str, str], section: str) -> I
 
 
 def json_schema() -> str:
-    """JSON schema of the configuration, with the sections of all registered stages, as JSON text."""
+    """Returns the JSON schema of the configuration, with the sections of all registered stages, as text."""
     schema = config_model(registry.stages.names()).model_json_schema()
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=1) + "\n"
 
@@ -211,7 +195,7 @@ def _unknown(old: Mapping[str, Any], known: set[str], prefix: str = "") -> Itera
 
 
 def _defaults(sections: Sequence[str]) -> dict[str, tuple[Any, bool]]:
-    """The settings of a configuration that gives none, with those of the stages among `sections`, where they have any."""
+    """Returns all defaults, with the sections of the third-party stages among `sections`."""
     try:
         config = config_model(list(sections))()
     except ValidationError:  # a third-party section that must be given
@@ -220,7 +204,7 @@ def _defaults(sections: Sequence[str]) -> dict[str, tuple[Any, bool]]:
 
 
 def _default_at(place: Place) -> Any:
-    """The default of the list at `place`, for an option that changes one of its items; None where there is none."""
+    """Returns the default of the list at `place`, for an option that changes one item of it, or None."""
     value = _at(Config().model_dump(mode="json"), [str(key) for key in place], None)
     return value if isinstance(value, list) else None
 
@@ -234,11 +218,8 @@ def _read(path: str | os.PathLike[str], tree: Tree) -> Path:
         text = file.read_bytes()
     except OSError as error:
         near = [str(name) for name in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-        alike = difflib.get_close_matches(str(path), near + list(known), n=2, cutoff=0.5)
         names = ", ".join(known) or "none"
-        hint = (
-            "did you mean " + " or ".join(alike) + "?" if alike else f"give a file, or a shipped configuration: {names}"
-        )
+        hint = did_you_mean(str(path), near + list(known)) or f"give a file, or a shipped configuration: {names}"
         tree.problems.append(Problem(str(path), f"cannot be read: {error.strerror}", hint=hint))
     else:
         tree.read_text(text, _from_here(file))
@@ -251,7 +232,7 @@ def _from_here(file: Path) -> str:
 
 
 def _validate(tree: Tree) -> tuple[Config | None, frozenset[str]]:
-    """The Config of what is right in the tree, and the dotted keys of what had to be left out."""
+    """Returns the Config of the valid settings in the tree, and the dotted keys of the settings left out."""
     stages = tree.values.get("stages")
     named = [name for name in stages if isinstance(name, str)] if isinstance(stages, list) else []
     try:
@@ -266,7 +247,7 @@ def _validate(tree: Tree) -> tuple[Config | None, frozenset[str]]:
             config = model.model_validate_json(json.dumps(tree.values), strict=True)
         except ValidationError as error:
             found = list(mistakes(error.errors(include_url=False), model, tree))
-            # What only an earlier removal made wrong (a list that became empty) is no mistake of its own.
+            # A place that only an earlier removal made invalid (a list that became empty) is no mistake of its own.
             tree.problems += [one.problem for one in found if not any(at[: len(one.place)] == one.place for at in bad)]
             removed = {one.cut for one in found}
             bad |= {place for one in found if one.known_key for place in (one.place, one.cut)}

@@ -1,8 +1,7 @@
-"""Pydantic's mistakes in plain words, each with the nearest valid name."""
+"""Turns pydantic's errors into plain messages, each with the nearest valid name."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple, get_args, get_origin
 from pydantic import BaseModel
 
 from dist_train.config.yaml_tree import Place, Tree, dotted
-from dist_train.errors import Problem
+from dist_train.errors import Problem, ask_for, did_you_mean, nearest
 
 _EXPECTED = {
     "int": "a whole number",
@@ -32,9 +31,9 @@ _COMPARISONS = {
 
 
 class Mistake(NamedTuple):
-    """A Problem, its place in the tree, and what to remove from the tree to be rid of it.
+    """A Problem, its place in the tree, and the place to cut from the tree to remove it.
 
-    `known_key` says that the removal puts a known setting back to its default.
+    `known_key` is True where the cut sets a known setting to its default.
     """
 
     place: Place
@@ -44,7 +43,7 @@ class Mistake(NamedTuple):
 
 
 def mistakes(errors: list[Any], model: type[BaseModel], tree: Tree) -> Iterator[Mistake]:
-    """Each mistake of `ValidationError.errors()`; those of a union's members at one place are one."""
+    """Yields each mistake of `ValidationError.errors()`; mistakes of a union's members at one place become one."""
     by_place: dict[Place, list[tuple[Place, Any]]] = {}
     for error in errors:
         present = _present(error["loc"], tree.values)
@@ -68,7 +67,7 @@ def mistakes(errors: list[Any], model: type[BaseModel], tree: Tree) -> Iterator[
 
 
 def shown(value: Any) -> str:
-    """A value as a person wrote it, shortened."""
+    """Returns a value as a person wrote it, shortened."""
     if value is None:
         return "nothing"
     if isinstance(value, dict | list):
@@ -78,25 +77,25 @@ def shown(value: Any) -> str:
 
 
 def nearest_key(place: Place, model: type[BaseModel]) -> str:
-    """What to type instead of an unknown key: one spelled alike beside it, or of that name in another section."""
+    """Returns the hint for an unknown key: similar keys beside it, or keys of that name in other sections."""
     section, last = place[:-1], str(place[-1])
     keys = [_numbered(key, place) for key, _ in _keys(model)]
     beside = [str(key[-1]) for key in keys if key[:-1] == section and key != place]
-    alike = difflib.get_close_matches(last, beside, n=2, cutoff=0.6)
+    alike = nearest(last, beside)
     if alike:
-        return "did you mean " + " or ".join(dotted((*section, key)) for key in alike) + "?"
+        return ask_for([dotted((*section, key)) for key in alike])
     elsewhere = [key for key in keys if key[:-1] != section and key[-1] == last]
     if not elsewhere:
-        close = difflib.get_close_matches(last, sorted({str(key[-1]) for key in keys}), n=1, cutoff=0.75)
+        close = nearest(last, sorted({str(key[-1]) for key in keys}), count=1)
         elsewhere = [key for key in keys if key[-1] in close]
     if elsewhere:
         inside = [key for key in elsewhere if key[: len(section)] == section]
-        return "did you mean " + " or ".join(map(dotted, (inside or elsewhere)[:3])) + "?"
+        return ask_for([dotted(key) for key in (inside or elsewhere)[:3]])
     return f"known here: {', '.join(beside)}" if beside else ""
 
 
 def _present(loc: tuple[str | int, ...], values: Any) -> Place:
-    """The part of pydantic's location that exists in the tree: without the names of a union's members."""
+    """Returns the part of pydantic's location that exists in the tree: without the names of a union's members."""
     place: Place = ()
     for key in loc:
         inside = isinstance(values, dict) and key in values
@@ -106,7 +105,7 @@ def _present(loc: tuple[str | int, ...], values: Any) -> Place:
 
 
 def _either(messages: list[str]) -> str:
-    """["must be A, not X", "must be B, not X"] -> "must be A or B, not X"."""
+    """Joins messages: ["must be A, not X", "must be B, not X"] -> "must be A or B, not X"."""
     pairs = [message.removeprefix("must be ").rpartition(", not ") for message in messages]
     if len(pairs) > 1 and all(
         message.startswith("must be ") and pair[1] for message, pair in zip(messages, pairs, strict=True)
@@ -116,7 +115,7 @@ def _either(messages: list[str]) -> str:
 
 
 def _wording(error: Mapping[str, Any]) -> tuple[str, str]:
-    """(message, hint) of one mistake."""
+    """Returns (message, hint) of one mistake."""
     kind, context, given = error["type"], error.get("ctx", {}), shown(error["input"])
     if kind == "unknown_name":
         return f"unknown {context['kind'].replace('_', ' ')} {context['name']!r}", context["suggestion"]
@@ -155,12 +154,12 @@ def _wording(error: Mapping[str, Any]) -> tuple[str, str]:
 
 def _choose(given: Any, expected: str) -> str:
     names = re.findall(r"'([^']*)'", expected)
-    alike = difflib.get_close_matches(given, names, n=1, cutoff=0.5) if isinstance(given, str) else []
-    return f"did you mean {alike[0]}?" if alike else ("one of: " + ", ".join(names) if len(names) > 1 else "")
+    guess = did_you_mean(given, names, count=1) if isinstance(given, str) else ""
+    return guess or ("one of: " + ", ".join(names) if len(names) > 1 else "")
 
 
 def _keys(model: type[BaseModel], section: Place = ()) -> Iterator[tuple[Place, Any]]:
-    """Every key that the model knows, with its type; -1 stands for the number of a list's item."""
+    """Yields every key that the model knows, with its type; -1 stands for the number of a list's item."""
     for name, info in model.model_fields.items():
         yield (*section, name), info.annotation
         several = get_origin(info.annotation) in (list, tuple, dict)

@@ -1,4 +1,4 @@
-"""Every setting as Markdown tables, from the same models that check a configuration."""
+"""Writes every setting as Markdown tables, from the models that check a configuration."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class _Row(NamedTuple):
 
 
 def reference() -> str:
-    """A table for each section, those of the registered stages among them; `qat` leaves out what it has in common with `train`.
+    """Returns a table for each section, also of registered stages; `qat` leaves out the settings shared with `train`.
 
-    A setting is "fixed" where it determines the result: a run is not resumed with another value.
+    A setting that determines the result is "fixed": a run is not resumed with another value.
     """
     model = config_model(registry.stages.names())
     common = set(_rows(TrainConfig))
@@ -48,7 +48,7 @@ def reference() -> str:
         intro = _cell(info.description or inner.__doc__ or "", inherited=BaseModel.__doc__)
         if issubclass(inner, FitConfig) and inner is not TrainConfig:
             rows = [row for row in rows if row not in common]
-            intro = f"{intro} The settings of `train`, and these, of its own or with another default:".strip()
+            intro = f"{intro} The settings of `train`, and these, which are new or have another default:".strip()
         if _optional(info):
             intro = f"{intro} Left out by default.".strip()
         sections.append(f"#### `{name}`\n\n" + (f"{intro}\n\n" if intro else "") + _HEAD + "".join(map(str, rows)))
@@ -61,11 +61,11 @@ def _rows(model: type[BaseModel], prefix: str = "") -> Iterator[_Row]:
 
 
 def _field_rows(model: type[BaseModel], name: str, prefix: str) -> Iterator[_Row]:
-    """The rows of a field: its own, or those of the section that it is; then those of the sections that it may hold."""
+    """Yields the rows of a field: its own or its section's, then the rows of sections that it may hold."""
     info, key = model.model_fields[name], f"{prefix}{name}"
     inner = _section(info)
     if inner is not None and not _optional(info):
-        # The section's default, where it differs from that of its model, is the model's own in this tree.
+        # In this tree a section's default is always the default of its model.
         yield from _rows(inner, f"{key}.")
         return
     schema = model.model_json_schema()
@@ -83,7 +83,7 @@ def _field_rows(model: type[BaseModel], name: str, prefix: str) -> Iterator[_Row
 
 
 def _section(info: FieldInfo) -> type[BaseModel] | None:
-    """The model of a section, also of one that may be left out; None for a plain setting."""
+    """Returns the model of a section, also of an optional one; None for a plain setting."""
     options = [option for option in (get_args(info.annotation) or [info.annotation]) if option is not type(None)]
     only = options[0] if len(options) == 1 else None
     return only if isinstance(only, type) and issubclass(only, BaseModel) and not _is_list(info) else None
@@ -114,7 +114,7 @@ def _default(info: FieldInfo) -> str:
 
 
 def _type(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
-    """Type and bounds in a few words, from a field's JSON schema."""
+    """Returns type and bounds in a few words, from a field's JSON schema."""
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(_type(each, definitions) for each in schema["anyOf"]))
     if "oneOf" in schema:
@@ -143,11 +143,11 @@ def _type(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
             else "text"
         )
     bounds = [words.format(schema[bound]) for bound, words in _BOUNDS.items() if bound in schema]
-    # Of bounds as wide as the numbers that a seed may be, nothing is learned.
+    # Bounds as wide as a seed's are of no use to a reader.
     shown = " ".join(bound for bound in bounds if "e+" not in bound)
     return f"{_TYPES.get(str(kind), 'any')} {shown}".strip()
 
 
 def _cell(text: str, inherited: str | None = None) -> str:
-    """A docstring as one line that a table's cell can hold."""
+    """Returns a docstring as one line for a table's cell."""
     return "" if text == inherited else " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

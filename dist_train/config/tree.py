@@ -1,4 +1,4 @@
-"""The typed tree of the configuration. Everything in it is data: names are looked up in registries, nothing is run."""
+"""The typed tree of the configuration. It is data: names are looked up in registries, and nothing is run."""
 
 from __future__ import annotations
 
@@ -9,84 +9,91 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, create_model
 
 from dist_train import registry
-from dist_train.config.base import FREE, Registered, Settings
+from dist_train.config.base import MAY_CHANGE_ON_RESUME, Registered, Settings
 from dist_train.config.data import DataConfig, ModelConfig, TaskConfig
 from dist_train.config.stages import ConvertConfig, ExportConfig, HalfConfig, PTQConfig, QATConfig, TrainConfig
 
 
 class RunConfig(Settings):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", json_schema_extra=FREE)] = "run"
-    """Name of the run; the run directory is runs/<name> unless `dir` says otherwise."""
-    dir: Annotated[Path | None, Field(json_schema_extra=FREE)] = None
-    """Run directory. On several nodes it must be on a file system that all of them share."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", json_schema_extra=MAY_CHANGE_ON_RESUME)] = "run"
+    """Name of the run; the run directory is runs/<name> unless `dir` is given."""
+    dir: Annotated[Path | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
+    """Run directory. For several nodes it must be on a file system that all of them share."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initial weights, the order of the samples, the augmentation and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where there is a device for each rank of the node, else the CPU."""
+    """auto: CUDA if there is a device for each rank of the node, else the CPU."""
     threads_per_rank: PositiveInt | Literal["auto"] = "auto"
-    """CPU threads of each rank; auto: the cores shared out at the first start, and kept from then on, because results differ by it in the last bits."""
+    """CPU threads of each rank; auto: the cores divided among the ranks at the first start. The number is kept from
+    then on, because results depend on it in the last bits."""
     deterministic: bool = True
-    """Use deterministic kernels, which resuming to the bit needs; costs speed on GPUs."""
-    timeout: Annotated[PositiveFloat, Field(json_schema_extra=FREE)] = 1800.0
+    """Use deterministic kernels, which bit-exact resuming needs; costs speed on GPUs."""
+    timeout: Annotated[PositiveFloat, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 1800.0
     """Seconds after which a collective or a wait for rank 0 fails."""
 
 
 class KeepConfig(Settings):
-    last: Annotated[PositiveInt, Field(json_schema_extra=FREE)] = 2
+    last: Annotated[PositiveInt, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 2
     """Newest checkpoints within a stage."""
-    best: Annotated[int, Field(ge=0, json_schema_extra=FREE)] = 1
-    """Best evaluated ones, by `select_by`; the one that `select: best` hands on is kept anyway."""
-    every_hours: Annotated[PositiveFloat | None, Field(json_schema_extra=FREE)] = None
-    """One for each such time of wall clock, until the stage ends."""
+    best: Annotated[int, Field(ge=0, json_schema_extra=MAY_CHANGE_ON_RESUME)] = 1
+    """Best evaluated checkpoints, by `select_by`; the one that `select: best` hands on is kept anyway."""
+    every_hours: Annotated[PositiveFloat | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
+    """Hours of wall clock between two checkpoints that are kept until the stage ends."""
 
 
 class CheckpointConfig(Settings):
-    every_steps: Annotated[PositiveInt | None, Field(json_schema_extra=FREE)] = None
+    every_steps: Annotated[PositiveInt | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
     """Optimizer steps between two checkpoints; None: at the ends of epochs only."""
     keep: KeepConfig = KeepConfig()
-    """Which checkpoints within a stage are kept, beside those of finished stages."""
+    """Checkpoints within a stage that are kept; the last one of a finished stage always is."""
 
 
 class StopConfig(Settings):
-    grace: Annotated[PositiveFloat, Field(json_schema_extra=FREE)] = 30.0
-    """Seconds from being asked to stop (SIGTERM, SIGUSR2, a file STOP in the run directory) to the end at the latest: a step, an evaluation or a conversion that takes longer is given up, and the last checkpoint serves."""
+    grace: Annotated[PositiveFloat, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 30.0
+    """Most seconds from the request to stop (SIGTERM, SIGUSR2, a file STOP in the run directory) to the end. A step, an
+    evaluation or a conversion that takes longer is abandoned, and the run resumes from the last checkpoint."""
 
 
 class WatchdogConfig(Settings):
-    timeout: Annotated[PositiveFloat | None, Field(json_schema_extra=FREE)] = 600.0
-    """Seconds without progress of a rank after which the run ends and says which rank was stuck in what; set-up, convert and export have their own deadlines where those are longer. None: never."""
+    timeout: Annotated[PositiveFloat | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 600.0
+    """Seconds without progress of a rank after which the run ends, and names the stuck rank and its phase. Set-up,
+    convert and export have longer deadlines of their own. None: never."""
 
 
 class LogConfig(Settings):
-    every_steps: Annotated[PositiveInt, Field(json_schema_extra=FREE)] = 10
+    every_steps: Annotated[PositiveInt, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 10
     """Steps between two lines of metrics.jsonl."""
-    interval: Annotated[PositiveFloat, Field(json_schema_extra=FREE)] = 5.0
-    """Seconds between two printed lines where there is no terminal."""
-    epoch_format: Annotated[str | None, Field(json_schema_extra=FREE)] = None
-    """The line after each evaluation, of the fields stage, epoch, epochs and the metrics: "Epoch [{epoch}/{epochs}], Acc: {top1:.4%}"."""
+    interval: Annotated[PositiveFloat, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 5.0
+    """Seconds between two printed lines without a terminal."""
+    epoch_format: Annotated[str | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
+    """Format of the line after each evaluation, with the fields stage, epoch, epochs and the metrics: "Epoch
+    [{epoch}/{epochs}], Acc: {top1:.4%}"."""
 
 
 class ProfileConfig(Settings):
-    steps: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2, json_schema_extra=FREE)]
-    """[first, last) optimizer steps of each training stage that torch.profiler records."""
+    steps: Annotated[
+        list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2, json_schema_extra=MAY_CHANGE_ON_RESUME)
+    ]
+    """Optimizer steps [first, last) of each training stage that torch.profiler records."""
 
 
 class WandbConfig(Settings):
     """For `trackers: [wandb]`."""
 
-    project: Annotated[str, Field(json_schema_extra=FREE)] = "dist_train"
-    entity: Annotated[str | None, Field(json_schema_extra=FREE)] = None
-    mode: Annotated[Literal["auto", "online", "offline"], Field(json_schema_extra=FREE)] = "auto"
-    """auto: as WANDB_MODE says, else online where an API key is configured, else offline."""
-    tags: Annotated[list[str], Field(json_schema_extra=FREE)] = []
+    project: Annotated[str, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = "dist_train"
+    entity: Annotated[str | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
+    mode: Annotated[Literal["auto", "online", "offline"], Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = "auto"
+    """auto: WANDB_MODE, else online if an API key is configured, else offline."""
+    tags: Annotated[list[str], Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = []
 
 
 class DebugConfig(Settings):
     ledger: bool = False
-    """Write which samples every rank consumed at every step."""
+    """Write the ids of the samples that each rank consumed at each step."""
     fast_dev_run: bool = False
-    """Two batches of every stage, in a run directory of its own. `convert` asks for 0.9 agreement at most, as nothing is learned in two."""
-    collectives: Annotated[bool, Field(json_schema_extra=FREE)] = False
+    """Two batches of every stage, in a run directory of its own. The agreement that `convert` asks for is at most 0.9,
+    as nothing is learned in two batches."""
+    collectives: Annotated[bool, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = False
     """Check at each collective that all ranks call the same one, as TORCH_DISTRIBUTED_DEBUG=DETAIL does; slow."""
 
 
@@ -96,13 +103,17 @@ class Config(Settings):
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     strategy: Annotated[str, Registered(registry.strategies, ("auto",))] = "auto"
-    """auto: single for one process, ddp for several. dp: nn.DataParallel over the visible GPUs of one process. accelerate: as your `accelerate config` says."""
+    """auto: single for one process, ddp for several. dp: nn.DataParallel over the visible GPUs of one process.
+    accelerate: as set by `accelerate config`."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """bf16, fp16: autocast of forward and loss; parameters stay FP32, and fp16 scales the loss. auto: bf16 where the device computes in it, else fp16 on GPUs and fp32 on CPUs; kept from the first start on. Under `strategy: accelerate`, fp32 and auto yield to accelerate's mixed_precision."""
+    """bf16, fp16: autocast of forward and loss; parameters stay FP32, and fp16 scales the loss. auto: bf16 if the
+    device computes in it, else fp16 on GPUs and fp32 on CPUs; chosen at the first start. With `strategy: accelerate`,
+    accelerate's mixed_precision replaces fp32 and auto."""
     compile: bool = False
     """torch.compile the model."""
     sync_batchnorm: bool = False
-    """In `train`, BatchNorm normalises by the rows of all ranks instead of each rank's own: two more collectives a layer and micro-batch. qat works with plain BatchNorm."""
+    """Synchronise BatchNorm over all ranks in `train`, at the cost of two more collectives for each layer and
+    micro-batch. qat works with plain BatchNorm."""
     stages: Annotated[list[Annotated[str, Registered(registry.stages)]], Field(min_length=1)] = [
         "train",
         "ptq",
@@ -110,7 +121,7 @@ class Config(Settings):
         "convert",
         "export",
     ]
-    """Names of stages, in order; each stage's settings are the section of its name."""
+    """Names of stages, in order; the section of a stage's name holds its settings."""
     train: TrainConfig = TrainConfig()
     half: HalfConfig = HalfConfig()
     ptq: PTQConfig = PTQConfig()
@@ -121,14 +132,22 @@ class Config(Settings):
     stop: StopConfig = StopConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     log: LogConfig = LogConfig()
-    profile: Annotated[ProfileConfig | None, Field(json_schema_extra=FREE)] = None
+    profile: Annotated[ProfileConfig | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
     """Record a trace of some steps."""
     wandb: WandbConfig = WandbConfig()
     debug: DebugConfig = DebugConfig()
-    trackers: Annotated[list[Annotated[str, Registered(registry.trackers)]], Field(json_schema_extra=FREE)] = ["jsonl"]
+    trackers: Annotated[
+        list[Annotated[str, Registered(registry.trackers)]], Field(json_schema_extra=MAY_CHANGE_ON_RESUME)
+    ] = ["jsonl"]
+
+    @property
+    def quantizes(self) -> bool:
+        """True where a stage needs the quantization backend."""
+        return bool({"ptq", "qat", "convert"} & set(self.stages))
 
     @property
     def run_dir(self) -> Path:
+        """The run directory; a fast development run has its own."""
         base = self.run.dir or Path("runs") / self.run.name
         if not self.debug.fast_dev_run:
             return base
@@ -137,7 +156,7 @@ class Config(Settings):
 
 
 def config_model(stages: list[str]) -> type[Config]:
-    """Config, with a section for each third-party stage named in `stages` that registered settings."""
+    """Returns Config with a section for each third-party stage in `stages` that registered settings."""
     sections: dict[str, Any] = {}
     for name in stages:
         if name not in Config.model_fields and name in registry.stages:
@@ -149,7 +168,7 @@ def config_model(stages: list[str]) -> type[Config]:
 
 
 def leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """Each setting as (dotted key, JSON value, does it determine the result), in the tree's order."""
+    """Yields each setting as (dotted key, JSON value, True if it determines the result), in the tree's order."""
     for name, info in type(config).model_fields.items():
         value = getattr(config, name)
         if isinstance(value, BaseModel):

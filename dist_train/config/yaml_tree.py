@@ -1,4 +1,4 @@
-"""YAML 1.2 text to plain data and back, with the line or the option that each value came from."""
+"""Reads YAML 1.2 into plain data and writes it, with the line or option of each value."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
-from dist_train.errors import Problem
+from dist_train.errors import Problem, first_line
 
 Place = tuple[str | int, ...]  # of a value in the tree: ("train", "optim", "lr"), ("data", "augment", 0)
 
-# The core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema). PyYAML implements 1.1, where 1e-3 is a text
-# and `no` is a boolean.
+# The core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema). PyYAML implements YAML 1.1, where 1e-3 is
+# a text and `no` a boolean.
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = {
     "null": re.compile(r"^(?:~|null|Null|NULL|)$"),
@@ -31,32 +31,32 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text that either version of YAML would read as something else."""
+    """Quotes a text that YAML 1.1 or 1.2 would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _quote_odd_breaks(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    """Line breaks of Unicode are written escaped: as such PyYAML would fold them, and read back a space."""
+    """Writes line breaks of Unicode escaped: PyYAML would fold them, and read back a space."""
     style = '"' if any(character in text for character in "\x85\u2028\u2029") else None
     return dumper.represent_scalar(_TAG + "str", text, style=style)
 
 
 _Dumper.add_representer(str, _quote_odd_breaks)
-_Loader.yaml_implicit_resolvers = {}  # not the inherited ones, of 1.1
+_Loader.yaml_implicit_resolvers = {}  # without the inherited ones of YAML 1.1
 for _kind, _pattern in _SCALARS.items():
     _Loader.add_implicit_resolver(_TAG + _kind, _pattern, None)
     _Dumper.add_implicit_resolver(_TAG + _kind, _pattern, None)
 
 
 def dotted(path: Iterable[str | int]) -> str:
-    """("data", "augment", 0) -> "data.augment.0"."""
+    """Joins keys with dots: ("data", "augment", 0) -> "data.augment.0"."""
     return ".".join(str(key) for key in path)
 
 
 def to_yaml(value: Any, *, one_line: bool = False) -> str:
-    """JSON-like data as YAML, keys in their own order; it reads back equal under YAML 1.1 and 1.2."""
+    """Returns JSON-like data as YAML, keys in their own order; it reads back equal under YAML 1.1 and 1.2."""
     text = yaml.dump(
         value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=one_line, width=float("inf")
     )
@@ -64,7 +64,7 @@ def to_yaml(value: Any, *, one_line: bool = False) -> str:
 
 
 def _misfit(container: Any, key: str | int, at: Place) -> str:
-    """Why `key` cannot be set in what stands at `at`; "" where it can."""
+    """Returns the reason why `key` cannot be set in the container at `at`; "" where it can."""
     if isinstance(container, list):
         if not isinstance(key, int):
             return f"{dotted(at)} is a list: name an item by its number, {dotted(at)}.0"
@@ -77,27 +77,27 @@ def _misfit(container: Any, key: str | int, at: Place) -> str:
 
 @dataclass
 class Tree:
-    """The given settings, merged in order; each with its source, and the mistakes that the reading met."""
+    """The given settings, merged in order, with the source of each, and the mistakes found while reading."""
 
     values: dict[str, Any] = field(default_factory=dict)
     sources: dict[Place, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     def source_of(self, path: Place) -> str:
-        """Where the value at `path`, or the nearest section around it, was given; "" where nothing was."""
+        """Returns the source of the value at `path`, or of the nearest section around it; "" where none is given."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.sources:
                 return self.sources[path[:length]]
         return ""
 
     def sources_of_leaf(self, path: Place) -> str:
-        """What gave the setting at `path`, and the options that changed a part of it; "default" where nothing did."""
+        """Returns the source of the setting at `path`, and the options that changed a part of it; else "default"."""
         own = [self.sources[path]] if path in self.sources else []
         inside = [source for at, source in self.sources.items() if at[: len(path)] == path and source.startswith("--")]
         return ", ".join(dict.fromkeys(own + inside)) or "default"
 
     def read_text(self, text: bytes, name: str) -> None:
-        """Reads a file's text; `name` is what the sources call the file."""
+        """Reads a file's text; `name` is the file's name in sources."""
         node = self._compose(text, name, lambda line: f"{name}:{line}")
         if node is None:
             return
@@ -111,7 +111,7 @@ class Tree:
         self.values = self._construct(node, (), lambda line: f"{name}:{line}", ())
 
     def set_option(self, option: str, text: str, default: Callable[[Place], Any]) -> None:
-        """Sets what `--dotted.key TEXT` gives; `default(path)` is the default of a list that is not given itself."""
+        """Applies `--dotted.key TEXT`; `default(path)` is the default of a list that is not given itself."""
         keys = option.removeprefix("--").split(".")
         if "" in keys:
             self.problems.append(Problem(option, "is not a dotted key", hint="for example --train.optim.lr 0.1"))
@@ -139,7 +139,7 @@ class Tree:
         self.sources[path] = option
 
     def remove(self, path: Place) -> None:
-        """Takes a value out, so that what is left can be judged."""
+        """Removes a value, so that the rest can be validated."""
         *parents, last = path
         container: Any = self.values
         for key in parents:
@@ -155,7 +155,7 @@ class Tree:
             return yaml.compose(text, Loader=_Loader)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
-            reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+            reason = getattr(error, "problem", None) or first_line(error)
             self.problems.append(
                 Problem(
                     place, f"is not YAML: {reason}", source(mark.line + 1) if mark else "", "quote texts with : or #"
@@ -164,7 +164,7 @@ class Tree:
             return None
 
     def _construct(self, node: Any, path: Place, source: Callable[[int], str], around: tuple[int, ...]) -> Any:
-        """Plain data of a node; keys stay texts, so that the result is what JSON can say."""
+        """Returns plain data of a node; keys stay texts, as JSON has no other keys."""
         here = source(node.start_mark.line + 1)
         self.sources.setdefault(path, here)
         if id(node) in around:

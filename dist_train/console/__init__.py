@@ -1,1 +1,1 @@
-"""What the terminal shows: progress, epoch lines and the table of results."""
+"""The terminal's output: progress, epoch lines and the table of results."""

@@ -1,4 +1,4 @@
-"""What rank 0 prints while it works: a bar on a terminal, a plain line at an interval elsewhere."""
+"""Shows rank 0's progress: a bar on a terminal, elsewhere a plain line at an interval."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tqdm import tqdm
 
 from dist_train.errors import Problem
 
-_MUCH_WAITING = 0.2  # share of the time that the loop waits for data, above which it is said
+_MUCH_WAITING = 0.2  # share of the time spent waiting for data, above which it is shown
 
 
 class Progress:
     """Prints on rank 0 only; other ranks are silent.
 
     Attributes:
-        data_hint: what to type where the loop waits for its data; said once, then forgotten.
+        data_hint: what to type where the loop waits for data; shown once, then cleared.
     """
 
     def __init__(self, enabled: bool, interval: float, stream: TextIO | None = None) -> None:
@@ -29,13 +29,13 @@ class Progress:
         self._enabled = enabled
         self._interval = interval
         self._stream = stream or sys.stdout
-        # A terminal that does not know its width (a container's, before its size is set) shows no bar at all.
+        # Without a known width (in a container, before the size is set) a terminal shows no bar.
         self._terminal = self._stream.isatty() and os.get_terminal_size(self._stream.fileno()).columns > 0
         self._bar: tqdm[Any] | None = None
         self._meter = _Meter()
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """Prints a line of its own."""
         if not self._enabled:
             return
         if self._bar is not None:
@@ -44,13 +44,13 @@ class Progress:
             print(text, file=self._stream, flush=True)
 
     def warn(self, text: str) -> None:
-        """A warning, once, however often it is given."""
+        """Prints a warning, but only once."""
         if text not in self._warned:
             self._warned.add(text)
             self.say(f"warning: {text}")
 
     def begin(self, title: str, total: int, done: int, score_name: str = "acc") -> None:
-        """Starts counting the steps of a stage, `done` of which lie behind; `score_name` stands before the score."""
+        """Starts counting a stage's steps, of which `done` are done; `score_name` is printed before the score."""
         self._score_name = score_name
         self._title, self._total = title, total
         self._meter = _Meter()
@@ -61,7 +61,7 @@ class Progress:
             )
 
     def step(self, step: int, samples: int, loss: float, score: float, lr: float, data_wait: float = 0.0) -> None:
-        """One more step was done: `step` steps in all; `data_wait` is the share of the time that was waited for data."""
+        """Counts a step: `step` steps are done; `data_wait` is the share of the time spent waiting for data."""
         self._meter.add(step, samples)
         if not self._enabled:
             return
@@ -80,12 +80,12 @@ class Progress:
         elif due or step == self._total:
             left = (self._total - step) * self._meter.seconds_per_step
             self.say(
-                f"{self._title}: step {step}/{self._total}  loss {loss:.4f}  {self._score_name} {score:.3f}  lr {lr:.4g}  "
-                f"{self._meter.samples_per_second:,.0f} samples/s  "
+                f"{self._title}: step {step}/{self._total}  loss {loss:.4f}  {self._score_name} {score:.3f}  "
+                f"lr {lr:.4g}  {self._meter.samples_per_second:,.0f} samples/s  "
                 + (f"waits for data {data_wait:.0%}  " if waiting else "")
                 + f"{left:.0f} s left"
             )
-        # A stage shorter than the interval is not worth advice.
+        # No advice in a stage that is shorter than the interval.
         if waiting and due and self.data_hint:
             self.warn(f"{self._title} waits for data {data_wait:.0%} of the time\n  -> {self.data_hint}")
             self.data_hint = ""
@@ -101,7 +101,7 @@ class Progress:
 
 
 class _Meter:
-    """Speed since the start of a stage in this process; the first step, which warms up, is left out."""
+    """Measures the speed since a stage's start in this process, without the first step, which warms up."""
 
     def __init__(self) -> None:
         self._start: float | None = None
@@ -122,18 +122,16 @@ class _Meter:
 
 
 _OWN = ("stage", "epoch", "epochs")
-
-
 COUNTS = ("count", "skipped_samples")  # metrics that count samples
 
 
 def epoch_line(template: str, stage: str, epoch: int, epochs: int, metrics: Mapping[str, float | int]) -> str:
-    """The text of an epoch, counted from 1: "Epoch [{epoch}/{epochs}], Acc: {top1:.4%}" gives "Epoch [1/10], Acc: 91.5300%"."""
+    """Formats an epoch, counted from 1: "Epoch {epoch}/{epochs}, Acc: {top1:.4%}" gives "Epoch 1/10, Acc: 91.5300%"."""
     return template.format(**{**metrics, "stage": stage, "epoch": epoch, "epochs": epochs})
 
 
 def plain_line(stage: str, epoch: int, epochs: int, metrics: Mapping[str, float | int]) -> str:
-    """The line where no format is given."""
+    """Formats an epoch without a template."""
     shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name not in COUNTS)
     without = metrics.get("skipped_samples")
     return f"{stage}: epoch {epoch}/{epochs} evaluated: {shown} on {metrics['count']} samples" + (
@@ -142,11 +140,11 @@ def plain_line(stage: str, epoch: int, epochs: int, metrics: Mapping[str, float 
 
 
 def check_epoch_format(template: str, metrics: Iterable[str]) -> list[Problem]:
-    """What is wrong with a format for an evaluation of these metrics: an unknown field, or one that cannot be formatted so."""
+    """Checks a template for an evaluation of these metrics: unknown fields, or formats that a field does not take."""
     fields = [*_OWN, *metrics, "count"]
     hint = f"the fields are {', '.join(fields)}, as in 'Epoch [{{epoch}}/{{epochs}}]  loss {{loss:.4f}}'"
     try:
-        # Attributes and items of a field are none of the line's business, so the whole name must be known.
+        # Attributes and items of a field are refused: the whole name must be known.
         used = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
         unknown = [name for name in used if name not in fields]
         if unknown:

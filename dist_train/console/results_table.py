@@ -1,4 +1,4 @@
-"""The table at the end of a run."""
+"""Prints the table of results at the end of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SHARES = ("exact_match", "map", "acc", "precision", "recall")
 
 
 def result_table(results: dict[str, Any]) -> Table:
-    """A row a model: metrics, size and latency; "-" where something was not measured."""
+    """Makes a table with one row per model: metrics, size and latency; "-" where a value was not measured."""
     models: dict[str, dict[str, Any]] = results["models"]
     names = sorted(models, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
     metrics = list(
@@ -41,7 +41,7 @@ def result_table(results: dict[str, Any]) -> Table:
 
 def print_results(results: dict[str, Any]) -> None:
     console = Console()
-    # A log file has no width: rather long lines there than words cut in two.
+    # A log file has no width: long lines are better than cut words.
     (console if console.is_terminal else Console(width=120)).print(result_table(results))
     gates = results["gates"].items()
     for line in _remarks(results):
@@ -56,7 +56,7 @@ def print_results(results: dict[str, Any]) -> None:
 
 
 def _remarks(results: dict[str, Any]) -> list[str]:
-    """What the figures do not say: that qat was left out, how much of int8 is int8, and that it simulates fewer bits."""
+    """Lists remarks to the figures: qat was left out, layers that stay float, simulated bits."""
     remarks = []
     for name, stage in results.get("stages", {}).items():
         if stage.get("left_out"):
@@ -72,12 +72,12 @@ def _remarks(results: dict[str, Any]) -> list[str]:
 
 
 def gate_name(name: str, gate: dict[str, Any]) -> str:
-    """With the runtime where it was measured, if that is not this process: "lowered in openvino"."""
+    """Returns the gate's name, with the runtime it was measured in, if that is another: "lowered in openvino"."""
     return f"{name} in {gate['runtime']}" if "runtime" in gate else name
 
 
 def _runtimes(models: dict[str, dict[str, Any]]) -> str:
-    """Where the models were timed; where they ran in different runtimes, each with its models, as they cannot be compared."""
+    """Names the runtime that timed the models; with several, each with its models, as their times do not compare."""
     ran: dict[str, list[str]] = {}
     for name, figures in models.items():
         if "runtime" in figures:
@@ -96,5 +96,5 @@ def _metric(name: str, value: Any) -> str:
 
 
 def _is_share(name: str) -> bool:
-    """Metrics that are a share of something, by their usual names: top1, accuracy, mean_iou, f1, exact_match, map."""
+    """Tells by its name if a metric is a share: top1, accuracy, mean_iou, f1, exact_match, map."""
     return name.startswith("top") or name in _SHARES or name.endswith(("accuracy", "iou", "f1"))

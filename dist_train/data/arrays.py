@@ -1,8 +1,6 @@
-"""Image datasets as memory-mapped arrays: written once on a node, named by their content, shared by its processes."""
+"""Image datasets as memory-mapped arrays: written once per node, named by their content, shared by its processes."""
 
 import hashlib
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_train.errors import DataError
+from dist_train.run_dir.files import replace_file
 
 _PARTS = ("images", "targets", "ids")
 _TARGETS = (torch.int64, torch.uint8, torch.float32)
@@ -20,9 +19,13 @@ _TARGETS = (torch.int64, torch.uint8, torch.float32)
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of a dataset: `ids` int64 [B] as they are stored with the rows, `inputs` [B, ...], `targets` [B, ...].
+    """Rows of a dataset.
 
-    `missing`: places, among the rows that were asked for, of those that could not be decoded and are not here.
+    Attributes:
+        ids: int64 [B], as stored with the rows.
+        inputs: [B, ...].
+        targets: [B, ...].
+        missing: indices, within the requested rows, of rows that could not be decoded and are left out.
     """
 
     ids: Tensor
@@ -36,10 +39,8 @@ class ImageArrays:
 
     Attributes:
         images: uint8 [N, C, H, W], contiguous; N >= 1.
-        targets: [N, ...], int64, uint8 or float32; as the task takes them, for example int64 [N] class indices, or uint8
-            [N, H, W] masks.
-        ids: int64 [N], 0..N-1 unless given. A row keeps its id wherever it goes, so that a ledger can tell which rows
-            entered forward.
+        targets: int64, uint8 or float32 [N, ...], as the task takes them: int64 [N] classes, uint8 [N, H, W] masks.
+        ids: int64 [N], 0..N-1 unless given. A row keeps its id, so a ledger shows which rows entered forward.
 
     Raises:
         DataError: wrong dtypes or shapes, or no rows.
@@ -51,7 +52,8 @@ class ImageArrays:
             raise DataError(f"images must be uint8 [N, C, H, W] with N >= 1, not {images.dtype} {list(images.shape)}")
         if targets.dtype not in _TARGETS or targets.shape[:1] != images.shape[:1] or not targets.numel():
             raise DataError(
-                f"targets must be int64, uint8 or float32 [{len(images)}, ...], not {targets.dtype} {list(targets.shape)}"
+                f"targets must be int64, uint8 or float32 [{len(images)}, ...], "
+                f"not {targets.dtype} {list(targets.shape)}"
             )
         if ids.dtype != torch.int64 or ids.shape != images.shape[:1]:
             raise DataError(f"ids must be int64 [{len(images)}], not {ids.dtype} {list(ids.shape)}")
@@ -61,7 +63,7 @@ class ImageArrays:
         return len(self.images)
 
     def gather(self, rows: npt.NDArray[np.int64] | Tensor) -> Batch:
-        """Copies of the rows at these places: int64 [B], each in range(len(self)), else IndexError."""
+        """Copies the rows at these indices: int64 [B], each in range(len(self)), else IndexError."""
         index = torch.as_tensor(rows, dtype=torch.int64)
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(self):
             raise IndexError(f"rows must lie in range({len(self)}), got {int(index.min())}..{int(index.max())}")
@@ -71,8 +73,8 @@ class ImageArrays:
     def write(self, directory: Path) -> str:
         """Writes the arrays to a folder in `directory` and returns the folder's name, a hash of their content.
 
-        Each file appears whole or not at all; files that hold these arrays already are left alone, damaged ones are
-        replaced. Processes may write the same arrays at the same time.
+        Each file appears whole or not at all. Files that already hold these arrays stay, damaged ones are replaced.
+        Several processes may write the same arrays at once.
 
         Raises:
             DataError: the files cannot be written.
@@ -86,7 +88,10 @@ class ImageArrays:
         try:
             (directory / name).mkdir(parents=True, exist_ok=True)
             for part, array in parts.items():
-                _write_whole(directory / name / f"{part}.npy", array)
+                path = directory / name / f"{part}.npy"
+                if not _holds(path, array):
+                    with replace_file(path) as file:
+                        np.save(file, array)
         except OSError as error:
             message = f"cannot write the arrays of a dataset to {directory}: {error}"
             raise DataError(message, "--data.cache_dir FOLDER, one with room on each node") from error
@@ -94,7 +99,7 @@ class ImageArrays:
 
     @classmethod
     def open(cls, path: Path) -> "ImageArrays":
-        """Memory-maps a folder that `write` made; processes of a node share its pages.
+        """Memory-maps a folder that `write` made; the processes of a node share its pages.
 
         Raises:
             DataError: a file is missing or damaged.
@@ -107,22 +112,8 @@ class ImageArrays:
         return cls(**arrays)
 
 
-def _write_whole(path: Path, array: npt.NDArray[Any]) -> None:
-    if _holds(path, array):
-        return
-    descriptor, beside = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.save(file, array)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        Path(beside).unlink(missing_ok=True)
-
-
 def _holds(path: Path, array: npt.NDArray[Any]) -> bool:
-    """Whether the file holds this array, compared by its bytes: a name alone would trust a damaged disk."""
+    """Tells whether the file holds this array. Compares the content: a name alone would trust a damaged disk."""
     try:
         stored = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):

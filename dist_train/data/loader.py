@@ -1,4 +1,4 @@
-"""Batches of one rank: its share of each global batch, cut into micro-batches; its part of the evaluation set."""
+"""Loads one rank's batches: its share of each global batch, in micro-batches, and its part of the evaluation set."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from dist_train.data.workers import seed_everything as seed_everything
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward.
+    """Inputs and targets of one forward pass.
 
     Attributes:
-        inputs: [B, ...] on the device; the first `rows` of them are real, the rest run at weight 0.
+        inputs: [B, ...] on the device; the first `rows` are real, the rest run at weight 0.
         targets: [rows, ...].
-        rows: real inputs.
-        partner_targets: [rows, ...], of the rows that were mixed into the inputs; None where nothing was mixed.
-        weight: the share of a row's own pixels, and so of its own target's loss; 1 where nothing was mixed.
+        rows: number of real inputs.
+        partner_targets: [rows, ...], targets of the rows that mixup or cutmix mixed in; None without mixing.
+        weight: share of a row's own pixels, and of its own target's loss; 1 without mixing.
     """
 
     inputs: torch.Tensor
@@ -42,10 +42,10 @@ class StepBatch:
     """One rank's share of an optimizer step.
 
     Attributes:
-        ids: the real samples, as they came out of the dataset with the tensors.
-        micro_batches: at least one, each of at least two inputs.
-        global_count: samples of all ranks, those that were left out among them.
-        left_out: this rank's samples that could not be decoded.
+        ids: the real samples, read from the dataset together with the tensors.
+        micro_batches: at least one, each with at least two inputs.
+        global_count: samples of all ranks, including those left out.
+        left_out: ids of this rank's samples that could not be decoded.
     """
 
     ids: list[int]
@@ -59,12 +59,12 @@ class StepBatch:
 
 
 class TrainLoader:
-    """This rank's share of each global batch.
+    """Yields this rank's share of each global batch.
 
     Args:
-        mix: mixes each row with its partner, which is the row before it in the global batch (for the first one, the last). The
-            global batch is shuffled, so that this is as random as any choice, and a rank fetches one row more rather than a
-            partner for each of its own. A row whose partner was left out stays as it is.
+        mix: mixes each row with its partner, the row before it in the global batch (the first row's is the last one).
+            The global batch is shuffled, so this is as random as any other choice of partners, and a rank fetches only
+            one more row. A row whose partner was left out stays as it is.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class TrainLoader:
 
     @property
     def may_leave_out(self) -> bool:
-        """Can a step consume fewer samples than were planned?"""
+        """True where a step may consume fewer samples than planned."""
         return self._source.skips_corrupt
 
     def epoch(self, epoch: int, first_step: int, last_step: int) -> Iterator[StepBatch]:
-        """The steps first_step .. last_step - 1 of an epoch."""
+        """Yields the steps first_step .. last_step - 1 of an epoch."""
         self._sampler.set_epoch(epoch)
         planned: deque[tuple[int, RankSlice]] = deque()  # worker processes fetch ahead of what is yielded
 
@@ -113,12 +113,12 @@ class TrainLoader:
         return StepBatch(batch.ids[:own].tolist(), self._cut(whole, piece.pieces), piece.global_count)
 
     def _rearranged(self, batch: Batch, piece: RankSlice, epoch: int, step: int) -> StepBatch:
-        """The rows that are there, enough copies, and partners mixed in."""
+        """Builds the share from the rows that were decoded: enough copies, and partners mixed in."""
         own, asked = len(piece.ids), len(batch.ids) + len(batch.missing)
         there = [place for place in range(asked) if place not in batch.missing]
         row_at = {place: row for row, place in enumerate(there)}
         real = [row_at[place] for place in there if place < own]
-        # At least two rows: those that the sampler gave for that, else copies of what there is.
+        # At least two rows: the sampler's filler, else copies of decoded rows.
         given = [row_at[place] for place in there if own <= place < own + len(piece.filler)]
         spare = islice(cycle(given or real or row_at.values()), max(0, 2 - len(real)))
         inputs = _taken(batch.inputs, [*real, *spare]) if there else self._source.zeros(2)
@@ -139,12 +139,12 @@ class TrainLoader:
         return StepBatch(_taken(batch.ids, real).tolist(), self._cut(whole, kept), piece.global_count, left_out)
 
     def _cut(self, whole: MicroBatch, given: Sequence[int]) -> list[MicroBatch]:
-        """`given`: rows of each piece, where the sampler made several."""
+        """Cuts a share into micro-batches; `given`: the rows of each, where the sampler made several."""
         if len(given) > 1:
             return self._given_pieces(whole, given)
         total = len(whole.inputs)
         pieces = max(1, -(-total // self._micro_batch_size)) if self._micro_batch_size else 1
-        # As even as can be: with micro-batches of at least two rows none is left with one.
+        # Cut evenly: with micro-batches of at least two rows no piece has a single one.
         pieces = min(pieces, max(1, total // 2))
         cut = []
         for piece in range(pieces):
@@ -160,7 +160,7 @@ class TrainLoader:
         cut, start = [], 0
         for size in rows:
             real = slice(start, start + size)
-            # A piece of fewer than two rows is filled with copies, as a whole share is.
+            # A piece of fewer than two rows is filled with copies, like a whole share.
             inputs = whole.inputs[real]
             if size < 2:
                 inputs = self._source.arranged(torch.cat([inputs, whole.inputs[: 2 - size]]))
@@ -171,7 +171,10 @@ class TrainLoader:
 
 
 def _places_before(pieces: Sequence[int], asked: int) -> list[int]:
-    """Of each of a share's rows the place, among those asked for, of the row before it in the global batch: the last ones, for firsts."""
+    """For each row of a share: index, among the requested rows, of the row before it in the global batch.
+
+    The predecessors of the pieces' first rows are the last requested rows.
+    """
     before: list[int] = []
     for number, size in enumerate(pieces):
         first = len(before)
@@ -180,17 +183,17 @@ def _places_before(pieces: Sequence[int], asked: int) -> list[int]:
 
 
 def _taken(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """These rows; a view where they are the first ones."""
+    """Selects rows; a view where they are the first ones."""
     if rows == list(range(len(rows))):
         return tensor[: len(rows)]
     return tensor.index_select(0, torch.tensor(rows, dtype=torch.int64, device=tensor.device))
 
 
 class EstimationLoader:
-    """Batches of training samples to estimate statistics from, without augmentation: the same batches at any world size.
+    """Batches of training samples for statistics, without augmentation: the same batches at any world size.
 
-    Rank r has every world_size-th of them, whole. The samples are drawn by `seed`; of a stream they are the first ones. A batch
-    has two rows at least, where there are two samples.
+    Rank r has every world_size-th batch. The samples are drawn by `seed`; from a stream, the first ones are taken. A
+    batch has at least two rows, if there are two samples.
     """
 
     def __init__(
@@ -219,7 +222,7 @@ class EstimationLoader:
 
 
 class EvaluationLoader:
-    """This rank's contiguous, uneven part of a dataset: no sample twice, none left out but what cannot be decoded."""
+    """Yields this rank's contiguous, uneven part of a dataset: each sample once, unless it cannot be decoded."""
 
     def __init__(self, source: Source, batch_size: int, world_size: int, rank: int, limit: int | None = None) -> None:
         self._source = source

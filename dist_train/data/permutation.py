@@ -10,7 +10,7 @@ Int64Array = npt.NDArray[np.int64]
 _UInt64Array = npt.NDArray[np.uint64]
 
 _MASK = (1 << 64) - 1
-# Up to this size the permutation is a table, sorted from hashes: bounded work, and exactly uniform but for the hash.
+# Up to this size the permutation is a table, sorted by hashes: bounded work, and as uniform as the hash.
 # Feistel networks over a few elements have too few round functions to reach every permutation evenly (over powers of
 # two they are all even), and here cycle walking would cost most.
 _TABLE_SIZE = 1024
@@ -23,7 +23,7 @@ _HALF = np.uint64(32)
 
 
 def derive_key(*parts: int | str) -> int:
-    """64-bit key of integers and strings: BLAKE2b of their unambiguous text, equal on every platform and Python."""
+    """Derives a 64-bit key from integers and strings: BLAKE2b of their repr, equal on every platform and Python."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
@@ -39,10 +39,10 @@ class Permutation:
 
     A generalised Feistel network with cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA
     2002, sections 4 and 5. An element is written x = left * b + right, with left < a, right < b, a * b >= size; each
-    round adds a hash of one half to the other, modulo a or b. What lands outside range(size) goes through the network
+    round adds a hash of one half to the other, modulo a or b. A result outside range(size) goes through the network
     again. As a = ceil(sqrt(size)) and b = ceil(size / a), at most about one in sqrt(size) elements walks.
 
-    Calling it costs O(len(positions)) whatever the size. It shuffles data; it is no encryption.
+    A call costs O(len(positions)) at any size. It shuffles data and is no encryption.
 
     Args:
         size: number of elements, 1 <= size <= 2**62.
@@ -62,7 +62,6 @@ class Permutation:
         if size <= _TABLE_SIZE:
             hashes = _mixed(np.arange(size, dtype=np.uint64) + round_keys[0])
             self._table = np.argsort(_mixed(hashes ^ round_keys[1]), kind="stable").astype(np.int64)
-            self._inverse_table = np.argsort(self._table).astype(np.int64)
             return
         root = math.isqrt(size - 1) + 1
         self._left, self._right = np.uint64(root), np.uint64(-(-size // root))
@@ -70,32 +69,22 @@ class Permutation:
 
     def __call__(self, positions: npt.ArrayLike) -> Int64Array:
         """Elements at `positions` (int64, any shape, each in range(size)); raises IndexError for a position outside."""
-        values = self._checked(positions)
-        return self._table[values] if self.size <= _TABLE_SIZE else self._walk(values, inverse=False)
-
-    def inverse(self, elements: npt.ArrayLike) -> Int64Array:
-        """Positions of `elements` (int64, any shape, each in range(size)); raises IndexError for an element outside."""
-        values = self._checked(elements)
-        return self._inverse_table[values] if self.size <= _TABLE_SIZE else self._walk(values, inverse=True)
-
-    def _checked(self, positions: npt.ArrayLike) -> Int64Array:
         values = np.asarray(positions, dtype=np.int64)
         if values.size and (values.min() < 0 or values.max() >= self.size):
             raise IndexError(f"positions must lie in range({self.size}), got {values.min()}..{values.max()}")
-        return values
+        return self._table[values] if self.size <= _TABLE_SIZE else self._walk(values)
 
-    def _walk(self, values: Int64Array, inverse: bool) -> Int64Array:
-        """One pass of the network over all, then again over those that fell outside, until none is left."""
-        network = self._backward if inverse else self._forward
+    def _walk(self, values: Int64Array) -> Int64Array:
+        """Applies the network to all values, then again to the results outside range(size), until none is left."""
         size = np.uint64(self.size)
-        result = network(values.astype(np.uint64))
+        result = self._network(values.astype(np.uint64))
         outside = result >= size
         while outside.any():
-            result[outside] = network(result[outside])
+            result[outside] = self._network(result[outside])
             outside = result >= size
         return result.astype(np.int64)
 
-    def _forward(self, values: _UInt64Array) -> _UInt64Array:
+    def _network(self, values: _UInt64Array) -> _UInt64Array:
         a, b = self._left, self._right
         left = values // b
         right = values - left * b
@@ -104,17 +93,6 @@ class Permutation:
             left -= a * (left >= a)
             right = right + self._below(left, index + 1, b)
             right -= b * (right >= b)
-        return left * b + right
-
-    def _backward(self, values: _UInt64Array) -> _UInt64Array:
-        a, b = self._left, self._right
-        left = values // b
-        right = values - left * b
-        for index in range(_ROUNDS - 2, -1, -2):
-            right = right + (b - self._below(left, index + 1, b))
-            right -= b * (right >= b)
-            left = left + (a - self._below(right, index, a))
-            left -= a * (left >= a)
         return left * b + right
 
     def _below(self, half: _UInt64Array, index: int, bound: np.uint64) -> _UInt64Array:

@@ -1,4 +1,4 @@
-"""Rows of a dataset by id, as batches on the device: from arrays, from worker processes, or from a stream."""
+"""Batches of a dataset's rows on the device: from arrays, from worker processes, or from a stream."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ _PREFETCH = 4  # batches that each worker makes ahead
 
 
 class Source:
-    """Rows of a dataset by id: an index operation for image arrays, worker processes for map-style datasets.
+    """Fetches rows of a dataset by id: indexes image arrays, asks worker processes for items of a map-style dataset.
 
     The workers start with the first batch and live as long as the source.
 
     Args:
-        workers: worker processes for a map-style dataset; 0: none, and an iterable dataset has one whatever is asked.
-        skip_corrupt: leave out items whose dataset raises CorruptSampleError, instead of raising it here.
+        workers: worker processes for a map-style dataset; 0: none. An iterable dataset always has one.
+        skip_corrupt: leave out items for which the dataset raises CorruptSampleError, instead of raising it here.
+        size: rows of an iterable dataset, which has no length.
     """
 
     def __init__(
@@ -53,16 +54,16 @@ class Source:
         self._loader: DataLoader[Any] | None = None
 
     def __len__(self) -> int:
-        """Rows; of an iterable dataset as many as `size` says."""
+        """Rows of the dataset; `size` for an iterable one."""
         return len(self._dataset) if self._size is None else self._size  # type: ignore[arg-type]
 
     def batches(self, rows: Iterator[np.ndarray], epoch: int | None) -> Iterator[Batch]:
-        """A batch on the device for each array of ids; augmented as in `epoch`, or only normalized where it is None.
+        """Yields a batch on the device for each array of ids, augmented for `epoch`; None: only normalized.
 
-        Of a dataset that is read by workers only one such iterator can be under way.
+        Only one such iterator at a time may read a dataset by workers.
 
         Raises:
-            DataError: an item is not what it should be, or, unless they are skipped, cannot be decoded; its message is the dataset's.
+            DataError: an item is malformed, or cannot be decoded and is not to be skipped.
         """
         fetched: Iterator[Batch]
         if isinstance(self._dataset, ImageArrays):
@@ -83,7 +84,7 @@ class Source:
                 worker_init_fn=ignore_in_worker,
                 num_workers=self._workers,
                 collate_fn=stacked,
-                # A DataLoader takes a base seed from the global generator: give it one of its own.
+                # Without a generator of its own, a DataLoader draws its base seed from the global one.
                 generator=torch.Generator().manual_seed(self._seed),
                 persistent_workers=self._workers > 0,
                 prefetch_factor=_PREFETCH if self._workers else None,
@@ -99,7 +100,7 @@ class Source:
                 raise
             raise DataError(
                 f"a worker process that reads the data ended: {error}",
-                "if memory ran out, fewer of them: --data.workers 1; 0 reads in the rank's own process",
+                "if memory ran out, use fewer: --data.workers 1; 0 reads in the rank's own process",
             ) from error
 
     def _on_device(self, batch: Batch, epoch: int | None) -> Batch:
@@ -118,14 +119,14 @@ class Source:
         return Batch(batch.ids, self.arranged(inputs), targets, batch.missing)
 
     def arranged(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Images [B, C, H, W] in the model's memory format; other inputs as they are."""
+        """Returns images [B, C, H, W] in the model's memory format, other inputs unchanged."""
         return inputs.contiguous(memory_format=self._memory_format) if inputs.dim() == 4 else inputs
 
     def zeros(self, rows: int) -> torch.Tensor:
-        """Inputs that stand where nothing could be decoded: float32 [rows, ...] on the device.
+        """Inputs for a batch of which nothing could be decoded: float32 [rows, ...] on the device.
 
         Raises:
-            DataError: the dataset does not say what shape its inputs have.
+            DataError: the dataset has no `input_shape`.
         """
         shape = getattr(self._dataset, "input_shape", None)
         if shape is None:

@@ -1,4 +1,4 @@
-"""Which samples a rank takes at which step: global batches of (seed, epoch) alone, shared without repeats."""
+"""Assigns samples to ranks and steps: global batches depend on (seed, epoch) alone and are shared without repeats."""
 
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass
@@ -10,17 +10,16 @@ import torch.utils.data
 
 from dist_train.data.permutation import Int64Array, Permutation, derive_key
 
-# Samples whose places in the permutation are worked out at once when no global batch is given; bounds the memory, not
-# the result.
+# Samples permuted at once when no global batch size is given; bounds the memory, not the result.
 _CHUNK = 1024
 
 
 def shares(rows: int, world_size: int) -> list[int]:
-    """How many rows of a global batch each rank takes, rank 0 first; they add up to `rows`.
+    """Number of rows of a global batch that each rank takes, rank 0 first; they add up to `rows`.
 
-    A rank takes no rows or at least two, because BatchNorm in train mode refuses one; only a global batch of a single
-    row gives rank 0 just one. With fewer than two rows a rank, the first rows // 2 ranks take them all. Sizes of the
-    ranks that take any differ by at most one, the larger first.
+    A rank takes no rows or at least two, because BatchNorm in train mode refuses a single one. Only a global batch of
+    one row gives rank 0 just one. With fewer than two rows per rank, the first rows // 2 ranks take them all. The sizes
+    of ranks that take rows differ by at most one, the larger first.
 
     Raises:
         ValueError: rows < 0 or world_size < 1.
@@ -33,9 +32,9 @@ def shares(rows: int, world_size: int) -> list[int]:
 
 
 def evaluation_slice(size: int, world_size: int, rank: int) -> range:
-    """This rank's contiguous part of range(size), to evaluate: over all ranks each element once.
+    """This rank's contiguous part of range(size) for evaluation; over all ranks each element once.
 
-    Parts differ by at most one in size; there may be none for some ranks.
+    The parts' sizes differ by at most one, and may be 0.
 
     Raises:
         ValueError: size < 0, or rank outside range(world_size).
@@ -47,15 +46,14 @@ def evaluation_slice(size: int, world_size: int, rank: int) -> range:
 
 @dataclass(frozen=True)
 class RankSlice:
-    """What one rank runs of one global batch.
+    """One rank's part of one global batch.
 
     Attributes:
-        ids: int64 [rows]; the rank's own rows. Over all ranks, in rank order, they are the global batch.
-        filler: int64 [max(0, 2 - rows)]; copies of rows of the global batch, to be run at weight 0 so that the rank has
-            at least two rows.
+        ids: int64 [rows]; the rank's own rows. In rank order, all ranks' ids are the global batch.
+        filler: int64 [max(0, 2 - rows)]; copies of rows of the global batch, run at weight 0 so that the rank has two.
         global_count: rows of the global batch.
-        pieces: rows of the micro-batches that were asked for, in order; else all rows in one piece. They add up to `rows`.
-        predecessors: int64 [pieces]; the row before each piece's first one in the global batch, in which the last is before the first.
+        pieces: rows of each micro-batch, in order; one piece where no micro_batch_size was given. Their sum is `rows`.
+        predecessors: int64 [pieces]; the row before each piece's first row in the global batch, taken as a ring.
     """
 
     ids: Int64Array
@@ -68,32 +66,32 @@ class RankSlice:
 class ElasticDistributedSampler(torch.utils.data.DistributedSampler[int]):
     """A `torch.utils.data.DistributedSampler` whose global batches do not depend on the number of ranks.
 
-    Without `global_batch_size` it keeps that class's promises (lengths, padding or dropping, rank r takes every
-    num_replicas-th sample, `set_epoch`). The order is another one: a keyed permutation that is evaluated
-    as far as it is iterated, so that nothing of the dataset's size is allocated.
+    Without `global_batch_size` it keeps that class's promises: lengths, padding or dropping, `set_epoch`, and rank r
+    takes every num_replicas-th sample. Only the order differs: a keyed permutation, evaluated as far as it is iterated,
+    so memory does not grow with the dataset.
 
-    With it, step k of an epoch takes the same samples at any world size, and any step is reached in
-    O(global_batch_size). `rank_slice(step)` is this rank's share of a step; iteration yields the samples of these
-    shares from `start_step` on. Shares are uneven rather than padded, see `shares`. A run that was interrupted
-    continues with `start_step`, on as many ranks as there are then. `start_step` holds for the epoch that is iterated
-    first; `set_epoch` to another epoch after that sets it back to 0.
+    With `global_batch_size`, step k of an epoch takes the same samples at any world size, and any step is reached in
+    O(global_batch_size). `rank_slice(step)` is this rank's share of a step. Iteration yields the samples of these
+    shares from `start_step` on. Shares are uneven rather than padded, see `shares`. An interrupted run continues with
+    `start_step`, on any number of ranks. `start_step` holds for the first epoch that is iterated; `set_epoch` to
+    another epoch resets it to 0.
 
     Args:
         dataset: anything with a length.
-        num_replicas, rank: default to those of the default process group.
-        shuffle: whether samples are permuted; the permutation is a function of (seed, epoch, length).
+        num_replicas, rank: default to the world size and rank of the default process group.
+        shuffle: permutes the samples; the permutation is a function of (seed, epoch, length).
         seed: any integer, the same on all ranks.
-        drop_last: leave out the last, partial global batch; without `global_batch_size`, the samples that do not go
-            round.
+        drop_last: drops the last, partial global batch; without `global_batch_size`, the samples that do not divide
+            evenly.
         global_batch_size: samples of one optimizer step, over all ranks.
         start_step: first step of the first epoch.
-        micro_batch_size: cut every rank's share into as many pieces of at most about that many rows, so that ranks can synchronise
-            within a micro-batch. The k-th pieces of all ranks together follow one another in the global batch, and are the same rows
-            wherever num_replicas * micro_batch_size is. None: each rank's rows follow one another.
+        micro_batch_size: cuts every rank's share into equally many pieces of at most about that many rows, so that
+            ranks can synchronise within a micro-batch. The k-th pieces of all ranks are contiguous in the global batch.
+            They are the same rows wherever num_replicas * micro_batch_size is the same. None: each rank's rows are
+            contiguous.
 
     Raises:
-        ValueError: rank outside range(num_replicas), global_batch_size < 1, or a start_step that the epoch does not
-            have.
+        ValueError: rank outside range(num_replicas), global_batch_size < 1, or start_step beyond the epoch.
     """
 
     def __init__(
@@ -127,7 +125,7 @@ class ElasticDistributedSampler(torch.utils.data.DistributedSampler[int]):
 
     @property
     def num_steps(self) -> int:
-        """Global batches of an epoch; the last one is partial unless it was dropped."""
+        """Global batches of an epoch; the last may be partial unless it is dropped."""
         batch = self._global_batch_size()
         return self._size // batch if self.drop_last else -(-self._size // batch)
 
@@ -151,7 +149,7 @@ class ElasticDistributedSampler(torch.utils.data.DistributedSampler[int]):
         return RankSlice(taken[:own], taken[own:-count], rows, pieces, taken[-count:])
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, which the order is a function of; all ranks must set the same."""
+        """Sets the epoch, of which the order is a function; the same on all ranks."""
         super().set_epoch(epoch)
         if self._iterated_epoch not in (None, epoch):
             self.start_step = 0
@@ -177,16 +175,16 @@ class ElasticDistributedSampler(torch.utils.data.DistributedSampler[int]):
     def _by_replica(self) -> Iterator[int]:
         for start in range(0, self.num_samples, _CHUNK):
             turns = np.arange(start, min(start + _CHUNK, self.num_samples))
-            # What is beyond the end starts over, which is how DistributedSampler pads.
+            # Positions beyond the end start over, as DistributedSampler pads.
             yield from self._at((self.rank + turns * self.num_replicas) % self._size).tolist()
 
     def _global_batch_size(self) -> int:
         if self.global_batch_size is None:
-            raise ValueError("steps need the global_batch_size of this sampler")
+            raise ValueError("this sampler has no steps: give it a global_batch_size")
         return self.global_batch_size
 
     def _pieces(self, rows: int) -> int:
-        """Pieces of a global batch of that many rows; each has at least two, unless there is but one."""
+        """Number of pieces of a global batch; each has at least two rows, unless there is only one piece."""
         if self._micro_batch_size is None:
             return 1
         return min(-(-rows // (self.num_replicas * self._micro_batch_size)), max(1, rows // 2))

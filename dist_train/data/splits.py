@@ -1,4 +1,4 @@
-"""A dataset: its training and evaluation splits, and the way to open it once on each node."""
+"""Splits: a dataset's training and evaluation parts, opened once on each node."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from dist_train.errors import DataError
 
 
 def describe_data(splits: Splits) -> dict[str, Any]:
-    """What a model must be told of the data that it was trained on; JSON."""
+    """Describes the data for a model that was trained on it: input shape, normalization, classes; JSON."""
     return {
         "input_shape": list(splits.input_shape),
         "resize": splits.resize,
         "mean": list(splits.mean),
         "std": list(splits.std),
         "classes": list(splits.classes),
-        "num_outputs": getattr(splits, "num_outputs", splits.num_classes),
+        "num_outputs": splits.num_outputs,
     }
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A dataset: what to train on, what to evaluate on, and what a model must know about it.
+    """A dataset: data to train and to evaluate on, and its description for the model.
 
     Attributes:
-        train, eval: image arrays, or map-style datasets of (input tensor, target) pairs; `train` may be an iterable dataset of
-            such pairs, with what data/stream.py promises.
+        train, eval: image arrays, or map-style datasets of (input tensor, target) pairs. `train` may be an iterable
+            dataset of such pairs, with the guarantees of data/stream.py.
         num_classes: classes or labels; class indices lie in range(num_classes). 0 where targets are numbers.
-        classes: their names, in order; empty where there are none.
-        mean, std: of each channel, for pixels on the scale 0..1; what inputs are normalized with.
-        num_outputs: width of the model's outputs; num_classes unless given, as for regression.
-        resize: to how many pixels the shorter edge of an image file is scaled before the centre is cut out; None: it is not.
-        steps_per_epoch: global batches of an epoch, for an iterable dataset; a map-style one knows its length.
-        fingerprint: of the content, so that a run is not resumed on other data; set by `open_splits`.
+        classes: names of the classes, in order; empty where there are none.
+        mean, std: per channel, for pixels on the scale 0..1; inputs are normalized with them.
+        num_outputs: width of the model's outputs; num_classes unless given, for example for regression.
+        resize: pixels of an image file's shorter edge before the centre is cut out; None: not scaled.
+        steps_per_epoch: global batches of an epoch, for an iterable dataset; a map-style one has a length.
+        fingerprint: identifies the content, so that a run is not resumed on other data; set by `open_splits`.
 
     Raises:
-        DataError: image arrays that contradict the rest.
+        DataError: image arrays that contradict the other fields.
     """
 
     train: ImageArrays | Dataset[Any]
@@ -61,7 +61,8 @@ class Splits:
         _check_lengths(self)
         if not self.num_outputs:
             if self.num_classes < 1:
-                raise DataError("a dataset must say what a model puts out", "num_classes=..., or num_outputs=...")
+                message = "a dataset must state the width of the model's outputs"
+                raise DataError(message, "num_classes=..., or num_outputs=...")
             object.__setattr__(self, "num_outputs", self.num_classes)
         if self.classes and len(self.classes) != self.num_classes:
             raise DataError(f"a dataset of {self.num_classes} classes names {len(self.classes)} of them")
@@ -78,14 +79,19 @@ class Splits:
 
     def _require_class_indices(self, name: str, targets: Tensor) -> None:
         if self.num_classes < 2:
-            raise DataError(f"a dataset of {self.num_classes} classes has nothing to tell apart", "num_classes >= 2")
+            message = f"classification needs two classes, and the dataset has {self.num_classes}"
+            raise DataError(message, "num_classes >= 2")
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= self.num_classes:
             raise DataError(f"{name} targets must lie in range({self.num_classes}), got {low}..{high}")
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """(C, H, W), as the training dataset's `input_shape` or its first item says; raises DataError where a map-style dataset does not give (tensor, target)."""
+        """(C, H, W), from the training dataset's `input_shape` or its first item.
+
+        Raises:
+            DataError: the first item is not (tensor, target).
+        """
         if isinstance(self.train, ImageArrays):
             return tuple(self.train.images.shape[1:])
         stated = getattr(self.train, "input_shape", None)
@@ -99,16 +105,16 @@ class Splits:
 
 
 def _check_lengths(splits: Splits) -> None:
-    """Raises DataError where there is nothing to train on or to evaluate, or where a length is not known."""
+    """Raises DataError where a split is empty, or its length is not known."""
     streamed = isinstance(splits.train, IterableDataset)
     if isinstance(splits.eval, IterableDataset):
         raise DataError(
-            "the evaluation set is an iterable dataset: whether each sample was counted once could not be told",
+            "the evaluation set is an iterable dataset: nothing could show that each sample was counted once",
             "give a map-style dataset or ImageArrays as Splits.eval",
         )
     if streamed != (splits.steps_per_epoch is not None) or (streamed and not splits.steps_per_epoch):
         raise DataError(
-            "an iterable training set needs Splits.steps_per_epoch, at least 1, and only such a one takes it",
+            "Splits.steps_per_epoch, at least 1, is required for an iterable training set and forbidden for others",
             "Splits(..., steps_per_epoch=1000)",
         )
     for name, what in (("train", "train on"), ("eval", "evaluate")):
@@ -118,11 +124,11 @@ def _check_lengths(splits: Splits) -> None:
 
 
 def open_splits(make: Callable[[], Splits], directory: Path, world: World) -> Splits:
-    """The dataset on every rank, its image arrays memory-mapped from one copy on each node.
+    """Opens the dataset on every rank, its image arrays memory-mapped from one copy per node.
 
-    The first rank of each node calls `make` and writes the arrays; the others map what it wrote. Where a split is not
-    made of image arrays every rank calls `make` itself, the first one of its node before the others, so that a download
-    happens once.
+    The first rank of each node calls `make` and writes the arrays; the others map them. Where a split is not made of
+    image arrays, every rank calls `make` itself. The first rank of a node goes before the others, so that files are
+    downloaded once.
 
     Args:
         make: loads the dataset.
@@ -130,7 +136,7 @@ def open_splits(make: Callable[[], Splits], directory: Path, world: World) -> Sp
         world: the ranks of this run.
 
     Raises:
-        DataError: the dataset cannot be loaded or stored; on the other ranks a PeerError.
+        DataError: the dataset cannot be loaded or stored; the other ranks raise PeerError.
     """
     made: list[Splits] = []
 
@@ -168,7 +174,7 @@ def open_splits(make: Callable[[], Splits], directory: Path, world: World) -> Sp
 
 
 def _fingerprint(split: ImageArrays | Dataset[Any]) -> str:
-    """What a dataset says of its content by an attribute `fingerprint`, else its length; "stream" where it has none."""
+    """Returns a dataset's attribute `fingerprint`, else its length; "stream" for an iterable one."""
     stated = getattr(split, "fingerprint", None)
     if stated is not None:
         return str(stated)

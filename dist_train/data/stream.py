@@ -1,10 +1,12 @@
-"""Iterable datasets: one stream of items in its own order, of which each rank keeps its share of every global batch.
+"""Iterable datasets: a stream of items in its own order; each rank keeps its share of every global batch.
 
-The promise: step k consumes items k * B .. k * B + B - 1 of an epoch's stream, B being the global batch size, at any world size; a
-resumed run reads past what was consumed. It holds where the stream gives the same items each time that it is begun: it may draw
-from the global generators of torch, numpy and random, which are seeded by (seed, epoch) in a process of its own, and may learn the
-epoch by a method `set_epoch(epoch)`. Nobody else shuffles. Every rank reads the whole stream, and drops what is not its share: let
-items be cheap. A ledger is refused, because an item's place in a stream does not say which sample it was.
+The guarantee: with a global batch size B, step k consumes items k * B .. k * B + B - 1 of an epoch's stream, at any
+world size. A resumed run skips the items that were consumed. This holds if the stream yields the same items each time.
+It may draw from the global generators of torch, numpy and random, which are seeded by (seed, epoch) in a process of its
+own. It learns the epoch by a method `set_epoch(epoch)`, if it has one. Nothing else shuffles.
+
+Every rank reads the whole stream and drops the other ranks' items, so items should be cheap. A ledger is refused,
+because an item's index in a stream does not tell which sample it was.
 """
 
 from __future__ import annotations
@@ -22,19 +24,19 @@ from dist_train.distributed.watchdog.stop_signals import ignore_in_worker, start
 from dist_train.errors import DataError
 
 PROMISE = (
-    "the training data is a stream: step k consumes the same items on any number of ranks, and a resumed run reads past those that "
-    "were consumed, if the stream gives the same items each time; its order is its own, and every rank reads all of it"
+    "the training data is a stream, in its own order, and every rank reads all of it. If it yields the same items each "
+    "time, step k consumes the same items on any number of ranks, and a resumed run skips the consumed ones"
 )
 
 
 def read_stream(
     dataset: IterableDataset[Any], rows: list[np.ndarray], seed: int, epoch: int
 ) -> Iterator[tuple[Batch, list[Failure]]]:
-    """A batch for each array of places in the stream, read by a worker process.
+    """Yields a batch for each array of stream indices, read by a worker process.
 
     Args:
-        rows: int64 [B] each; all places in one lie behind all places in the one before.
-        epoch: of training, or EVALUATION.
+        rows: int64 [B] each; all indices of one array are larger than those of the array before.
+        epoch: a training epoch, or EVALUATION.
     """
     # No batch size: the dataset makes the batches itself.
     loader = DataLoader(

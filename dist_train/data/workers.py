@@ -1,4 +1,4 @@
-"""What worker processes make of a dataset's items: each a function of (seed, epoch, id), stacked to batches."""
+"""Runs in worker processes: makes items as functions of (seed, epoch, id) and stacks them to batches."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from dist_train.data.arrays import Batch
 from dist_train.data.permutation import derive_key
 from dist_train.errors import DataError
 
-EVALUATION = -1  # stands where an epoch would
+EVALUATION = -1  # in place of an epoch
 
 
 @runtime_checkable
 class Augmenting(Protocol):
-    """A map-style dataset that augments its items itself; without augmentation they are those of `__getitem__`."""
+    """A map-style dataset that augments its items itself; `__getitem__` gives them without augmentation."""
 
     own_steps: int
-    """How many of data.augment, from the first, it makes itself; the others are made of batches on the device."""
+    """Number of leading steps of data.augment that it applies; the others work on batches on the device."""
 
     def augmented(self, index: int, seed: int) -> tuple[torch.Tensor, Any]:
-        """Item `index`, augmented as a function of `seed`, 0 .. 2^64 - 1, alone; the same in any process."""
+        """Returns item `index`, augmented as a function of `seed` (0 .. 2^64 - 1) alone; the same in any process."""
 
 
 class Keys:
-    """What a DataLoader's batch_sampler yields: lists of (epoch, id), so that workers outlive an epoch."""
+    """A DataLoader's batch_sampler: yields lists of (epoch, id), so that workers outlive an epoch."""
 
     def __init__(self) -> None:
         self._lists: Iterator[list[tuple[int, int]]] = iter(())
@@ -42,14 +42,14 @@ class Keys:
 
 
 class Failure:
-    """An item's DataError, sent from a worker as it is: a DataLoader would send its traceback as the message."""
+    """An item's DataError, sent from a worker as data: a DataLoader would turn it into a traceback."""
 
     def __init__(self, error: DataError) -> None:
         self.kind, self.message, self.hint = type(error), error.message, error.hint
 
 
 class Keyed(Dataset[Any]):
-    """A map-style dataset whose items depend on (seed, epoch, id) alone, whatever worker makes them."""
+    """A map-style dataset whose items depend on (seed, epoch, id) alone, not on the worker."""
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         self._dataset = dataset
@@ -83,7 +83,7 @@ def triple(index: int, item: Any, dataset: Dataset[Any]) -> tuple[int, Any, Any]
 
 
 def stacked(items: list[tuple[int, Any, Any] | Failure]) -> tuple[Batch, list[Failure]]:
-    """The batch of those items that are there, and why the others are not."""
+    """Stacks the decoded items to a batch; returns the failures of the others."""
     failures = [item for item in items if isinstance(item, Failure)]
     missing = tuple(place for place, item in enumerate(items) if isinstance(item, Failure))
     found = [item for item in items if not isinstance(item, Failure)]
@@ -101,7 +101,7 @@ def stacked(items: list[tuple[int, Any, Any] | Failure]) -> tuple[Batch, list[Fa
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds the global generators of torch (all devices), numpy and random; `seed` in 0 .. 2^64 - 1."""
+    """Seeds the global generators of torch (all devices), numpy and random with a seed in 0 .. 2^64 - 1."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

@@ -1,1 +1,1 @@
-"""The ranks together: world, process group and preflight."""
+"""Connects the ranks: world, process group and preflight checks."""

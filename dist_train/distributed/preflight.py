@@ -1,9 +1,9 @@
-"""Checks what would keep ranks from meeting, so that an error names the setting instead of a timeout. No torch.
+"""Checks network settings before the ranks connect, so that an error names the wrong setting instead of a timeout.
 
-Seen with torch 2.14 on two network namespaces: gloo listens at the address that the host name resolves to. Where that
-is a loopback address on two machines, each connects to itself and is refused, and the others wait until the timeout.
-Of two ranks the one with the higher address connects to the other (gloo's tcp/pair.cc). A single machine with a
-loopback address therefore does no harm where all others have lower addresses.
+Imports no torch. Observed with torch 2.14 on two network namespaces: gloo listens at the address that the host name
+resolves to. If that is a loopback address on two machines, each rank connects to itself and is refused, and the other
+ranks wait until the timeout. Of two ranks, the one with the higher address connects to the other (gloo's tcp/pair.cc).
+One machine with a loopback address is therefore harmless if all other machines have lower addresses.
 """
 
 from __future__ import annotations
@@ -25,25 +25,28 @@ from dist_train.distributed.polling import attempts
 from dist_train.errors import Problem, SetupError
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-_NAME_SECONDS = 10.0  # some clusters make the name only when rank 0's container is up
+_NAME_SECONDS = 10.0  # some clusters register the name only once rank 0's container is up
 _SAY_SECONDS = 10.0
 _CONNECT_SECONDS = 120.0  # rank 0 may start late
-_LOOPBACK_SECONDS = 30.0  # on several nodes a loopback address is nearly always wrong
+_LOOPBACK_SECONDS = 30.0  # shorter: with several nodes a loopback address is nearly always a mistake
 
 
 class Store(Protocol):
-    """The part of torch's Store that is used."""
+    """The methods of torch's Store that the preflight uses."""
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
     def check(self, keys: list[str]) -> bool: ...
 
 
-# Checks of one rank alone.
+# Checks that one rank makes alone.
 
 
 def interface_problems(environ: Mapping[str, str], present: Sequence[Interface], cuda: bool) -> Iterator[Problem]:
-    """Finds names in GLOO_SOCKET_IFNAME, and with `cuda` in NCCL_SOCKET_IFNAME, that are no usable interface here."""
+    """Yields a problem for each name in GLOO_SOCKET_IFNAME that is not a usable interface of this machine.
+
+    With `cuda`, checks NCCL_SOCKET_IFNAME too.
+    """
     by_name = {each.name: each for each in present}
     usable = [each.name for each in present if each.reaches_others] or [each.name for each in present if each.up]
     some = f" or {usable[0]}" if usable else ""
@@ -60,7 +63,7 @@ def interface_problems(environ: Mapping[str, str], present: Sequence[Interface],
             what = f"is {value!r}, but the interface {name} has no address"
             yield Problem("GLOO_SOCKET_IFNAME", what, "environment", hint)
     value = environ.get("NCCL_SOCKET_IFNAME", "")
-    if cuda and value and not value.startswith("^"):  # ^ names those to leave out
+    if cuda and value and not value.startswith("^"):  # a leading ^ excludes interfaces
         exact, names = value.startswith("="), value.removeprefix("=").split(",")
         matching = [
             each.name
@@ -73,21 +76,21 @@ def interface_problems(environ: Mapping[str, str], present: Sequence[Interface],
 
 
 def check_interfaces(environ: Mapping[str, str], cuda: bool) -> None:
-    """Refuses a variable that names an interface that ranks cannot use.
+    """Checks that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name usable interfaces.
 
     Raises:
-        SetupError: with the first problem.
+        SetupError: they do not; the first problem is named.
     """
     problem = next(interface_problems(environ, interfaces(), cuda), None)
     if problem is not None:
         raise SetupError(f"{problem.place} {problem.message}", problem.hint)
 
 
-# Towards rank 0.
+# The connection to rank 0.
 
 
 def hosts_store(plan: RankPlan, environ: Mapping[str, str]) -> bool:
-    """Tells whether this process listens at MASTER_PORT, rather than another rank or torchrun's agent."""
+    """Tells whether this process hosts the store at MASTER_PORT; otherwise another rank or torchrun's agent does."""
     return plan.rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
@@ -95,10 +98,10 @@ def find_rank_0(plan: RankPlan, environ: Mapping[str, str], say: Callable[[str],
     """Waits until MASTER_ADDR resolves and a process that listens at MASTER_PORT accepts a connection.
 
     Args:
-        say: takes a sentence on the cause of a long wait.
+        say: prints a sentence about a long wait and its likely cause.
 
     Raises:
-        SetupError: it did not come to that in time.
+        SetupError: the name does not resolve, or no connection is accepted in time.
     """
     address, port = plan.master_addr, plan.master_port
     addresses = _resolved(address)
@@ -108,16 +111,16 @@ def find_rank_0(plan: RankPlan, environ: Mapping[str, str], say: Callable[[str],
     astray = several and all(is_loopback(each) for each in addresses)
     limit = _LOOPBACK_SECONDS if astray else _CONNECT_SECONDS
     hint = (
-        "MASTER_ADDR is a loopback address, at which each node reaches only itself: give that of rank 0's node"
+        "MASTER_ADDR is a loopback address, at which each node reaches only itself: give rank 0's address instead"
         if astray
-        else f"is rank 0 started? does MASTER_ADDR name its node? does a firewall close {port}? on rank 0's node: ss -tln"
+        else f"is rank 0 started? is MASTER_ADDR its node? does a firewall close {port}? on rank 0's node: ss -tln"
     )
     said, what, waited = False, "", 0.0
     for waited in attempts(limit):
         why = _refusal(address, port)
         if why is None:
             return
-        what = f"rank {plan.rank} does not reach rank 0 at MASTER_ADDR:MASTER_PORT, {address}:{port}: {why}"
+        what = f"rank {plan.rank} cannot reach rank 0 at MASTER_ADDR:MASTER_PORT, {address}:{port}: {why}"
         if waited > _SAY_SECONDS and not said and (plan.local_rank == 0 or plan.rank == 1):
             said = True
             say(f"{what}; still trying for {limit - waited:.0f} s\n  -> {hint}")
@@ -129,7 +132,7 @@ def _resolved(host: str) -> list[str]:
     for _ in attempts(_NAME_SECONDS):
         try:
             return resolve(host)
-        except (OSError, UnicodeError) as error:  # UnicodeError: a label that is empty or too long
+        except (OSError, UnicodeError) as error:  # UnicodeError: an empty or overlong label in the name
             reason = getattr(error, "strerror", None) or str(error)
     raise SetupError(
         f"MASTER_ADDR is {host!r}, which does not resolve to an address on this node: {reason}",
@@ -138,7 +141,7 @@ def _resolved(host: str) -> list[str]:
 
 
 def _refusal(address: str, port: int) -> str | None:
-    """Returns why a connection fails, or None where one is accepted."""
+    """Returns the reason why a connection fails; None if it is accepted."""
     try:
         socket.create_connection((address, port), timeout=5.0).close()
     except TimeoutError:
@@ -148,18 +151,18 @@ def _refusal(address: str, port: int) -> str | None:
     return None
 
 
-# Checks of all ranks together.
+# Checks over all ranks.
 
 
 @dataclass(frozen=True)
-class Whereabouts:
-    """The place of a rank in the network.
+class RankAddress:
+    """A rank's address in the network.
 
     Attributes:
-        machine: equal for ranks that reach each other by a loopback address.
-        address: at which gloo would listen.
-        named: GLOO_SOCKET_IFNAME.
-        others: the interfaces that would serve.
+        machine: identifies the machine; ranks with equal values reach each other by a loopback address.
+        address: the address at which gloo would listen; "" if it cannot be determined.
+        named: value of GLOO_SOCKET_IFNAME.
+        others: names of the interfaces that reach other machines.
     """
 
     rank: int
@@ -170,9 +173,10 @@ class Whereabouts:
     others: tuple[str, ...] = ()
 
 
-def whereabouts(plan: RankPlan, environ: Mapping[str, str]) -> Whereabouts:
+def rank_address(plan: RankPlan, environ: Mapping[str, str]) -> RankAddress:
+    """Returns this rank's address, as gloo will choose it."""
     present = interfaces()
-    return Whereabouts(
+    return RankAddress(
         plan.rank,
         socket.gethostname(),
         _machine(),
@@ -183,23 +187,23 @@ def whereabouts(plan: RankPlan, environ: Mapping[str, str]) -> Whereabouts:
 
 
 def _machine() -> str:
-    """Identifies this start of this kernel and the network namespace; without /proc, the host's name."""
+    """Returns the kernel's boot id and the network namespace; without /proc, the host name."""
     try:
         return f"{_BOOT.read_text().strip()}/{os.stat('/proc/self/ns/net').st_ino}"
     except OSError:
         return platform.node()
 
 
-def unreachable(ranks: Sequence[Whereabouts]) -> SetupError | None:
-    """Returns the error for ranks of which one would connect to itself instead of another machine."""
-    by_machine: dict[str, Whereabouts] = {}
+def unreachable(ranks: Sequence[RankAddress]) -> SetupError | None:
+    """Returns the error if some rank would connect to itself instead of to another machine; else None."""
+    by_machine: dict[str, RankAddress] = {}
     for each in ranks:
         if each.address:
             by_machine.setdefault(each.machine, each)
     for one in by_machine.values():
         for other in by_machine.values():
             if one.machine != other.machine and is_loopback(one.address) and not _lower(other.address, one.address):
-                return _told_to_itself(one, other)
+                return _connects_to_itself(one, other)
     return None
 
 
@@ -208,7 +212,7 @@ def _lower(first: str, second: str) -> bool:
     return pair[0].version == pair[1].version and pair[0].packed < pair[1].packed
 
 
-def _told_to_itself(one: Whereabouts, other: Whereabouts) -> SetupError:
+def _connects_to_itself(one: RankAddress, other: RankAddress) -> SetupError:
     through = f"{one.others[0]} there" if one.others else "the interface that the other nodes reach"
     why = (
         f"GLOO_SOCKET_IFNAME is {one.named} on {one.host} (rank {one.rank}), which gives {one.address}"
@@ -222,14 +226,14 @@ def _told_to_itself(one: Whereabouts, other: Whereabouts) -> SetupError:
     )
 
 
-def check_addresses(store: Store, mine: Whereabouts, world_size: int, seconds: float) -> None:
-    """Compares the places of the ranks before gloo connects them. Every rank calls it, and all get the same answer.
+def check_addresses(store: Store, mine: RankAddress, world_size: int, seconds: float) -> None:
+    """Compares the addresses of all ranks before gloo connects them. Every rank calls it and gets the same result.
 
-    The store of torchrun's agent holds keys of earlier attempts, so rank 0 counts an answer only if it repeats a nonce of
-    this attempt.
+    The store of torchrun's agent keeps keys of earlier attempts, so rank 0 accepts an answer only if it repeats the
+    nonce of this attempt.
 
     Raises:
-        SetupError: a rank would connect to itself; or ranks do not come within `seconds`.
+        SetupError: a rank would connect to itself, or ranks are missing after `seconds`.
     """
     if mine.rank != 0:
         token = uuid.uuid4().hex
@@ -247,8 +251,8 @@ def check_addresses(store: Store, mine: Whereabouts, world_size: int, seconds: f
         raise error
 
 
-def _gathered(store: Store, nonce: str, world_size: int, seconds: float) -> list[Whereabouts]:
-    found: dict[int, Whereabouts] = {}
+def _gathered(store: Store, nonce: str, world_size: int, seconds: float) -> list[RankAddress]:
+    found: dict[int, RankAddress] = {}
     greeted: set[str] = set()
     missing: list[int] = []
     for _ in attempts(seconds):
@@ -259,17 +263,17 @@ def _gathered(store: Store, nonce: str, world_size: int, seconds: float) -> list
             said: dict[str, Any] = json.loads(store.get(f"preflight/{rank}"))
             token = said.pop("token")
             if store.check([f"preflight/{nonce}/{token}"]):
-                found[rank] = Whereabouts(**said | {"others": tuple(said["others"])})
+                found[rank] = RankAddress(**said | {"others": tuple(said["others"])})
             elif token not in greeted:
                 store.set(f"preflight/{token}", nonce)
                 greeted.add(token)
         if len(found) == world_size - 1:
             return [found[rank] for rank in range(1, world_size)]
-    raise SetupError(f"ranks {missing} did not come within {seconds:g} s", "start all ranks at about one time")
+    raise SetupError(f"ranks {missing} did not connect within {seconds:g} s", "start all ranks at about the same time")
 
 
 def _await(store: Store, key: str, seconds: float) -> str:
     for _ in attempts(seconds):
         if store.check([key]):
             return store.get(key).decode()
-    raise SetupError(f"rank 0 did not answer within {seconds:g} s", "start all ranks at about one time")
+    raise SetupError(f"rank 0 did not answer within {seconds:g} s", "start all ranks at about the same time")

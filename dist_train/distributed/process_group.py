@@ -20,28 +20,30 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from dist_train.cluster.rank_plan import RankPlan, detect
 from dist_train.cluster.slurm_lists import show_hostnames
 from dist_train.config.tree import RunConfig
-from dist_train.distributed.preflight import check_addresses, check_interfaces, find_rank_0, hosts_store, whereabouts
+from dist_train.distributed.preflight import check_addresses, check_interfaces, find_rank_0, hosts_store, rank_address
 from dist_train.distributed.world import FAREWELL_SECONDS, World
 from dist_train.errors import PeerError, Preempted, SetupError, first_line
 
 T = TypeVar("T")
 _FORMING_SECONDS = 300.0
-_ANSWER_SECONDS = 15.0  # for a store, which answers at once, on the busiest node
+_ANSWER_SECONDS = 15.0  # generous: a store answers at once, even on a busy node
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 @contextmanager
 def join(run: RunConfig, check_collectives: bool = False) -> Iterator[World]:
-    """Forms the process group, yields the world, ends the group.
+    """Forms the process group, yields the world, and closes the group.
 
-    An error in the body is reported to the other ranks. PeerError replaces one that only echoes another rank's failure.
+    An error in the body is reported to the other ranks. If it is only the consequence of another rank's failure, a
+    PeerError that names that rank is raised instead.
 
     Args:
-        check_collectives: torch compares operation, shape and dtype of each collective over the ranks, which is slow, and
-            raises RuntimeError on every rank where they differ. This is torch's TORCH_DISTRIBUTED_DEBUG=DETAIL.
+        check_collectives: compares operation, shape and dtype of each collective over the ranks, which is slow. If they
+            differ, torch raises RuntimeError on every rank, as with TORCH_DISTRIBUTED_DEBUG=DETAIL.
 
     Raises:
-        SetupError: contradicting variables, or missing devices, before any rank waits for another; or missing ranks.
+        SetupError: environment variables contradict each other, devices are missing (both before any rank waits for
+            another), or ranks are missing.
     """
     level = dist.get_debug_level()
     try:
@@ -52,7 +54,7 @@ def join(run: RunConfig, check_collectives: bool = False) -> Iterator[World]:
         dist.set_debug_level(level)
     try:
         yield world
-    except Preempted:  # on all ranks, as they agreed
+    except Preempted:  # all ranks agreed to stop, so all of them are here
         _end(world)
         raise
     except BaseException as error:
@@ -74,8 +76,9 @@ def _end(world: World) -> None:
 def _end_in_failure(world: World, error: BaseException) -> None:
     _while_it_answers(world, lambda: world.report_failure(error))
     if world.is_main and dist.is_initialized() and world.device.type == "cpu":
-        # Frees the ranks that wait for this one in a collective, while it stays because it holds the store. The frames of
-        # the failed calls hold a DDP that keeps the group alive. In a thread, as pending work can block it.
+        # Destroying the group releases ranks that wait for this one in a collective, while this process still hosts the
+        # store. The failed calls' frames reference a DDP that keeps the group alive, so they are cleared first.
+        # The destruction runs in a thread because pending work can block it.
         seen: BaseException | None = error
         while seen is not None:
             traceback.clear_frames(seen.__traceback__)
@@ -86,11 +89,11 @@ def _end_in_failure(world: World, error: BaseException) -> None:
         release.join(FAREWELL_SECONDS)
     _while_it_answers(world, world.take_leave)
     if "TORCHELASTIC_ERROR_FILE" in os.environ and not isinstance(error, PeerError):
-        get_error_handler().record_exception(error)  # torchrun shows it as the root cause
+        get_error_handler().record_exception(error)  # torchrun then shows this error as the root cause
 
 
 def _while_it_answers(world: World, question: Callable[[], T]) -> T | None:
-    """Returns the store's answer; None where its node is gone."""
+    """Returns the store's answer; None if the store does not answer."""
     try:
         return world.asked(question, 2 * FAREWELL_SECONDS)
     except PeerError:
@@ -98,7 +101,7 @@ def _while_it_answers(world: World, question: Callable[[], T]) -> T | None:
 
 
 def _echo_of_peer(world: World, error: BaseException) -> PeerError | None:
-    """Returns the PeerError that `error`, the RuntimeError of a broken collective, stands for."""
+    """Returns a PeerError if `error` is a broken collective's RuntimeError, caused by another rank; else None."""
     if not isinstance(error, RuntimeError) or world.world_size == 1:
         return None
     failure = _while_it_answers(world, world.peer_failure)
@@ -108,7 +111,7 @@ def _echo_of_peer(world: World, error: BaseException) -> PeerError | None:
     if "Timed out" in reason:
         return PeerError(
             f"another rank did not answer within {world.timeout:g} s: {reason}",
-            "raise --run.timeout, or look at what the ranks do",
+            "raise --run.timeout, or check what the ranks are doing",
         )
     if isinstance(error, (dist.DistNetworkError, dist.DistBackendError)) or any(words in reason for words in _LOST):
         return PeerError(f"the connection to another rank was lost (it was killed, or its node is gone): {reason}")
@@ -128,10 +131,12 @@ def _device(requested: str, local_rank: int, local_world_size: int) -> torch.dev
 
 
 def _require_store(plan: RankPlan) -> None:
-    """Asks in a thread whether a store answers: torch 2.14's client waits for ever where something else listens.
+    """Checks that the listener at MASTER_PORT is a torch store.
+
+    The check runs in a thread: torch 2.14's client waits forever if another program listens there.
 
     Raises:
-        SetupError: the listener at MASTER_PORT is no store of ranks.
+        SetupError: the listener is not a torch store.
     """
     limit, outcome = timedelta(seconds=_ANSWER_SECONDS), list[bool]()
 
@@ -164,12 +169,13 @@ def _form(run: RunConfig) -> World:
     if not hosts_store(plan, os.environ):
         _require_store(plan)
     timeout = timedelta(seconds=run.timeout)
-    # The store first: ranks wait on it while rank 0 works alone. With torchrun on one node the agent holds it.
+    # The store is created first because ranks wait on it while rank 0 works alone. Under torchrun on one node, the
+    # agent hosts it.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=_FORMING_SECONDS)))
         store.set_timeout(timeout)
-        check_addresses(store, whereabouts(plan, os.environ), world_size, _FORMING_SECONDS)
+        check_addresses(store, rank_address(plan, os.environ), world_size, _FORMING_SECONDS)
         dist.init_process_group(
             backend, store=dist.PrefixStore("dist_train", store), rank=rank, world_size=world_size, timeout=timeout
         )
@@ -180,14 +186,14 @@ def _form(run: RunConfig) -> World:
             raise plan.port_taken() from error
         raise SetupError(
             f"the {world_size} ranks did not meet at {where}: {reason}",
-            "start all of them, on nodes that reach each other; another port: MASTER_PORT",
+            "start all ranks, on nodes that reach each other; to use another port, set MASTER_PORT",
         ) from error
     world.store = store
     world.nonce = "".join(world.gather(uuid.uuid4().hex)[:1])
     kinds = world.gather(device.type)
     if len(set(kinds)) > 1:
         raise SetupError(
-            f"some ranks have CUDA devices and some have not: {kinds}",
+            f"some ranks have CUDA devices and some do not: {kinds}",
             "--run.device cpu, or leave out the nodes without GPUs",
         )
     return world

@@ -1,4 +1,4 @@
-"""The ranks of a run, and what they do together."""
+"""The ranks of a run and their collectives, waits on the store, and failure reports."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from dist_train.distributed.watchdog.stop_signals import StopRequest
 from dist_train.errors import PeerError
 
 T = TypeVar("T")
-_WATCHDOG_SECONDS = 20.0  # from finding that a rank is stuck to the end of the run
-FAREWELL_SECONDS = 5.0  # for which rank 0, where it hosts the store, lets the others read it at the end
+_WATCHDOG_SECONDS = 20.0  # upper bound from detecting a stuck rank to the end of the run
+FAREWELL_SECONDS = 5.0  # how long rank 0 keeps the store it hosts open for the other ranks at the end
 
 
 @dataclass
@@ -33,11 +33,12 @@ class World:
     Attributes:
         rank: 0 .. world_size - 1 over all nodes.
         local_rank: 0 .. local_world_size - 1 on this node.
-        device: where this rank's model lives.
+        device: the device of this rank's model.
         timeout: seconds after which a wait for another rank fails.
-        nonce: agreed at the start, so that keys of an earlier attempt in the same store are never read.
-        heartbeat: kept up for the watchdog.
-        stop: whether this rank was asked to stop; the ranks agree on what follows.
+        nonce: random prefix of the store's keys, agreed at start, so that keys of an earlier attempt are never read.
+        store: the process group's store; None with one rank, or once it no longer answers.
+        heartbeat: progress record that the watchdog reads.
+        stop: records whether this rank was asked to stop. The ranks agree on it before any of them stops.
     """
 
     rank: int = 0
@@ -62,7 +63,7 @@ class World:
 
     @property
     def cores(self) -> int:
-        """The number of usable cores of this node, which its ranks share."""
+        """Number of usable CPU cores of this node, shared by its ranks."""
         return len(os.sched_getaffinity(0))
 
     def share_of_cores(self) -> int:
@@ -70,14 +71,14 @@ class World:
         return max(1, self.cores // self.local_world_size)
 
     def all_reduce(self, tensor: torch.Tensor, operation: Literal["sum", "max"]) -> torch.Tensor:
-        """Reduces `tensor` over all ranks, in place; returns it."""
+        """Reduces `tensor` over all ranks in place and returns it. Collective."""
         if self.world_size > 1:
             with self.heartbeat.within("collective"):
                 dist.all_reduce(tensor, op=dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX)
         return tensor
 
     def gather(self, value: T) -> list[T]:
-        """Returns each rank's value, by rank. For small values and rare occasions. Collective."""
+        """Returns every rank's value, in rank order. Pickles the values, so use it for small ones only. Collective."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -105,19 +106,24 @@ class World:
     def on_rank_0(self, work: Callable[[], T], what: str, deadline: float | None = None, phase: Phase = "set-up") -> T:
         """Runs `work` on rank 0 alone; the others wait for its JSON-serializable result.
 
-        They wait on the store, not in a collective: work longer than the process group's timeout kills nobody (law 4).
+        They wait on the store, not in a collective, so work may take longer than the process group's timeout (law 4).
+
+        Args:
+            what: names the work in the error message.
+            deadline: seconds after which the waiting ranks give up; None: `timeout`.
+            phase: shown by the watchdog while rank 0 works.
 
         Raises:
-            PeerError: on the waiting ranks, if the work failed or took longer than `deadline` seconds; None: `timeout`.
+            PeerError: on the waiting ranks, if the work failed or took longer than `deadline`.
         """
         return self._on_leader(0, work, what, deadline, phase)
 
     def first_on_node(self, work: Callable[[], T], what: str, deadline: float | None = None) -> T:
-        """Runs `work` as `on_rank_0` does, but once on each node, on its local rank 0."""
+        """Runs `work` once per node, on its local rank 0; otherwise like `on_rank_0`."""
         return self._on_leader(self.rank - self.local_rank, work, what, deadline, "set-up")
 
     def _on_leader(self, leader: int, work: Callable[[], T], what: str, deadline: float | None, phase: Phase) -> T:
-        # Only a deadline of its own lets the work take longer than the watchdog's timeout.
+        # Without a `deadline`, the watchdog's timeout applies, except during set-up, which gets `timeout`.
         with self.heartbeat.within(
             phase if self.rank == leader else "waiting", at_least=deadline or self._patience(phase)
         ):
@@ -141,7 +147,7 @@ class World:
                 raise
             self.store.set(key, answer)
             return result
-        # The watchdog, if it looks at the same moment, speaks first: it knows more.
+        # When both time out together, the watchdog's error should come first: it names the phase of each rank.
         watched = 0 < self.heartbeat.limit <= deadline
         self._wait(key, leader, what, deadline + _WATCHDOG_SECONDS if watched else deadline)
         received = json.loads(self.asked(partial(self.store.get, key)))
@@ -158,30 +164,31 @@ class World:
             self.asked(self.raise_peer_failure)
         raise PeerError(
             f"rank {leader} did not finish ({what}) within {deadline:g} s",
-            "raise the stage's `deadline`, or look at what that rank does",
+            "raise the stage's `deadline`, or check what that rank is doing",
         )
 
     def stop_wanted(self) -> bool:
-        """Tells whether this rank was asked to stop: by a signal, or by its watcher (the file STOP)."""
+        """Tells whether this rank was asked to stop, by a signal or by its watcher (which sees the file STOP)."""
         if not self.stop.requested and self.heartbeat.stop_reason:
             self.stop.ask(self.heartbeat.stop_reason)
         return self.stop.requested
 
     def stop_agreed(self) -> bool:
-        """Tells whether any rank was asked to stop. Collective; for rare occasions."""
+        """Tells whether any rank was asked to stop. Collective; a training step carries the flag in its reduction."""
         wanted = torch.full((1,), float(self.stop_wanted()), device=self.device)
         return bool(self.all_reduce(wanted, "max"))
 
     def asked(self, question: Callable[[], T], seconds: float | None = None) -> T:
-        """Asks the store in a thread, and returns its answer.
+        """Calls `question`, which reads the store, in a thread, and returns its result.
 
-        Where the store's node is gone without a word, torch's client waits as long as TCP allows, whatever its timeout.
+        If the store's node vanishes without closing the connection, torch's client ignores its timeout and waits for
+        TCP's, which can take many minutes.
 
         Args:
-            seconds: how long to wait for an answer; None: `timeout`.
+            seconds: limit of the wait; None: `timeout`.
 
         Raises:
-            PeerError: no answer came. The store is then given up: nothing more is asked.
+            PeerError: no answer in time. `store` is then set to None, so later calls do not wait again.
         """
         answers: Queue[Future[T]] = Queue()
         Thread(target=lambda: answers.put(_outcome(question)), daemon=True).start()
@@ -195,31 +202,34 @@ class World:
             ) from None
 
     def barrier(self, what: str) -> None:
-        """Waits until every rank is here."""
+        """Waits until every rank has called it."""
         if self.world_size > 1:
             self.all_reduce(torch.zeros(1, device=self.device), "sum")
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
 
     def report_failure(self, error: BaseException) -> None:
-        """Tells the other ranks why this one ends; the first report counts. Never raises: the error matters more."""
+        """Tells the other ranks why this one fails; only the first report is kept.
+
+        Ignores errors of the store, so that the original error stays visible.
+        """
         if self.store is None:
             return
         try:
             if self.store.add(f"{self.nonce}/failures", 1) == 1:
                 self.store.set(f"{self.nonce}/failure", json.dumps({"rank": self.rank, "error": _in_a_line(error)}))
         except RuntimeError:
-            return  # the store died with the rank or agent that held it
+            return  # the process that hosts the store has ended
 
     def peer_failure(self) -> dict[str, Any] | None:
-        """Returns the first failure that another rank reported: its "rank" and "error"."""
+        """Returns the first reported failure, {"rank", "error"}; None if there is none or it is this rank's own."""
         if self.store is None:
             return None
         try:
             if self.store.check([f"{self.nonce}/failure"]):
                 report: dict[str, Any] = json.loads(self.store.get(f"{self.nonce}/failure"))
                 return report if report["rank"] != self.rank else None
-        except RuntimeError:  # as above
+        except RuntimeError:  # the process that hosts the store has ended
             return None
         return None
 
@@ -229,7 +239,7 @@ class World:
             raise PeerError(f"rank {failure['rank']} failed: {failure['error']}")
 
     def take_leave(self) -> None:
-        """Uses the store for the last time: rank 0, where its process holds it, waits until the others have read it."""
+        """Signs off from the store. If rank 0 hosts it, rank 0 waits until the other ranks have signed off."""
         if self.store is None:
             return
         try:
@@ -240,15 +250,15 @@ class World:
                     if self.store.add(f"{self.nonce}/gone", 0) >= self.world_size - 1:
                         return
         except RuntimeError:
-            return  # as above
+            return  # the process that hosts the store has ended
 
 
 def _outcome(question: Callable[[], T]) -> Future[T]:
-    """Returns the question's answer, or the error that it raised."""
+    """Returns a future with the result of `question`, or with the error it raised."""
     outcome: Future[T] = Future()
     try:
         outcome.set_result(question())
-    except BaseException as error:  # raised where the answer is taken
+    except BaseException as error:  # raised in the thread that reads the future
         outcome.set_exception(error)
     return outcome
 
@@ -260,7 +270,7 @@ def _in_a_line(error: BaseException) -> str:
 
 
 def resolve_threads(requested: int | Literal["auto"], world: World) -> int:
-    """Returns the threads of each rank: as requested, or its share of the node's cores."""
+    """Returns the number of CPU threads of this rank; `auto`: its share of the node's cores."""
     if requested != "auto":
         return requested
     return world.share_of_cores()

@@ -1,4 +1,4 @@
-"""Two ranks on this machine, gloo between them, as training would start them; and how fast they add."""
+"""Tests an all-reduce of two ranks on this machine with gloo, and its speed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check(subject: Subject) -> Iterator[Line]:
 
 
 def _of_no_launcher(environ: Mapping[str, str]) -> dict[str, str]:
-    """Without the variables by which torch would look for another store, that of torchrun's agent."""
+    """Removes the variables by which torch would look for the store of a torchrun agent."""
     return {name: value for name, value in environ.items() if not name.startswith("TORCHELASTIC_")}
 
 

@@ -1,4 +1,4 @@
-"""What a check is given, and what it says: lines that are good, a warning or bad, the last two with what to type."""
+"""A check's input and output: lines that are good, a warning or bad; the last two say what to type."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Level = Literal["good", "warning", "bad"]
 
 @dataclass(frozen=True)
 class Line:
-    """`exit_code`: of a bad line; EXIT_CONFIG where the configuration or the environment's variables are what is wrong."""
+    """A line of a check. `exit_code` of a bad one: EXIT_CONFIG for a wrong configuration or environment."""
 
     level: Level
     text: str
@@ -35,11 +35,11 @@ def bad(text: str, hint: str, exit_code: int = EXIT_FAILED) -> Line:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is looked at besides the machine.
+    """Settings of the configuration that checks look at.
 
     Attributes:
-        run_dir: where the run would write.
-        wanted: the backend and the formats that the configuration asks for: what is otherwise a warning is bad for these.
+        run_dir: the run directory.
+        wanted: backend, formats and trackers of the configuration: it is bad, not a warning, where they fail.
         device: run.device.
     """
 
@@ -48,7 +48,7 @@ class Subject:
     device: str = "auto"
 
     def lacking(self, name: str, text: str, hint: str) -> Line:
-        """A warning, or a bad line where the configuration asks for `name`."""
+        """Returns a warning, or a bad line where the configuration asks for `name`."""
         return bad(text, hint) if name in self.wanted else warning(text, hint)
 
 
@@ -58,7 +58,7 @@ class Section:
     lines: tuple[Line, ...]
 
     def text(self) -> str:
-        """Plain text, to paste into a message."""
+        """Returns plain text, to paste into a message."""
         rows = [self.name]
         for line in self.lines:
             first, *more = line.text.splitlines() or [""]
@@ -68,7 +68,7 @@ class Section:
 
 
 def exit_code(sections: Iterable[Section]) -> int:
-    """The worst line's: EXIT_CONFIG is worse than EXIT_FAILED, as running again helps less."""
+    """Returns the worst line's exit code: EXIT_CONFIG before EXIT_FAILED, as running again does not help."""
     return max((line.exit_code for section in sections for line in section.lines), default=EXIT_DONE)
 
 

@@ -1,4 +1,4 @@
-"""All checks in the order in which they are shown, and how one is run: in a process of its own, with a deadline."""
+"""All checks in the order of their output; each runs in a process of its own, with a deadline."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from dist_train.doctor.base import Line, Section, Subject, bad
 
 @dataclass(frozen=True)
 class Check:
-    """
+    """A check of one section.
+
     Attributes:
-        name: as in "NAME did not answer".
+        name: its name in messages.
         function: "module:function"; it takes a Subject and returns Lines.
         deadline: seconds.
-        alone: measures a time, so nothing else runs meanwhile.
+        alone: True where it measures a time, and no other check may run meanwhile.
     """
 
     section: str
@@ -58,7 +59,7 @@ _AT_ONCE = 4
 
 
 async def examine(subject: Subject, names: Collection[str] = SECTIONS) -> AsyncIterator[Section]:
-    """The sections of these names, each as soon as it and those before it are done."""
+    """Yields the sections of these names in order, each as soon as its checks are done."""
     chosen = [check for check in CHECKS if check.section in names]
     found: dict[str, list[Line]] = {}
     for check in chosen:
@@ -86,7 +87,7 @@ async def examine(subject: Subject, names: Collection[str] = SECTIONS) -> AsyncI
 
 
 async def run(check: Check, subject: Subject) -> list[Line]:
-    """What the check says; a bad line where it crashes, or does not answer in time. Nothing that it started is left."""
+    """Runs a check and returns its lines; a bad line where it crashes or is late. Ends all that it started."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", f"{_HERE}.child", check.function, json.dumps(asdict(subject))),
         stdin=asyncio.subprocess.DEVNULL,

@@ -1,6 +1,6 @@
-"""One check in a process of its own: `python -m dist_train.doctor.child MODULE:FUNCTION [SUBJECT]` prints its lines as JSON.
+"""Runs one check: `python -m dist_train.doctor.child MODULE:FUNCTION [SUBJECT]` prints its lines as JSON.
 
-What libraries print goes to stderr, so that the answer stands alone.
+Output of libraries goes to stderr, so that stdout holds the JSON alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main(function: str, subject: str = "{}") -> None:
         lines = resolve(function)(Subject(**given | {"wanted": tuple(given.get("wanted", ()))}))
         json.dump([asdict(line) for line in lines], answer)
     sys.stderr.flush()
-    os._exit(0)  # libraries that crash in their own clean-up have nothing more to say
+    os._exit(0)  # libraries that crash in their own clean-up change nothing
 
 
 if __name__ == "__main__":

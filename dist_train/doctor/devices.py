@@ -1,4 +1,4 @@
-"""What ranks would compute on."""
+"""Checks the devices of the ranks: CPU and GPUs."""
 
 from __future__ import annotations
 

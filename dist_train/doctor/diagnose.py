@@ -1,4 +1,4 @@
-"""The whole diagnosis: the configuration if one was given, the checks, and their lines as text or JSON."""
+"""Runs the diagnosis: the configuration if one is given, then the checks; prints text or JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def diagnose(words: Sequence[str], names: Sequence[str], as_json: bool) -> int:
 
     Args:
         words: a configuration and its options, or nothing.
-        names: of the sections; see `checks.SECTIONS`.
+        names: names of sections, of `checks.SECTIONS`.
     """
     subject, sections = Subject(), []
     if words:

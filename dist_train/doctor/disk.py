@@ -1,4 +1,4 @@
-"""The disk under the run directory: is there room, may we write, and how long does a checkpoint wait for fsync?"""
+"""Checks the disk under the run directory: free space, permission, and the time of an fsync."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check(subject: Subject) -> Iterator[Line]:
 
 
 def _fsync_seconds(folder: Path) -> list[float]:
-    """Of 64 KiB each time."""
+    """Times the fsync of 64 KiB, several times."""
     found = []
     with tempfile.TemporaryFile(dir=folder) as file:
         for _ in range(_ROUNDS):

@@ -1,4 +1,4 @@
-"""What the int8 model can become here, each tried on a tiny one, and asked."""
+"""Tests each export format here: lowers a tiny int8 model, and compares its outputs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_inductor(subject: Subject) -> Iterator[Line]:
         yield subject.lacking("inductor", text, "apt-get install g++, or name one in CXX; openvino needs none")
         return
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # what was compiled before would not try the compiler
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # a cached result would not test the compiler
         yield _tried(
             subject,
             "inductor",
@@ -66,7 +66,7 @@ def _written(subject: Subject, name: str) -> Line:
 
 
 def _tried(subject: Subject, name: str, lower: Callable[[Model], tuple[str, Call]]) -> Line:
-    """`lower` gives the runtime's name, and the model in it."""
+    """Compares a tiny int8 model with its lowered form. `lower` returns the runtime's name, and the model in it."""
     from dist_train.lowering import LoweringUnavailable
 
     hint = "report this with the versions above; the other formats do not depend on it"

@@ -1,4 +1,4 @@
-"""What the system allows: shared memory, limits, cores."""
+"""Checks the limits of the system: shared memory, open files, cores."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _cores() -> Line:
 
 
 def cgroup_cores(root: Path) -> float | None:
-    """The CPU quota of a container in cores, from version 2 of the interface or version 1; None where there is none."""
+    """Returns the CPU quota of a container in cores, from cgroup version 2 or 1; None without a quota."""
     try:
         quota, period = (root / "cpu.max").read_text().split()
     except (OSError, ValueError):
@@ -70,7 +70,7 @@ def _limit(value: int) -> str:
 
 
 def _sizes(path: Path) -> tuple[int, int]:
-    """Bytes in all, and those free for us."""
+    """Returns all bytes of a file system, and the bytes free for us."""
     status = os.statvfs(path)
     return status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize
 

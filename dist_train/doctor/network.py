@@ -1,4 +1,4 @@
-"""Interfaces, the host name, and ports: what ranks need to find each other."""
+"""Checks how ranks would find each other: interfaces, host name, ports."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_host_name(subject: Subject) -> Iterator[Line]:
         return
     text = f"the host name, {name}, resolves to {', '.join(addresses)}"
     if not any(is_local(address) for address in addresses):
-        text += ", which is none of this machine's: gloo takes the loopback address"
+        text += ", which this machine does not have: gloo takes the loopback address"
     elif is_loopback(next(address for address in addresses if is_local(address))):
         text += ": right for ranks on one machine, not for several"
     else:

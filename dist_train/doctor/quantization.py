@@ -1,4 +1,4 @@
-"""The quantization backends, each tried: prepare, one pass, convert, and the integer model asked."""
+"""Tests each quantization backend on a tiny model: prepares, runs, converts, and compares the outputs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _tried(subject: Subject, name: str, build: Callable[[], QuantizationBackend]
 
 
 def quantize(backend: QuantizationBackend, model: nn.Module) -> tuple[nn.Module, Tensor]:
-    """The converted model, and what the prepared one said of `images()`."""
+    """Returns the converted model, and the prepared one's outputs for `images()`."""
     import torch
 
     from dist_train.quantization.ranges import Ranges
@@ -76,7 +76,7 @@ def quantize(backend: QuantizationBackend, model: nn.Module) -> tuple[nn.Module,
 
 
 def tiny_net() -> nn.Module:
-    """A convolution with BatchNorm and ReLU, and a linear layer of 4 outputs; seeded, in eval mode."""
+    """Returns a convolution with BatchNorm and ReLU, and a linear layer of 4 outputs; seeded, in eval mode."""
     import torch
     from torch import nn
 
@@ -93,14 +93,14 @@ def tiny_net() -> nn.Module:
 
 
 def images() -> Tensor:
-    """float32 [16, *SHAPE] in [0, 1), the same at each call."""
+    """Returns float32 [16, *SHAPE] in [0, 1), the same at each call."""
     import torch
 
     return torch.rand(16, *SHAPE, generator=torch.Generator().manual_seed(1))
 
 
 def _with_stubs() -> nn.Module:
-    """The same net as the eager backend wants it."""
+    """Returns the same net with the stubs that the eager backend needs."""
     from torch import nn
     from torch.ao.quantization import DeQuantStub, QuantStub, fuse_modules, fuse_modules_qat
 

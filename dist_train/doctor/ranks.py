@@ -1,4 +1,4 @@
-"""The rank plan that this environment gives, what decided it, and what contradicts it."""
+"""Checks the ranks that this environment gives: the plan, its variables, and their contradictions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dist_train.distributed.preflight import hosts_store
 from dist_train.doctor.base import Line, Subject, bad, good, warning
 from dist_train.errors import EXIT_CONFIG, SetupError
 
-# Only what stands here is printed: an environment holds secrets.
+# Only these are printed, as an environment holds secrets.
 _DECISIVE = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     "slurm": (
@@ -57,7 +57,7 @@ def _decisive(environ: Mapping[str, str], source: str) -> Iterator[Line]:
     if found:
         yield good(f"decided by {', '.join(found)}")
     if source == "single" and "SLURM_JOB_ID" in environ:
-        yield good("SLURM_JOB_ID is set, but this is no step of srun: it starts ranks, this shell is none")
+        yield good("SLURM_JOB_ID is set, but this shell is no rank: srun starts ranks")
     if source == "torchrun" and "SLURM_PROCID" in environ:
         yield good("the variables of Slurm's step are not used: RANK and WORLD_SIZE come first")
 

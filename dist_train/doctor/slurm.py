@@ -1,4 +1,4 @@
-"""Slurm, where this machine has its programs: the version and the partitions."""
+"""Checks Slurm, where its programs are installed: the version and the partitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The versions of what matters, and which of them do not go together."""
+"""Checks the versions of the libraries, and which of them do not go together."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from dist_train.doctor.base import Line, Subject, bad, good, warning
+from dist_train.errors import first_line
 
 _NEEDED = ("torch", "torchvision", "torchao", "accelerate", "wandb", "pydantic", "safetensors", "torchmetrics")
-# With the extra that brings each.
+# Library -> extra of dist-train that installs it.
 _OPTIONAL = {
     "onnx": "onnx",
     "onnxscript": "onnx",
@@ -62,7 +63,7 @@ def installed_versions(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def _own_requirements() -> list[str]:
-    """None where this is a checkout that was not installed."""
+    """Returns the requirements of dist-train; [] for a checkout that was not installed."""
     try:
         return requires("dist-train") or []
     except PackageNotFoundError:
@@ -70,10 +71,10 @@ def _own_requirements() -> list[str]:
 
 
 def unmet(declared: Mapping[str, list[str]], installed: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """(who needs, what, the version found) for each pair of installed packages that do not go together.
+    """Yields (owner, requirement, installed version) for each requirement that an installed package does not meet.
 
     Args:
-        declared: the requirements of each package, as its metadata gives them; extras count where they are installed.
+        declared: the requirements of each package, from its metadata; of extras, only dist-train's count.
     """
     from packaging.requirements import Requirement
 
@@ -94,7 +95,7 @@ def unmet(declared: Mapping[str, list[str]], installed: Mapping[str, str]) -> It
 
 
 def _tested(installed: Mapping[str, str]) -> Iterator[Line]:
-    """Quantization rests on private parts of these two, and refuses versions that were not tried."""
+    """Compares torch and torchao with the versions that were tried: quantization uses private parts of both."""
     if not {"torch", "torchao"} <= installed.keys():
         return
     from dist_train.quantization.versions import TESTED
@@ -106,7 +107,7 @@ def _tested(installed: Mapping[str, str]) -> Iterator[Line]:
 
 
 def _operators_of_torchvision(installed: Mapping[str, str]) -> Iterator[Line]:
-    """A torchvision that was compiled for another torch imports late, or not at all (a CPU torch with PyPI's torchvision)."""
+    """Calls an operator of torchvision: one compiled for another torch fails (PyPI's torchvision with a CPU torch)."""
     import torch
 
     pair = f"torch {installed['torch']} and torchvision {installed['torchvision']}"
@@ -115,7 +116,9 @@ def _operators_of_torchvision(installed: Mapping[str, str]) -> Iterator[Line]:
         boxes, scores = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1)
         torch.ops.torchvision.nms(boxes, scores, 0.5)
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        first = str(error).partition("\n")[0]
-        yield bad(f"{pair} do not go together: {first}", "pip install --upgrade torch torchvision, both from one index")
+        yield bad(
+            f"{pair} do not go together: {first_line(error)}",
+            "pip install --upgrade torch torchvision, both from one index",
+        )
         return
     yield good(f"{pair} go together")

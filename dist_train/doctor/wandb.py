@@ -1,4 +1,4 @@
-"""What `trackers: [wandb]` would do here. Whether there is a key is told, never the key."""
+"""Checks what `trackers: [wandb]` would do here; tells that there is a key, and never the key."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Uses a finished run: opens, evaluates, exports it, and predicts with it."""
+"""Uses a finished run: opens, evaluates and exports it, and predicts with it."""

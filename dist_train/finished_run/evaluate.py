@@ -1,4 +1,4 @@
-"""Evaluates the models of a finished run, or of an artifact, on the run's data or on other data, on any number of ranks."""
+"""Evaluates models of a finished run or an artifact, on the run's data or other data, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from dist_train.training.evaluate import evaluate
 def evaluate_run(
     run_dir: Path, model: str | None = None, overrides: Sequence[str] = (), as_json: bool = False
 ) -> dict[str, Any]:
-    """Evaluates on all ranks; writes nothing.
+    """Evaluates models on all ranks; writes no files.
 
     run_dir: the run that gives the settings: model, task and data.
-    model: fp32, half, int8, or the path of an artifact or of a model's file in one; None: all that the run has.
-    overrides: of the section `data`, as on the command line: `["--data.name", "digits"]`. Images are normalised by the
-        mean and deviation of the data that the model was trained on.
+    model: fp32, half, int8, or the path of an artifact or of a model's file in one; None: all models of the run.
+    overrides: settings of the section `data`, as on the command line: `["--data.name", "digits"]`. Images are
+        normalised by mean and standard deviation of the training data.
     as_json: rank 0 prints the results as JSON instead of a table.
 
     Raises:
-        RunDirError: there is no run, or it has not got that model.
+        RunDirError: there is no run, or it does not have that model.
         DataError: the model does not fit the data.
     """
     run = reopen(run_dir, overrides)
@@ -69,12 +69,12 @@ def _of_run(run: FinishedRun) -> list[str]:
 
 
 def _evaluate(name: str, run: FinishedRun, context: Context) -> tuple[str, dict[str, Any]]:
-    """Returns the name to show, and the metrics."""
+    """Returns the model's name in the results, and its metrics."""
     if name == "int8" and "convert" in run.stages:
         return name, evaluate_int8(as_trained(context, run.described, whole_shape=True), _int8(run)).metrics
     if name in ("fp32", "half", run.half):
         if name != "fp32" and run.half is None:
-            raise RunDirError(f"{run.paths.path} has no half model", "run it with half among its stages")
+            raise RunDirError(f"{run.paths.path} has no half model", "run it with `half` among its stages")
         context = as_trained(context, run.described, whole_shape=False)
         run.load_float(context.model)
         if name == "fp32":
@@ -84,15 +84,15 @@ def _evaluate(name: str, run: FinishedRun, context: Context) -> tuple[str, dict[
         return run.half, evaluate(half, context.data.evaluation_batches(), context.task, context.world).metrics
     if name == "int8" or not Path(name).exists():
         raise RunDirError(
-            f"{run.paths.path} has no model {name!r}, and there is no such file",
-            f"one of: {', '.join(_of_run(run))}; or the path of an artifact",
+            f"{run.paths.path} has no model {name!r}, and there is no file of that name",
+            f"choose one of {', '.join(_of_run(run))}; or give the path of an artifact",
         )
     call, manifest = load_artifact(name)
     return name, evaluate_int8(as_trained(context, described_by(manifest), whole_shape=True), call).metrics
 
 
 def _int8(run: FinishedRun) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Opens the exported int8 model, else the converted one."""
+    """Opens the exported int8 model; if there is none, the converted program."""
     if run.paths.export.is_dir() and "int8" in verify_artifact(run.paths.export)["models"]:
         return load_artifact(run.paths.export, "int8")[0]
     return open_program(run.int8_program())

@@ -1,6 +1,6 @@
 """Exports further models and formats of a finished run, from its config.yaml and checkpoints.
 
-The run's evaluation set judges formats of int8; the rest needs no data.
+Only formats of int8 need data: they are checked on the run's evaluation set.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from dist_train.artifact.bundle import Bundle, chosen_models
 from dist_train.artifact.deployable import Deployable, deploy_float, deploy_half, deploy_int8
 from dist_train.artifact.export import Exported, ExportJob, export_models
 from dist_train.artifact.store import read_artifact
-from dist_train.config.stages import simulated_bits
 from dist_train.distributed.process_group import join
 from dist_train.errors import ConfigError, DataError, GateError, RunDirError
 from dist_train.finished_run.open import FinishedRun, as_trained, reopen
-from dist_train.lowering.comparison import Candidate
+from dist_train.lowering.base import Reference
 from dist_train.models.build import build_model
 from dist_train.pipeline.set_up import open_session
 from dist_train.run_dir.files import read_json, replace_json
@@ -33,28 +32,28 @@ _PROBE_ROWS = 16
 
 
 def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | None = None) -> list[str]:
-    """Adds a model in these formats to the run's `export/`; returns a line for the user for each thing written.
+    """Adds a model in these formats to the run's `export/`; returns a line to print for each file written.
 
-    It needs not the run's device, and the data for formats of int8 alone. The older artifact is replaced whole.
+    It does not need the run's device, and needs the data for formats of int8 only. The older artifact is replaced as a
+    whole.
 
     Args:
         formats: pt2 (the program itself, TorchScript for some backends), onnx, openvino, executorch; auto: the fastest
-            here, of those installed, by the table that goes into the run's results.json.
-        model: fp32, half or int8; None: the artifact's default, or int8, half, fp32, whichever the run has first.
+            of the installed ones on this machine, by the table that is added to results.json.
+        model: fp32, half or int8; None: the artifact's default, else the first of int8, half, fp32 that the run has.
 
     Raises:
-        RunDirError: there is no such run, or it has not got that model.
-        ArtifactError: the model and the format do not go together, or what was written answers differently.
-        GateError: int8 decides otherwise in a format's runtime; or a program or a file answers differently in a fresh
-            process.
-        DataError: the evaluation set by which a format of int8 is judged is not here.
+        RunDirError: there is no such run, or it does not have that model.
+        ArtifactError: the format does not support the model, or the written file gives other outputs.
+        GateError: int8 disagrees in a format's runtime; or a program or file gives other outputs in a fresh process.
+        DataError: the evaluation set, which checks formats of int8, cannot be read.
         SetupError: a package is missing.
     """
     run = reopen(run_dir)
     wanted = [each for each in dict.fromkeys(formats) if each != "pt2"]
     for each in wanted:
         if each != "auto":
-            registry.export_formats.get(each)  # a missing package is found before anything is made
+            registry.export_formats.get(each)  # reports a missing package before any work is done
     torch.set_num_threads(run.threads)
     folder, settings = run.paths.export, run.config
     kept, files = read_artifact(folder) if folder.is_dir() else ({}, {})
@@ -62,7 +61,7 @@ def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | No
     converted = Converted.of(run.product("convert")) if "convert" in run.stages else None
     float_model = _float_model(run) if name != "int8" or "auto" in wanted else None
     deployable, probe = _deployable(run, name, converted, float_model)
-    if name == "int8" and wanted and deployable.candidate.source is not None and not deployable.simulated_bits:
+    if name == "int8" and wanted and deployable.source is not None and not deployable.simulated_bits:
         deployable = _judged(run, deployable)
     lines: list[str] = []
     task: Task = registry.tasks.get(settings.task.name)(run.described["num_outputs"], settings.task.args)
@@ -81,20 +80,20 @@ def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | No
         threads=run.threads,
         say=lines.append,
     )
-    candidates = {} if float_model is None else {"fp32": Candidate(float_model, float_model)}
+    references = {} if float_model is None else {"fp32": Reference(call=float_model, source=float_model)}
     bundle = Bundle(kept.get("default", name), kept.get("models"), files)
-    exported = export_models(job, bundle, {name: deployable}, {**candidates, name: deployable.candidate})
+    exported = export_models(job, bundle, {name: deployable}, {**references, name: deployable})
     try:
         for gate in exported.gates:
             gate.require()
     except GateError as error:
-        raise GateError(error.message, f"{error.hint}; {folder} is as it was") from None
+        raise GateError(error.message, f"{error.hint}; {folder} is unchanged") from None
     _record(run, name, exported)
     return [f"{name}: {bundle.models[name]['file']}", *lines]
 
 
 def _judged(run: FinishedRun, deployable: Deployable) -> Deployable:
-    """Returns the int8 model with the decisions by which its formats are judged, of the run's evaluation set.
+    """Returns the int8 model with its decisions on the run's evaluation set, which its formats must match.
 
     Raises:
         DataError: the evaluation set cannot be read here.
@@ -105,15 +104,15 @@ def _judged(run: FinishedRun, deployable: Deployable) -> Deployable:
             context = session.build()
         except (ConfigError, DataError) as error:
             raise DataError(
-                f"formats of int8 are judged by the run's evaluation set, which cannot be read here: {error.message}",
-                error.hint or "export them where the data is; or --model fp32",
+                f"formats of int8 are checked on the run's evaluation set, which cannot be read here: {error.message}",
+                error.hint or "export them on a machine with the data; or --model fp32",
             ) from error
         context = as_trained(context, run.described, whole_shape=True)
         return dataclasses.replace(deployable, decisions=format_decisions(context, deployable))
 
 
 def _record(run: FinishedRun, name: str, exported: Exported) -> None:
-    """Adds the gates of formats and the tables of `auto` to the run's results.json."""
+    """Adds the gates of the formats and the tables of `auto` to the run's results.json."""
     results = read_json(run.paths.results)
     for model, table in exported.runtimes.items():
         results["models"].setdefault(model, {})["runtimes"] = table
@@ -135,10 +134,10 @@ def _name(run: FinishedRun, wanted: str | None) -> str:
 def _deployable(
     run: FinishedRun, name: str, converted: Converted | None, float_model: nn.Module | None
 ) -> tuple[Deployable, torch.Tensor]:
-    """Returns the model and its probe: that of the conversion, else drawn, as the data may be elsewhere."""
+    """Returns the model and its probe inputs: of the conversion for int8, else drawn, as the data may be missing."""
     if name == "int8":
         assert converted is not None
-        bits = simulated_bits(run.config.qat.rules)
+        bits = run.config.qat.simulated_bits
         return deploy_int8(converted.program, converted.probe["outputs"], bits), converted.probe["inputs"]
     assert float_model is not None
     generator = torch.Generator().manual_seed(run.config.run.seed)

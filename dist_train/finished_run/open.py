@@ -1,4 +1,4 @@
-"""Opens a run on the disk: its settings, and the products of its finished stages."""
+"""Opens a run directory: the settings, and the products of finished stages."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from dist_train.stages.context import Context
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run on the disk.
+    """A run read from its directory.
 
     Attributes:
-        paths: of the run.
-        config: its settings, without what only its start needed (weights, trackers).
-        described: its data, as `describe_data` says.
-        results: as of its newest checkpoint.
-        stages: finished stage -> name of its checkpoint.
+        paths: paths of the run directory.
+        config: settings of the run, without the ones that only its start needed (weights, trackers).
+        described: description of its data, by `describe_data`.
+        results: results in its newest checkpoint.
+        stages: maps each finished stage to the name of its checkpoint.
     """
 
     paths: RunDir
@@ -42,47 +42,47 @@ class FinishedRun:
     stages: dict[str, str]
 
     def product(self, stage: str) -> dict[str, Any]:
-        """Loads what a finished stage returned."""
+        """Loads the product of a finished stage."""
         product: dict[str, Any] = CheckpointFolder(self.paths.checkpoints).load(self.stages[stage])["payload"]
         return product
 
     @property
     def half(self) -> Dtype | None:
-        """The dtype of the half model, None where the run has none."""
+        """Dtype of the half model; None if the run has none."""
         dtype: Dtype | None = self.product("half")["dtype"] if "half" in self.stages else None
         return dtype
 
     @property
     def threads(self) -> int:
-        """CPU threads of each rank."""
+        """Number of CPU threads of each rank."""
         recorded: int = read_json(self.paths.environment)["threads_per_rank"]
         return recorded
 
     @property
     def precision(self) -> Precision | None:
-        """The precision of its forward, None where the run did not record it."""
+        """Precision of the run; None if it was not recorded."""
         recorded: Precision | None = read_json(self.paths.environment).get("precision")
         return recorded
 
     def load_float(self, model: nn.Module) -> None:
-        """Loads the trained weights into `model`, where the run trained any, and puts it into eval mode."""
+        """Loads the trained weights into `model`, if the run trained any, and sets eval mode."""
         if "train" in self.stages:
             model.load_state_dict(self.product("train")["model"])
         model.eval()
 
     def int8_program(self) -> Program:
-        """The converted program."""
+        """Loads the converted program."""
         return Program(**self.product("convert")["program"])
 
 
 def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> FinishedRun:
-    """Opens a run that has a model; reads only.
+    """Opens a run that has a model; writes nothing.
 
-    overrides: as on the command line; `--data.name` of another dataset drops the recorded `args` and `root`.
+    overrides: options as on the command line; `--data.name` drops the recorded `data.args` and `data.root`.
 
     Raises:
-        RunDirError: there is no run, it has no trained model yet, or it does not fit this version.
-        ConfigError: mistakes in the overrides, or data that is not there.
+        RunDirError: there is no run, it has no trained model yet, or this version cannot read it.
+        ConfigError: the overrides have mistakes, or data is missing.
     """
     paths = RunDir(Path(run_dir))
     recorded = recorded_config(paths)
@@ -93,7 +93,7 @@ def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> FinishedRun:
         raise RunDirError(
             f"{run_dir} has no trained model yet", "finish the run first: the same dist-train run command resumes it"
         )
-    # What only the run itself needs must not stand in the way on another machine.
+    # Settings that only the run itself needs must not cause errors on another machine.
     settled = ["--trackers", "[]", "--export.formats", "[pt2]"]
     if "train" in finished:
         settled += ["--model.weights", "null", "--model.init_from", "null"]
@@ -109,8 +109,8 @@ def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> FinishedRun:
         if not unknown:
             raise
         raise RunDirError(
-            f"{paths.config} does not fit this version or what is registered: {unknown[0].message}",
-            "where the run used code of yours: --import MODULE",
+            f"{paths.config} does not fit this version or the registered names: {unknown[0].message}",
+            "if the run used your own code, add --import MODULE",
         ) from error
     return FinishedRun(paths, config, newest["described"], newest["results"], finished)
 
@@ -120,7 +120,7 @@ def _dropped(key: str) -> tuple[str, str]:
 
 
 def described_by(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads from a manifest what `describe_data` says of the data."""
+    """Returns the data's description, as `describe_data` makes it, from an artifact's manifest."""
     return {
         "input_shape": manifest["input"]["shape"][1:],
         "resize": manifest["input"].get("resize"),
@@ -132,12 +132,12 @@ def described_by(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_trained(context: Context, described: Mapping[str, Any], whole_shape: bool) -> Context:
-    """Returns the context with its data normalised by the mean and deviation of what the model was trained on.
+    """Returns the context with its data normalised by mean and standard deviation of the model's training data.
 
-    whole_shape: the model takes images of one height and width only, as an exported one does.
+    whole_shape: True if the model takes images of one height and width only, like an exported model.
 
     Raises:
-        DataError: the images or classes are of another kind than the model's.
+        DataError: the images' shape or the number of classes does not fit the model.
     """
     splits = context.data.splits
     shape, known = list(splits.input_shape), list(described["input_shape"])
@@ -149,7 +149,7 @@ def as_trained(context: Context, described: Mapping[str, Any], whole_shape: bool
     outputs = splits.num_outputs
     if described["num_outputs"] not in (None, outputs):
         raise DataError(
-            f"the model has {described['num_outputs']} outputs, but the data asks for {outputs}",
+            f"the model has {described['num_outputs']} outputs, but the data needs {outputs}",
             "give data of the same classes, in the same order",
         )
     splits = dataclasses.replace(splits, mean=tuple(described["mean"]), std=tuple(described["std"]))

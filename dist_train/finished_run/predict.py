@@ -1,4 +1,4 @@
-"""Predictions of an artifact's model for image files."""
+"""Predicts image files with an artifact's model."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from torchvision.transforms.v2 import functional as transforms
 
 from dist_train.artifact.load import load_artifact
 from dist_train.data.augment.steps import Augmentation
-from dist_train.errors import ArtifactError, DataError, UsageError
+from dist_train.errors import ArtifactError, DataError, UsageError, first_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
-"""What is taken from a folder; a file that is named is read whatever its suffix."""
+"""Suffixes of the images read from a folder. A file given by name is read with any suffix."""
 _MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB, 4: ImageReadMode.RGB_ALPHA}
 _BATCH = 32
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one file.
+    """The prediction for one file.
 
     Attributes:
-        outputs: float32, one row of the model's outputs; None where the file is no readable image.
-        error: why not.
+        outputs: float32, the model's outputs for the file; None if it is not a readable image.
+        error: the reason if `outputs` is None, else "".
     """
 
     file: str
@@ -42,7 +42,7 @@ class Prediction:
 
 
 def image_files(arguments: Sequence[str]) -> list[str]:
-    """The files that were named: themselves, the images in a folder and below it (by suffix), or what a pattern matches.
+    """Returns the image files that the arguments name: files, folders (searched recursively) or glob patterns.
 
     Raises:
         DataError: a name or pattern matches nothing.
@@ -62,10 +62,11 @@ def image_files(arguments: Sequence[str]) -> list[str]:
 
 
 def read_image(file: str, shape: Sequence[int], resize: int | None) -> Tensor:
-    """The image as a model of this input shape takes it: uint8 [C, H, W], turned upright as its EXIF data says.
+    """Reads an image as uint8 [C, H, W], turned upright by its EXIF data, in the model's input shape.
 
     shape: (C, H, W), with C of 1 (gray), 3 (RGB) or 4 (RGB and alpha).
-    resize: length that the shorter edge gets before the centre is cut out; None: the image is made H x W, whatever its own shape.
+    resize: length in pixels that the shorter edge is scaled to before the centre crop; None: the image is scaled to
+        H x W, without keeping its aspect ratio.
 
     Raises:
         DataError: the file cannot be read or decoded.
@@ -74,8 +75,9 @@ def read_image(file: str, shape: Sequence[int], resize: int | None) -> Tensor:
     try:
         image = decode_image(file, mode=_MODES[channels], apply_exif_orientation=True)
     except (RuntimeError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{file} cannot be read as an image: {reason}", f"give {', '.join(SUFFIXES)} files") from error
+        raise DataError(
+            f"{file} cannot be read as an image: {first_line(error)}", f"give {', '.join(SUFFIXES)} files"
+        ) from error
     if tuple(image.shape[1:]) == (height, width):
         return image
     if resize is None:
@@ -84,17 +86,20 @@ def read_image(file: str, shape: Sequence[int], resize: int | None) -> Tensor:
 
 
 def predict(artifact: Path | str, files: Sequence[str], model: str | None = None) -> Iterator[Prediction]:
-    """The model's outputs for each file, in their order; a file that cannot be read gives its error and no outputs.
+    """Yields a prediction for each file, in order. A file that cannot be read gives an error instead of outputs.
 
-    artifact: an export directory, a run directory with one, or a model's file in it. model: as in `load_artifact`.
+    artifact: an export directory, a run directory with one, or a model's file in it.
+    model: name of the model, as in `load_artifact`.
 
     Raises:
-        ArtifactError: as `load_artifact` does, and where the model takes no images.
+        ArtifactError: the artifact cannot be loaded, or its model does not take images.
     """
     call, manifest = load_artifact(artifact, model)
     shape = manifest["input"]["shape"][1:]
     if len(shape) != 3 or shape[0] not in _MODES or manifest["normalization"] is None:
-        raise ArtifactError(f"the model takes {shape}, which is no image", "use dist_train.load_artifact in Python")
+        raise ArtifactError(
+            f"the model takes inputs of shape {shape}, not images", "use dist_train.load_artifact in Python"
+        )
     statistics = manifest["normalization"]
     normalize = Augmentation([], seed=0, mean=statistics["mean"], std=statistics["std"]).normalize
     remaining = iter(files)
@@ -112,7 +117,7 @@ def predict(artifact: Path | str, files: Sequence[str], model: str | None = None
 
 
 def rows(prediction: Prediction, classes: Sequence[str], top: int) -> list[dict[str, Any]]:
-    """The `top` classes of a classification, the likeliest first: {"class", "probability"} by softmax."""
+    """Returns the `top` likeliest classes, likeliest first: {"class", "probability"}, by softmax."""
     assert prediction.outputs is not None
     probabilities, places = prediction.outputs.float().softmax(0).topk(min(top, len(classes)))
     return [
@@ -122,9 +127,9 @@ def rows(prediction: Prediction, classes: Sequence[str], top: int) -> list[dict[
 
 
 def shown(prediction: Prediction, manifest: Mapping[str, Any], format: str, top: int) -> str:
-    """One file's prediction as text: lines of CSV (file, class, probability), or an object of JSON on one line.
+    """Formats one file's prediction: lines of CSV (file, class, probability), or a JSON object on one line.
 
-    A task that is not a classification gives its raw outputs, as JSON only.
+    For tasks other than classification it gives the raw outputs, as JSON.
     """
     assert prediction.outputs is not None
     if manifest["task"] != "classification":
@@ -139,7 +144,7 @@ def shown(prediction: Prediction, manifest: Mapping[str, Any], format: str, top:
 
 
 def require_format(manifest: Mapping[str, Any], format: str) -> None:
-    """Raises UsageError where the task's outputs are no table."""
+    """Raises UsageError for CSV if the task is not classification."""
     if format == "csv" and manifest["task"] != "classification":
         raise UsageError(
             f"csv is for classification, and the artifact's task is {manifest['task']}", "type --format json"

@@ -1,1 +1,1 @@
-"""Launchers: turn a Job into the command or the script that starts its ranks, with the standard library only."""
+"""Launchers: turn a Job into the command or the script that starts its ranks, without torch."""

@@ -1,7 +1,8 @@
-"""accelerate launch: the command, and the config file that makes it start more than one process.
+"""accelerate launch: the command, and a config file with which it starts more than one process.
 
-On CPUs it starts several only through torchrun, which it takes for `distributed_type: MULTI_GPU` alone; `MULTI_CPU`
-without mpirun, and `--cpu --num_processes 2`, start one (accelerate 1.15, commands/launch.py and utils/launch.py).
+On CPUs it starts several processes only through torchrun, and uses torchrun only for `distributed_type: MULTI_GPU`.
+`MULTI_CPU` without mpirun starts one process, and so does `--cpu --num_processes 2` (accelerate 1.15,
+commands/launch.py and utils/launch.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dist_train.launchers.job import Command, Job, environment
 
 
 def command(job: Job) -> Command:
-    """The command for this node, and the config file where the user has none."""
+    """Returns the command for this node, with a config file where the user gives none."""
     file = job.config_file or f"{job.logs}/accelerate.yaml"
     words = [
         *(job.python, "-m", "accelerate.commands.launch", "--config_file", file),
@@ -22,7 +23,7 @@ def command(job: Job) -> Command:
     if job.nodes[1] > 1:
         words += ["--machine_rank", str(job.node_rank), "--main_process_ip", job.endpoint]
     words += ["--main_process_port", str(port(job))]
-    # PET_*: torchrun's own variables, for what accelerate has no option for.
+    # PET_*: torchrun's own variables, as accelerate has no options for these.
     environ = environment(job, PET_LOCAL_RANKS_FILTER="0", PET_SHUTDOWN_TIMEOUT=str(job.shutdown_timeout))
     if job.config_file and processes(job) == 1:
         del environ[ASKED]  # the user's file says how many
@@ -33,7 +34,7 @@ def command(job: Job) -> Command:
 
 
 def config_file(job: Job) -> str:
-    """accelerate's YAML for the job: the same on all its nodes."""
+    """Returns accelerate's config file for the job as YAML: the same on all its nodes."""
     nodes = job.nodes[1]
     settings = {
         "compute_environment": "LOCAL_MACHINE",
@@ -55,7 +56,7 @@ def processes(job: Job) -> int:
 
 
 def port(job: Job) -> int:
-    """Where the ranks meet: as given; on one node a free one (0); on several from the id, which is the same on all."""
+    """Returns the given port; else 0 on one node, for a free one; else one derived from the id, equal on all nodes."""
     if job.port is not None or job.nodes[1] == 1:
         return job.port or 0
     return next(candidates(job.rdzv_id, ephemeral_range()))

@@ -1,4 +1,4 @@
-"""Waiting for an agent (torchrun's, accelerate's), also for one that waits in vain for a node that is gone."""
+"""Waits for an agent (torchrun's, accelerate's), and kills one that waits in vain for a lost node."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _POLL_SECONDS = 1.0
 
 
 def wait(agent: subprocess.Popen[bytes], patience: float) -> int:
-    """The agent's exit code.
+    """Waits for the agent to end, and returns its exit code.
 
-    An agent takes notice of a rank that ended within a second, unless it gives others their time after SIGTERM, or waits for an
-    answer of the rendezvous. Where that is on a node that is gone without a word, it is deaf to its own timeout and to SIGTERM
-    until the kernel gives the connection up, in about a quarter of an hour (seen with torch 2.14's TCPStore; tcp_retries2).
+    An agent notices the end of a rank within a second, unless it gives other ranks their time after SIGTERM, or waits
+    for the rendezvous. If that is on a node that was lost, the agent obeys neither its own timeout nor SIGTERM. That
+    lasts until the kernel closes the connection, about 15 minutes later (torch 2.14's TCPStore; tcp_retries2).
 
     Args:
-        patience: seconds after which an agent that leaves an ended rank unnoticed is killed, with its other ranks.
+        patience: seconds after which an agent that has not noticed the end of a rank is killed, with its other ranks.
     """
     unnoticed: float | None = None
     while True:
@@ -33,14 +33,14 @@ def wait(agent: subprocess.Popen[bytes], patience: float) -> int:
         unnoticed = unnoticed or time.monotonic()
         if time.monotonic() - unnoticed > patience:
             print(
-                f"dist-train: a rank ended {patience:.0f} s ago, and its agent still waits for another node: killed",
+                f"dist-train: a rank ended {patience:.0f} s ago, but its agent still waits for another node: killed",
                 file=sys.stderr,
             )
             _kill(agent)
 
 
 def _has_unnoticed(agent: int) -> bool:
-    """Whether a child of the agent has ended without the agent having asked for its exit code."""
+    """Tells whether a child of the agent has ended, and the agent has not asked for its exit code."""
     try:
         children = psutil.Process(agent).children()
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""A job as data: what is to be started, where, and on how much; and what became of it, as an exit code."""
+"""A job as data: its program, nodes and resources, and the exit code of its launch."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from dist_train.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTE
 
 @dataclass(frozen=True)
 class Job:
-    """What all launchers need, then what some do.
+    """Settings of a job: first the ones of all launchers, then the ones of some.
 
     Attributes:
-        arguments: what follows `dist-train run`: the configuration, then its options, `--run.dir` among them.
+        arguments: words after `dist-train run`: the configuration, then its options with `--run.dir`.
         run_dir: the value of `--run.dir`.
-        home: the run directory itself; another one for a fast development run.
+        home: the run directory itself; it differs from `run_dir` for a fast development run.
         nodes: least and most nodes; torchrun and Slurm start with any number between.
         restarts: how often an agent starts failed ranks again on the same nodes.
-        port: where the ranks meet; None: derived from the job.
-        endpoint: host where the ranks of several nodes meet.
-        rdzv_id: what tells this job's nodes from another's at the same endpoint.
-        interface: the network interface of `local_addr`, by which gloo shall reach the other nodes; "": it looks for one itself.
-        is_host: whether this node is the endpoint; None: found out by host names.
+        port: port at which the ranks meet; None: derived from the job.
+        endpoint: host at which the ranks of several nodes meet.
+        rdzv_id: name that is the same on all nodes of this job, and on no other job's.
+        interface: network interface of `local_addr`, for gloo; "": gloo chooses one itself.
+        is_host: True where this node is the endpoint; None: host names tell.
         node_rank: 0 .. nodes - 1, for accelerate on several nodes.
-        shutdown_timeout: seconds that an agent gives its ranks after SIGTERM: more than `stop.grace`.
-        stop_before: seconds before the end of its time at which a Slurm job is told to stop.
+        shutdown_timeout: seconds between SIGTERM and SIGKILL of the ranks: more than `stop.grace`.
+        stop_before: seconds between the signal to stop and the end of a Slurm job's time.
         requeues: how often a preempted Slurm job is put back into the queue.
         sbatch: further options of sbatch, by their long names; they replace ours.
     """
@@ -65,7 +65,7 @@ class Job:
 
     @property
     def processes(self) -> str:
-        """N, or MIN:MAX where the number of nodes may vary: what `dist_train.cluster.rank_plan` compares with what came."""
+        """N, or MIN:MAX where the number of nodes may vary; `cluster.rank_plan` compares it with the world size."""
         least, most = (nodes * self.nproc_per_node for nodes in self.nodes)
         return str(least) if least == most else f"{least}:{most}"
 
@@ -75,20 +75,20 @@ class Job:
 
     @property
     def exit_file(self) -> str:
-        """Made by a rank whose configuration is wrong."""
+        """File that a rank makes when it finds its configuration wrong."""
         return f"{self.logs}/exit_78"
 
 
 @dataclass(frozen=True)
 class Command:
-    """What starts a job on this machine: variables added to the environment, words, and files to write first."""
+    """A command that starts a job on this machine: added variables, words, and files to write first."""
 
     words: tuple[str, ...]
     environ: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
     def shell(self) -> str:
-        """The same as text for a shell, to read or to paste."""
+        """Returns the command as text for a shell, to read or to paste."""
         lines = []
         for path, text in self.files.items():
             lines += [f"mkdir -p {shlex.quote(str(Path(path).parent))}"]
@@ -98,17 +98,17 @@ class Command:
 
 
 def environment(job: Job, **more: str) -> dict[str, str]:
-    """What the ranks of `job` find in their environment besides the launcher's own variables."""
+    """Returns the variables of the ranks of `job`, without the launcher's own."""
     return {ASKED: job.processes, EXIT_FILE: job.exit_file, **more, **dict(job.environment)}
 
 
 def outcome(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, code: int, wrong: bool = False) -> int:
-    """The exit code of a launch (law 7): agents turn 75 into 1, so status.json decides.
+    """Returns the exit code of a launch: agents turn 75 into 1, so status.json decides.
 
     Args:
         before, after: status.json before and after the launch; None where there was none.
-        code: what the launcher returned.
-        wrong: a rank found its configuration wrong.
+        code: the launcher's exit code.
+        wrong: True where a rank found its configuration wrong.
     """
     ours = after is not None and (before is None or after["restarts"] != before["restarts"])
     state = after["state"] if after is not None and (ours or code == 0) else "failed"  # else an earlier attempt's

@@ -1,4 +1,4 @@
-"""Talking to Slurm: hands a script to sbatch, and shows a job's output until the job has ended."""
+"""Submits a script to sbatch, and shows a job's output until the job has ended."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def submit(script: str) -> str:
     """Gives the script to sbatch; returns the job's number.
 
     Raises:
-        SetupError: there is no sbatch, or it refused; with its own words.
+        SetupError: there is no sbatch, or it refused; with sbatch's message.
     """
     if shutil.which("sbatch") is None:
         raise SetupError("there is no sbatch here", "submit where Slurm is, or save the script: launch slurm --dry-run")
@@ -67,7 +67,7 @@ def follow(number: str, out: TextIO) -> int:
 
 
 def _show(number: str) -> dict[str, str] | None:
-    """What `scontrol show job` says; None where the job is forgotten."""
+    """Returns state, output file and exit code from `scontrol show job`; None for a job that Slurm has forgotten."""
     answer = subprocess.run(
         ["scontrol", "show", "job", number], capture_output=True, text=True, timeout=60, check=False
     )

@@ -1,8 +1,8 @@
-"""SLURM: the batch script. It starts one torchrun a node, or one task a rank, stops them in time, and goes back into the queue.
+"""Slurm: the batch script. It starts a torchrun on each node, or a task for each rank, stops them, and requeues itself.
 
-What it rests on was seen on Slurm 22.05: bash runs a trap only when it does not wait for a foreground child, so srun runs
-in the background; a script that returns is not requeued, so it asks for it; srun ignores sbatch's --cpus-per-task; an
-array's tasks are requeued one by one only by ARRAY_TASK names.
+Observed on Slurm 22.05: bash runs a trap only when it does not wait for a foreground child, so srun runs in the
+background. A script that returns is not requeued, so it requeues itself. srun ignores sbatch's --cpus-per-task.
+Tasks of an array are requeued one by one only by ARRAY_TASK names.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dist_train.launchers.torchrun import agent_options
 
 
 def script(job: Job) -> str:
-    """The batch script, whole, for `sbatch`."""
+    """Returns the batch script for `sbatch`."""
     head = "".join(f"#SBATCH --{name}" + (f"={value}" if value else "") + "\n" for name, value in options(job).items())
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in job.environment)
     settings = {
@@ -43,7 +43,10 @@ def script(job: Job) -> str:
 
 
 def options(job: Job) -> dict[str, str]:
-    """sbatch's options in their order: ours, replaced and followed by the user's. A flag has the value ""; what is "" or false is left out."""
+    """Returns sbatch's options in order: ours, replaced and followed by the user's.
+
+    A flag has the value "". An option that is "" or false is left out.
+    """
     least, most = job.nodes
     tasks = job.nproc_per_node if job.task_per_rank else 1
     cpus = job.cpus_per_process * job.nproc_per_node // tasks
@@ -65,13 +68,13 @@ def options(job: Job) -> dict[str, str]:
 
 
 def _step(job: Job) -> str:
-    """The step that trains, in the background."""
+    """Returns the step that trains, in the background."""
     if job.task_per_rank:
         shown = 'logs=("$log-0.out")\n'
         layout = f"--ntasks-per-node={job.nproc_per_node} --distribution=block"
         train = ['"${container[@]}"', '"$python"', "-m dist_train run", '"${arguments[@]}"']
     else:
-        # torchrun numbers the nodes as it likes, so rank 0 may be on any: the first rank of each is shown.
+        # torchrun numbers the nodes in any order, so rank 0 may be on each: the first rank of each is shown.
         shown = 'logs=()\nfor ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do logs+=("$log-$node.out"); done\n'
         layout = "--ntasks-per-node=1"
         agent = shlex.join(word for word in agent_options(job) if word != job.logs)
@@ -89,27 +92,30 @@ def _step(job: Job) -> str:
             "-m dist_train run",
             '"${arguments[@]}"',
         ]
-    srun = f'srun "${{srun_options[@]}}" --nodes="$SLURM_JOB_NUM_NODES" {layout} --kill-on-bad-exit=1 --output="$log-%t.out"'
+    srun = f'srun "${{srun_options[@]}}" --nodes="$SLURM_JOB_NUM_NODES" {layout} --kill-on-bad-exit=1'
+    srun += ' --output="$log-%t.out"'
     asked = f"DIST_TRAIN_NUM_PROCESSES=$((SLURM_JOB_NUM_NODES * {job.nproc_per_node}))"
     asked += ' DIST_TRAIN_EXIT_FILE="$home/logs/exit_78"'
-    return shown + " \\\n  ".join([f"{asked} {srun}", *train]) + " &\n"
+    return shown + " \\\n  ".join([asked, srun, *train]) + " &\n"
 
 
 _YOURS = """
-# ---- Yours: modules, environment, container -------------------------------------------------------------------------
+# ---- Yours: modules, environment, container --------------------------------------------------------------
 # module load python
 # source path/to/venv/bin/activate
 container=() # Apptainer: container=(apptainer exec --nv image.sif)
-srun_options=() # Pyxis: srun_options=(--container-image=image.sqsh "--container-mounts=$PWD" "--container-workdir=$PWD")
+# Pyxis: srun_options=(--container-image=image.sqsh "--container-mounts=$PWD" "--container-workdir=$PWD")
+srun_options=()
 """
 
-_SETTINGS = """# ---------------------------------------------------------------------------------------------------------------------
+_SETTINGS = """\
+# ----------------------------------------------------------------------------------------------------------
 
 """
 
 _BEFORE = """
 job=$SLURM_JOB_ID
-if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then # each task of an array is a run of its own; %a in an option is its number
+if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then # each task is a run of its own; %a in an option is its number
   job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   run_dir=$run_dir-$SLURM_ARRAY_TASK_ID
   arguments=("${arguments[@]//%a/$SLURM_ARRAY_TASK_ID}" --run.dir "$run_dir")
@@ -121,9 +127,11 @@ fi
 
 field() { sed -n "s/^ *\\"$1\\": *\\"\\{0,1\\}\\([^\\",]*\\).*/\\1/p" "$home/status.json" 2>/dev/null | head -n 1; }
 checkpoint() { cat "$home/checkpoints/latest.json" 2>/dev/null; }
-first() { srun "${srun_options[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 --relative=0 "${container[@]}" "$python" "$@"; }
+first() { # runs python on the first node
+  srun "${srun_options[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 --relative=0 "${container[@]}" "$python" "$@"
+}
 
-rm -f "$home/logs/exit_78" "$home/STOP" # it stopped the job that was here before
+rm -f "$home/logs/exit_78" "$home/STOP" # they are of an earlier job
 asked=
 ask_to_stop() {
   echo "dist-train: asking the ranks to stop ($1)"
@@ -158,7 +166,7 @@ MASTER_PORT=${port:-$(first -m dist_train.cluster.ports "$job.${SLURM_RESTART_CO
 attempt=$(field restarts) saved=$(checkpoint)
 mkdir -p "$home/logs" || exit 78
 log=$home/logs/slurm-$job.${SLURM_RESTART_COUNT:-0}
-[ -z "$asked" ] || requeue # nothing was begun, so nothing has to be saved; from here on the file STOP is there
+[ -z "$asked" ] || requeue # nothing has begun, so there is nothing to save; from here on STOP asks the ranks
 
 """
 

@@ -1,4 +1,4 @@
-"""torchrun: one command a node. It keeps an agent on each, which starts the ranks, restarts them, and gathers their output."""
+"""torchrun: one command on each node, whose agent starts the ranks, restarts them, and gathers their output."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from dist_train.launchers.job import Command, Job, environment
 
 
 def command(job: Job) -> Command:
-    """The command for this node: for one node a standalone one, for several those meet at `job.endpoint` (c10d)."""
+    """Returns the command for this node: standalone for one node, else with a c10d rendezvous at `job.endpoint`."""
     words = [job.python, "-m", "torch.distributed.run", *agent_options(job), *meeting_options(job)]
     environ = {}
     if job.nodes[1] > 1:
-        # torch 2.14's agents tell nobody anew where their store is: a node that comes back would wait for that, and all with it
-        # (elastic/rendezvous/dynamic_rendezvous.py, next_rendezvous; of the kind of pytorch#135712). So rank 0 keeps the ranks' store.
+        # Agents of torch 2.14 publish the address of the shared store only once: a node that comes back would wait for
+        # it, and all others with that node (dynamic_rendezvous.py, next_rendezvous; like pytorch#135712).
+        # So rank 0 keeps the ranks' store.
         environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if job.interface:
-        # gloo takes the address that this machine's name resolves to, which is not local_addr where that had to be given.
+        # gloo would listen at the address of the host name, which differs from local_addr where that is given.
         environ["GLOO_SOCKET_IFNAME"] = job.interface
     return Command((*words, "-m", "dist_train", "run", *job.arguments), environment(job, **environ))
 
 
 def agent_options(job: Job) -> list[str]:
-    """What each node's agent does: ranks, restarts, and the ranks' output to files, that of the first to the terminal too."""
+    """Returns the options of each node's agent: ranks, restarts, log files, and rank 0's output to the terminal."""
     return [
         *("--nproc-per-node", str(job.nproc_per_node)),
         *("--max-restarts", str(job.restarts)),
@@ -33,7 +34,7 @@ def agent_options(job: Job) -> list[str]:
 
 
 def meeting_options(job: Job) -> list[str]:
-    """How the nodes find each other."""
+    """Returns the options by which the nodes find each other."""
     least, most = job.nodes
     if most == 1:
         return ["--standalone"]
@@ -51,5 +52,5 @@ def meeting_options(job: Job) -> list[str]:
 
 
 def port(job: Job) -> int:
-    """The port of the endpoint: as given, or from the id, which is the same on all nodes."""
+    """Returns the port of the endpoint: as given, or derived from the id, which is the same on all nodes."""
     return job.port or next(candidates(job.rdzv_id, ephemeral_range()))

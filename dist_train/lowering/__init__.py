@@ -1,4 +1,4 @@
-"""A model in a runtime that is fast on the CPU: OpenVINO where it is installed, else Inductor where a compiler is."""
+"""Lowering of models to fast CPU runtimes (OpenVINO, Inductor) and to other formats (ONNX, ExecuTorch)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does a runtime decide as the model in memory does: on many rows, as a few of a probe show only what is wrong everywhere."""
+"""Agreement of a runtime with the model in memory, measured on many rows: few rows show only gross errors."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dist_train.distributed.world import World
 from dist_train.tasks import Task
+from dist_train.tasks.agreement import same_share
 
 Call = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """`share` of `samples` on which two models decide the same, NaN where one answers what is not finite; and the least that passes."""
+    """Agreement of two models' decisions.
+
+    Attributes:
+        share: of the samples with the same decision; NaN where one model's outputs are not finite.
+        samples: number of samples.
+        bound: the smallest share that passes.
+    """
 
     share: float
     samples: int
@@ -25,6 +33,7 @@ class Agreement:
 
     @property
     def passed(self) -> bool:
+        """True where the share reaches the bound; NaN does not."""
         return self.share >= self.bound
 
     def in_words(self) -> str:
@@ -37,10 +46,15 @@ class Agreement:
 
 
 class Decisions:
-    """What a model decides on rows of the evaluation set, for runtimes to be held against; it is asked once, when first needed."""
+    """The decisions of a model in memory on rows of the evaluation set, computed once, when first needed."""
 
     def __init__(self, call: Call, task: Task, batches: Iterable[Tensor], bound: float) -> None:
-        """call: the model in memory, on the CPU. batches: float32 [B, C, H, W], the same each time. bound: the least share that passes."""
+        """
+        Args:
+            call: the model in memory, on the CPU.
+            batches: float32 [B, C, H, W]; iterated once per model, with equal rows each time.
+            bound: the smallest share of equal decisions that passes.
+        """
         self._call, self._task, self._batches, self._bound = call, task, batches, bound
 
     @cached_property
@@ -49,24 +63,16 @@ class Decisions:
 
     @torch.no_grad()
     def _decide(self, call: Call) -> tuple[Tensor, bool]:
-        """Decisions, [samples, ...], and whether all answers are finite."""
+        """Returns the decisions, [samples, ...], and whether all outputs are finite."""
         decisions, finite = [], True
         for batch in self._batches:
-            answers = call(batch).float()
-            finite &= bool(torch.isfinite(answers).all())
-            decisions.append(self._task.decide(answers))
+            outputs = call(batch).float()
+            finite &= bool(torch.isfinite(outputs).all())
+            decisions.append(self._task.decide(outputs))
         return torch.cat(decisions), finite
 
     def agreement(self, call: Call) -> Agreement:
-        """How often `call`, the model in another runtime, decides as the model in memory."""
+        """Measures how often `call`, the model in another runtime, decides as the model in memory does. On one rank."""
         (expected, right), (decisions, finite) = self._expected, self._decide(call)
-        share = same_share(self._task, decisions, expected) if right and finite else math.nan
+        share = same_share(self._task, decisions, expected, World()) if right and finite else math.nan
         return Agreement(share, len(expected), self._bound)
-
-
-def same_share(task: Task, ours: Tensor, theirs: Tensor) -> float:
-    """As `evaluate.agreement`, of decisions [samples, ...] in hand."""
-    if theirs.is_floating_point():
-        spread = theirs.std(0, correction=0).clamp(min=torch.finfo(torch.float32).eps)
-        ours, theirs = ours / spread, theirs / spread
-    return float(task.agree(ours, theirs).mean())

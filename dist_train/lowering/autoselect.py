@@ -1,10 +1,10 @@
-"""`format: auto`: a model in every runtime that is installed, FP32 beside it, and the fastest of those that answer right."""
+"""Choice of a format for `format: auto`: the fastest installed runtime whose outputs are right."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,50 +12,28 @@ from torch import Tensor, nn
 
 from dist_train import registry
 from dist_train.lowering import inductor
-from dist_train.lowering.agreement import Agreement, Decisions
-from dist_train.lowering.base import LoweringUnavailable, Written
-from dist_train.lowering.comparison import Candidate, is_rounding, relative_difference
+from dist_train.lowering.agreement import Decisions
+from dist_train.lowering.base import Call, LoweringUnavailable, Reference, Written
+from dist_train.lowering.comparison import compare_outputs
 from dist_train.lowering.latency import compare_latency
+from dist_train.lowering.trial import Trial
 from dist_train.programs.torchscript import trace
 
-Call = Callable[[Tensor], Tensor]
-_NOISE = 1.05  # medians of one model, measured twice, were seen to differ by less
+_NOISE = 1.05  # two measurements of one model's median differ by less
 
-
-@dataclass
-class Trial:
-    """A model in one runtime.
-
-    Attributes:
-        runtime: its name, with the version where it has one of its own.
-        format: what is written for it; pt2 for the program itself.
-        left_out: why it was not measured, "" where it was.
-        difference: the largest one of its answers from those of the model in memory, in units of the largest answer.
-        agreed: how often it decides the same, as the task counts it; None where it was not asked.
-        latency_ms: median milliseconds by model (this one, and fp32) and batch size.
-        written: what a format's writer gave.
-    """
-
-    runtime: str
-    format: str
-    left_out: str = ""
-    difference: float = math.nan
-    agreed: Agreement | None = None
-    latency_ms: dict[str, dict[str, float]] = field(default_factory=dict)
-    written: Written | None = None
-    calls: dict[str, Call] = field(default_factory=dict)
+Make = Callable[[Reference], tuple[Call, Written | None]]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """All trials, and the best of them: None where no runtime is installed or right."""
+    """All trials of a model and the best one; None where no runtime is installed and right."""
 
     model: str
     trials: list[Trial]
     best: Trial | None
 
     def rows(self) -> list[dict[str, Any]]:
-        """The table, as JSON."""
+        """Returns the table of runtimes, as JSON."""
         measured = [
             {
                 "runtime": each.runtime,
@@ -76,7 +54,7 @@ class Choice:
         ]
 
     def lines(self) -> list[str]:
-        """The table and the reason, for people."""
+        """Returns the table and the reason of the choice, as lines for the user."""
         said = [f"{self.model}: {each.runtime} left out: {each.left_out}" for each in self.trials if each.left_out]
         measured = [each for each in self.trials if not each.left_out]
         if self.best is None:
@@ -86,7 +64,8 @@ class Choice:
             times = "; ".join(f"{name} {_milliseconds(values)}" for name, values in each.latency_ms.items())
             chosen = ", chosen" if each is self.best else ""
             said.append(
-                f"{self.model}: {each.runtime}: {times}; same decision {each.agreed.share:.1%} of {each.agreed.samples:,}, "
+                f"{self.model}: {each.runtime}: {times}; "
+                f"same decision {each.agreed.share:.1%} of {each.agreed.samples:,}, "
                 f"differs by {each.difference:.2g} of the largest output{chosen}"
             )
         others = sorted(self._cost(each) for each in measured if each is not self.best)
@@ -95,7 +74,7 @@ class Choice:
         return said + [line for each in measured for line in slower_than_float(each.latency_ms, each.runtime)]
 
     def why(self) -> str:
-        """Why the best one is it, without the times, which are of this machine and this hour."""
+        """Returns the reason of the choice, for the manifest: without times, which depend on machine and hour."""
         assert self.best is not None
         measured = [each.runtime for each in self.trials if not each.left_out]
         left_out = [f"{each.runtime} left out: {each.left_out}" for each in self.trials if each.left_out]
@@ -107,12 +86,12 @@ class Choice:
 
 
 def cost(latency_ms: Mapping[str, float]) -> float:
-    """The geometric mean over the batch sizes: twice as slow at one weighs as much as twice as fast at another."""
+    """Geometric mean over the batch sizes: twice as slow at one weighs as much as twice as fast at another."""
     return math.exp(sum(map(math.log, latency_ms.values())) / len(latency_ms))
 
 
 def slower_than_float(latency_ms: Mapping[str, Mapping[str, float]], runtime: str) -> list[str]:
-    """A warning for each batch size at which int8 is slower than FP32 in the same runtime."""
+    """Returns a warning for each batch size for which int8 is slower than FP32 in the same runtime."""
     if not {"int8", "fp32"} <= latency_ms.keys():
         return []
     return [
@@ -130,23 +109,26 @@ def _milliseconds(latency_ms: Mapping[str, float]) -> str:
 @torch.no_grad()
 def choose_format(
     name: str,
-    candidates: Mapping[str, Candidate],
+    models: Mapping[str, Reference],
     probe: Tensor,
     images: Callable[[int], Tensor],
     batch_sizes: Sequence[int],
     threads: int,
     decisions: Decisions,
 ) -> Choice:
-    """Tries `candidates[name]` in every registered format's runtime and under Inductor; TorchScript runs as it is.
+    """Tries a model in the runtime of each registered format and under Inductor; TorchScript runs unchanged.
 
-    candidates: `name` and, to compare with in the same runtime, fp32. probe: float32 [rows, C, H, W], what answers are compared on, one
-    row too. images: batch size -> float32 [B, C, H, W]. decisions: of the model in memory, as which a runtime must decide. All that
-    are measured take turns.
+    Args:
+        name: of the model to choose for.
+        models: `models[name]` and, to compare with in the same runtime, fp32.
+        probe: float32 [rows, C, H, W]; outputs are compared on it and on its first row.
+        images: batch size to float32 [B, C, H, W], for the latency. All runtimes are measured in turns.
+        decisions: of the model in memory; a runtime whose decisions do not agree with them is left out.
     """
-    others = {"fp32": candidates["fp32"]} if name != "fp32" and "fp32" in candidates else {}
+    others = {"fp32": models["fp32"]} if name != "fp32" and "fp32" in models else {}
     trials = [
-        _try(trial, make, name, candidates[name], others, probe, decisions)
-        for trial, make in _runtimes(candidates[name], probe, threads)
+        _try(trial, make, name, models[name], others, probe, decisions)
+        for trial, make in _runtimes(models[name], probe, threads)
     ]
     running = [each for each in trials if not each.left_out]
     calls = {f"{place} {model}": call for place, each in enumerate(running) for model, call in each.calls.items()}
@@ -158,15 +140,13 @@ def choose_format(
     return Choice(name, trials, best)
 
 
-Make = Callable[[Candidate], tuple[Call, Written | None]]
-
-
-def _runtimes(candidate: Candidate, probe: Tensor, threads: int) -> list[tuple[Trial, Make]]:
-    if candidate.source is None:
+def _runtimes(model: Reference, probe: Tensor, threads: int) -> list[tuple[Trial, Make]]:
+    """Returns a trial for each runtime, and the function that lowers a model to it."""
+    if model.source is None:
         return [(Trial("torchscript", "pt2"), lambda each: (_as_script(each, probe), None))]
 
     def writer(format: str) -> Make:
-        def make(each: Candidate) -> tuple[Call, Written]:
+        def make(each: Reference) -> tuple[Call, Written]:
             missing = registry.export_formats.entry(format).missing()
             if missing:
                 raise LoweringUnavailable(f"pip install {' '.join(missing)}")
@@ -175,7 +155,7 @@ def _runtimes(candidate: Candidate, probe: Tensor, threads: int) -> list[tuple[T
 
         return make
 
-    def compiled(each: Candidate) -> tuple[Call, None]:
+    def compiled(each: Reference) -> tuple[Call, None]:
         assert each.source is not None
         return inductor.lower(each.source, probe[:1], threads).call, None
 
@@ -183,42 +163,34 @@ def _runtimes(candidate: Candidate, probe: Tensor, threads: int) -> list[tuple[T
     return [*formats, (Trial("inductor", "pt2"), compiled)]
 
 
-def _as_script(each: Candidate, probe: Tensor) -> Call:
-    return trace(each.source, probe) if isinstance(each.source, nn.Module) else each.call
+def _as_script(model: Reference, probe: Tensor) -> Call:
+    return trace(model.source, probe) if isinstance(model.source, nn.Module) else model.call
 
 
 def _try(
     trial: Trial,
     make: Make,
     name: str,
-    model: Candidate,
-    others: Mapping[str, Candidate],
+    model: Reference,
+    others: Mapping[str, Reference],
     probe: Tensor,
     decisions: Decisions,
 ) -> Trial:
-    """`trial` with its calls and its fidelity, or why it is left out."""
+    """Fills in `trial`: its calls and the comparison with the model in memory, or the reason why it is left out."""
     try:
         trial.calls[name], trial.written = make(model)
         if trial.written is not None:
             trial.runtime = trial.written.runtime
-        sizes = (probe, probe[:1])
-        differences = [relative_difference(trial.calls[name], model.call, rows) for rows in sizes]
-        trial.difference = float(torch.tensor(differences).max())  # NaN where one is
-        if not all(is_rounding(found, model, rows) for found, rows in zip(differences, sizes, strict=True)):
-            trial.left_out = f"it answers differently ({trial.difference:.2g} of the largest output)"
-        else:
-            trial.agreed = decisions.agreement(trial.calls[name])
-            if not trial.agreed.passed:
-                trial.left_out = (
-                    f"{trial.agreed.in_words()} (it differs by {trial.difference:.2g} of the largest output)"
-                )
+        trial.compare(trial.calls[name], model, probe, decisions)
+        if trial.agreed is not None and not trial.agreed.passed:
+            trial.left_out = f"{trial.agreed.in_words()} (it differs by {trial.difference:.2g} of the largest output)"
     except LoweringUnavailable as reason:
         trial.left_out = str(reason)
-    for other, candidate in others.items() if not trial.left_out else ():
+    for other, reference in others.items() if not trial.left_out else ():
         try:
-            call, _ = make(candidate)
+            call, _ = make(reference)
         except LoweringUnavailable:
-            continue  # a format for int8 is chosen all the same; only the comparison is missing
-        if is_rounding(relative_difference(call, candidate.call, probe), candidate, probe):
+            continue  # the format is chosen for int8 all the same; only the comparison with fp32 is missing
+        if compare_outputs(call, reference, [probe]).rounding:
             trial.calls[other] = call
     return trial

@@ -1,4 +1,4 @@
-"""What a lowering gives, and how it says that it cannot."""
+"""Types of a lowering: the model in memory, the model in a runtime, and the reason why there is none."""
 
 from __future__ import annotations
 
@@ -9,47 +9,73 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+Call = Callable[[Tensor], Tensor]
 
 
 class LoweringUnavailable(Exception):
-    """This machine or this model does not allow the lowering. The message is a sentence for the user, with what to type.
+    """This machine or this model does not allow the lowering. The message says what to type.
 
-    No error of the run: the caller shows it and goes on without a latency.
+    It is no error of the run: the caller shows it and goes on without a latency.
     """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A model in memory, on the CPU: the source of a lowering, and the outputs that a runtime must reproduce.
+
+    Attributes:
+        call: float32 [B, ...] to float32.
+        source: the input of a lowering: a float module in eval mode or a PT2E program. None for TorchScript, which has
+            integer kernels of its own and cannot be lowered.
+        half: bf16 or fp16 where that is the model's precision.
+    """
+
+    call: Call
+    source: nn.Module | ExportedProgram | None
+    half: str | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """True where the source computes with quantized numbers: converted models are programs, float ones modules."""
+        return isinstance(self.source, ExportedProgram)
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A model in a fast runtime.
+    """A model in a runtime.
 
-    name: "openvino", "inductor", or "eager" and "torchscript" for a model that runs as it is.
-    call: float32 [B, C, H, W] on the CPU, normalised -> float32 [B, classes], for any B >= 1.
+    Attributes:
+        name: "openvino", "onnxruntime", "inductor"; "eager" or "torchscript" for a model that runs unchanged.
+        call: float32 [B, C, H, W] on the CPU, normalized, to float32 [B, classes], for any B >= 1.
     """
 
     name: str
-    call: Callable[[Tensor], Tensor]
+    call: Call
 
 
 @dataclass(frozen=True)
 class Written:
-    """A model in another format, and what was written read back in its runtime.
+    """A model written in another format and read back in the format's runtime.
 
-    files: bytes by suffix, as {"xml": ..., "bin": ...}; the first is the one to open.
-    call: float32 [B, C, H, W] on the CPU, normalised -> float32, for any B >= 1.
-    runtime: name and version of the runtime that `call` uses.
-    usage: how a program opens the file.
+    Attributes:
+        files: bytes by suffix, as {"xml": ..., "bin": ...}; the first is the one to open.
+        call: float32 [B, C, H, W] on the CPU, normalized, to float32, for any B >= 1.
+        runtime: name and version of the runtime that `call` uses.
+        usage: code that opens the file.
     """
 
     files: dict[str, bytes]
-    call: Callable[[Tensor], Tensor]
+    call: Call
     runtime: str
     usage: str
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the progress lines and warnings of exporters and compilers from the user's terminal; errors still raise."""
+    """Hides progress lines and warnings of exporters and compilers inside the block; errors still raise."""
     sink = io.StringIO()
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -9,18 +9,22 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from dist_train.errors import first_line
 from dist_train.lowering.base import LoweringUnavailable, Written, quiet
 from dist_train.lowering.rewrites.xnnpack import for_xnnpack
 
 
 def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> Written:
-    """`model.pte` for a batch of one, as ExecuTorch plans its memory ahead; its Python runtime reads it back.
+    """Writes `model.pte` for a batch of one, as ExecuTorch plans its memory ahead; its Python runtime reads it back.
 
-    model: a float or half model in eval mode, or an int8 program. example: float32 [B, C, H, W], for its shape. threads:
-        ignored; XNNPACK takes what the device has.
+    Args:
+        model: a float or half model in eval mode, or an int8 program.
+        example: float32 [B, C, H, W]; only its shape counts.
+        threads: ignored; XNNPACK uses all of the device's.
 
-    Raises LoweringUnavailable where ExecuTorch cannot lower the model; of an int8 program also where a layer with int8 weights
-    would not run in XNNPACK's integer kernels: float arithmetic behind portable dequantize kernels is no int8 model.
+    Raises:
+        LoweringUnavailable: ExecuTorch cannot lower the model, or XNNPACK has no integer kernel for a layer with int8
+            weights. Float arithmetic behind portable dequantize kernels would not be an int8 model.
     """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
@@ -41,12 +45,12 @@ def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
         program = Runtime.get().load_program(data)
         method = program.load_method("forward")
     except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LoweringUnavailable(f"ExecuTorch cannot lower this model: {reason}") from error
+        raise LoweringUnavailable(f"ExecuTorch cannot lower this model: {first_line(error)}") from error
 
-    # `kept`: the method reads the program's bytes where they lie, and holds no reference; freed, they end the process.
+    # `kept`: the method reads the program's bytes in place and holds no reference. Freeing them would crash the
+    # process.
     def call(images: Tensor, kept: object = (data, program)) -> Tensor:
-        # Cloned: the runtime's outputs lie in its own memory, which the next call overwrites.
+        # Cloned, as the next call overwrites the runtime's outputs.
         return torch.cat([method.execute((image.contiguous(),))[0].clone() for image in images.split(1)])
 
     usage = (
@@ -56,12 +60,13 @@ def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
 
 
 def _require_integer_kernels(edge: GraphModule) -> None:
-    """XNNPACK took a layer in integers if the operator that dequantizes its weight went with it."""
+    """Raises LoweringUnavailable for layers that XNNPACK left in float: their weights are dequantized outside of it."""
     left = [node for node in edge.graph.nodes if "dequantize_per_channel" in str(node.target)]
     if left:
         depthwise = sum(1 for node in left for layer in node.users if layer.args[-1] not in (1, None))
         raise LoweringUnavailable(
-            f"XNNPACK has no integer kernel for {len(left)} of the layers with int8 weights, {depthwise} of them grouped convolutions, "
-            "as what follows takes floats (Hardswish, SiLU, a skipped layer): skip them too by qat.rules, or write fp32 as .pte, or "
-            "int8 as onnx or openvino"
+            f"XNNPACK has no integer kernel for {len(left)} of the layers with int8 weights, "
+            f"{depthwise} of them grouped convolutions, as what follows takes floats "
+            "(Hardswish, SiLU, a skipped layer): skip them too by qat.rules, or write fp32 as .pte, "
+            "or int8 as onnx or openvino"
         )

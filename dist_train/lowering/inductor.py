@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from dist_train.errors import first_line
 from dist_train.lowering.base import Lowered, LoweringUnavailable, quiet
 from dist_train.lowering.rewrites.quantized_graph import channels_with_zero_points
 
 
 def compiler() -> str | None:
-    """The C++ compiler that Inductor will use ($CXX or g++), or None."""
+    """Returns the path of the C++ compiler that Inductor will use ($CXX or g++), or None."""
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
@@ -26,16 +27,21 @@ def lower(
 ) -> Lowered:
     """Compiles `model` by Inductor with frozen weights, for batches of one and for any other size.
 
-    model: a converted model (Q/DQ) or a float one in eval mode; it must not be trained afterwards (weights are frozen in).
-    example: float32 [B, C, H, W], for its shape. The process's number of threads is set for the time of each call only.
-    batches: sizes compiled now: one; the first other; from the second other on Inductor makes the batch dynamic.
+    Args:
+        model: a converted model (Q/DQ), or a float one in eval mode. Its weights are frozen in: do not train it later.
+        example: float32 [B, C, H, W]; only its shape counts.
+        threads: of each call; the process's number is restored afterwards.
+        batches: sizes to compile now: one, and the first other. From the second other size on Inductor makes the batch
+            dynamic.
 
-    Raises LoweringUnavailable without a C++ compiler, for weights with zero points per channel, or where Inductor cannot compile
-    the model.
+    Raises:
+        LoweringUnavailable: there is no C++ compiler, a weight has zero points per channel, or Inductor cannot compile
+            the model.
     """
     if compiler() is None:
         raise LoweringUnavailable("no C++ compiler for Inductor: install g++, or name one in CXX")
-    # Importing it registers the fusion of Q/DQ patterns into oneDNN's int8 kernels; without it int8 is simulated in float.
+    # Importing it registers the fusion of Q/DQ patterns into oneDNN's int8 kernels. Otherwise int8 is simulated in
+    # float.
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
 
     module = model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
@@ -45,18 +51,19 @@ def lower(
         try:
             return Lowered("inductor", _compiled_call(module, example, threads, batches, dynamic=None))
         except AssertionError:
-            # Inductor 2.14 takes a batch-dynamic int8 convolution of one channel to answer contiguous, and asserts so in what it
-            # generates; each size by itself is right. The copy has code of its own, for which nothing was compiled yet.
+            # Inductor 2.14 asserts in its generated code that a batch-dynamic int8 convolution of one channel returns a
+            # contiguous tensor, which fails. Each size by itself is right. The copy has no compiled code yet.
             return Lowered("inductor", _compiled_call(copy.deepcopy(module), example, threads, batches, dynamic=False))
     except (torch._dynamo.exc.TorchDynamoException, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise LoweringUnavailable(f"Inductor cannot compile this model: {reason}") from error
+        raise LoweringUnavailable(f"Inductor cannot compile this model: {first_line(error)}") from error
 
 
 def _refuse_channels_with_zero_points(module: GraphModule) -> None:
-    """Inductor's pattern takes them into oneDNN's convolution and linear, which never read them: answers are off by the output's size.
+    """Raises LoweringUnavailable for weights with zero points per channel.
 
-    Seen with torch 2.14.1, for both layers and every batch size. One zero point for all channels matches no pattern, and is right.
+    Inductor fuses them into oneDNN's convolution and linear, which ignore them: outputs are wrong by their own size.
+    Seen with torch 2.14.1, for both layers and every batch size. One zero point for all channels matches no pattern,
+    and is right.
     """
     found = channels_with_zero_points(module)
     if found:
@@ -69,7 +76,7 @@ def _refuse_channels_with_zero_points(module: GraphModule) -> None:
 def _compiled_call(
     module: nn.Module, example: Tensor, threads: int, batches: Sequence[int], dynamic: bool | None
 ) -> Callable[[Tensor], Tensor]:
-    """As `lower` says. dynamic: torch.compile's; False compiles each batch size at its first call."""
+    """Compiles as `lower` does. dynamic: of torch.compile; False compiles each batch size at its first call."""
     import torch._inductor.config as inductor_config
 
     compiled = torch.compile(module, dynamic=dynamic)
@@ -82,7 +89,8 @@ def _compiled_call(
             with torch.no_grad():
                 if images.shape in seen:
                     return compiled(images)
-                # A new shape may compile. Patched around the call: `torch.compile(options=...)` comes too late for Q/DQ.
+                # A new shape may compile. The config is patched around the call, as `torch.compile(options=...)` comes
+                # too late for Q/DQ.
                 with quiet(), inductor_config.patch(freezing=True):
                     outputs = compiled(images)
                 seen.add(images.shape)

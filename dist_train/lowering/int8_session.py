@@ -1,4 +1,4 @@
-"""The runtime that int8 is judged in: its model as ONNX bytes, which one rank makes and every rank opens."""
+"""Runtime for the int8 gate: one rank writes the model as ONNX bytes, and every rank opens them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _FORMATS: dict[Runtime, str] = {"openvino": "openvino", "onnxruntime": "onnx"}  
 
 
 def choose(wanted: Runtime | Literal["auto"]) -> Runtime:
-    """The runtime that is asked for; auto: the first that is installed here, with what writes its models.
+    """Resolves `convert.runtime`; auto is the first runtime that is installed together with its model's exporter.
 
-    Raises LoweringUnavailable, with what to install.
+    Raises:
+        LoweringUnavailable: it is not installed; the message says what to install.
     """
     candidates = tuple(_FORMATS) if wanted == "auto" else (wanted,)
     missing = {name: registry.export_formats.entry(_FORMATS[name]).missing() for name in candidates}
@@ -33,17 +34,22 @@ def choose(wanted: Runtime | Literal["auto"]) -> Runtime:
 
 
 def runtime_bytes(name: str, program: ExportedProgram, example: Tensor) -> bytes:
-    """What the runtime that `choose` named opens. example: float32 [B, C, H, W], for its shape.
+    """Writes the program for the runtime `name` of `choose`. example: float32 [B, C, H, W]; only its shape counts.
 
-    Raises LoweringUnavailable where the program cannot be written as ONNX.
+    Raises:
+        LoweringUnavailable: the program cannot be written as ONNX.
     """
     return onnx.onnxruntime_bytes(program, example) if name == "onnxruntime" else onnx.onnx_bytes(program, example)
 
 
 def open_in(name: str, data: bytes, example: Tensor, threads: int) -> Callable[[Tensor], Tensor]:
-    """The model in the runtime that `choose` named, as a function: float32 [B, C, H, W] on the CPU to float32, for any B >= 1.
+    """Opens the bytes of `runtime_bytes` in the runtime `name` of `choose`.
 
-    Raises LoweringUnavailable where the runtime is not installed or refuses the model.
+    Returns:
+        The model: float32 [B, C, H, W] on the CPU to float32, for any B >= 1.
+
+    Raises:
+        LoweringUnavailable: the runtime is not installed, or it refuses the model.
     """
     if importlib.util.find_spec(name) is None:
         raise LoweringUnavailable(f"{name} not installed: pip install {name}")

@@ -1,4 +1,4 @@
-"""How long a call takes: medians, side by side in one run."""
+"""Latency of models: medians, measured side by side in one run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,17 @@ def compare_latency(
     batch_sizes: Sequence[int] = (1, 32),
     seconds: float = 0.5,
 ) -> dict[str, dict[str, float]]:
-    """Median milliseconds per call, {name: {"1": ms, "32": ms}}, with the calls taking turns, so that what else the machine
-    does meets all of them alike. Compare within one result only: absolute times are not stable.
+    """Measures the median milliseconds per call, as {name: {"1": ms, "32": ms}}.
 
-    make_input: batch size -> float32 [B, C, H, W]. seconds: budget per call and batch size (after 2 warm-up calls; never
-    fewer than 5 calls, however long they take).
+    The calls take turns, so that other load of the machine affects all of them alike. Compare times of one result only:
+    absolute times are not stable.
+
+    Args:
+        calls: by name.
+        make_input: batch size to float32 [B, C, H, W].
+        batch_sizes: to measure.
+        seconds: budget per call and batch size, after 2 warm-up calls. At least 5 calls are made, however long they
+            take.
     """
     result: dict[str, dict[str, float]] = {name: {} for name in calls}
     for batch_size in batch_sizes:
@@ -50,5 +56,5 @@ def measure_latency(
     batch_sizes: Sequence[int] = (1, 32),
     seconds: float = 0.5,
 ) -> dict[str, float]:
-    """Median milliseconds per call, {"1": ms, "32": ms}; see `compare_latency` for the arguments."""
+    """Measures the median milliseconds per call, as {"1": ms, "32": ms}. Arguments as of `compare_latency`."""
     return compare_latency({"call": call}, make_input, batch_sizes, seconds)["call"]

@@ -11,20 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from dist_train.errors import first_line
 from dist_train.lowering.base import LoweringUnavailable, Written, quiet
 
-_KEPT = 2  # models whose ONNX is kept, for the next runtime that asks: fp32 and int8
+_KEPT = 2  # number of models whose ONNX is kept for the next runtime: fp32 and int8
 _kept: dict[tuple[int, torch.Size, str], tuple[weakref.ref[Any], bytes]] = {}
 
 
 def onnx_bytes(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
-    """The model as ONNX with a dynamic batch: QDQ for a converted model, float for a float one (in eval mode).
+    """Exports the model as ONNX with a dynamic batch: QDQ for a converted model, float for a float one in eval mode.
 
-    example: float32 [B, C, H, W]; only its shape [C, H, W] is used, the export sees zeros.
-    Raises LoweringUnavailable, with the first line of torch's reason, where the model cannot be exported.
+    Every runtime asks for it again, and tracing hundreds of nodes takes seconds. The newest results are kept while
+    their models live and have the same values.
 
-    Each runtime asks for it anew, and tracing a graph of hundreds of nodes takes seconds: the newest are kept while their models
-    live and hold the same values.
+    Args:
+        example: float32 [B, C, H, W]; only its shape [C, H, W] counts.
+
+    Raises:
+        LoweringUnavailable: the model cannot be exported; with the first line of torch's reason.
     """
     key = (id(model), example.shape[1:], _digest(model))
     found = _kept.get(key)
@@ -38,7 +42,7 @@ def onnx_bytes(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
 
 
 def _digest(model: nn.Module | ExportedProgram) -> str:
-    """Of whatever the ONNX is made of, in case the model was changed in place."""
+    """Hashes the graph and all tensors, to notice a model that was changed in place."""
     if isinstance(model, ExportedProgram):
         text, values = str(model.graph), {**model.state_dict, **model.constants}
     else:
@@ -55,7 +59,7 @@ def _digest(model: nn.Module | ExportedProgram) -> str:
 def _export(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
     from dist_train.lowering.rewrites.onnx_qdq import quantize_summands, read_joined
 
-    # Two rows, because torch.export takes a batch of one for a constant.
+    # Two rows, because torch.export makes a batch of one a constant.
     zeros = torch.zeros(2, *example.shape[1:])
     shapes: dict[str, Any] = (
         {} if isinstance(model, ExportedProgram) else {"dynamic_shapes": ({0: Dim("batch", min=1)},)}
@@ -68,17 +72,16 @@ def _export(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
             assert program is not None  # it is, with dynamo=True
             proto = program.model_proto
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise LoweringUnavailable(f"torch.onnx.export cannot export this model: {reason}") from error
+        raise LoweringUnavailable(f"torch.onnx.export cannot export this model: {first_line(error)}") from error
     quantize_summands(proto)
     read_joined(proto)
     return proto.SerializeToString()
 
 
 def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> Written:
-    """`model.onnx` with the weights inside, batch size free; input `input`, output `logits`.
+    """Writes `model.onnx` with the weights inside and a dynamic batch size; input `input`, output `logits`.
 
-    Arguments and errors as of `onnx_bytes`; `call` of the result is ONNX Runtime on what was written.
+    Arguments and errors as of `onnx_bytes`. The result's `call` runs the written file in ONNX Runtime.
     """
     data = onnxruntime_bytes(model, example)
     call, runtime = open_onnx(data, threads)
@@ -87,7 +90,7 @@ def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
 
 
 def onnxruntime_bytes(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
-    """What `onnx_bytes` gives, in the form that ONNX Runtime runs in integers: biases in int32."""
+    """Exports as `onnx_bytes`, with biases in int32, which ONNX Runtime needs to compute in integers."""
     import onnx
 
     from dist_train.lowering.rewrites.onnx_qdq import quantize_biases
@@ -99,22 +102,25 @@ def onnxruntime_bytes(model: nn.Module | ExportedProgram, example: Tensor) -> by
 
 
 def open_onnx(data: bytes, threads: int) -> tuple[Callable[[Tensor], Tensor], str]:
-    """An ONNX model in ONNX Runtime: float32 [B, C, H, W] to float32, for any B >= 1; and its name and version.
+    """Opens an ONNX model in ONNX Runtime.
 
-    Raises LoweringUnavailable where it cannot run the model.
+    Returns:
+        The model, float32 [B, C, H, W] to float32, for any B >= 1; and the runtime's name and version.
+
+    Raises:
+        LoweringUnavailable: it cannot run the model.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Its threads would spin on while the next runtime is timed.
+    # Else its threads would spin while the next runtime is timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.log_severity_level = 3  # errors; warnings about its own optimisations are not for our users
+    options.log_severity_level = 3  # errors only; users cannot act on warnings about its optimizations
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except _onnxruntime_errors() as error:
-        reason = str(error).strip().splitlines()[0]
-        raise LoweringUnavailable(f"ONNX Runtime cannot run this model: {reason}") from error
+        raise LoweringUnavailable(f"ONNX Runtime cannot run this model: {first_line(error)}") from error
 
     def call(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"input": images.contiguous().numpy()})[0])
@@ -123,7 +129,7 @@ def open_onnx(data: bytes, threads: int) -> tuple[Callable[[Tensor], Tensor], st
 
 
 def _onnxruntime_errors() -> tuple[type[Exception], ...]:
-    """Its errors have no common base; these are those of a model that it cannot take."""
+    """Returns the errors for a model that it cannot run. They have no common base class."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     return (state.InvalidGraph, state.NotImplemented, state.Fail, state.RuntimeException, state.InvalidArgument)

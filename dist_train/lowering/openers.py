@@ -1,4 +1,4 @@
-"""The files of the formats, opened as a program of a user opens them: what the manifest's `usage` says, and nothing of what wrote them."""
+"""Opening of the formats' files as a user's program does, by the manifest's `usage`."""
 
 from __future__ import annotations
 
@@ -41,4 +41,4 @@ def _executorch(file: Path) -> Call:
 
 
 OPENERS: dict[str, Callable[[Path], Call]] = {"onnx": _onnx, "openvino": _openvino, "executorch": _executorch}
-"""By format, of those that are built in: a file on the disk to a function of float32 [B, C, H, W], contiguous, on the CPU."""
+"""By built-in format: from a file to a function of contiguous float32 [B, C, H, W] on the CPU."""

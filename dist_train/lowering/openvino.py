@@ -1,4 +1,4 @@
-"""OpenVINO: the program as (QDQ) ONNX, compiled for the CPU in memory."""
+"""OpenVINO: reads the program as (QDQ) ONNX and compiles it for the CPU, in memory."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _MODULES = ("openvino", "onnx", "onnxscript")
 
 
 def missing_modules() -> list[str]:
-    """Which of the modules that this lowering needs are not installed; nothing is imported."""
+    """Returns the modules that this lowering needs and that are not installed. Imports nothing."""
     return [name for name in _MODULES if importlib.util.find_spec(name) is None]
 
 
 @contextmanager
 def _without_telemetry() -> Iterator[None]:
-    """`import openvino` reports the import to Intel over the network where openvino_telemetry is installed.
+    """Hides openvino_telemetry inside the block: with it `import openvino` reports the import to Intel.
 
-    It has no switch for one program; without the module OpenVINO uses its own stub, for good in this process.
+    Telemetry has no switch for one program. Without the module OpenVINO uses its own stub, for good in this process.
     """
     blocked = "openvino_telemetry" not in sys.modules
     if blocked:
@@ -56,17 +56,17 @@ def _import_openvino() -> Any:
 
 @functools.cache
 def shared_core() -> Any:
-    """OpenVINO's Core, one for the life of the process.
+    """Returns OpenVINO's Core, one for the life of the process.
 
-    On CPUs with AMX it gives the thread that first uses it an alternate stack for signals, and frees that with the Core. Where
-    garbage collection frees it in another thread, the first one keeps a stack that is gone, and the next signal with a handler
-    (SIGCHLD, where a DataLoader had workers) ends the process. Seen with OpenVINO 2026.4.1.
+    On CPUs with AMX the Core gives the thread that first uses it an alternate signal stack, and frees it with itself.
+    If another thread's garbage collection frees the Core, the first thread keeps a dangling stack. The next signal with
+    a handler (SIGCHLD, after a DataLoader with workers) then ends the process. Seen with OpenVINO 2026.4.1.
     """
     return _import_openvino().Core()
 
 
 def computes_in(precision: Precision) -> bool:
-    """Whether OpenVINO computes in this precision on this CPU, and not in another one that it was not asked for."""
+    """True where OpenVINO computes in this precision on this CPU, rather than in another one."""
     if precision == "f32":
         return True
     capability = {"bf16": "BF16", "f16": "FP16"}[precision]
@@ -74,29 +74,32 @@ def computes_in(precision: Precision) -> bool:
 
 
 def lower(model: nn.Module | ExportedProgram, example: Tensor, threads: int, precision: Precision = "f32") -> Lowered:
-    """Compiles `model` by OpenVINO for the CPU with `threads` threads.
+    """Compiles `model` by OpenVINO for the CPU.
 
-    model: a converted model (Q/DQ) or a float one in eval mode. example: float32 [B, C, H, W], for its shape.
-    precision: that of floating-point arithmetic. OpenVINO has no bf16 in its ONNX reader: a half model is the float one,
-        computed in half (where `computes_in` says so).
+    - One model is compiled for each batch size, at its first call. OpenVINO 2026.4.1 is wrong for a batch of one where
+      the int8 model was compiled with a dynamic batch; with a fixed batch it is right. (ResNet-18 at 32x32 was off by
+      three times the largest logit. ONNX's reference evaluator agreed with torch to 4e-8.)
+    - `read_model` is used instead of `convert_model`, which is slower and sends telemetry.
+    - The precision is f32 by default. Else OpenVINO runs float models in bf16 on CPUs that have it, 2x faster here. The
+      int8 model would then be compared with bf16. int8 parts stay int8 (integer kernels).
 
-    Three choices besides the obvious:
-    - One compiled model per batch size, made at its first call. OpenVINO 2026.4.1 answers wrongly for a batch of one where
-      the int8 model was compiled with a dynamic batch (ResNet-18 at 32x32: off by three times the largest logit, while
-      ONNX's reference evaluator agrees with torch to 4e-8); with a fixed batch it is right.
-    - `read_model` instead of `convert_model`, which sends telemetry (and is slower).
-    - The precision, f32 unless asked otherwise: OpenVINO would run a float model in bf16 where the CPU has it, and the
-      comparison of int8 with FP32 would be one with bf16 (2x faster here). int8 parts stay int8 (integer kernels).
+    Args:
+        model: a converted model (Q/DQ), or a float one in eval mode.
+        example: float32 [B, C, H, W]; only its shape counts.
+        threads: of inference.
+        precision: of floating-point arithmetic. OpenVINO's ONNX reader has no bf16: a half model is the float one,
+            computed in half (where `computes_in` allows it).
 
-    Raises LoweringUnavailable where a module is missing or the model cannot be exported or compiled.
+    Raises:
+        LoweringUnavailable: a module is missing, or the model cannot be exported or compiled.
     """
     return Lowered("openvino", _compiled_call(onnx_bytes(model, example), None, example, threads, precision))
 
 
 def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> Written:
-    """OpenVINO IR, by way of ONNX: `model.xml` with the graph and `model.bin` with the weights, batch size free.
+    """Writes OpenVINO IR, from ONNX: `model.xml` with the graph and `model.bin` with the weights. The batch is dynamic.
 
-    Arguments and errors as of `lower`. `call` of the result is what was written, read back and compiled.
+    Arguments and errors as of `lower`. The result's `call` runs the written files, read back and compiled.
     """
     openvino = _import_openvino()
     with tempfile.TemporaryDirectory() as folder, quiet():
@@ -113,18 +116,19 @@ def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
 
 
 def open_onnx(data: bytes, example: Tensor, threads: int) -> Callable[[Tensor], Tensor]:
-    """What `onnx_bytes` gave, compiled as in `lower`. Raises LoweringUnavailable where OpenVINO refuses it."""
+    """Compiles the result of `onnx_bytes` as `lower` does. Raises LoweringUnavailable where OpenVINO refuses it."""
     return _compiled_call(data, None, example, threads, "f32")
 
 
 def _reason(error: Exception) -> str:
+    """Returns the last line of an error's text: the lines before are OpenVINO's own call sites."""
     return str(error).strip().splitlines()[-1]
 
 
 def _compiled_call(
     graph: bytes, weights: bytes | None, example: Tensor, threads: int, precision: Precision
 ) -> Callable[[Tensor], Tensor]:
-    """A model (ONNX, or IR with its weights) as a function for any batch size. The rest is as in `lower`."""
+    """Compiles a model (ONNX, or IR with its weights), as `lower` does, to a function for any batch size."""
     core = shared_core()
     settings = {
         "INFERENCE_NUM_THREADS": threads,
@@ -145,8 +149,8 @@ def _compiled_call(
             raise LoweringUnavailable(f"OpenVINO cannot compile this model: {_reason(error)}") from error
 
     def call(images: Tensor) -> Tensor:
-        # share_inputs: no copy of the batch; the output is a copy, so that the next call does not overwrite it.
+        # share_inputs avoids a copy of the batch. The output is a copy, so that the next call does not overwrite it.
         return torch.from_numpy(compiled(len(images))(images.contiguous().numpy(), share_inputs=True)[0])
 
-    compiled(1)  # so that a model that OpenVINO refuses is refused here, not in the midst of a measurement
+    compiled(1)  # a model that OpenVINO refuses then fails here, not during a measurement
     return call

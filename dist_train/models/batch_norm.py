@@ -1,6 +1,6 @@
 """Batch normalization over the rows of all ranks, and the moments of single batches.
 
-The collectives of a synchronised batch norm are forward's and backward's own: the two that a step has after its backward do not count them.
+Synchronised batch norms have collectives of their own in forward and backward, in addition to those of a step.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _forward: ContextVar[tuple[World, int] | None] = ContextVar("synchronised forwar
 
 @contextmanager
 def synchronised(world: World, rows: int) -> Iterator[None]:
-    """Forward passes of all ranks at once: synchronised batch norms in training mode normalise by the ranks' real rows together.
+    """In this context, synchronised batch norms in training mode normalise by the real rows of all ranks together.
 
-    Outside this context they are plain ones. All ranks enter it as often, or they wait for each other for ever.
+    Outside it they work like plain ones. All ranks must enter it equally often, or they wait for each other forever.
 
     Args:
-        rows: how many of this rank's inputs are real, from the first; those behind them are normalised and not counted.
+        rows: number of real inputs of this rank, counted from the first; the others are normalised but not counted.
     """
     token = _forward.set((world, rows))
     try:
@@ -42,12 +42,12 @@ def synchronised(world: World, rows: int) -> Iterator[None]:
 
 @contextmanager
 def synchronised_batch_norms(model: nn.Module, world: World) -> Iterator[None]:
-    """In this context the model's batch norms are synchronised ones, on the same parameters and buffers; then the plain ones are back.
+    """In this context, the model's batch norms are replaced by synchronised ones on the same parameters and buffers.
 
-    torch's own are used on CUDA; on gloo, which they do not support, ours.
+    On CUDA these are torch's own. They do not support gloo, for which ours are used.
 
     Raises:
-        SetupError: a batch norm of a class of its own, whose forward may be anything.
+        SetupError: a batch norm of another class, whose forward may be anything.
     """
     kind = _TorchSyncBatchNorm if world.device.type == "cuda" else SyncBatchNorm
     found = [
@@ -56,7 +56,8 @@ def synchronised_batch_norms(model: nn.Module, world: World) -> Iterator[None]:
     for name, module in found:
         if type(module) not in _PLAIN:
             raise SetupError(
-                f"{name or 'the model'} is a {type(module).__name__}, which sync_batchnorm cannot replace: its forward is its own",
+                f"{name or 'the model'} is a {type(module).__name__}, which sync_batchnorm cannot replace: "
+                "its forward is its own",
                 "use nn.BatchNorm1d, 2d or 3d there, or --sync_batchnorm false",
             )
         if not name:
@@ -73,24 +74,26 @@ def synchronised_batch_norms(model: nn.Module, world: World) -> Iterator[None]:
 
 
 class SyncBatchNorm(_BatchNorm):
-    """A batch norm of any number of dimensions: inputs [B, C, ...], float32, bfloat16 or float16; outputs of the same shape and dtype.
+    """A batch norm for inputs [B, C, ...] of float32, bfloat16 or float16; outputs have the same shape and dtype.
 
-    In the context `synchronised` and in training mode there is one flat SUM of float64 [2 * C + 1] over the ranks in forward (sum, sum
-    of squares, count) and one of [2 * C] in backward (the gradient's sum, and that of its product with the normalised input).
+    In the context `synchronised` and in training mode it sums one flat float64 tensor over the ranks per pass:
+
+    - forward, [2 * C + 1]: sum, sum of squares, count.
+    - backward, [2 * C]: the gradient's sum, and the sum of its product with the normalised input.
     """
 
     @classmethod
     def of(cls, plain: _BatchNorm) -> SyncBatchNorm:
-        """A synchronised batch norm on the tensors of a plain one."""
+        """Makes a synchronised batch norm on the tensors of a plain one."""
         made = cls(
             plain.num_features, plain.eps, plain.momentum, plain.affine, plain.track_running_stats, device="meta"
         )
         return _share(plain, made)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        return  # the plain one's class said so; here 2 and more are right
+        return  # the plain norm's class checks its own; here 2 and more dimensions are right
 
-    @torch.compiler.disable  # collectives of its own, and a context that is another at each call
+    @torch.compiler.disable  # it has collectives, and its context differs at each call
     def forward(self, input: Tensor) -> Tensor:
         now = _forward.get()
         if now is None or not self.training:
@@ -103,7 +106,7 @@ class SyncBatchNorm(_BatchNorm):
             assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
             factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-            # Where no rank had a row (none could be decoded) there is nothing to learn.
+            # Where no rank had a row (none could be decoded), the statistics stay.
             weight = ((count > 0) * factor).to(self.running_mean.dtype)
             unbiased = variance * (count / (count - 1).clamp(min=1))
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
@@ -112,7 +115,7 @@ class SyncBatchNorm(_BatchNorm):
 
 
 class _TorchSyncBatchNorm(nn.SyncBatchNorm):
-    """torch's, to which only the real rows are given."""
+    """torch's synchronised batch norm, which gets only the real rows."""
 
     @classmethod
     def of(cls, plain: _BatchNorm) -> _TorchSyncBatchNorm:
@@ -128,7 +131,7 @@ class _TorchSyncBatchNorm(nn.SyncBatchNorm):
             return _BatchNorm.forward(self, input)
         _, rows = now
         outputs = super().forward(input[:rows])
-        # Rows at weight 0 only have to be there.
+        # Rows at weight 0 only need to exist.
         return outputs if rows == len(input) else torch.cat([outputs, input[rows:].to(outputs.dtype)])
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -144,10 +147,11 @@ def _share(plain: _BatchNorm, made: _Norm) -> _Norm:
 
 
 class _Synchronised(torch.autograd.Function):
-    """(outputs, mean [C], biased variance [C], count []) of the real rows of all ranks; the last three are float64, without gradients.
+    """Computes (outputs, mean [C], biased variance [C], count []) over the real rows of all ranks.
 
-    The gradient is that of Ioffe and Szegedy (arXiv:1502.03167, section 3) with the batch being all ranks' rows. Each rank returns its own
-    part of the gradients of weight and bias, which are summed over ranks with all others.
+    Mean, variance and count are float64, without gradients. The gradient follows Ioffe and Szegedy (arXiv:1502.03167,
+    section 3), with all ranks' rows as the batch. Each rank returns its own part of the gradients of weight and bias;
+    they are summed over the ranks together with all other gradients.
     """
 
     @staticmethod
@@ -157,7 +161,7 @@ class _Synchronised(torch.autograd.Function):
         real = x[:rows].float()
         count = real.numel() // x.shape[1]
         if count:
-            # In float64 from here: the mean's square is taken off again.
+            # In float64 from here: the mean's square is subtracted again.
             variance, mean = (each.double() for each in torch.var_mean(real, _but_channels(x), correction=0))
             sums = torch.cat([mean * count, (variance + mean.square()) * count, mean.new_tensor([count])])
         else:
@@ -198,16 +202,17 @@ def _but_channels(x: Tensor) -> list[int]:
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
-    """The buffers that hold running means and variances, of modules and of prepared graphs alike."""
+    """Returns the buffers of running means and variances, of modules and of prepared graphs."""
     names = ("running_mean", "running_var")
     return [buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in names]
 
 
 @contextmanager
 def batch_moments(model: nn.Module) -> Iterator[None]:
-    """In this context a forward leaves its own batch's mean and unbiased variance in the running statistics of every batch norm.
+    """In this context, a forward writes its batch's mean and unbiased variance to the running statistics.
 
-    Batch norms normalise by the batch, all else is in evaluation mode. Modes, momenta and counts of batches are put back.
+    Batch norms normalise by the batch; everything else is in evaluation mode. Modes, momenta and counts of batches are
+    restored at the end.
     """
     modes = {module: module.training for module in model.modules()}
     norms = [

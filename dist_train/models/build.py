@@ -17,10 +17,12 @@ from dist_train.models.weights import read_file, read_run
 
 
 def model_arguments(config: ModelConfig, num_classes: int, in_channels: int) -> dict[str, Any]:
-    """What the registered function is called with: `config.args`, and name, num_classes and in_channels where it takes them.
+    """Collects the registered function's arguments.
+
+    These are `config.args`, and name, num_classes and in_channels where it takes them.
 
     Raises:
-        ConfigError: arguments that the function does not take, or required ones that are absent.
+        ConfigError: the function does not take an argument, or lacks a required one.
     """
     function = registry.models.get(config.name)
     offered: dict[str, Any] = {"name": config.name, "num_classes": num_classes, "in_channels": in_channels}
@@ -41,7 +43,7 @@ def build_model(config: ModelConfig, num_classes: int, in_channels: int) -> nn.M
     """Calls the registered function.
 
     Raises:
-        ConfigError: arguments that it does not take, or cannot work with.
+        ConfigError: it does not take an argument, or rejects its value.
     """
     arguments = model_arguments(config, num_classes, in_channels)
     try:
@@ -54,10 +56,10 @@ def build_model(config: ModelConfig, num_classes: int, in_channels: int) -> nn.M
 
 
 def check_model(config: ModelConfig) -> None:
-    """Checks name, arguments and weights as far as it goes without data, files and network.
+    """Checks name, arguments and weights, without data, files and network.
 
     Raises:
-        ConfigError: what `model_arguments` refuses, a name that timm does not know, weights that the model does not have.
+        ConfigError: wrong arguments, a name that timm does not know, or weights that the model does not have.
     """
     if config.name.startswith(timm.PREFIX):
         registry.models.get(config.name)  # says what to install
@@ -68,9 +70,10 @@ def check_model(config: ModelConfig) -> None:
 
 
 def initial_weights(config: ModelConfig) -> tuple[str, Callable[[], Mapping[str, Tensor]]] | None:
-    """Where the trained weights to start from come from, in words, and what reads them; None for weights of its own.
+    """Returns the source of the trained weights to start from, in words, and a function that reads them.
 
-    Calling the second may download (torchvision, timm) and raises DataError where that, or reading, fails.
+    None where the model starts untrained. The function may download (torchvision, timm), and raises DataError where
+    that or reading fails.
 
     Raises:
         ConfigError: the model has no weights of that name.

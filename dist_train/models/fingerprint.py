@@ -1,7 +1,7 @@
-"""What a model computes, as lines that can be compared: every operator of a forward pass with its literals, shapes and parameters.
+"""Fingerprints of models: every operator of a forward pass with its literals, shapes and parameters.
 
-A checkpoint holds tensors by name. The same names may belong to other code: another stride, another activation, another order
-of layers. Such a model would load without a word and compute something else.
+A checkpoint holds tensors by name. Changed code may use the same names: another stride, another activation, another
+order of layers. Such a model would load without an error and compute something else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_train.errors import RunDirError
 
-_CONSTANT_SIZE = 16  # elements up to which a tensor that forward makes up itself is written out
+_CONSTANT_SIZE = 16  # up to so many elements, a constant that forward creates is written out
 _SHOWN = 5  # differences that a message shows
 
 
@@ -29,8 +29,8 @@ class Operation:
     Attributes:
         layer: path of the innermost module that called it; only for messages, so that a module may be renamed.
         name: of the operator, such as `convolution`.
-        arguments: by the name that its schema gives: a literal; a parameter's or buffer's name with its shape; of another tensor
-            the shape, and how many operations ago it was made.
+        arguments: by their names in the schema: a literal, or the name and shape of a parameter or buffer. For another
+            tensor, its shape and the number of operations since it was made.
     """
 
     layer: str
@@ -49,16 +49,17 @@ class Operation:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module, example: Tensor) -> list[list[Any]]:
-    """The operators of a forward pass in training mode, where dropout and batch norms show their settings, then of one in eval mode.
+    """Records the operators of a forward pass in training mode, then of one in eval mode.
 
-    Changes nothing: it works on copies of the buffers, and the global generator is put back.
+    Training mode shows the settings of dropout and batch norms. Nothing is changed: the passes use copies of the
+    buffers, and the global generator is restored.
 
     Args:
         example: [B, ...], on the model's device.
 
     Returns:
-        for each operation a list of layer, name and arguments (see `Operation`), which JSON can hold. Nothing in it depends on
-        the process, the device or the values of parameters, unless forward itself branches on them.
+        for each operation a list of layer, name and arguments (see `Operation`), in JSON's types. It does not depend on
+        the process, the device or the values of parameters, unless forward branches on them.
     """
     mode, operations = model.training, list[Operation]()
     for training in (True, False):
@@ -73,19 +74,19 @@ def fingerprint(model: nn.Module, example: Tensor) -> list[list[Any]]:
 
 
 def differences(recorded: Sequence[Sequence[Any]], found: Sequence[Sequence[Any]]) -> list[str]:
-    """The first differences of two fingerprints, a line each, as in `layer2.0.conv1: convolution stride [1, 1] -> [2, 2]`."""
+    """Lists the first differences of two fingerprints: `layer2.0.conv1: convolution stride [1, 1] -> [2, 2]`."""
     before, after = ([Operation(*each) for each in side] for side in (recorded, found))
     matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
     lines: list[str] = []
     for kind, first, last, start, end in matcher.get_opcodes():
         if kind != "equal":
             lines += _changed(before[first:last], after[start:end])
-    lines = list(dict.fromkeys(lines))  # what both modes compute is there twice
+    lines = list(dict.fromkeys(lines))  # an operation of both modes appears twice
     return lines[:_SHOWN] + ([f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])
 
 
 def _changed(before: Sequence[Operation], after: Sequence[Operation]) -> Iterator[str]:
-    """Of operations that stand in each other's place: what changed in those of one name, else both names."""
+    """Compares operations pairwise: changed arguments where the names are equal, else both names."""
     for old, new in zip(before, after, strict=False):
         if old.name != new.name:
             yield f"{new}: it was {old.name}" if old.layer == new.layer else f"{old} -> {new}"
@@ -100,7 +101,7 @@ def _changed(before: Sequence[Operation], after: Sequence[Operation]) -> Iterato
 
 @contextmanager
 def _layers(model: nn.Module) -> Iterator[list[str]]:
-    """The path of the module at work, as a stack whose last entry is the innermost."""
+    """Tracks the running module's path, as a stack with the innermost module last."""
     path = [""]
     with ExitStack() as hooks:
         for name, module in model.named_modules():
@@ -117,7 +118,7 @@ def _layers(model: nn.Module) -> Iterator[list[str]]:
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down every operator that is called in it."""
+    """Records every operator that is called in this mode."""
 
     def __init__(self, named: Mapping[int, str], path: Sequence[str], example: Tensor) -> None:
         super().__init__()
@@ -141,7 +142,7 @@ class _Recorder(TorchDispatchMode):
         return outputs
 
     def _text(self, value: Any) -> str:
-        """An argument; empty for what depends on the device or the process."""
+        """Formats an argument; empty where it depends on the device or the process."""
         if isinstance(value, Tensor):
             return self._tensor(value)
         if isinstance(value, (list, tuple)):
@@ -162,14 +163,15 @@ FLOAT, PREPARED = "float", "prepared"
 
 _CHANGED = {
     FLOAT: "the model's code computes something else than when this run began",
-    PREPARED: "quantization prepares another model than when this run began: the backend, its rules or the libraries changed",
+    PREPARED: "quantization prepares another model than when this run began: "
+    "the backend, its rules or the libraries changed",
 }
 
 
 class SameModel:
     """Fingerprints of a run's models, kept with every checkpoint.
 
-    Operators go by other names on other devices and in other versions of torch: where these changed nothing is compared.
+    Operators have other names on other devices and in other versions of torch. If these changed, nothing is compared.
     """
 
     def __init__(self) -> None:
@@ -178,25 +180,25 @@ class SameModel:
         self._found: dict[str, Any] = {}
 
     def require(self, name: str, model: nn.Module, example: Tensor) -> None:
-        """Takes the fingerprint of the `FLOAT` or the `PREPARED` model, as built, before any state is loaded into it.
+        """Takes the fingerprint of the `FLOAT` or `PREPARED` model, as built, before any state is loaded.
 
         Args:
             example: [B, ...], on the model's device.
 
         Raises:
-            RunDirError: a checkpoint that was restored has another one of that name; it shows the first differences.
+            RunDirError: the restored checkpoint has another fingerprint of that name; shows the first differences.
         """
         self._where["device"] = example.device.type
         self._found[name] = fingerprint(model, example)
         self._compare(name)
 
-    def restore(self, state: Mapping[str, Any] | None) -> None:
-        """state: as `state_dict` gave it; None: of a version that kept none.
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes the fingerprints of a checkpoint, as `state_dict` gave them.
 
         Raises:
-            RunDirError: as `require`, of what was taken before.
+            RunDirError: a model's fingerprint differs from the one that was taken before.
         """
-        if state is not None and state["where"] == self._where:
+        if state["where"] == self._where:
             self._recorded = dict(state["models"])
             for name in self._found:
                 self._compare(name)

@@ -1,4 +1,4 @@
-"""A network for images of another number of channels than it was made for."""
+"""Adapts a network to images with another number of channels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def replace_first_conv(model: nn.Module, in_channels: int) -> None:
-    """Replaces the first 2-d convolution by one of `in_channels`, with fresh weights; where it has them already, nothing changes.
+    """Replaces the first 2-d convolution by a fresh one with `in_channels`, unless it has that many already.
 
     Raises:
         ValueError: the model has no 2-d convolution.
@@ -32,15 +32,15 @@ def replace_first_conv(model: nn.Module, in_channels: int) -> None:
 
 
 def first_conv(model: nn.Module) -> tuple[str, nn.Conv2d] | None:
-    """Name and module of the first 2-d convolution, in the order in which modules were added; None where there is none."""
+    """Finds the first 2-d convolution, in the order in which modules were added; None where there is none."""
     return next(((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), None)
 
 
 def fit_channels(weight: torch.Tensor, in_channels: int) -> torch.Tensor:
-    """A convolution's weight [O, I, kH, kW] for images of another number of channels, [O, in_channels, kH, kW].
+    """Fits a convolution's weight [O, I, kH, kW] to another number of channels: [O, in_channels, kH, kW].
 
-    One channel: the sum over the input channels, so that a gray image gives what it gave as RGB of three equal channels.
-    Others: the channels in turn, scaled by I / in_channels, so that the activations keep their size. timm does the same.
+    One channel: the sum over the input channels, so a gray image gives the same outputs as in three equal channels.
+    Otherwise: the channels in turn, scaled by I / in_channels, so that activations keep their size. timm does the same.
     """
     if in_channels == 1:
         return weight.sum(1, keepdim=True)

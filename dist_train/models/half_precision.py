@@ -1,4 +1,4 @@
-"""A model in half precision: bf16 or fp16 throughout, with float32 at its ends."""
+"""Half precision: a model in bf16 or fp16, with float32 inputs and outputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dist_train.errors import DataError
+from dist_train.errors import DataError, first_line
 
 Dtype = Literal["bf16", "fp16"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -16,7 +16,7 @@ _CPU_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")  # the last one is ARM's
 
 
 class HalfModel(nn.Module):
-    """A copy of `model` whose floating-point parameters and buffers are of `dtype`; takes and returns float32."""
+    """A copy of `model` with floating-point parameters and buffers in `dtype`; takes and returns float32."""
 
     def __init__(self, model: nn.Module, dtype: Dtype) -> None:
         super().__init__()
@@ -24,13 +24,13 @@ class HalfModel(nn.Module):
         self.dtype = _DTYPES[dtype]
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """inputs: float32, as the float model takes them. Returns float32."""
+        """Returns float32; inputs are float32, as for the float model."""
         outputs: Tensor = self.model(inputs.to(self.dtype))
         return outputs.float()
 
 
 def choose_dtype(wanted: Literal["auto", "bf16", "fp16"], device: torch.device) -> tuple[Dtype, str]:
-    """The dtype, and in a few words why. auto: bf16 where `device` computes in it, else fp16."""
+    """Chooses the dtype, and gives the reason in words. auto: bf16 where `device` computes in it, else fp16."""
     if wanted != "auto":
         return wanted, "as half.dtype says"
     if device.type == "cuda":
@@ -42,13 +42,12 @@ def choose_dtype(wanted: Literal["auto", "bf16", "fp16"], device: torch.device) 
 
 @torch.no_grad()
 def require_half(model: HalfModel, example: Tensor) -> None:
-    """One forward; raises DataError where the model has parts that insist on float32."""
+    """Runs one forward pass; raises DataError where a part of the model requires float32."""
     try:
         model(example)
     except (RuntimeError, TypeError) as error:
         name = next(key for key, value in _DTYPES.items() if value == model.dtype)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"the model does not run in {name}: {reason}",
+            f"the model does not run in {name}: {first_line(error)}",
             "make new tensors in forward with dtype=x.dtype, or leave half out of the stages",
         ) from error

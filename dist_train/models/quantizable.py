@@ -1,4 +1,4 @@
-"""torchvision's models that say themselves where they are quantized, for the eager backend; in floating point until then."""
+"""torchvision's quantizable models, for the eager backend: float models that mark the parts to quantize."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _PREFIX = "quantized_"
 
 
 def build(name: str, num_classes: int, in_channels: int, **args: Any) -> nn.Module:
-    """`torchvision.models.get_model(name, quantize=False)` with a head of `num_classes`, untrained, for any number of channels.
+    """Builds `torchvision.models.get_model(name, quantize=False)` with a head of `num_classes`, untrained.
 
-    Auxiliary heads are left out: they would make the model's output in training a tuple.
+    It takes any number of channels. Auxiliary heads are left out: with them, the output in training is a tuple.
     """
     settings: dict[str, Any] = {"weights": None, "quantize": False, "num_classes": num_classes}
     if name in ("quantized_googlenet", "quantized_inception_v3"):
@@ -29,5 +29,5 @@ def build(name: str, num_classes: int, in_channels: int, **args: Any) -> nn.Modu
 
 
 def float_weights(name: str, weights: str) -> Callable[[], dict[str, Tensor]]:
-    """As `torchvision.named_weights`, of the plain model: the quantizable one has the same parameters under the same names."""
+    """Like `torchvision.named_weights`, for the plain model: the quantizable one has the same parameters and names."""
     return named_weights(name.removeprefix(_PREFIX), weights)

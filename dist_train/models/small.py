@@ -1,4 +1,4 @@
-"""Small networks for small images: what the shipped configs and the tests train on CPUs."""
+"""Small networks for small images, trained on CPUs by the shipped configs and the tests."""
 
 from __future__ import annotations
 
@@ -81,11 +81,12 @@ class _SmallFCN(nn.Module):
 
 
 def small_fcn(num_classes: int, in_channels: int, width: int = 16) -> nn.Module:
-    """A fully convolutional network for small images: inputs float [B, in_channels, H, W], outputs [B, num_classes, H, W].
+    """A fully convolutional network for small images.
 
-    Features at a quarter of the size are upsampled and added to fine ones (Long et al. 2015, arXiv:1411.4038).
+    Inputs are float [B, in_channels, H, W], outputs [B, num_classes, H, W]. Features at a quarter of the size are
+    upsampled and added to fine ones (Long et al. 2015, arXiv:1411.4038).
 
     Args:
-        width: channels at full size; at a quarter of it there are four times as many.
+        width: channels at full size; four times as many at a quarter of it.
     """
     return _SmallFCN(num_classes, in_channels, width)

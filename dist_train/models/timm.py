@@ -1,14 +1,13 @@
-"""timm's models: `timm/resnet18`, or any other name of timm's behind `timm/`. Needs the extra `timm`."""
+"""timm's models: `timm/resnet18`, or `timm/` and any other name of timm. Needs the extra `timm`."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from dist_train.errors import ConfigError, DataError, Problem
+from dist_train.errors import ConfigError, DataError, Problem, did_you_mean, first_line
 
 PREFIX = "timm/"
 
@@ -19,17 +18,13 @@ def check_name(name: str) -> None:
 
     bare = name.removeprefix(PREFIX)
     if not timm.is_model(bare):
-        near = difflib.get_close_matches(bare.partition(".")[0], timm.list_models(), n=3, cutoff=0.5)
-        hint = (
-            "did you mean " + " or ".join(PREFIX + each for each in near) + "?"
-            if near
-            else "python -c 'import timm; print(*timm.list_models())' lists them all"
-        )
+        near = did_you_mean(bare.partition(".")[0], timm.list_models(), count=3, before=PREFIX)
+        hint = near or "python -c 'import timm; print(*timm.list_models())' lists them all"
         raise ConfigError([Problem("model.name", f"timm has no model {bare!r}", hint=hint)])
 
 
 def build(name: str, num_classes: int, in_channels: int, **args: Any) -> nn.Module:
-    """`timm.create_model` with a head of `num_classes` for images of `in_channels`, untrained."""
+    """Builds `timm.create_model` with a head of `num_classes` for images of `in_channels`, untrained."""
     import timm
 
     given: dict[str, Any] = {"pretrained": False, "num_classes": num_classes, "in_chans": in_channels}
@@ -38,10 +33,12 @@ def build(name: str, num_classes: int, in_channels: int, **args: Any) -> nn.Modu
 
 
 def named_weights(name: str, weights: str) -> Callable[[], dict[str, Tensor]]:
-    """What fetches timm's trained weights; `weights` is "pretrained", and a tag belongs to the name (timm/resnet18.a1_in1k).
+    """Returns a function that fetches timm's trained weights, and raises DataError where the download fails.
+
+    `weights` is "pretrained"; a tag belongs to the model's name (timm/resnet18.a1_in1k).
 
     Raises:
-        ConfigError: another word, or timm has none. Calling the result raises DataError where the download fails.
+        ConfigError: another word than "pretrained", or timm has no weights for the model.
     """
     import timm
 
@@ -57,9 +54,8 @@ def named_weights(name: str, weights: str) -> Callable[[], dict[str, Tensor]]:
         try:
             state: dict[str, Tensor] = timm.create_model(bare, pretrained=True).state_dict()
         except (OSError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise DataError(
-                f"cannot download the weights of {name}: {reason}",
+                f"cannot download the weights of {name}: {first_line(error)}",
                 "fetch them where there is a network (timm.create_model(NAME, pretrained=True)), save the state_dict "
                 "as .safetensors, then --model.weights FILE",
             ) from error

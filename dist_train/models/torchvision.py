@@ -1,4 +1,4 @@
-"""torchvision's models by name: classification, and semantic segmentation."""
+"""torchvision's models by name: classification and semantic segmentation."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from dist_train.errors import ConfigError, DataError, Problem
 from dist_train.models.first_conv import replace_first_conv
 
-# Their auxiliary heads put out a second tensor while training; only the main one is trained here.
+# Their auxiliary heads return a second tensor in training; only the main head is trained here.
 _AUXILIARY = ("googlenet", "inception_v3")
 
 
 def build(name: str, num_classes: int, in_channels: int, **args: Any) -> nn.Module:
-    """`torchvision.models.get_model(name)` with a head of `num_classes`, untrained, without auxiliary heads.
+    """Builds `torchvision.models.get_model(name)` with a head of `num_classes`, untrained, without auxiliary heads.
 
-    For images with other than 3 channels the first convolution is a fresh one.
+    For images without 3 channels, the first convolution is a fresh one.
     """
     given: dict[str, Any] = {"weights": None, "num_classes": num_classes}
     if name in _AUXILIARY:
         given["aux_logits"] = False
-        # Trained weights want inputs in -1..1, which this makes of normalized ones; to fresh ones it is all the same.
+        # Trained weights expect inputs in -1..1; this setting converts normalized ones. Fresh weights need neither.
         given["transform_input"] = in_channels == 3
         given["init_weights"] = True
     model: nn.Module = torchvision.models.get_model(name, **(given | args))
@@ -35,7 +35,7 @@ def build(name: str, num_classes: int, in_channels: int, **args: Any) -> nn.Modu
 
 
 def segmentation(name: str, num_classes: int, in_channels: int, **args: Any) -> nn.Module:
-    """torchvision's segmentation models, untrained: outputs [B, num_classes, H, W], the dictionary's "out"."""
+    """Builds a segmentation model, untrained: outputs [B, num_classes, H, W], the dictionary's "out"."""
     given: dict[str, Any] = {"weights": None, "weights_backbone": None, "num_classes": num_classes}
     model: nn.Module = torchvision.models.get_model(name, **(given | args))
     if in_channels != 3:
@@ -56,10 +56,12 @@ class _Out(nn.Module):
 
 
 def named_weights(name: str, weights: str) -> Callable[[], dict[str, Tensor]]:
-    """What fetches torchvision's weights of that name (DEFAULT, IMAGENET1K_V1), from torch.hub's cache or the network.
+    """Returns a function that fetches torchvision's weights of that name (DEFAULT, IMAGENET1K_V1).
+
+    It takes them from torch.hub's cache or the network, and raises DataError where the download fails.
 
     Raises:
-        ConfigError: there are none of that name. Calling the result raises DataError where the download fails.
+        ConfigError: the model has no weights of that name.
     """
     known = torchvision.models.get_model_weights(name)
     if weights not in known.__members__:
@@ -82,6 +84,6 @@ def named_weights(name: str, weights: str) -> Callable[[], dict[str, Tensor]]:
 
 
 def named_segmentation_weights(name: str, weights: str) -> Callable[[], dict[str, Tensor]]:
-    """As `named_weights`, with the names that `segmentation` gives to the parameters."""
+    """Like `named_weights`, with the parameter names of `segmentation`."""
     fetch = named_weights(name, weights)
     return lambda: {f"net.{key}": value for key, value in fetch().items()}

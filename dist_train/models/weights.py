@@ -1,4 +1,4 @@
-"""Trained weights to start from: a state_dict by name, from a file, or from another run; fitted to another head and other channels."""
+"""Loads trained weights to start from: from a file or another run, fitted to another head and other channels."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dist_train.errors import CheckpointError, DataError, RunDirError
+from dist_train.errors import CheckpointError, DataError, RunDirError, first_line
 from dist_train.models.first_conv import first_conv, fit_channels
 from dist_train.run_dir.checkpoint import CheckpointFolder
 from dist_train.run_dir.paths import RunDir
 
-# Heads beside the main one, which the models here are built without.
+# Auxiliary heads, without which the models here are built.
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.", "net.aux_classifier.")
-# Wrappers' names before every key.
+# Prefixes that wrappers put before every key.
 _PREFIXES = ("module.", "_orig_mod.")
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """The state_dict in a .safetensors, .pt or .pth file; also where it lies under "state_dict" or "model".
+    """Reads the state_dict in a .safetensors, .pt or .pth file, at the top or under "state_dict" or "model".
 
     Raises:
-        DataError: it cannot be read, or holds anything else.
+        DataError: the file cannot be read, or holds something else.
     """
     try:
         loaded: Any = (
@@ -37,10 +37,10 @@ def read_file(path: Path) -> dict[str, Tensor]:
             else torch.load(path, map_location="cpu", weights_only=True)
         )
     except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"cannot read weights from {path}: {reason}",
-            "save a state_dict alone: torch.save(model.state_dict(), FILE), or safetensors.torch.save_model(model, FILE)",
+            f"cannot read weights from {path}: {first_line(error)}",
+            "save a state_dict alone: torch.save(model.state_dict(), FILE), "
+            "or safetensors.torch.save_model(model, FILE)",
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
@@ -57,10 +57,10 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def read_run(run_dir: Path) -> dict[str, Tensor]:
-    """The trained float model of another run, as it was at the end of its stage `train`.
+    """Reads the float model of another run from the end of its stage `train`.
 
     Raises:
-        DataError: there is none.
+        DataError: the run has none.
     """
     folder = CheckpointFolder(RunDir(run_dir).checkpoints)
     try:
@@ -77,7 +77,7 @@ def read_run(run_dir: Path) -> dict[str, Tensor]:
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes, dtypes and values."""
+    """Returns the SHA-256 of names, shapes, dtypes and values."""
     found = hashlib.sha256()
     for name, value in sorted(state.items()):
         tensor = value.detach().cpu().contiguous()
@@ -89,19 +89,22 @@ def digest(state: Mapping[str, Tensor]) -> str:
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str, num_outputs: int) -> list[str]:
     """Loads `state` into `model`, in place.
 
-    A head of another number of outputs stays as it was initialised, and a first convolution for another number of channels
-    is fitted (`fit_channels`); each is said in a line of the result.
+    A head with another number of outputs keeps its initial values. A first convolution for another number of channels
+    is fitted, see `fit_channels`.
 
     Args:
-        source: where `state` comes from, for the messages.
+        source: origin of `state`, for the messages.
         num_outputs: width of the model's head.
 
+    Returns:
+        a line for each part that was not loaded unchanged.
+
     Raises:
-        DataError: names are missing or unknown, or shapes differ elsewhere; the layers and both shapes are named.
+        DataError: names are missing or unknown, or shapes differ elsewhere; names the layers and both shapes.
     """
     own = model.state_dict()
     given = {key: value for key, value in state.items() if key in own or not key.startswith(_AUXILIARY)}
-    # Files of before 2018 lack these counters, which only a BatchNorm without momentum reads.
+    # Files from before 2018 lack these counters, which only a BatchNorm without momentum reads.
     missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
     unknown = [key for key in given if key not in own]
     if missing or unknown:
@@ -140,9 +143,9 @@ def _fit_first_conv(model: nn.Module, own: Mapping[str, Tensor], given: dict[str
 
 
 def _head(own: Mapping[str, Tensor], given: Mapping[str, Tensor], different: list[str], num_outputs: int) -> str:
-    """The layers that `different` belong to, if all differ in the number of the model's outputs alone; else "".
+    """Names the layers of `different`, if they differ only in the number of the model's outputs; else "".
 
-    Elsewhere a width that differs changes the next layer's second dimension too.
+    In any other layer, another width also changes the next layer's second dimension.
     """
     fits = all(
         given[key].dim() == own[key].dim() > 0

@@ -1,1 +1,1 @@
-"""A run, from its config to its results."""
+"""Runs a config from the first stage to results.json."""

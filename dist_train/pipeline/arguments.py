@@ -1,4 +1,4 @@
-"""Checks the arguments of data, model, task and weights before any rank waits for another and any file is written."""
+"""Checks the arguments of data, model, task and weights before ranks connect and files are written."""
 
 from __future__ import annotations
 
@@ -21,14 +21,12 @@ from dist_train.tasks import Task
 from dist_train.training.evaluate import metric_names
 from dist_train.training.selection import INT8
 
-QUANTIZES = {"ptq", "qat", "convert"}
-
 
 def check_arguments(config: Config) -> None:
-    """Checks data.args, model.args, task.args and metrics as far as it goes without data.
+    """Checks data.args, model.args, task.args and metrics, as far as possible without data.
 
     Raises:
-        ConfigError: with all mistakes.
+        ConfigError: lists all mistakes.
     """
     problems: list[Problem] = []
     checks: list[Callable[[], object]] = [
@@ -45,19 +43,19 @@ def check_arguments(config: Config) -> None:
             problems += [problem for problem in error.problems if problem not in problems]
     if problems:
         raise ConfigError(problems)
-    if QUANTIZES & set(config.stages):
-        build_backend(config.qat)  # the libraries and integer kernels that it needs are there
+    if config.quantizes:
+        build_backend(config.qat)  # raises if libraries or integer kernels are missing
 
 
 def _check_metrics_without_data(config: Config) -> None:
-    """Refuses metrics that no number of classes makes right: how many there are is not known yet, and top5 wants many."""
+    """Refuses metrics that are wrong for any number of classes. The number is not known yet, and top5 needs several."""
     make: Callable[[int, dict[str, Any]], Task] = registry.tasks.get(config.task.name)
     if _metric_problems(config, make(2, config.task.args)):
         check_metrics(config, make(1000, config.task.args))
 
 
 def check_metrics(config: Config, task: Task) -> None:
-    """Raises ConfigError where a stage selects by a metric, or log.epoch_format shows one, that the task does not have."""
+    """Raises ConfigError if `select_by` or `log.epoch_format` names a metric that the task does not have."""
     problems = _metric_problems(config, task)
     if problems:
         raise ConfigError(problems)
@@ -77,12 +75,12 @@ def _metric_problems(config: Config, task: Task) -> list[Problem]:
 
 
 def holds_its_weights(config: Config, folder: CheckpointFolder) -> bool:
-    """Tells whether checkpoints hold the model, so that the weights that the run started from may be gone."""
+    """Tells whether checkpoints hold the model, so that its initial weights are no longer needed."""
     return config.stages[0] == "train" and folder.latest is not None
 
 
 def _require_initial_weights(config: Config) -> None:
-    """Raises ConfigError where the file or the run that the model starts from is not there."""
+    """Raises ConfigError if the file or the run with the initial weights does not exist."""
     weights, other = config.model.weights, config.model.init_from
     if holds_its_weights(config, CheckpointFolder(RunDir(config.run_dir).checkpoints)):
         return

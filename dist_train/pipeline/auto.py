@@ -1,4 +1,4 @@
-"""What `auto` comes to on this machine, and why: one line at the start of a run."""
+"""Resolves `auto` for this machine: strategy, precision, device, threads, workers, each with its reason."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from dist_train.errors import SetupError
 
 @dataclass(frozen=True)
 class Facts:
-    """What the ranks have.
+    """The ranks' hardware and shares of it.
 
     Attributes:
-        device: "cpu" or "cuda", of every rank.
-        cuda_devices: that the first rank sees.
-        cores: that this node's ranks share.
-        threads: CPU threads of each rank, and `threads_kept` if they are those of the first start.
-        workers: data workers that a rank gets under `data.workers: auto`.
-        bf16: what computes in bfloat16 on every rank's device, such as "AVX-512 BF16"; "" where something would emulate it.
+        device: "cpu" or "cuda", equal on all ranks.
+        cuda_devices: number of CUDA devices that this rank sees.
+        cores: number of CPU cores that this node's ranks share.
+        threads: CPU threads of each rank.
+        threads_kept: True if `threads` was recorded at the first start of the run.
+        workers: data workers of a rank with `data.workers: auto`.
+        bf16: the feature for native bfloat16, such as "AVX-512 BF16"; "" if some rank's device lacks one.
     """
 
     world_size: int = 1
@@ -39,7 +40,12 @@ class Facts:
 
 @dataclass(frozen=True)
 class Choices:
-    """The strategy's registered name, the precision, and what to say of them and of whatever else was `auto`."""
+    """The resolved settings.
+
+    Attributes:
+        strategy: registered name.
+        lines: progress lines that explain the choices and all other settings that were `auto`.
+    """
 
     strategy: str
     precision: Precision
@@ -47,7 +53,7 @@ class Choices:
 
 
 def look(world: World, threads: int, threads_kept: bool) -> Facts:
-    """The facts of this world; equal on all ranks but for those of the node. Collective."""
+    """Returns the facts of this world; the fields about the node may differ between nodes. Collective."""
     facts = Facts(
         world_size=world.world_size,
         local_world_size=world.local_world_size,
@@ -74,11 +80,11 @@ def choose(config: Config, facts: Facts, environ: Mapping[str, str], kept: Preci
     """Resolves strategy and precision.
 
     Args:
-        environ: `os.environ`, for what `accelerate launch` put there.
-        kept: the precision of an interrupted run that this one resumes; results depend on it, so `auto` keeps it.
+        environ: `os.environ`, with the variables of `accelerate launch`.
+        kept: the precision of the interrupted run that this one resumes. Results depend on it, so `auto` keeps it.
 
     Raises:
-        SetupError: the accelerate config now says another precision than when the run began.
+        SetupError: the accelerate config has another precision than at the run's first start.
     """
     said, remarks = [], []
     strategy, why = _strategy(config.strategy, facts)
@@ -122,7 +128,7 @@ def _precision(
         if theirs is not None:
             if kept is not None and theirs != kept:
                 raise SetupError(
-                    f"this run began in {kept}, and the accelerate config now says {theirs}",
+                    f"this run began in {kept}, but the accelerate config now says {theirs}",
                     f"accelerate launch --mixed_precision {'no' if kept == 'fp32' else kept} ..., or another --run.dir",
                 )
             return theirs, "accelerate's mixed_precision"

@@ -14,7 +14,7 @@ from dist_train.config.tree import Config
 from dist_train.data.arrays import ImageArrays
 from dist_train.data.splits import Splits
 from dist_train.distributed.world import World
-from dist_train.errors import ConfigError, DataError, ModelError, Problem
+from dist_train.errors import ConfigError, DataError, ModelError, Problem, first_line
 from dist_train.tasks import Task
 
 _MOVING = ("random_crop", "random_horizontal_flip", "random_resized_crop", "rand_augment")
@@ -22,12 +22,12 @@ _MOVING = ("random_crop", "random_horizontal_flip", "random_resized_crop", "rand
 
 @torch.no_grad()
 def check_fit(config: Config, model: nn.Module, splits: Splits, task: Task, world: World) -> None:
-    """Checks the targets, and sends two images of zeros through the model in eval and train mode. Changes nothing.
+    """Checks the targets, and runs the model on two images of zeros in eval and train mode. Changes nothing.
 
     Raises:
-        ConfigError: an augmentation would move the images and leave their masks.
-        DataError: targets are not the task's, or the model's outputs are not those of the data.
-        ModelError: the model returns no tensor, or has parameters of another type than the images.
+        ConfigError: an augmentation would move the images but not their masks.
+        DataError: the targets do not suit the task, or the model's outputs do not fit the data.
+        ModelError: the model does not return a tensor, or its parameters are not float32.
     """
     targets = _targets(splits)
     for each in targets:
@@ -38,14 +38,14 @@ def check_fit(config: Config, model: nn.Module, splits: Splits, task: Task, worl
     outputs = _one_tensor(_forward(config, model.eval(), inputs))
     task.check_outputs(outputs)
     _require_fit(config, task, outputs.float(), targets)
-    # In train mode, on copies of the buffers: batch norms count what they see.
+    # In train mode, on copies of the buffers, because batch norms update theirs.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     _one_tensor(torch.func.functional_call(model.train(), buffers, (inputs,)), "while training, ")
     model.eval()
 
 
 def _targets(splits: Splits) -> list[torch.Tensor]:
-    """All targets of image arrays; of a map-style dataset the first; each [N, ...]."""
+    """Returns targets of both splits, each [N, ...]: all of image arrays, the first one of a map-style dataset."""
     found = []
     for split in (splits.train, splits.eval):
         if isinstance(split, ImageArrays):
@@ -59,13 +59,11 @@ def _targets(splits: Splits) -> list[torch.Tensor]:
 
 
 def _require_masks_follow(data: DataConfig) -> None:
-    """Targets that are images themselves stay where they are: what moves pixels is refused."""
+    """Refuses augmentations that move pixels, as targets that are masks are not moved along."""
     moving = [step.name for step in data.augment if step.name in _MOVING] + (["cutmix"] if data.mix.cutmix else [])
     if moving:
-        message = (
-            f"{', '.join(moving)} would move the images' pixels, and the targets, which are masks, stay as they are"
-        )
-        hint = "remove it; color_jitter and random_erasing are safe, or move both in a map-style dataset's __getitem__"
+        message = f"{', '.join(moving)} would move the images' pixels, but not the targets, which are masks"
+        hint = "remove it (color_jitter and random_erasing are safe), or move both in a map-style dataset's __getitem__"
         raise ConfigError([Problem("data.augment" if data.augment else "data.mix.cutmix", message, hint=hint)])
 
 
@@ -75,20 +73,20 @@ def _forward(config: Config, model: nn.Module, inputs: torch.Tensor) -> Any:
     except RuntimeError as error:
         _require_float32(model)
         if not _ours(registry.models.entry(config.model.name)):
-            raise  # with its traceback: it is the user's own
+            raise  # the model is the user's code, so the traceback helps
         raise DataError(
-            f"the model {config.model.name} cannot take images {list(inputs.shape[1:])}: {str(error).splitlines()[0]}",
-            "another --model.name (small_resnet takes images of 8 pixels and more), or larger images",
+            f"the model {config.model.name} cannot take images {list(inputs.shape[1:])}: {first_line(error)}",
+            "choose another --model.name (small_resnet takes images of 8 pixels and more), or larger images",
         ) from error
 
 
 def _require_float32(model: nn.Module) -> None:
-    """Of a model that failed."""
+    """Names the dtype as the cause if a model that failed has floating-point parameters other than float32."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise ModelError(
                 f"the model cannot take the images, which are float32: its {name} is {str(parameter.dtype)[6:]}",
-                "return model.float() where it is built; --precision bf16 computes in less, with float32 parameters",
+                "return model.float() from its builder; --precision bf16 computes in bf16 with float32 parameters",
             )
 
 
@@ -96,13 +94,13 @@ def _one_tensor(outputs: Any, when: str = "") -> torch.Tensor:
     if not isinstance(outputs, torch.Tensor):
         raise ModelError(
             f"{when}the model returns a {type(outputs).__name__}, not a tensor",
-            "return the logits alone from its forward, in train mode too: without auxiliary outputs",
+            "return only the logits from its forward, without auxiliary outputs, in train mode, too",
         )
     return outputs
 
 
 def _require_fit(config: Config, task: Task, outputs: torch.Tensor, targets: list[torch.Tensor]) -> None:
-    """The loss of outputs and real targets can be computed: masks, for example, are of the outputs' size."""
+    """Checks that the loss of outputs and real targets can be computed; masks, for example, need the outputs' size."""
     rows = targets[0][:2].to(outputs.device) if targets else None
     if rows is None:
         return
@@ -113,13 +111,13 @@ def _require_fit(config: Config, task: Task, outputs: torch.Tensor, targets: lis
             raise
         raise DataError(
             f"outputs {list(outputs.shape)} of the model and targets {list(rows.shape)} of the data do not fit: "
-            f"{str(error).splitlines()[0]}",
+            f"{first_line(error)}",
             "let the dataset give targets of the outputs' size, or choose another --task.name",
         ) from error
     if losses.shape != rows.shape[:1]:
         raise DataError(
             f"the loss of the task {config.task.name} has shape {list(losses.shape)} for {len(rows)} samples",
-            'return one loss a sample, float [B]: reduction="none", then the mean over what a sample has',
+            'return one loss per sample, float [B]: use reduction="none", then the mean of each sample',
         )
 
 

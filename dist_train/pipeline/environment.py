@@ -1,4 +1,4 @@
-"""environment.json: what a run ran on, by an allow-list, so that no secret can slip in."""
+"""Describes the environment of a run for environment.json, by an allow-list, so that no secret is recorded."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _VARIABLES = (
 
 
 def describe(world: World, threads: int, strategy: str, precision: str) -> dict[str, Any]:
-    """Versions, machine and ranks; of the environment's variables only those named here."""
+    """Returns versions, machine, ranks, and the environment variables in `_VARIABLES`."""
     packages = {}
     for name in _PACKAGES:
         try:
@@ -66,7 +66,7 @@ def describe(world: World, threads: int, strategy: str, precision: str) -> dict[
 
 
 def _commit() -> str | None:
-    """The commit of the working folder, where it is a git checkout."""
+    """Returns the git commit of the working directory; None outside a checkout."""
     try:
         answer = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, cwd=Path.cwd(), check=False

@@ -1,4 +1,4 @@
-"""Runs a config: its stages in order, resumed at the first unfinished one."""
+"""Runs a config: its stages in order, from the first unfinished one."""
 
 from __future__ import annotations
 
@@ -34,34 +34,34 @@ from dist_train.stages.context import Context
 from dist_train.trackers.base import Trackers
 from dist_train.trackers.status import Status
 
-_SEEN_SECONDS = 20.0  # for what rank 0 wrote to be seen by all
+_SEEN_SECONDS = 20.0  # how long a file of rank 0 may take to appear on all nodes
 
 
 def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
-    """Runs or resumes what the config describes, on all ranks; every rank of the world calls it.
+    """Runs or resumes the config on all ranks; every rank calls it.
 
     Args:
-        warnings: from reading the configuration; rank 0 shows them once, with its own.
+        warnings: warnings from reading the configuration; rank 0 prints them once, with its own.
 
     Returns:
         the content of results.json.
 
     Raises:
-        ConfigError: the run directory holds a run with other settings that determine the result.
-        RunDirError: the directory is not a run's.
-        Preempted: it was asked to stop (SIGTERM, SIGUSR2, the file STOP), and can be resumed.
-        DistTrainError: as it happened; PeerError where another rank was the cause.
+        ConfigError: the run directory holds a run with other settings that affect the result.
+        RunDirError: the directory is not a run directory.
+        Preempted: the run was asked to stop (SIGTERM, SIGUSR2, the file STOP), and can be resumed.
+        DistTrainError: this rank failed; PeerError if another rank was the cause.
     """
     check_arguments(config)
     run_dir = RunDir(config.run_dir)
     done = _earlier_results(config, run_dir)
     if done is not None:
         if detect(os.environ).rank == 0:
-            print(f"this run is done: {run_dir.path}; for another one choose another --run.name or --run.dir")
+            print(f"this run is done: {run_dir.path}; to start another, choose another --run.name or --run.dir")
             print_results(done)
         return done
     if stopped_under_this_agent(run_dir, os.environ):
-        raise Preempted("it was asked to stop, and so does not go on although the launcher started it again")
+        raise Preempted("the run was asked to stop, so it does not resume although the launcher restarted it")
     attempt: int | None = None
     try:
         with (
@@ -77,25 +77,28 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
             return _run(config, run_dir, world, attempt, warnings)
     except BaseException as error:
         if attempt is not None and not isinstance(error, Preempted):
-            with suppress(OSError):  # a full disk must not hide the error that it caused
+            with suppress(OSError):  # a full disk must not hide the original error
                 fail(run_dir, attempt, error)
             if isinstance(error, PeerError) and was_preempted(run_dir, attempt):
-                raise Preempted("another rank was asked to stop and given up; the last checkpoint serves") from error
+                reason = "another rank was asked to stop and did not stop in time; the last checkpoint is kept"
+                raise Preempted(reason) from error
         raise
 
 
 def _earlier_results(config: Config, run_dir: RunDir) -> dict[str, Any] | None:
-    """The results of a finished run; refuses a directory that belongs to something else. Reads only."""
+    """Returns the results if the run is done, else None. Refuses any other directory. Reads only."""
     if not run_dir.status.exists():
         refuse_foreign(run_dir)
         return None
     if not run_dir.config.exists():
-        return None  # killed between the two
+        return None  # killed before the config was written
     recorded = recorded_config(run_dir)
     if config.debug.fast_dev_run != recorded.get("debug", {}).get("fast_dev_run", False):
-        raise RunDirError(f"{run_dir.path} holds a run of another kind", "--run.dir DIR, with a new or an empty folder")
+        raise RunDirError(
+            f"{run_dir.path} holds a run with another debug.fast_dev_run", "--run.dir DIR, with a new or empty folder"
+        )
     if config.debug.fast_dev_run or not (run_dir.checkpoints / "latest.json").exists():
-        return None  # begins anew
+        return None  # starts from the beginning
     changed = differences(recorded, config)
     if changed:
         raise ConfigError(
@@ -109,10 +112,10 @@ def _earlier_results(config: Config, run_dir: RunDir) -> dict[str, Any] | None:
 
 
 def _open(config: Config, run_dir: RunDir) -> int:
-    """Rank 0: makes the run directory and returns the number of this attempt.
+    """Creates the run directory and returns the number of this attempt. Rank 0 only.
 
     Raises:
-        RunDirError: it cannot be made or written to.
+        RunDirError: it cannot be created or written to.
     """
     try:
         if config.debug.fast_dev_run:
@@ -126,13 +129,13 @@ def _open(config: Config, run_dir: RunDir) -> int:
             replace_text(run_dir.config, dump(config))
     except OSError as error:
         raise RunDirError(
-            f"{run_dir.path} cannot be used: {error}", "--run.dir DIR, one that you can write to"
+            f"{run_dir.path} cannot be used: {error}", "--run.dir DIR, with a folder that you can write to"
         ) from error
     return attempt
 
 
 def _check_shared(run_dir: RunDir, world: World) -> None:
-    """Every rank sees what rank 0 writes, or the run stops here rather than at its first checkpoint.
+    """Checks that every rank sees rank 0's files, so that the run does not first fail at a checkpoint. Collective.
 
     Raises:
         SetupError: the run directory is not on a shared file system.
@@ -145,8 +148,8 @@ def _check_shared(run_dir: RunDir, world: World) -> None:
     for _ in attempts(_SEEN_SECONDS):
         if path.exists():
             break
-        with suppress(OSError):  # not even the parent is there
-            os.listdir(run_dir.path.parent)  # asks NFS anew
+        with suppress(OSError):  # the parent may be missing, too
+            os.listdir(run_dir.path.parent)  # makes NFS refresh its cache
     seen = world.gather(path.exists())
     if world.is_main:
         path.unlink()
@@ -184,19 +187,19 @@ def _run(config: Config, run_dir: RunDir, world: World, attempt: int, warnings: 
     except BaseException as error:
         if isinstance(error, Preempted) and world.is_main:
             status.preempted()
-            run_dir.stop.unlink(missing_ok=True)  # it is honoured: the same command is to go on
+            run_dir.stop.unlink(missing_ok=True)  # the request is fulfilled, so the same command may resume
         with suppress(OSError):
             ledger.close()
             trackers.close()
         raise
-    # Every rank is done before the status says so.
+    # The status becomes `done` only after every rank is done.
     ledger.close()
     world.barrier("end")
     if world.is_main:
         context.checkpoints.keep_ends()
         replace_json(run_dir.results, context.results)
         status.set(state="done")
-        run_dir.stop.unlink(missing_ok=True)  # it came too late
+        run_dir.stop.unlink(missing_ok=True)  # a late request must not stop the next run
         trackers.close()
         print_results(context.results)
         _say_paths(run_dir, progress)
@@ -204,7 +207,7 @@ def _run(config: Config, run_dir: RunDir, world: World, attempt: int, warnings: 
 
 
 def _expect(context: Context) -> None:
-    """Tells the ledger what an epoch consumes."""
+    """Records the number of samples that an epoch consumes, for the ledger's check."""
     data, size = context.config.data, context.data.train_samples
     per_epoch = size - size % data.global_batch_size if data.drop_last else size
     if context.config.debug.fast_dev_run:
@@ -224,7 +227,7 @@ def _run_stages(context: Context, attempt: int, status: Status) -> None:
         stage: Stage = registry.stages.get(name)(name, getattr(config, name, None))
         done = name in checkpoints.finished
         if not done and world.stop_agreed():
-            raise Preempted(f"stopped before {name}; what was done until there is saved")
+            raise Preempted(f"stopped before {name}; the finished stages are saved")
         if interrupted is not None and not interrupted["finished"] and interrupted["stage"] == name:
             context.resume = interrupted["payload"]
         product = checkpoints.product(name) if done else _run_stage(stage, context, status)
@@ -240,11 +243,11 @@ def _take_up(context: Context, interrupted: dict[str, Any], attempt: int) -> Non
     """Continues from the newest checkpoint of an earlier attempt.
 
     Raises:
-        DataError: data or weights are not what they were.
+        DataError: data or weights have changed.
     """
     context.data.require_same_data(interrupted["data"])
     context.require_same_weights(interrupted["results"])
-    context.same_model.restore(interrupted.get("same_model"))
+    context.same_model.restore(interrupted["same_model"])
     context.results.clear()
     context.results.update(interrupted["results"])
     stage = interrupted["stage"]
@@ -253,7 +256,7 @@ def _take_up(context: Context, interrupted: dict[str, Any], attempt: int) -> Non
 
 
 def _run_stage(stage: Stage, context: Context, status: Status) -> dict[str, Any]:
-    """Runs a stage and returns its product; its seconds go into the results."""
+    """Runs a stage and returns its product; records its seconds in the results."""
     world = context.world
     world.heartbeat.at_step(stage.name, 0)
     world.heartbeat.begin("set-up", at_least=world.timeout)

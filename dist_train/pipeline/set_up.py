@@ -1,4 +1,4 @@
-"""Opens a session: configures torch, looks at the ranks, chooses strategy and precision, and builds what stages share."""
+"""Opens a session: configures torch, resolves strategy and precision, and builds the parts that stages share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from dist_train import registry
 from dist_train.artifact.deployable import simulation
 from dist_train.config.advice import too_many_workers
 from dist_train.config.checks.strategy import Precision
-from dist_train.config.stages import simulated_bits
 from dist_train.config.tree import Config
 from dist_train.console.progress import Progress
 from dist_train.data.arrays import ImageArrays
@@ -30,7 +29,7 @@ from dist_train.errors import DataError, Problem
 from dist_train.models.build import build_model, initial_weights
 from dist_train.models.fingerprint import FLOAT, SameModel
 from dist_train.models.weights import digest, load_weights
-from dist_train.pipeline.arguments import QUANTIZES, check_metrics, holds_its_weights
+from dist_train.pipeline.arguments import check_metrics, holds_its_weights
 from dist_train.pipeline.auto import Choices, choose, look
 from dist_train.pipeline.check_fit import check_fit
 from dist_train.quantization.backend import as_configuration, build_backend
@@ -49,7 +48,7 @@ class Session:
 
     Attributes:
         threads: CPU threads of this rank.
-        choices: what every `auto` came to.
+        choices: the resolved values of `auto`.
     """
 
     config: Config
@@ -60,19 +59,19 @@ class Session:
     progress: Progress
 
     def build(self, trackers: Trackers | None = None, ledger: Ledger | NoLedger | None = None) -> Context:
-        """Builds data, model, task and strategy as the config names them. Collective.
+        """Builds data, model, task and strategy from the config. Collective.
 
         Raises:
-            DataError: the data cannot be read, or the weights that the model starts from.
-            ConfigError: model, data and task do not fit each other.
+            DataError: the data or the initial weights cannot be read.
+            ConfigError: model, data and task do not fit together.
         """
         config, world = self.config, self.world
         splits = _splits(config, world)
         if splits.steps_per_epoch is not None:
             if config.debug.ledger:
                 raise DataError(
-                    "the training data is a stream, whose items have no ids that a ledger could hold",
-                    "--debug.ledger false, or a map-style dataset",
+                    "debug.ledger is true, but the training data is a stream, whose items have no ids to record",
+                    "--debug.ledger false, or use a map-style dataset",
                 )
             self.progress.say(PROMISE)
         model = _model(config, splits, world)
@@ -84,12 +83,12 @@ class Session:
         same_model.require(FLOAT, model, torch.zeros(2, *splits.input_shape, device=world.device))
         known = holds_its_weights(config, folder)
         weights = None if known else _load_initial_weights(config, model, splits, world, self.progress)
-        if QUANTIZES & set(config.stages):
-            # Once a run: a resume was checked when it began, and its fingerprint says whether it is the same model.
+        if config.quantizes:
+            # The full check runs once per run. When resuming, the fingerprint tells whether the model is the same.
             example = torch.zeros(2, *splits.input_shape, device=world.device) if folder.latest is None else None
             with as_configuration():
                 build_backend(config.qat).check(model, config.qat.rules, example)
-            if bits := simulated_bits(config.qat.rules):
+            if bits := config.qat.simulated_bits:
                 self.progress.say(f"int8: {simulation(bits)}")
         results = {
             "run": config.run.name,
@@ -126,12 +125,12 @@ def open_session(
     precision: Precision | None = None,
     show: bool = True,
 ) -> Session:
-    """Configures torch, looks at the ranks, and chooses strategy and precision. Collective.
+    """Configures torch, and resolves strategy and precision. Collective.
 
     Args:
-        threads: of each rank when the run began; None: as the config says.
-        precision: of the run that is continued or evaluated; None where it begins.
-        show: whether rank 0 shows progress.
+        threads: CPU threads per rank recorded at the run's first start; None: from the config.
+        precision: precision of the run to resume or evaluate; None for a new run.
+        show: True if rank 0 prints progress.
 
     Raises:
         SetupError: the ranks cannot run this config.
@@ -150,7 +149,7 @@ def _splits(config: Config, world: World) -> Splits:
 
 
 def advise(context: Context, warnings: Sequence[Problem]) -> None:
-    """Shows the configuration's warnings, and those that need the data and the ranks; once, on rank 0."""
+    """Prints the config's warnings, and further warnings that depend on data and ranks, once, on rank 0."""
     world = context.world
     found = list(warnings)
     if not isinstance(context.data.splits.train, ImageArrays):
@@ -164,8 +163,8 @@ def advise(context: Context, warnings: Sequence[Problem]) -> None:
 
 
 def _model(config: Config, splits: Splits, world: World) -> nn.Module:
-    """Builds the model with its first weights, a function of the seed alone, on the device."""
-    channels = splits.input_shape[0]  # may read a sample, which may draw random numbers: before the seed
+    """Builds the model on the device; its initial weights depend on the seed only."""
+    channels = splits.input_shape[0]  # may read a sample and draw random numbers, so it comes before the seed
     seed_everything(derive_key("weights", config.run.seed))
     model = build_model(config.model, splits.num_outputs, channels)
     model = model.to(world.device)
@@ -175,17 +174,17 @@ def _model(config: Config, splits: Splits, world: World) -> nn.Module:
 def _load_initial_weights(
     config: Config, model: nn.Module, splits: Splits, world: World, progress: Progress
 ) -> dict[str, str] | None:
-    """Loads model.weights or model.init_from; returns their source and digest. Collective.
+    """Loads model.weights or model.init_from; returns source and SHA-256, None for no weights. Collective.
 
     Raises:
-        DataError: they cannot be read, do not fit, or differ between nodes.
+        DataError: the weights cannot be read, do not fit, or differ between nodes.
     """
     found = initial_weights(config.model)
     if found is None:
         return None
     source, read = found
     made: list[Mapping[str, torch.Tensor]] = []
-    # Once on each node first: what has to be downloaded is in a cache of the node then.
+    # One rank per node reads first, so that a download is in the node's cache for the others.
     world.first_on_node(lambda: made.append(read()), f"reading the weights from {source}")
     state = made[0] if made else read()
     sha256 = digest(state)
@@ -197,14 +196,14 @@ def _load_initial_weights(
 
 
 def _configure_torch(config: Config, threads: int) -> None:
-    """Sets threads and determinism, and silences warnings that mean nothing here."""
+    """Sets threads and determinism, and silences warnings without meaning here."""
     torch.set_num_threads(threads)
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
-    # The first two: how SequentialLR starts its schedules. The third: weights whose strides fit both memory formats.
+    # The first two come from the way SequentialLR starts. The third: weights whose strides fit two memory formats.
     for message in (
         ".*lr_scheduler.step.*before.*optimizer.step.*",
         "The epoch parameter in `scheduler.step",

@@ -1,4 +1,4 @@
-"""A model as bytes, of either kind, and the way to open it."""
+"""A model as bytes, of either kind, and how to open it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import torch
 from dist_train.programs.pt2 import load_program
 from dist_train.programs.torchscript import load_script
 
+_SUFFIXES = {"pt2": "pt2", "torchscript": "ts"}
+
 
 @dataclass(frozen=True)
 class Program:
-    """A model as it is deployed.
+    """A deployed model as bytes.
 
     Attributes:
-        kind: "pt2" (torch.export) or "torchscript" (traced); says how `data` is read.
+        kind: "pt2" (torch.export) or "torchscript" (traced); decides how `data` is read.
         data: the bytes of `model.pt2` or `model.ts`.
         extra: further files that belong to it, by name, such as the state_dict of an FX model.
     """
@@ -26,11 +28,21 @@ class Program:
     data: bytes
     extra: dict[str, bytes] = field(default_factory=dict)
 
+    @property
+    def suffix(self) -> str:
+        """Suffix of the program's file, without the dot."""
+        return _SUFFIXES[self.kind]
+
+    @property
+    def lowers(self) -> bool:
+        """True where other runtimes can take the program; TorchScript holds integer kernels and is its own runtime."""
+        return self.kind == "pt2"
+
 
 def open_program(program: Program) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The model as a function on the CPU: float32 [B, ...], contiguous, to what the model returns.
+    """Opens a program as a function on the CPU: contiguous float32 [B, ...] to the model's outputs.
 
-    Raises ArtifactError as `load_program` and `load_script` do. Only for bytes from where you trust.
+    Raises ArtifactError as `load_program` and `load_script` do. Only for bytes from a source you trust.
     """
     if program.kind == "torchscript":
         return load_script(program.data)

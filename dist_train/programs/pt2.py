@@ -1,10 +1,15 @@
-"""An exported program as bytes (a `.pt2` archive): equal in every process; refused where it holds what can carry code.
+"""An exported program as bytes (a `.pt2` archive): equal in every process, and refused where it can carry code.
 
-Read in torch 2.14's `torch/export/pt2_archive/_package.py` and `torch/_export/serde/serialize.py`: pickled weights,
-constants and example inputs are unpickled with `weights_only=False`, compiled libraries are loaded, symbolic expressions
-go through `sympy.sympify` (an `eval`), guard code is executed, and operators are looked up by attribute from `torch`. Our
-own files have none of these, so `load_program` refuses them. That narrows the hole and does not close it: load programs
-only from where you trust.
+From reading torch 2.14's `torch/export/pt2_archive/_package.py` and `torch/_export/serde/serialize.py`:
+
+- Pickled weights, constants and example inputs are unpickled with `weights_only=False`.
+- Compiled libraries are loaded.
+- Symbolic expressions go through `sympy.sympify`, which calls `eval`.
+- Guard code is executed.
+- Operators are looked up by attribute from `torch`.
+
+Our own files have none of these, so `load_program` refuses them. This narrows the risk and does not remove it: load
+programs only from a source you trust.
 """
 
 from __future__ import annotations
@@ -19,15 +24,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-# Importing it registers the operators quantized_decomposed.*, which a program needs to load and run (torchao it does not).
+# Importing this registers the operators quantized_decomposed.*, which programs need; torchao is not needed.
 from torch.ao.quantization.fx._decomposed import quantized_decomposed_lib  # noqa: F401
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 
-from dist_train.errors import ArtifactError
+from dist_train.errors import ArtifactError, first_line
 
-# All that torch.export.save keeps of node.meta besides shapes. The first two hold object ids and addresses of the exporting
-# process, the third its file paths; none is needed to run the program.
+# All of node.meta that torch.export.save keeps besides shapes. The first two hold object ids and addresses of the
+# exporting process, the third its file paths. None is needed to run the program.
 _TRACES = ("from_node", "nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "custom")
 
 _RECORD = re.compile(
@@ -51,12 +57,12 @@ _EXPRESSION = re.compile(  # sympy's srepr: no attributes, no strings but the na
 def _refuse(what: str) -> ArtifactError:
     return ArtifactError(
         f"the exported program holds {what}, which is refused because it can carry code",
-        "export a model without custom operators; load files only from where you trust",
+        "export a model without custom operators; load files only from a source you trust",
     )
 
 
 def _expressions(tree: Any) -> Iterator[str]:
-    """Every symbolic expression in the JSON of a program."""
+    """Yields every symbolic expression in the JSON of a program."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             if key == "expr_str":
@@ -69,7 +75,7 @@ def _expressions(tree: Any) -> Iterator[str]:
 
 
 def check_archive(data: bytes) -> None:
-    """Looks into a `.pt2` archive without deserialising it by torch.
+    """Checks a `.pt2` archive without deserializing it by torch.
 
     Raises ArtifactError where it is no archive, or holds anything that our own exports never hold.
     """
@@ -111,9 +117,18 @@ def check_archive(data: bytes) -> None:
             raise _refuse(f"the expression {str(expression)[:80]!r}")
 
 
+def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
+    """Exports a model in eval mode on the CPU, with a dynamic batch size.
+
+    example: [B, ...]; only its shape without B and its dtype count. Raises as `torch.export.export` does.
+    """
+    zeros = torch.zeros((2, *example.shape[1:]), dtype=example.dtype)  # one row would make the batch size a constant
+    return torch.export.export(model, (zeros,), dynamic_shapes=({0: Dim("batch", min=1)},))
+
+
 @contextmanager
 def _without_traces(program: ExportedProgram) -> Iterator[None]:
-    """Hides, for the time of the block, what differs from process to process and the example batch (someone's data)."""
+    """Hides metadata that differs between processes, and the example batch (user data), inside the block."""
     graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     hidden = [
         (node.meta, {key: node.meta.pop(key) for key in _TRACES if key in node.meta})
@@ -131,15 +146,15 @@ def _without_traces(program: ExportedProgram) -> Iterator[None]:
 
 
 def program_bytes(program: ExportedProgram) -> bytes:
-    """The `.pt2` archive of `program`: equal bytes for equal programs, in every process and on every machine.
+    """Serializes `program` as a `.pt2` archive: equal bytes for equal programs, in every process and on every machine.
 
-    Traces and the example batch are left out; `program` itself is not changed.
+    Traces and the example batch are left out. `program` itself is not changed.
 
     Raises ArtifactError where `load_program` would refuse the result.
     """
     buffer = io.BytesIO()
     with _without_traces(program), warnings.catch_warnings():
-        # Said of channels_last weights; torch then writes the whole storage and the strides, which is right on the CPU.
+        # Warns about channels_last weights: torch then writes the storage and the strides, which is right on the CPU.
         warnings.filterwarnings("ignore", "No complete tensor found")
         torch.export.save(program, buffer)
     data = buffer.getvalue()
@@ -148,16 +163,15 @@ def program_bytes(program: ExportedProgram) -> bytes:
 
 
 def load_program(data: bytes) -> ExportedProgram:
-    """The program in the bytes that `program_bytes` gave. Only for bytes from where you trust (see the module's head).
+    """Loads a program from the bytes of `program_bytes`. Only for bytes from a source you trust; see the module's docs.
 
-    Raises ArtifactError where the archive holds what may carry code, or where this torch cannot read it.
+    Raises ArtifactError where the archive may carry code, or where this torch cannot read it.
     """
     check_archive(data)
     try:
         return torch.export.load(io.BytesIO(data))
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
         raise ArtifactError(
-            f"torch {torch.__version__} cannot read the exported program: {reason}",
+            f"torch {torch.__version__} cannot read the exported program: {first_line(error)}",
             "compare with `versions` in manifest.json, and pip install that torch",
         ) from error

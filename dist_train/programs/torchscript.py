@@ -1,7 +1,7 @@
-"""A traced model as bytes (a TorchScript archive): equal in every process, and loaded with the integer kernels it was made for.
+"""A traced model as bytes (a TorchScript archive), equal in every process, with the integer kernels that it needs.
 
-What TorchScript runs is a program: it may read and write files, and its archive is unpickled. It cannot be made safe against
-malice, and nothing here tries to: load such files only from where you trust.
+A TorchScript file is a program: it may read and write files, and its archive is unpickled. It cannot be made safe
+against malice, and nothing here tries to: load such files only from a source you trust.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dist_train.errors import ArtifactError, QuantizationError
+from dist_train.errors import ArtifactError, QuantizationError, first_line
 
 _MANGLED = re.compile(rb"___torch_mangle_(\d+)")  # a counter of the process makes the names of classes unique
 _TRACES = (".debug_pkl", ".data/serialization_id")  # the tracing process's file paths; a hash of the file names
@@ -26,14 +26,14 @@ _WHEN = (1980, 1, 1, 0, 0, 0)
 
 @contextmanager
 def integer_kernels(engine: str) -> Iterator[None]:
-    """The process's engine for the time of the block: weights are packed for it, and some operators ask for it at each call.
+    """Sets the process's engine inside the block: weights are packed for it, and some operators read it at each call.
 
     engine: one of torch.backends.quantized.supported_engines.
     """
     before = torch.backends.quantized.engine
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.backends.quantized.engine = engine
-    # Integer kernels on the CPU are deterministic; torch would warn of memory that they resize before they write it.
+    # Integer kernels on the CPU are deterministic. Torch would warn about memory that they resize before writing it.
     torch.use_deterministic_algorithms(False)
     try:
         yield
@@ -44,11 +44,12 @@ def integer_kernels(engine: str) -> Iterator[None]:
 
 @contextmanager
 def _without_deprecation() -> Iterator[None]:
-    """torch.jit is deprecated in favour of torch.export, which cannot take packed integer weights."""
+    """Silences the deprecation of torch.jit: its successor, torch.export, cannot take packed integer weights."""
     with warnings.catch_warnings():
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", "`torch.jit", category)
-        # Torch says once a process that quantized tensors are deprecated. Loading would say it from C++, where no filter is asked.
+        # Torch warns once a process that quantized tensors are deprecated. Triggered here, inside the filter: loading
+        # would trigger it from C++, which ignores Python's filters.
         warnings.simplefilter("ignore", UserWarning)
         torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
         yield
@@ -56,19 +57,19 @@ def _without_deprecation() -> Iterator[None]:
 
 @torch.no_grad()
 def trace(model: nn.Module, example: Tensor) -> torch.jit.ScriptModule:
-    """`model`, in eval mode, traced and frozen: its parameters become constants, its modules one function.
+    """Traces and freezes `model`, in eval mode: parameters become constants, modules become one function.
 
-    example: [B, ...]; only its shape without batch and its dtype count.
+    example: [B, ...]; only its shape without B and its dtype count.
 
     Raises:
-        QuantizationError: the traced model answers differently for other batch sizes than it was traced with.
+        QuantizationError: the traced model's outputs are wrong for batch sizes that it was not traced with.
     """
     shape, generator = example.shape[1:], torch.Generator().manual_seed(0)
     with _without_deprecation(), warnings.catch_warnings():
-        # Of branches on shapes; whether they matter is measured below.
+        # Warns about branches on shapes; whether they matter is measured below.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         traced = torch.jit.trace(model, torch.zeros(2, *shape, dtype=example.dtype), check_trace=False)
-        # Without numeric optimisation: folding batch norms here would change the answers.
+        # Without numeric optimization: folding batch norms here would change the outputs.
         frozen = torch.jit.freeze(traced, optimize_numerics=False)
     for rows in (1, 3):
         inputs = torch.rand(rows, *shape, generator=generator).to(example.dtype)
@@ -78,16 +79,16 @@ def trace(model: nn.Module, example: Tensor) -> torch.jit.ScriptModule:
             same = False
         if not same:
             raise QuantizationError(
-                f"the traced model answers differently from {type(model).__name__} for a batch of {rows}",
+                f"the traced model's outputs differ from those of {type(model).__name__} for a batch of {rows}",
                 "make forward free of branches and shapes that depend on the data or the batch size",
             )
     return frozen
 
 
 def script_bytes(script: torch.jit.ScriptModule, engine: str) -> bytes:
-    """The archive of what `trace` gave: equal bytes for equal models, in every process.
+    """Serializes the result of `trace`: equal bytes for equal models, in every process.
 
-    engine: the integer kernels that `load_script` sets around loading and around each call.
+    engine: the integer kernels that `load_script` sets while it loads and during each call.
     """
     buffer = io.BytesIO()
     with _without_deprecation():
@@ -114,10 +115,10 @@ def script_bytes(script: torch.jit.ScriptModule, engine: str) -> bytes:
 
 
 def load_script(data: bytes) -> Callable[[Tensor], Tensor]:
-    """The model in the bytes that `script_bytes` gave, as a function on the CPU. Only from where you trust (see the module's head).
+    """Loads a model from the bytes of `script_bytes`, as a function on the CPU. Only from a source you trust.
 
     Raises:
-        ArtifactError: it is no such archive, or this torch cannot read it or lacks its integer kernels.
+        ArtifactError: this is no such archive, or this torch cannot read it or lacks its integer kernels.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -131,9 +132,8 @@ def load_script(data: bytes) -> Callable[[Tensor], Tensor]:
         with integer_kernels(engine), _without_deprecation():
             script = torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
     except (zipfile.BadZipFile, KeyError, RuntimeError, UnicodeDecodeError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ArtifactError(
-            f"torch {torch.__version__} cannot read the TorchScript model: {reason}",
+            f"torch {torch.__version__} cannot read the TorchScript model: {first_line(error)}",
             "copy it again from where it was exported; compare with `versions` in manifest.json",
         ) from error
 

@@ -1,4 +1,4 @@
-"""What a quantization backend is: it makes a model that trains with fake quantization, and an integer model of it."""
+"""Interface of a quantization backend: from a float model to one with fake quantization, and from that to integers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ from dist_train.quantization.prepared import PreparedModel
 
 @runtime_checkable
 class QuantizationBackend(Protocol):
-    """No method changes what it is given, draws from the global random generator, or communicates."""
+    """A backend. No method changes its arguments, draws from the global random generator, or communicates.
+
+    Everything else that a stage asks of a backend, such as the quality of each layer, is a method of `PreparedModel`.
+    """
 
     def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
-        """What can be seen in the untrained model: called before the first stage, so that nobody trains for nothing.
+        """Checks the untrained model before the first stage, so that nobody trains in vain.
 
-        example: as of `prepare`; None where it was checked with one before, as on a resume. With one the check tries what may fail.
+        Args:
+            example: as of `prepare`. With an example, conversion is tried on a copy. None where that was done before,
+                as on a resume.
 
         Raises:
             QuantizationError: as `prepare`.
@@ -34,23 +39,23 @@ class QuantizationBackend(Protocol):
 
         Args:
             model: the float model, on any device, in either mode.
-            example: [B, C, H, W] (or what the model takes as its one input); only its shape, dtype and device count.
-            rules: what to quantize otherwise, and what to leave in floating point; see `rules.resolve_rules`.
+            example: [B, C, H, W], or the model's one input; only its shape, dtype and device count.
+            rules: exceptions for modules: other settings, or floating point; see `rules.resolve_rules`.
 
         Raises:
             QuantizationError: the model cannot be quantized this way; names the layer and says what to change.
         """
 
     def convert(self, prepared: PreparedModel) -> nn.Module:
-        """The integer model, on the CPU, in eval mode."""
+        """Converts a prepared model to an integer model, on the CPU, in eval mode."""
 
     def serialize(self, converted: nn.Module, example: Tensor) -> Program:
-        """What `convert` returned, as bytes that are equal in every process; the batch size stays free."""
+        """Serializes the result of `convert`: equal bytes in every process, and a dynamic batch size."""
 
 
 @contextmanager
 def as_configuration() -> Iterator[None]:
-    """A model that the backend cannot take is a mistake of the configuration: running it again will not help (exit code 78)."""
+    """Gives QuantizationErrors the exit code of the configuration (78): running the command again will not help."""
     try:
         yield
     except QuantizationError as error:
@@ -59,7 +64,7 @@ def as_configuration() -> Iterator[None]:
 
 
 def build_backend(config: QATConfig) -> QuantizationBackend:
-    """The backend that a config names; it is given `engine` where its constructor takes it.
+    """Builds the backend that a config names, with `engine` where its constructor takes it.
 
     Raises:
         QuantizationError: this torch or this machine does not have it.

@@ -1,8 +1,9 @@
-"""Masks of gradients that Inductor's kernels store fast: bytes, made by arithmetic.
+"""Gradient masks as bytes, computed by arithmetic, because Inductor's kernels store bytes fast and bools slowly.
 
-Inductor's kernels for CPUs store bools one by one, so that a kernel which also gives a mask takes ten times as long (torch 2.14;
-benchmarks/qat_step.py --profile). In a float model nothing is lost by it: what follows an activation keeps the activation's output for its
-own backward, and the mask is made of that one there. With fake quantization in between the output is not kept, but a mask of it is.
+Inductor's CPU kernels store bools one by one: a kernel that also writes a bool mask takes ten times as long (torch
+2.14; benchmarks/qat_step.py --profile). A float model does not suffer from it: the operator after an activation keeps
+the activation's output for its own backward, and the mask is computed from that output. With fake quantization in
+between, not the output is kept but a mask of it.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ _BOUNDS = {  # of the output; None: the node's own arguments
 _IN_PLACE = (aten.relu_.default, aten.relu6_.default, aten.hardtanh_.default)
 
 
-def equal(left: Tensor, right: Tensor) -> Tensor:
-    """uint8, 1 where two tensors of integral values are equal, else 0."""
+def equal_mask(left: Tensor, right: Tensor) -> Tensor:
+    """Returns a uint8 mask: 1 where two tensors of integral values are equal, else 0."""
     if torch.compiler.is_compiling():
         return (1.0 - (left - right).abs().clamp(max=1.0)).to(torch.uint8)
     return (left == right).to(torch.uint8)
 
 
-class _Bounded(torch.autograd.Function):
-    """As `hardtanh`, and for an infinite `high` as `relu`: the gradient passes strictly between the bounds."""
+class _ClampWithByteMask(torch.autograd.Function):
+    """`hardtanh`, or `relu` for an infinite `high`: the gradient passes strictly between the bounds."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
@@ -50,26 +51,26 @@ class _Bounded(torch.autograd.Function):
         return grad * inside.to(grad.dtype), None, None
 
 
-def bounded(x: Tensor, low: float, high: float) -> Tensor:
-    """x clamped to low..high. Any shape, floating point."""
+def clamp_with_byte_mask(x: Tensor, low: float, high: float) -> Tensor:
+    """Clamps x, of any shape and floating point, to low..high."""
     if torch.compiler.is_compiling():
-        result: Tensor = _Bounded.apply(x, low, high)
+        result: Tensor = _ClampWithByteMask.apply(x, low, high)
         return result
     return torch.relu(x) if high == float("inf") and low == 0 else torch.nn.functional.hardtanh(x, low, high)
 
 
-def _bounds(min_val: float = -1.0, max_val: float = 1.0) -> tuple[float, float]:
-    """As the operator's signature has them."""
+def _hardtanh_bounds(min_val: float = -1.0, max_val: float = 1.0) -> tuple[float, float]:
+    """The signature of aten.hardtanh after its input."""
     return min_val, max_val
 
 
 def use_byte_masks(graph: Graph) -> None:
-    """Training: activations that clamp remember in bytes where they did."""
+    """Replaces clamping activations of a training graph, in place, by `clamp_with_byte_mask`."""
     for node in graph.nodes:
         if node.op != "call_function" or node.target not in _BOUNDS:
             continue
         source: Any = node.args[0]
         if node.target in _IN_PLACE and len(source.users) > 1:
-            continue  # the others read what it wrote
-        low, high = _BOUNDS[node.target] or _bounds(*node.args[1:], **node.kwargs)
-        node.target, node.args, node.kwargs = bounded, (source, low, high), {}
+            continue  # its other users read the activation's output
+        low, high = _BOUNDS[node.target] or _hardtanh_bounds(*node.args[1:], **node.kwargs)
+        node.target, node.args, node.kwargs = clamp_with_byte_mask, (source, low, high), {}

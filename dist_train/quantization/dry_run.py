@@ -1,68 +1,58 @@
-"""Is there an int8 model of this model at all? Tried before training, as libraries refuse more than can be seen beforehand."""
+"""Dry run of a backend before training: libraries refuse more models than checks can foresee."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dist_train.config.stages import RuleConfig
-from dist_train.errors import QuantizationError
-from dist_train.programs.program import Program
-from dist_train.quantization.error_location import where_in_graph
-from dist_train.quantization.prepared import PreparedModel
+from dist_train.errors import QuantizationError, first_line
+from dist_train.quantization.backend import QuantizationBackend
+from dist_train.quantization.error_location import graph_error_location
 from dist_train.quantization.ranges import Ranges
 from dist_train.quantization.rules import resolve_rules, skipped_modules
 
-# As we, torchao, torch.ao and their kernels fail.
 FAILURES = (QuantizationError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""Errors that our backends, torchao, torch.ao and their kernels raise for a model that they cannot take."""
 
 
-class _Backend(Protocol):
-    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedModel: ...
-
-    def convert(self, prepared: PreparedModel) -> nn.Module: ...
-
-    def serialize(self, converted: nn.Module, example: Tensor) -> Program: ...
-
-
-def rehearse(
-    backend: _Backend,
+def dry_run(
+    backend: QuantizationBackend,
     model: nn.Module,
     example: Tensor,
     rules: Sequence[RuleConfig],
     instead: str = "pt2e",
     run: bool = True,
 ) -> None:
-    """Prepares and converts a copy of `model`, with ranges of no meaning.
+    """Prepares and converts a copy of `model`, with meaningless ranges.
 
     Args:
         example: as of `QuantizationBackend.prepare`.
-        instead: backends to try where this one fails.
-        run: whether to serialise the result, too, and run it on batches of several sizes.
+        instead: backends to name in the hint.
+        run: also serializes the result, which runs it on batches of several sizes.
 
     Raises:
-        QuantizationError: one of these fails.
+        QuantizationError: one of these steps fails.
     """
     try:
         prepared = backend.prepare(model, example, rules).eval()
     except QuantizationError:
         raise
     except FAILURES as error:
-        layer, place = where_in_graph(error)
+        layer, place = graph_error_location(error)
         skipped = layer in skipped_modules(resolve_rules(model, rules))
         rule = (
             f"--qat.rules '[{{match: \"{layer}\", skip: true}}]'" if layer and not skipped else "change what is named"
         )
         raise QuantizationError(
-            f"{type(model).__name__} cannot be prepared for quantization{place}: {_first_line(error)}",
+            f"{type(model).__name__} cannot be prepared for quantization{place}: {first_line(error)}",
             f"{rule}, or --qat.backend {instead}",
         ) from error
     ranges = Ranges(prepared)
     ends = torch.ones(len(ranges), device=example.device)
-    ranges.assign(-ends, ends)  # any: those of an untrained model may not be finite
+    ranges.assign(-ends, ends)  # arbitrary: the ranges of an untrained model may not be finite
     with torch.no_grad():
         try:
             converted = backend.convert(prepared)
@@ -73,10 +63,7 @@ def rehearse(
         except FAILURES as error:
             raise QuantizationError(
                 f"the integer kernels cannot compute {type(model).__name__} on inputs {list(example.shape[1:])}: "
-                f"{_first_line(error)}",
-                f"--qat.backend {instead}; or change the operation: for a mean over maps of one pixel, x.flatten(1) instead",
+                f"{first_line(error)}",
+                f"--qat.backend {instead}; or change the operation: for a mean over maps of one pixel, "
+                "x.flatten(1) instead",
             ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""Which module, and which line of its forward, an error of tracing or of preparing a graph comes from."""
+"""Location of an error of tracing or of preparing a graph: the module, and the line of its forward."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from pathlib import Path
 from torch import nn
 from torch.fx import Node
 
+from dist_train.errors import QuantizationError, first_line
 from dist_train.quantization.fx_nodes import module_of
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \w+\n\s*(?P<text>.*)')
 
 
-def where(model: nn.Module, error: BaseException) -> str:
-    """`head.body, models.py line 12: if x.mean() > 0`: the innermost forward of a module of `model` that led to `error`, else "".
+def error_location(model: nn.Module, error: BaseException) -> str:
+    """Finds the innermost forward of `model`'s modules that led to an error of tracing.
 
-    error: of torch.fx, whose traceback goes through the model's own code, or of torch.export, which brings the stack that it traced.
+    Args:
+        error: of torch.fx, whose traceback contains the model's code; or of torch.export, which carries the stack that
+            it traced.
+
+    Returns:
+        As `head.body, models.py line 12: if x.mean() > 0`; "" where no module is found.
     """
     traced = getattr(error, "real_stack", None)
     frames = (
@@ -37,10 +43,21 @@ def where(model: nn.Module, error: BaseException) -> str:
     return ""
 
 
-def where_in_graph(error: BaseException) -> tuple[str, str]:
-    """(`head.body`, ` at head.body, models.py line 12: x = F.relu(x)`): what was looked at in a graph when `error` was raised.
+def cannot_trace(tracer: str, model: nn.Module, error: BaseException, obstacles: str, other: str) -> QuantizationError:
+    """Returns the error for a model that `tracer` cannot trace, because of `obstacles`; `other` is a backend to try."""
+    return QuantizationError(
+        f"{tracer} cannot trace {error_location(model, error) or type(model).__name__}: {first_line(error)}",
+        f"make forward free of {obstacles} that depend on the data, or try --qat.backend {other}; "
+        "or eager, where the model has stubs of its own",
+    )
 
-    Empty where nothing tells; without a line where only torch's own code was traced.
+
+def graph_error_location(error: BaseException) -> tuple[str, str]:
+    """Finds the node of a graph that was processed when `error` was raised.
+
+    Returns:
+        The node's layer and a phrase for messages, as (`head.body`, ` at head.body, models.py line 12: x = F.relu(x)`).
+        Both are "" where no node is found. The line is missing where only torch's own code was traced.
     """
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         nodes = [value for value in frame.f_locals.values() if isinstance(value, Node)]

@@ -1,4 +1,4 @@
-"""Fake quantization: activations with ranges that lag one step, weights whose scale always follows them."""
+"""Fake quantization of activations, with ranges from earlier steps, and of weights, with ranges of their values."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor, nn
 from torchao.quantization.pt2e import FakeQuantizeBase
 
 from dist_train.errors import QuantizationError
-from dist_train.quantization.byte_masks import equal
+from dist_train.quantization.byte_masks import equal_mask
 
-# A range of zero width still needs a scale that can be inverted in float32.
+# A range of zero width needs a scale too, and one that can be inverted in float32.
 SMALLEST_SCALE = 1e-12
 
 
 class _QuantizeDequantize(torch.autograd.Function):
     """x -> (clamp(round(x / scale) + zero_point, low, high) - zero_point) * scale, with the straight-through estimator.
 
-    The gradient passes where x was not clipped (Jacob et al., https://arxiv.org/abs/1712.05877), which a byte per activation remembers.
-    Arithmetic is that of `quantized_decomposed.quantize_per_tensor`, in float32.
+    The gradient passes where x was not clipped (Jacob et al., https://arxiv.org/abs/1712.05877); a byte mask is saved.
+    The arithmetic equals `quantized_decomposed.quantize_per_tensor`, in float32.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
         q = torch.round(x.float() * (1.0 / scale)) + zero_point
         clamped = torch.clamp(q, low, high)
-        ctx.save_for_backward(equal(q, clamped))
+        ctx.save_for_backward(equal_mask(q, clamped))
         return ((clamped - zero_point) * scale).to(x.dtype)
 
     @staticmethod
@@ -37,7 +37,7 @@ class _QuantizeDequantize(torch.autograd.Function):
 
 
 class _QuantizeDequantizeWeight(torch.autograd.Function):
-    """Nothing is clipped by more than rounding, as the scale comes from the weight itself: the gradient passes unchanged."""
+    """As above, but the gradient is unchanged: the scale comes from the weight, so that only rounding clips."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
@@ -50,9 +50,10 @@ class _QuantizeDequantizeWeight(torch.autograd.Function):
 
 
 def affine_parameters(low: Tensor, high: Tensor, quant_min: Tensor, quant_max: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of ranges widened to contain 0, which padding needs to be exact (arXiv:1712.05877, section 2.1).
+    """Computes scales and zero points of ranges, widened to contain 0.
 
-    All of one shape or broadcast; float32. The zero points are integral.
+    Padding with zeros is then exact (arXiv:1712.05877, section 2.1). All tensors are float32, of one shape or
+    broadcast. The zero points are integral.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / (quant_max - quant_min)).clamp(min=SMALLEST_SCALE)
@@ -61,9 +62,9 @@ def affine_parameters(low: Tensor, high: Tensor, quant_min: Tensor, quant_max: T
 
 
 def symmetric_parameters(low: Tensor, high: Tensor, quant_min: Tensor, quant_max: Tensor) -> tuple[Tensor, Tensor]:
-    """As `affine_parameters`, with the range widened to as much below 0 as above, and 0 at the middle integer.
+    """As `affine_parameters`, with ranges widened to be symmetric about 0, which is the middle integer.
 
-    The lowest integer stays unused: the grid is then the same on both sides (arXiv:1806.08342, section 2.2).
+    The lowest integer is not used, so that the grid is equal on both sides (arXiv:1806.08342, section 2.2).
     """
     steps = torch.div(quant_max - quant_min, 2, rounding_mode="floor")
     scale = (torch.maximum(-low, high).clamp(min=0) / steps).clamp(min=SMALLEST_SCALE)
@@ -71,21 +72,24 @@ def symmetric_parameters(low: Tensor, high: Tensor, quant_min: Tensor, quant_max
 
 
 class ActivationFakeQuantize(FakeQuantizeBase):
-    """Per-tensor uint8, affine or symmetric, whose range was known before this step ("delayed ranges").
+    """Per-tensor uint8 fake quantization, affine or symmetric, with a range from before this step ("delayed ranges").
 
-    While `observing`, a forward also records the minimum and maximum of its input in `step_low` and `step_high`, merged over
-    micro-batches and over every place that shares the module. No output depends on them, so that torch.compile can fuse
-    quantization into its neighbours; `dist_train.quantization.ranges.Ranges` folds them in between steps.
-    Until a range is known, and while `enabled` is False, the input is returned itself.
-
-    Buffers, float32 scalars: low, high, scale, zero_point (integral); `initialized` is a bool. The step's are not persistent.
+    While `observing`, a forward also records the minimum and maximum of its input in `step_low` and `step_high`. They
+    cover all micro-batches and all calls of the module. No output depends on them, so that torch.compile can fuse
+    quantization into its neighbors. `dist_train.quantization.ranges.Ranges` updates the range from them between steps.
+    The input is returned unchanged until a range is known, and while `enabled` is False.
 
     Args:
         quant_min, quant_max: 0 and 2 ** bits - 1.
         qscheme: torch.per_tensor_affine, or torch.per_tensor_symmetric.
-        range_max: the integer that the top of the range is mapped to, where that is below `quant_max`. x86's integer kernels add
-            pairs of products in int16, which saturates without VNNI unless activations stay within 0..127 ("reduce_range" in
-            torch.ao). The kernels themselves clamp at `quant_max`, and so does this module.
+        range_max: the integer of the range's high end, where it is below `quant_max`: 127 for x86's integer kernels.
+            They add pairs of products in int16. Without VNNI this saturates unless activations stay within 0..127
+            ("reduce_range" in torch.ao). The kernels clamp at `quant_max`, and so does this module.
+
+    Buffers:
+        low, high, scale, zero_point: float32 scalars; the zero point is integral.
+        initialized: bool scalar, True when a range is known.
+        step_low, step_high: float32 scalars, not persistent.
     """
 
     is_dynamic = False
@@ -111,7 +115,7 @@ class ActivationFakeQuantize(FakeQuantizeBase):
         self.range_max = quant_max if range_max is None else range_max
         self.observing = True
         self.enabled = True
-        # Mirrors `initialized` where Python branches: reading the buffer would synchronise the device and break the graph.
+        # Mirrors `initialized` for branches: reading the buffer would synchronize the device and break the graph.
         self.calibrated = False
         for name, value in {"low": 0.0, "high": 0.0, "scale": 1.0, "zero_point": 0.0}.items():
             self.register_buffer(name, torch.tensor(value))
@@ -121,6 +125,7 @@ class ActivationFakeQuantize(FakeQuantizeBase):
 
     @property
     def symmetric(self) -> bool:
+        """True for a symmetric scheme."""
         return self.qscheme == torch.per_tensor_symmetric
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,7 +139,7 @@ class ActivationFakeQuantize(FakeQuantizeBase):
         return _QuantizeDequantize.apply(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """What a converter asks for: scale float32 [1] and zero point int32 [1].
+        """Returns scale, float32 [1], and zero point, int32 [1], for converters.
 
         Raises:
             QuantizationError: no range is known yet.
@@ -151,19 +156,22 @@ class ActivationFakeQuantize(FakeQuantizeBase):
         self.calibrated = bool(self.initialized)
 
     def extra_repr(self) -> str:
-        return f"{self.quant_min}..{self.quant_max}, observing={self.observing}, enabled={self.enabled}, calibrated={self.calibrated}"
+        state = f"observing={self.observing}, enabled={self.enabled}, calibrated={self.calibrated}"
+        return f"{self.quant_min}..{self.quant_max}, {state}"
 
 
 class WeightFakeQuantize(FakeQuantizeBase):
-    """Signed integers, per output channel or per tensor, whose range is that of the weight as it is now, so there is no state.
+    """Fake quantization of weights to signed integers, per output channel or per tensor.
 
-    Symmetric: the scale is max|w| / quant_max and the lowest integer stays unused: the largest weight is then exactly
-    representable and nothing is clipped. Affine: the smallest and the largest weight take the ends, and 0 a zero point.
+    The range comes from the weight's present values, so there is no state. Symmetric schemes have the scale
+    max|w| / quant_max, and the lowest integer is not used: the largest weight is exact and nothing is clipped. Affine
+    schemes map the smallest and the largest weight to the ends.
 
     Args:
         quant_min, quant_max: -2 ** (bits - 1) and 2 ** (bits - 1) - 1.
         qscheme: torch.per_channel_symmetric, per_tensor_symmetric, per_channel_affine or per_tensor_affine.
-        settle_in_forward: each forward settles; torch.ao's converters call the module with the final weight, then ask it.
+        settle_in_forward: each forward calls `settle`. torch.ao's converters call the module with the final weight,
+            then read its parameters.
     """
 
     is_dynamic = False
@@ -186,14 +194,18 @@ class WeightFakeQuantize(FakeQuantizeBase):
 
     @property
     def per_tensor(self) -> bool:
+        """True for one scale of the whole weight."""
         return self.qscheme in (torch.per_tensor_symmetric, torch.per_tensor_affine)
 
     def scale(self, weight: Tensor) -> Tensor:
-        """weight: [out_channels, ...]. Float32 [out_channels, 1, ...]; [1, 1, ...] per tensor."""
+        """Returns the scale, as `parameters_of`."""
         return self.parameters_of(weight)[0]
 
     def parameters_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """weight: [out_channels, ...]. Scale and zero point, float32 [out_channels, 1, ...]; [1, 1, ...] per tensor."""
+        """Computes scale and zero point, float32 [out_channels, 1, ...], or [1, 1, ...] per tensor.
+
+        weight: [out_channels, ...].
+        """
         values = weight.detach().float()
         dims = tuple(range(0 if self.per_tensor else 1, weight.dim()))
         if self.qscheme in (torch.per_channel_symmetric, torch.per_tensor_symmetric):
@@ -204,7 +216,7 @@ class WeightFakeQuantize(FakeQuantizeBase):
         return affine_parameters(low, high, *ends)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """weight: [out_channels, ...], a parameter or what batch normalization's folding makes of it. Same shape and dtype out."""
+        """weight: [out_channels, ...], with or without a batch norm folded in. Returns the same shape and dtype."""
         if self._settle_in_forward:
             self.settle(weight)
         if not self.enabled:
@@ -212,17 +224,17 @@ class WeightFakeQuantize(FakeQuantizeBase):
         return _QuantizeDequantizeWeight.apply(weight, *self.parameters_of(weight), self.quant_min, self.quant_max)
 
     def integers(self, weight: Tensor) -> Tensor:
-        """weight: [out_channels, ...]. Int8 of the same shape, what `forward` simulates."""
+        """Returns the integers that `forward` simulates, int8 of the same shape. weight: [out_channels, ...]."""
         scale, zero_point = self.parameters_of(weight)
         steps = torch.round(weight.detach().float() * (1.0 / scale)) + zero_point
         return torch.clamp(steps, self.quant_min, self.quant_max).to(torch.int8)
 
     def settle(self, weight: Tensor) -> None:
-        """Before convert: the weight is final, keep its scale for `calculate_qparams`. Needs no forward to have run."""
+        """Keeps the scale of the final weight for `calculate_qparams`, before convert. No forward need have run."""
         self._final = self.parameters_of(weight)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """What a converter asks for: scale float32 and zero point int64, [out_channels]; [1] per tensor."""
+        """Returns scale, float32, and zero point, int64, [out_channels], or [1] per tensor, for converters."""
         assert self._final is not None, "settle() comes before convert"
         scale, zero_point = self._final
         return scale.flatten(), zero_point.flatten().to(torch.int64)

@@ -1,4 +1,4 @@
-"""What any backend does to its copy of the float model, or refuses in it, before it places fake quantization."""
+"""Checks and changes of a backend's copy of the float model, before fake quantization is placed."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dist_train.errors import QuantizationError
 
-# QAT divides by the batch norm's weight: one that is exactly zero (a zero-initialised residual branch) would make NaN.
+# QAT divides by the batch norm's weight: a weight of exactly zero (a zero-initialized residual branch) would give NaN.
 _SMALLEST_WEIGHT = 1e-8
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without warnings of prototype and deprecated APIs, and without touching the global random state, which they draw from."""
-    # The draws are on the CPU, whatever the model's device.
+    """Silences warnings of prototype and deprecated APIs, and restores the global random state that they change."""
+    # They draw on the CPU, whatever the model's device.
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         yield
 
 
 def refuse_untracked_statistics(name: str) -> QuantizationError:
-    """The error for the batch norm `name`, which always normalises by its batch."""
+    """Returns the error for the batch norm `name`, which always normalizes by its batch."""
     return QuantizationError(
         f"{name}: a batch norm without running statistics cannot be folded: its output depends on the whole batch",
         "build it with track_running_stats=True, or use nn.GroupNorm, and train again",
@@ -35,7 +35,7 @@ def refuse_untracked_statistics(name: str) -> QuantizationError:
 
 
 def refuse_cumulative_average(model: nn.Module) -> None:
-    """Raises QuantizationError that names a batch norm with momentum=None."""
+    """Raises QuantizationError for a batch norm with momentum=None, by name."""
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.track_running_stats and module.momentum is None:
             raise QuantizationError(
@@ -45,7 +45,7 @@ def refuse_cumulative_average(model: nn.Module) -> None:
 
 
 def float_literals(model: nn.Module) -> dict[str, float]:
-    """The numbers of a float model's batch norms and dropouts that must outlive preparing: `bn1.eps`, `bn1.momentum`, `dropout.p`."""
+    """Returns the numbers of a float model that preparing must keep: `bn1.eps`, `bn1.momentum`, `dropout.p`."""
     found: dict[str, float] = {}
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.momentum is not None:

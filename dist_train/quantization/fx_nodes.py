@@ -1,6 +1,8 @@
-"""Names of layers and of fake-quantize modules in FX graphs."""
+"""Names of layers, weights and fake-quantize modules in FX graphs."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -13,18 +15,18 @@ from dist_train.quantization.fake_quantize import (
 
 
 def layer_of(node: Node) -> str:
-    """The path of the module that a node came from, as in `named_modules()`; the node's own name where there is none."""
+    """Returns the path of a node's module, as in `named_modules()`; the node's own name where there is none."""
     return module_of(node) or node.name
 
 
 def module_of(node: Node) -> str:
-    """The path of the module that a node came from, as in `named_modules()`; "" for the model itself."""
+    """Returns the path of a node's module, as in `named_modules()`; "" for the model itself."""
     stack = node.meta.get("nn_module_stack")
     return str(list(stack.values())[-1][0]).removeprefix("L['self']").removeprefix(".") if stack else ""
 
 
 def _first_layer(quantizer: Node, modules: dict[str, nn.Module]) -> Node:
-    """The first node that uses a quantized value and is no fake quantization itself: two follow each other where widths differ."""
+    """Returns the first user that is no fake quantization itself: two follow each other where widths differ."""
     user = next(iter(quantizer.users))
     while user.op == "call_module" and isinstance(modules.get(str(user.target)), ActivationFakeQuantize):
         user = next(iter(user.users))
@@ -34,7 +36,8 @@ def _first_layer(quantizer: Node, modules: dict[str, nn.Module]) -> Node:
 def name_fake_quantizers(module: GraphModule) -> None:
     """Moves the fake-quantize modules to `quantizers.<layer>_<weight|input>`, each registered once.
 
-    PT2E and FX call them activation_post_process_<n>, and a shared one by several names: state of a changed model would load silently.
+    PT2E and FX name them activation_post_process_<n>, and a shared one several times: the state of a changed model
+    would load silently.
     """
     found = dict(module.named_modules(remove_duplicate=False))
     quantizers, names = nn.Module(), dict[nn.Module, str]()
@@ -59,3 +62,19 @@ def name_fake_quantizers(module: GraphModule) -> None:
         if isinstance(child, (ActivationFakeQuantize, WeightFakeQuantize)):
             delattr(module, name)
     module.recompile()
+
+
+def quantized_weights(module: GraphModule) -> Iterator[str]:
+    """Yields the parameters from which the inputs of weights' fake-quantize nodes are computed."""
+    quantizers = {
+        name for name, each in module.named_modules(remove_duplicate=False) if isinstance(each, WeightFakeQuantize)
+    }
+    waiting: list[Node] = [node for node in module.graph.find_nodes(op="call_module") if str(node.target) in quantizers]
+    seen = set[Node]()
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting += node.all_input_nodes
+            if node.op == "get_attr":
+                yield str(node.target)

@@ -1,36 +1,38 @@
-"""How much of a model became int8: "int8" may mean mostly float, which no gate of decisions shows."""
+"""Share of a model's weights that became int8: "int8" may mean mostly float, which no gate of decisions shows."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-from torch.fx import GraphModule, Node
+from torch import Tensor, nn
 
-from dist_train.quantization.fake_quantize import WeightFakeQuantize
+from dist_train.config.stages import QATConfig
+from dist_train.quantization.backend import build_backend
+from dist_train.quantization.dry_run import FAILURES
 from dist_train.quantization.prepared import PreparedModel
-from dist_train.quantization.pt2e.prepared_graph import PreparedGraph
-from dist_train.quantization.torch_ao.prepared_modules import PreparedModules
+from dist_train.quantization.rules import resolve_rules, skipped_modules
 
 LEAST_SHARE = 0.9
-"""Of the weights, below which a model that is called int8 is warned of: small and fast is then true of less than it says."""
+"""Share of the weights below which a user is warned: the model is then not as small and fast as "int8" promises."""
 _SHOWN = 3
+_ALTERNATIVES = ("pt2e", "fx")  # backends that take any model
 
 
 @dataclass(frozen=True)
-class Coverage:
-    """The weights of a model: every parameter of two or more dimensions, an element of a shared one counted once.
+class Int8Share:
+    """The weights of a model: every parameter of two or more dimensions; an element of a shared one counts once.
 
-    Biases and the vectors of normalisations, which have one dimension, stay in floating point or go into the integers of a layer,
-    and are few. What else has two dimensions, such as position embeddings, counts: it is in the file as int8 or as float.
+    Biases and the vectors of normalizations have one dimension and are few; they stay in floating point or go into a
+    layer's integers. Other parameters of two dimensions, such as position embeddings, count: they are in the file as
+    int8 or as float.
 
     Attributes:
-        int8: elements that are converted to integers, of 8 bits or of those that a rule asks for, by the module that holds them.
-        left_float: elements that stay in floating point, the module with the most first.
+        int8: elements that are converted to integers, of 8 bits or of a rule's width, by the module that holds them.
+        left_float: elements that stay in floating point, by module, the largest first.
     """
 
     int8: Mapping[str, int]
@@ -38,12 +40,12 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Of all elements the share that is int8; 1 for a model without weights."""
+        """The int8 share of all elements; 1 for a model without weights."""
         whole = sum(self.int8.values()) + sum(self.left_float.values())
         return sum(self.int8.values()) / whole if whole else 1.0
 
     def as_json(self) -> dict[str, Any]:
-        """For results.json and the manifest; modules by name, those in floating point with their elements."""
+        """Returns the counts for results.json and the manifest, with the modules in floating point by name."""
         return {
             "share": round(self.share, 6),
             "int8": sum(self.int8.values()),
@@ -61,19 +63,19 @@ class Coverage:
 
 
 def in_percent(share: float) -> str:
-    """Rounded down, so that 100 is all."""
+    """Formats a share, rounded down, so that 100 means all."""
     return f"{math.floor(share * 1000) / 10:g}"
 
 
-def coverage(model: nn.Module, prepared: PreparedModel) -> Coverage | None:
-    """Which weights of the float `model` the conversion of `prepared`, which a backend made of it, turns into integers.
+def int8_share(model: nn.Module, prepared: PreparedModel) -> Int8Share | None:
+    """Counts the weights of the float `model` that converting `prepared`, which was made from it, turns into integers.
 
-    These are those that a weight's fake quantization reads: convert makes integers of what is simulated, or raises. None for a prepared
-    model that no built-in backend made.
+    None where the prepared model's backend does not tell them.
     """
-    if not isinstance(prepared, (PreparedGraph, PreparedModules)):
+    found = prepared.integer_weights()
+    if found is None:
         return None
-    simulated = set(_simulated(prepared))
+    converted = set(found)
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.dim() > 1:
@@ -81,35 +83,38 @@ def coverage(model: nn.Module, prepared: PreparedModel) -> Coverage | None:
     sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
     int8, left = defaultdict[str, int](int), defaultdict[str, int](int)
     for key, shared in names.items():
-        found = next((name for name in shared if name in simulated), None)
-        name = found or shared[0]
-        (left if found is None else int8)[name.rpartition(".")[0] or name] += sizes[key]
-    return Coverage(dict(int8), dict(sorted(left.items(), key=lambda each: -each[1])))
+        of_int8 = next((name for name in shared if name in converted), None)
+        name = of_int8 or shared[0]
+        (left if of_int8 is None else int8)[name.rpartition(".")[0] or name] += sizes[key]
+    return Int8Share(dict(int8), dict(sorted(left.items(), key=lambda each: -each[1])))
 
 
-def _simulated(prepared: PreparedGraph | PreparedModules) -> Iterator[str]:
-    """The float model's names of the parameters that are fake-quantized as weights."""
-    if isinstance(prepared, PreparedGraph):
-        yield from _read_by_quantizers(prepared.graph_module())
-        return
-    for name, module in prepared.model.named_modules():
-        if isinstance(getattr(module, "weight_fake_quant", None), WeightFakeQuantize):
-            yield f"{name}.weight"
-    if isinstance(prepared.model, GraphModule):
-        yield from _read_by_quantizers(prepared.model)
+def advise(model: nn.Module, example: Tensor, settings: QATConfig, found: Int8Share) -> str:
+    """Explains why weights stay in floating point: by rules of the config, or because the backend does not take them.
+
+    Other backends are tried, to name one that takes more.
+
+    Args:
+        model: the float model on the CPU; it is not changed.
+        example: as of `QuantizationBackend.prepare`.
+    """
+    skipped = skipped_modules(resolve_rules(model, settings.rules))
+    by_rules = sum(count for name, count in found.left_float.items() if name in skipped)
+    parts = [f"qat.rules leave {by_rules:,} of them in floating point"] if by_rules else []
+    shares = {name: _share_of(model, example, settings, name) for name in _ALTERNATIVES if name != settings.backend}
+    best = max(shares, key=lambda name: shares[name])
+    if shares[best] > found.share + 0.01:
+        parts.append(f"--qat.backend {best} takes {in_percent(shares[best])} %")
+    elif not by_rules:
+        parts.append("no other backend takes more, so that the file is smaller and the model faster in that part only")
+    return "; ".join(parts)
 
 
-def _read_by_quantizers(module: GraphModule) -> Iterator[str]:
-    """The attributes that the inputs of weights' fake-quantize nodes are computed from, through a folded batch norm's factors."""
-    quantizers = {
-        name for name, each in module.named_modules(remove_duplicate=False) if isinstance(each, WeightFakeQuantize)
-    }
-    waiting: list[Node] = [node for node in module.graph.find_nodes(op="call_module") if str(node.target) in quantizers]
-    seen = set[Node]()
-    while waiting:
-        node = waiting.pop()
-        if node not in seen:
-            seen.add(node)
-            waiting += node.all_input_nodes
-            if node.op == "get_attr":
-                yield str(node.target)
+def _share_of(model: nn.Module, example: Tensor, settings: QATConfig, backend: str) -> float:
+    """Computes the share of another backend; 0 where it does not take the model."""
+    try:
+        other = build_backend(settings.model_copy(update={"backend": backend, "engine": "auto"}))
+        found = int8_share(model, other.prepare(model, example, settings.rules))
+    except FAILURES:
+        return 0.0
+    return found.share if found is not None else 0.0

@@ -1,82 +1,70 @@
-"""How faithful each layer of an integer model is: its signal-to-quantization-noise ratio against fake quantization."""
+"""Signal-to-quantization-noise ratio (SQNR) of each layer of an integer model, against its fake-quantized layer."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.ao.quantization import FixedQParamsFakeQuantize
 from torch.fx import GraphModule, Interpreter, Node
 
-from dist_train.programs.torchscript import integer_kernels
-from dist_train.quantization.fake_quantize import ActivationFakeQuantize
 from dist_train.quantization.fx_nodes import layer_of
 from dist_train.quantization.prepared import PreparedModel
-from dist_train.quantization.pt2e.graph_rewrite import folded_batch_norms
-from dist_train.quantization.pt2e.prepared_graph import PreparedGraph
-from dist_train.quantization.torch_ao.float_output import FloatOutputLinear
-from dist_train.quantization.torch_ao.fx_grids import clamp_integers
-from dist_train.quantization.torch_ao.integer_model import IntegerModel
-from dist_train.quantization.torch_ao.prepared_modules import PreparedModules
 
-_FAKE_QUANTIZERS = (ActivationFakeQuantize, FixedQParamsFakeQuantize)
+Kinds = tuple[type[nn.Module], ...]  # of fake-quantize modules with the buffers `scale` and `zero_point`
 
 
 @torch.no_grad()
-def layer_noise(prepared: PreparedModel, converted: nn.Module, inputs: Tensor) -> dict[str, float]:
-    """Signal-to-quantization-noise ratio of each layer of the integer model, in dB, the worst layer first.
+def layer_sqnr(prepared: PreparedModel, converted: nn.Module, inputs: Tensor) -> dict[str, float]:
+    """Measures the SQNR of each layer of the integer model, in dB, the worst layer first.
 
-    Every layer is given what the fake-quantized model computed up to it, so that a wrong layer does not spoil those behind it.
-    The ratio is 10 log10(sum(y^2) / sum((y - y_int8)^2)), with y the fake-quantized layer's output: infinite where they are
-    equal, NaN, which comes first, where the integer layer's is not finite.
+    Every layer gets the inputs that the fake-quantized model computed for it, so that a wrong layer does not spoil the
+    layers behind it. The ratio is 10 log10(sum(y^2) / sum((y - y_int8)^2)), where y is the output of the fake-quantized
+    layer. It is infinite where the outputs are equal. It is NaN, which comes first, where the integer layer's output is
+    not finite.
 
-    prepared: with known ranges. converted: what its backend's `convert` made of it. Neither is changed.
-    inputs: float32 [B, ...], real data.
+    Args:
+        prepared: with known ranges; not changed.
+        converted: the backend's `convert` of `prepared`; not changed.
+        inputs: float32 [B, ...], real data.
 
-    Returns an empty dict for models of other kinds than the built-in backends make.
+    Returns:
+        Ratio by layer; empty for a backend that does not tell, see `PreparedModel.layer_sqnr`.
     """
     reference = copy.deepcopy(prepared).cpu().eval()
     reference.observe(False)
-    if isinstance(reference, PreparedGraph) and isinstance(converted, GraphModule):
-        found = _of_graph(reference, converted, inputs)
-    elif isinstance(reference, PreparedModules) and isinstance(converted, IntegerModel):
-        model, integers = reference.model, converted.model
-        with integer_kernels(converted.engine):
-            if isinstance(model, GraphModule) and isinstance(integers, GraphModule):
-                found = _of_traced(model, integers, inputs)
-            else:
-                found = _of_modules(model, integers, inputs)
-    else:
-        found = {}
+    found = reference.layer_sqnr(converted, inputs)
     return dict(sorted(found.items(), key=lambda each: -math.inf if math.isnan(each[1]) else each[1]))
 
 
-def noise_table(layers: Mapping[str, float], most: int = 12) -> str:
-    """A line a layer, in the order given: its name and its ratio in dB."""
+def sqnr_table(layers: Mapping[str, float], most: int = 12) -> str:
+    """Formats a line for each layer, in the order given: its name and its ratio in dB."""
     shown = list(layers.items())[:most]
     width = max((len(name) for name, _ in shown), default=0)
-    words = ((name, in_words(ratio)) for name, ratio in shown)
+    words = ((name, sqnr_as_json(ratio)) for name, ratio in shown)
     lines = [f"  {name:<{width}}  {ratio if isinstance(ratio, str) else f'{ratio:.1f} dB'}" for name, ratio in words]
     if len(layers) > most:
         lines.append(f"  and {len(layers) - most} more")
     return "\n".join(lines)
 
 
-def in_words(ratio: float) -> float | str:
-    """The ratio in dB for JSON, which has neither infinity nor NaN: "equal", "not finite", and "no signal" where all should be 0."""
+def sqnr_as_json(ratio: float) -> float | str:
+    """Returns the ratio in dB for JSON, which has neither infinity nor NaN.
+
+    "equal" stands for infinity, "no signal" for minus infinity (all outputs should be 0), "not finite" for NaN.
+    """
     if math.isfinite(ratio):
         return ratio
     return "not finite" if math.isnan(ratio) else "equal" if ratio > 0 else "no signal"
 
 
 def _ratio(right: Tensor, actual: Tensor) -> float:
-    """In dB, of one call of a layer."""
+    """Computes the SQNR of one call of a layer, in dB."""
     signal, noise = right.double().square().sum(), (right.double() - actual.double()).square().sum()
     if not bool(torch.isfinite(noise)):
         return math.nan
@@ -88,17 +76,25 @@ def _worse(left: float, right: float) -> float:
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """What a layer of the fake-quantized model gave; and scale and zero point of the grid that it lies on, where integers do too."""
+class _Output:
+    """Output of a fake-quantized layer.
 
-    output: Tensor
+    Attributes:
+        values: float32, any shape.
+        grid: scale and zero point of its fake quantization, where the integer layer's output is quantized too.
+    """
+
+    values: Tensor
     grid: tuple[float, int] | None = None
 
     def on_grid(self, like: Tensor) -> Tensor:
-        """On the reference's own grid: a wrong scale of this integer layer is then not the next one's fault. In memory as `like`."""
+        """Returns the input of the next integer layer, in the memory format and dtype of `like`.
+
+        It has the reference's grid, so that a wrong scale of this integer layer does not count for the next one.
+        """
         last = like.dim() == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
-        output = self.output.clone(memory_format=torch.channels_last if last else torch.preserve_format)
-        return output if self.grid is None else torch.quantize_per_tensor(output, *self.grid, like.dtype)
+        values = self.values.clone(memory_format=torch.channels_last if last else torch.preserve_format)
+        return values if self.grid is None else torch.quantize_per_tensor(values, *self.grid, like.dtype)
 
 
 def _grid(quantizer: nn.Module) -> tuple[float, int]:
@@ -106,91 +102,77 @@ def _grid(quantizer: nn.Module) -> tuple[float, int]:
 
 
 class _Recorder(Interpreter):
-    """Runs a graph and keeps the outputs of some of its nodes, under the names that `wanted` gives for theirs."""
+    """Runs a graph and keeps the outputs of the nodes in `wanted`, under the names that it maps to."""
 
-    def __init__(self, module: GraphModule, wanted: Mapping[str, str]) -> None:
+    def __init__(self, module: GraphModule, wanted: Mapping[str, str], kinds: Kinds) -> None:
         super().__init__(module)
-        self._wanted = wanted
-        self.answers: dict[str, _Answer] = {}
+        self._wanted, self._kinds = wanted, kinds
+        self.outputs: dict[str, _Output] = {}
 
     def run_node(self, node: Node) -> Any:
         result = super().run_node(node)
         if node.name in self._wanted and isinstance(result, Tensor) and result.is_floating_point():
             quantizer = self.submodules.get(str(node.target)) if node.op == "call_module" else None
-            grid = _grid(quantizer) if isinstance(quantizer, _FAKE_QUANTIZERS) else None
-            self.answers[self._wanted[node.name]] = _Answer(result.clone(), grid)  # the next operator may work in place
+            grid = _grid(quantizer) if isinstance(quantizer, self._kinds) else None
+            self.outputs[self._wanted[node.name]] = _Output(result.clone(), grid)  # the next operator may work in place
         return result
 
 
 class _Corrected(Interpreter):
-    """Runs the integer graph, compares the outputs of what computes with integers, and goes on with the right ones."""
+    """Runs the integer graph, compares the outputs of its integer layers, and goes on with the expected outputs."""
 
-    def __init__(self, module: GraphModule, right: Mapping[str, _Answer]) -> None:
+    def __init__(self, module: GraphModule, expected: Mapping[str, _Output]) -> None:
         super().__init__(module)
-        self._right = right
+        self._expected = expected
         self.ratios: dict[str, float] = {}
 
     def run_node(self, node: Node) -> Any:
         result = super().run_node(node)
-        right = self._right.get(node.name)
+        right = self._expected.get(node.name)
         if right is None or (right.grid is not None and not result.is_quantized):
             return result
         if result.is_quantized or any("dequantize" in str(source.target) for source in node.all_input_nodes):
             layer = str(node.target) if node.op == "call_module" else layer_of(node)
-            layer = layer.removesuffix(".activation_post_process")  # what a FloatFunctional holds
+            layer = layer.removesuffix(".activation_post_process")  # a child of FloatFunctional
             actual = result.dequantize() if result.is_quantized else result
-            self.ratios[layer] = _worse(self.ratios.get(layer, math.inf), _ratio(right.output, actual))
+            self.ratios[layer] = _worse(self.ratios.get(layer, math.inf), _ratio(right.values, actual))
         return right.on_grid(result)
 
 
-def _of_graph(prepared: PreparedGraph, converted: GraphModule, inputs: Tensor) -> dict[str, float]:
-    """Nodes keep their names in conversion. Of a folded batch norm the convolution stays, and gives what the batch norm gave."""
-    module = prepared.graph_module()
-    kept = {node.name: node.target for node in converted.graph.nodes if node.op == "call_function"}
-    wanted = {node.name: node.name for node in module.graph.nodes if kept.get(node.name) is node.target}
-    for folded in folded_batch_norms(module.graph):
-        del wanted[folded.convolution.name]
-        wanted[folded.batch_norm.name] = folded.convolution.name
-    return _compare(module, wanted, converted, inputs)
-
-
-def _of_traced(prepared: GraphModule, converted: GraphModule, inputs: Tensor) -> dict[str, float]:
-    """What a node gives is fake-quantized by the node after it, and lies on that one's grid."""
-    clamp_integers(prepared)
-    modules = dict(prepared.named_modules(remove_duplicate=False))
-    wanted = {
-        user.name: node.name
-        for node in prepared.graph.nodes
-        for user in node.users
-        if user.op == "call_module" and isinstance(modules[str(user.target)], _FAKE_QUANTIZERS)
-    }
-    # But for a head's, which stays in floating point.
-    heads = _heads(converted)
-    wanted |= {node.name: node.name for node in prepared.graph.find_nodes(op="call_module") if node.target in heads}
-    return _compare(prepared, wanted, converted, inputs)
-
-
-def _heads(converted: nn.Module) -> set[str]:
-    return {name for name, module in converted.named_modules() if isinstance(module, FloatOutputLinear)}
-
-
-def _compare(
-    prepared: GraphModule, wanted: Mapping[str, str], converted: GraphModule, inputs: Tensor
+def compare_graphs(
+    prepared: GraphModule, wanted: Mapping[str, str], converted: GraphModule, inputs: Tensor, kinds: Kinds
 ) -> dict[str, float]:
-    recorder = _Recorder(prepared, wanted)
+    """Compares two graphs, see `layer_sqnr`.
+
+    Args:
+        prepared: the fake-quantized graph.
+        wanted: from the names of its nodes whose outputs are compared to the names of the nodes in `converted`.
+        kinds: classes of the fake-quantize modules.
+    """
+    recorder = _Recorder(prepared, wanted, kinds)
     recorder.run(inputs)
-    corrected = _Corrected(converted, recorder.answers)
+    corrected = _Corrected(converted, recorder.outputs)
     corrected.run(inputs)
     return corrected.ratios
 
 
-def _of_modules(prepared: nn.Module, converted: nn.Module, inputs: Tensor) -> dict[str, float]:
-    """Eager mode: modules keep their names, and hold their fake quantization; heads and those that give integers are compared."""
-    answers, ratios = defaultdict[str, list[_Answer]](list), dict[str, float]()
+def compare_modules(
+    prepared: nn.Module, converted: nn.Module, heads: Collection[str], inputs: Tensor, kinds: Kinds
+) -> dict[str, float]:
+    """Compares two models whose modules have the same names, see `layer_sqnr`.
+
+    Modules with integer outputs are compared, and heads.
+
+    Args:
+        prepared: the fake-quantized model, whose modules hold their own fake quantization. Its hooks are changed.
+        heads: names of the modules with floating-point outputs.
+        kinds: classes of the fake-quantize modules.
+    """
+    expected, ratios = defaultdict[str, list[_Output]](list), dict[str, float]()
 
     def keep(name: str, quantizer: nn.Module | None) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            answers[name].append(_Answer(output.clone(), None if quantizer is None else _grid(quantizer)))
+            expected[name].append(_Output(output.clone(), None if quantizer is None else _grid(quantizer)))
 
         return hook
 
@@ -198,22 +180,21 @@ def _of_modules(prepared: nn.Module, converted: nn.Module, inputs: Tensor) -> di
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             if not output.is_quantized and name not in heads:
                 return output
-            right = answers[name].pop(0)  # a module may be called several times
-            ratios[name] = _worse(ratios.get(name, math.inf), _ratio(right.output, output.dequantize()))
+            right = expected[name].pop(0)  # a module may be called several times
+            ratios[name] = _worse(ratios.get(name, math.inf), _ratio(right.values, output.dequantize()))
             return right.on_grid(output)
 
         return hook
 
-    heads = _heads(converted)
     for name, module in prepared.named_modules():
         quantizer = getattr(module, "activation_post_process", None)
-        if isinstance(quantizer, _FAKE_QUANTIZERS):
+        if isinstance(quantizer, kinds):
             module.register_forward_hook(keep(name, quantizer))
         elif name in heads:
             module.register_forward_hook(keep(name, None))
     prepared(inputs)
     hooks = [
-        module.register_forward_hook(compare(name)) for name, module in converted.named_modules() if name in answers
+        module.register_forward_hook(compare(name)) for name, module in converted.named_modules() if name in expected
     ]
     try:
         converted(inputs)

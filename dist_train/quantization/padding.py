@@ -1,6 +1,8 @@
-"""Convolutions with `padding="same"` or `"valid"`, which no quantizer takes: the same padding written out as numbers.
+"""Rewriting of `padding="same"` and `"valid"`, which no quantizer takes, to the same padding in numbers.
 
-Exact: "same" is only allowed with stride 1, where it adds dilation * (kernel - 1) zeros to each side pair, the odd one at the end.
+This is exact: "same" is only allowed with stride 1. It adds dilation * (kernel - 1) zeros to the two sides of a
+    dimension
+together, an odd one at the end.
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ def _pairs(padding: str, kernel: Sequence[int], dilation: Sequence[int]) -> _Pai
 
 
 def _flat(pairs: _Pairs) -> list[int]:
-    """As F.pad wants it: the last dimension first."""
+    """Returns the pairs as F.pad takes them: the last dimension first."""
     return [side for pair in reversed(pairs) for side in pair]
 
 
 def number_paddings(model: nn.Module) -> None:
-    """In place: convolutions whose sides are padded alike. The others stay as they are."""
+    """Gives numbers to convolutions with equal padding of both sides, in place. Others stay unchanged."""
     for module in model.modules():
         if isinstance(module, _ConvNd) and isinstance(module.padding, str):
             pairs = _pairs(module.padding, module.kernel_size, module.dilation)
@@ -46,19 +48,20 @@ def number_paddings(model: nn.Module) -> None:
 
 
 def refuse_uneven_padding(model: nn.Module) -> None:
-    """Raises QuantizationError that names a convolution whose sides "same" pads unequally: it needs an operation more."""
+    """Raises QuantizationError for a convolution with unequal padding, by name: it needs a separate pad operation."""
     for name, module in model.named_modules():
         if isinstance(module, _ConvNd) and isinstance(module.padding, str):
             pairs = _pairs(module.padding, module.kernel_size, module.dilation)
             if any(before != after for before, after in pairs):
                 raise QuantizationError(
-                    f"{name}: padding='same' with an even kernel pads unequally, which the eager backend cannot write out",
+                    f"{name}: padding='same' with an even kernel pads unequally, "
+                    "which the eager backend cannot write out",
                     f"nn.ZeroPad2d({tuple(_flat(pairs))}) before it and padding=0, or --qat.backend pt2e or fx",
                 )
 
 
 def pad_before_modules(model: GraphModule) -> None:
-    """In a symbolically traced model, in place: F.pad before the convolutions that `number_paddings` left.
+    """Adds F.pad before the convolutions that `number_paddings` left, in a symbolically traced model, in place.
 
     Raises:
         QuantizationError: a functional convolution with a padding by name.
@@ -89,7 +92,7 @@ def _is_uneven(module: nn.Module) -> bool:
 
 
 def number_graph_paddings(graph: Graph) -> None:
-    """In an exported graph, in place: every convolution with a padding by name, with a pad before it where sides differ."""
+    """Gives numbers to every convolution of an exported graph, in place, with a pad before it where sides differ."""
     for node in list(graph.nodes):
         if node.target not in _NUMBERED:
             continue
@@ -98,7 +101,7 @@ def number_graph_paddings(graph: Graph) -> None:
         spatial = weight.meta["val"].dim() - 2
         defaults: list[Any] = [None, [1], "valid", [1], 1]
         bias, stride, padding, dilation, groups = list(rest) + defaults[len(rest) :]
-        # One number for each dimension, as torchao's patterns of convolution and batch norm have them.
+        # One number for each dimension, as in torchao's patterns of convolution and batch norm.
         stride, dilation = (each if len(each) == spatial else [*each] * spatial for each in (stride, dilation))
         pairs = _pairs(padding, weight.meta["val"].shape[2:], dilation)
         if any(before != after for before, after in pairs):
@@ -108,7 +111,7 @@ def number_graph_paddings(graph: Graph) -> None:
 
 
 def part_from_convolutions(graph: Graph) -> None:
-    """In an exported graph, in place: a convolution that pads with what is there (`padding_mode="reflect"`) is two operations.
+    """Separates the pads of convolutions (`padding_mode="reflect"`) from their modules, in an exported graph, in place.
 
     X86InductorQuantizer takes all operations of a module for its convolution, and fails on the pad.
     """
@@ -119,11 +122,11 @@ def part_from_convolutions(graph: Graph) -> None:
 
 
 def _padded(graph: Graph, node: Node, pairs: _Pairs) -> Node:
-    """A node before the convolution `node` that pads its input."""
+    """Adds a node that pads the input of the convolution `node`, and returns it."""
     source: Any = node.args[0]
     with graph.inserting_before(node):
         padded = graph.call_function(aten.pad.default, (source, _flat(pairs)))
-    value = source.meta["val"]  # and no module: a quantizer would take the pad for the convolution itself
+    value = source.meta["val"]  # no module in meta: a quantizer would take the pad for the convolution itself
     with value.fake_mode:
         padded.meta["val"] = aten.pad.default(value, _flat(pairs))
     return padded

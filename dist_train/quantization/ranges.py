@@ -1,4 +1,4 @@
-"""The ranges of a prepared model's activations: what a step saw, how it is folded in, and their digest."""
+"""Ranges of a prepared model's activations: observation in a step, update between steps, and digest."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dist_train.quantization.fake_quantize import ActivationFakeQuantize, affine
 
 
 class Ranges:
-    """All activation ranges of `model`, in the order of its modules, handled as one tensor.
+    """All activation ranges of `model`, in the order of its modules, as one tensor.
 
-    A step: forward and backward of every micro-batch; `merged = ranges.observed()`; one MAX all-reduce of `merged`;
-    `ranges.update(merged, averaging)`. All ranks then hold the same ranges, bit by bit.
+    In a step, after forward and backward of every micro-batch: `merged = ranges.observed()`, one MAX all-reduce of
+    `merged`, then `ranges.update(merged, averaging)`. All ranks then have bitwise equal ranges.
 
     Args:
         observer: as `qat.observer`: "moving_average", or "min_max" for the smallest and largest value of all steps.
@@ -34,22 +34,23 @@ class Ranges:
         return len(self.modules)
 
     def observed(self) -> Tensor:
-        """float32 [2 * len(self)]: -low of each module, then high of each; -inf where this step saw nothing.
+        """Returns this step's ranges, float32 [2 * len(self)]: -low of each module, then high; -inf for unseen modules.
 
-        With low negated, the merge over ranks is an elementwise maximum of the whole.
+        With low negated, ranks are merged by one elementwise maximum.
         """
         lows, highs = self._stacked("step_low"), self._stacked("step_high")
         return torch.cat([-lows, highs])
 
     @torch.no_grad()
     def update(self, merged: Tensor, averaging: float) -> None:
-        """Folds the ranges of a step in, recomputes scales and zero points, and forgets the step.
+        """Updates the ranges by those of a step, recomputes scales and zero points, and forgets the step.
 
-        A module's first range is taken as it is. Later ones move it by `averaging` of the difference (an exponential moving
-        average), or by the observer "min_max" only widen it. What was not seen, or is not finite, leaves a range alone.
+        A module's first range is taken unchanged. Later ones move it by `averaging` of the difference (an exponential
+        moving average), or only widen it for the observer "min_max". A range that was not seen, or is not finite,
+        changes nothing.
 
         Args:
-            merged: as `observed()` returns it, after the MAX over ranks.
+            merged: from `observed()`, after the MAX over ranks.
             averaging: in (0, 1]; of no effect for "min_max".
         """
         if not self.modules:
@@ -58,7 +59,7 @@ class Ranges:
         seen = torch.isfinite(step_low) & torch.isfinite(step_high)
         initialized = self._stacked("initialized")
         low, high = self._stacked("low"), self._stacked("high")
-        # Unseen ranges are infinite: replaced before the arithmetic, or 0 * inf would make NaN of them.
+        # Unseen ranges are infinite. They are replaced before the arithmetic, as 0 * inf is NaN.
         step_low, step_high = torch.where(seen, step_low, low), torch.where(seen, step_high, high)
         if self._observer == "min_max":
             low = torch.where(initialized, torch.minimum(low, step_low), step_low)
@@ -71,11 +72,11 @@ class Ranges:
 
     @torch.no_grad()
     def assign(self, low: Tensor, high: Tensor) -> None:
-        """Sets every range, float32 [len(self)] each, such as those that clipping chose."""
+        """Sets every range, float32 [len(self)] each, for instance to the result of a range search."""
         self._put(low, high, torch.ones_like(low, dtype=torch.bool))
 
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """The ends of the ranges, float32 [len(self)] each."""
+        """Returns the low and the high ends, float32 [len(self)] each."""
         return self._stacked("low"), self._stacked("high")
 
     def _put(self, low: Tensor, high: Tensor, initialized: Tensor) -> None:
@@ -88,48 +89,49 @@ class Ranges:
             torch._foreach_copy_([getattr(module, name) for module in self.modules], list(values.unbind()))
 
     def simulate(self, values: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """What quantization would make of values, float32 [len(self), N], if the modules had these ranges, [len(self)] each."""
+        """Quantizes and dequantizes values, float32 [len(self), N], with ranges for each module, [len(self)] each."""
         quant_min, quant_max, _ = (grid[:, None] for grid in self._grids_on(values.device))
         scale, zero_point = (each[:, None] for each in self._quantization_parameters(low, high))
         q = torch.clamp(torch.round(values / scale) + zero_point, quant_min, quant_max)
         return (q - zero_point) * scale
 
     def _quantization_parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales and zero points that the modules would have with these ranges, [len(self)] each."""
+        """Computes the modules' scales and zero points for these ranges, [len(self)] each."""
         quant_min, quant_max, symmetric = self._grids_on(low.device)
         affine = affine_parameters(low, high, quant_min, quant_max)
         mirrored = symmetric_parameters(low, high, quant_min, quant_max)
         return torch.where(symmetric, mirrored[0], affine[0]), torch.where(symmetric, mirrored[1], affine[1])
 
     def drop(self) -> None:
-        """Forgets what this step observed: a filler rank's copied rows, a skipped step, a forward that was only a rehearsal."""
+        """Forgets this step's ranges: of a filler rank's copied rows, a skipped step, or a forward that was a trial."""
         if self.modules:
             for name, value in (("step_low", float("inf")), ("step_high", float("-inf"))):
                 tensors = [getattr(module, name) for module in self.modules]
                 torch._foreach_copy_(tensors, [torch.full_like(tensor, value) for tensor in tensors])
 
     def freeze(self) -> None:
-        """Stops observing for good: `update` finds nothing seen from now on."""
+        """Stops observing for good: `update` changes nothing from now on."""
         self.frozen = True
         for module in self.modules:
             module.observing = False
         self.drop()
 
     def unknown(self) -> list[str]:
-        """Names of the modules that have no range yet."""
+        """Returns the names of the modules that have no range yet."""
         return [name for name, module in zip(self.names, self.modules, strict=True) if not module.calibrated]
 
     def require_known(self) -> None:
-        """Raises QuantizationError that names the activations without a range."""
+        """Raises QuantizationError for activations without a range, by name."""
         unknown = self.unknown()
         if unknown:
+            names = ", ".join(unknown[:5]) + (" ..." if len(unknown) > 5 else "")
             raise QuantizationError(
-                f"{len(unknown)} of {len(self)} activations have no range: {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}",
+                f"{len(unknown)} of {len(self)} activations have no range: {names}",
                 "calibrate on data before training or converting: put ptq before qat and convert in `stages`",
             )
 
     def digest(self) -> str:
-        """SHA-256, in hex, of every range's name and bytes. Equal on all ranks, and equal after a resume."""
+        """Returns the SHA-256, in hex, of all ranges' names and bytes. It is equal on all ranks, and after a resume."""
         digest = hashlib.sha256()
         values = torch.stack(
             [self._stacked(name).float() for name in ("low", "high", "scale", "zero_point", "initialized")]
@@ -142,8 +144,10 @@ class Ranges:
         return torch.stack([getattr(module, name) for module in self.modules]) if self.modules else torch.empty(0)
 
     def _grids_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """[len(self)] each: the integers that the ends of the modules' ranges are mapped to, float32, and whether the
-        module is symmetric, bool; copied to the device once."""
+        """Returns the integers of the ranges' low and high ends, float32, and whether modules are symmetric, bool.
+
+        [len(self)] each; copied to the device once.
+        """
         if self._grids is None or self._grids[0].device != device:
             low = torch.tensor([float(module.quant_min) for module in self.modules], device=device)
             high = torch.tensor([float(module.range_max) for module in self.modules], device=device)

@@ -1,24 +1,33 @@
-"""The torch and torchao versions this package was tested with, and the private parts of them that it touches.
+"""Versions of torch and torchao that were tested, and the private parts of them that this package uses.
 
-PT2E is a prototype API: it may change in any release, and a silent change would cost accuracy rather than raise. So an untested
-version is refused. To move to a new one, look at what is listed here, run tests/quantization, and extend `TESTED`.
+PT2E is a prototype API: it may change in any release, and a silent change would cost accuracy rather than raise. So an
+untested version is refused. To move to a new one, check the parts listed here, run tests/quantization, and extend
+`TESTED`.
 
-    torchao.quantization.pt2e.quantize_pt2e     prepare_qat_pt2e, convert_pt2e: the literals that they rewrite (see graph_rewrite.py)
-    torchao.quantization.pt2e.quantizer.x86_inductor_quantizer    X86InductorQuantizer.annotate, overridden in quantizer.py, and its _annotate_with_config
-    torchao.quantization.pt2e.qat_utils._get_aten_graph_module_for_pattern   replaced while preparing, see patterns.py
-    node.meta["source_fn_stack"]                of a convolution's pad, see padding.py
-    node.meta["quantization_annotation"]        removed where it is empty; its specifications replaced where a rule says so
-    torchao.quantization.pt2e.FakeQuantizeBase  the base by which convert finds fake-quantize modules, and `calculate_qparams`
-    GraphModule.meta["_observed_graph_module_attrs"]   what prepare leaves for convert; kept in `prepared.Blueprint.meta`
-    GraphModule.train / .eval                   replaced on the instance by prepare and convert with functions that raise
-    type(GraphModule).forward                   the generated function of a graph, taken unbound by prepared.py
-    node.meta["nn_module_stack"]                the module path of a node, for names and messages
-    nn.Module._load_from_state_dict             overridden by ActivationFakeQuantize to follow its `initialized` buffer
-    torch._dynamo.exc                           the errors of a strict export
-    torch.ao.quantization                       deprecated; torch_ao.py imports all that fx and eager use, and says so where it is gone
-    torch.ao.quantization.observer._with_args   how its qconfigs are compared; `activation_post_process` of a fake-quantize module
-    torch.ao.nn.intrinsic.qat                   that fusing keeps the tensors of batch norms (`statistics_names`)
-    ___torch_mangle_<n>, .debug_pkl             what torchscript.py takes out of an archive
+torchao.quantization.pt2e:
+
+- quantize_pt2e: prepare_qat_pt2e and convert_pt2e, for the literals that they rewrite (pt2e/graph_rewrite.py).
+- quantizer.x86_inductor_quantizer: X86InductorQuantizer.annotate, overridden in pt2e/quantizer.py, and its
+  _annotate_with_config.
+- qat_utils._get_aten_graph_module_for_pattern: replaced while preparing (pt2e/pattern_cache.py).
+- FakeQuantizeBase: the base by which convert finds fake-quantize modules, and `calculate_qparams`.
+
+torch.fx and torch.export:
+
+- node.meta["source_fn_stack"]: of a convolution's pad (padding.py).
+- node.meta["quantization_annotation"]: removed where it is empty; its specifications are replaced by rules.
+- node.meta["nn_module_stack"]: the module path of a node, for names and messages.
+- GraphModule.meta["_observed_graph_module_attrs"]: passed from prepare to convert; kept in `Blueprint.meta`.
+- GraphModule.train and .eval: replaced on the instance by prepare and convert with functions that raise.
+- type(GraphModule).forward: the generated function of a graph, taken unbound (pt2e/prepared_graph.py).
+- nn.Module._load_from_state_dict: overridden by ActivationFakeQuantize to follow its `initialized` buffer.
+- torch._dynamo.exc: the errors of a strict export.
+
+torch.ao.quantization, which is deprecated (torch_ao/common.py imports it, and raises where it is gone):
+
+- observer._with_args: by which qconfigs are compared; `activation_post_process` of a fake-quantize module.
+- torch.ao.nn.intrinsic.qat: fusing keeps the tensors of batch norms (`statistics_names`).
+- ___torch_mangle_<n>, .debug_pkl: removed from TorchScript archives (programs/torchscript.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names to things: "module:attr" strings that are imported when first used, without torch."""
+"""Registries of models, datasets, stages, ... by name, without importing torch."""
 
 from dist_train.registry.builtin import (
     datasets,

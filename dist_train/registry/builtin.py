@@ -1,4 +1,4 @@
-"""The registries, with what dist_train itself brings under each name."""
+"""The registries of dist_train, with their built-in entries."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Names to things: "module:attr" strings that are imported only when used, so that names are known without importing torch."""
+"""Registries: names to "module:attr" strings, which are imported only when used, so that names need no torch."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -10,21 +9,21 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from dist_train.errors import SetupError
+from dist_train.errors import SetupError, did_you_mean
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is registered under a name.
+    """An entry of a registry.
 
     Attributes:
-        target: the thing itself, or "module:attr" for one that is imported when first used.
+        target: the registered object, or "module:attr" for one that is imported when first used.
         settings: for a stage, the pydantic model of its section of the config, or "module:attr".
         requires: importable modules that it needs, with the pip requirement that brings each.
         weights: for a model with trained weights by name, a function of (model name, weights name) or "module:attr"; it
-            checks them and returns what fetches the state_dict.
+            checks the names and returns a function that fetches the state_dict.
     """
 
     target: Any
@@ -33,17 +32,17 @@ class Entry:
     weights: Any = None
 
     def missing(self) -> list[str]:
-        """The pip requirements that are not installed. Imports nothing."""
+        """Returns the pip requirements that are not installed. Imports nothing."""
         return [pip for module, pip in self.requires.items() if importlib.util.find_spec(module) is None]
 
 
 class Registry:
-    """The names of one kind (models, datasets, ...), from us, from entry points and from `--import`ed modules."""
+    """Names of one kind (models, datasets, ...): built in, from entry points, and from modules given by `--import`."""
 
     def __init__(
         self, kind: str, group: str, builtin: dict[str, Entry], prefixes: dict[str, Entry] | None = None
     ) -> None:
-        """`prefixes` are beginnings of names that another library knows, such as "timm/"; an own entry comes first."""
+        """Takes built-in entries, and `prefixes` of names that another library knows ("timm/"); entries come first."""
         self.kind = kind
         self._group = group
         self._entries = dict(builtin)
@@ -57,10 +56,10 @@ class Registry:
                 self._entries.setdefault(point.name, Entry(point.value))
 
     def register(self, name: str, *, settings: Any = None) -> Callable[[T], T]:
-        """Decorator: registers a function or class under `name`.
+        """Returns a decorator that registers a function or class under `name`.
 
         Raises:
-            SetupError: the name is taken by something else.
+            SetupError: the name is taken by another object.
         """
 
         def decorate(target: T) -> T:
@@ -96,22 +95,22 @@ class Registry:
         return found
 
     def suggestion(self, name: str, also: Sequence[str] = ()) -> str:
-        """What to type instead of an unknown name: the nearest names, else some of them, and how to add one.
+        """Returns the hint for an unknown name: the nearest names, else the first ones and how to register one.
 
         `also` are names that are valid beside the registered ones.
         """
         some = [*also, *self.names()]
-        near = difflib.get_close_matches(name, some, n=3, cutoff=0.5)
-        if near:
-            return "did you mean " + " or ".join(near) + "?"
+        guess = did_you_mean(name, some, count=3)
+        if guess:
+            return guess
         shown = ", ".join(some[:12]) + (f", ... ({len(some)} in all)" if len(some) > 12 else "")
         return f"one of: {shown}; or bring your own with --import MODULE and @dist_train.register_{self.kind}"
 
     def get(self, name: str) -> Any:
-        """The registered thing, imported if need be.
+        """Returns the registered object, imported if need be.
 
         Raises:
-            SetupError: unknown name, or what it needs is not installed.
+            SetupError: the name is unknown, or a package that it needs is not installed.
         """
         entry = self.entry(name)
         missing = entry.missing()
@@ -120,9 +119,9 @@ class Registry:
         return resolve(entry.target)
 
     def settings(self, name: str) -> Any:
-        """The pydantic model of the settings of `name`, or None where it has none."""
+        """Returns the pydantic model of the settings of `name`, or None."""
         if self.entry(name).settings is None and isinstance(self.entry(name).target, str):
-            # An entry point names only the thing: importing it may register it again, with its settings' model.
+            # An entry point names only the object: importing it may register it again, with its settings' model.
             thing = resolve(self.entry(name).target)
             if self.entry(name).settings is None:
                 return getattr(thing, "settings_model", None)
@@ -139,7 +138,7 @@ def resolve(target: Any) -> Any:
 
 
 def _same_place(known: Any, new: Any) -> bool:
-    """A module that is imported twice (as __main__ and by name) may register the same thing again."""
+    """Tells whether both are one object: a module imported twice (as __main__ and by name) registers it twice."""
     if isinstance(known, str):
         known_place = known.partition(":")[::2]
         return known_place == (new.__module__, new.__qualname__)

@@ -1,4 +1,4 @@
-"""The names of torchvision 0.29's models, so that they are known without importing it; tests hold them equal to `list_models`."""
+"""Names of torchvision 0.29's models, known without importing it; tests compare them with `list_models`."""
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -1,4 +1,7 @@
-"""Which curves a report draws, and in which charts: by what a run logged, so that any task and any new scalar has its chart."""
+"""Groups the scalars that a run logged into curves and charts.
+
+The scalars' names decide, so any task and any new scalar gets a chart.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,13 @@ _MOST_POINTS = 600  # more than a chart has pixels across
 
 @dataclass(frozen=True)
 class Curve:
-    """One line: `run` is the run's place, `kind` names it within its run; `values` has None where a value was not finite."""
+    """One line of a chart.
+
+    Attributes:
+        run: index of the run.
+        kind: name within the run: training, evaluation, top1.
+        values: None where a value was not finite.
+    """
 
     run: int
     kind: str
@@ -26,7 +35,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """The curves of one quantity in one stage; `percent` says that its values are fractions, to be shown as percents."""
+    """The curves of one quantity in one stage; `percent`: the values are fractions, shown as percents."""
 
     stage: str
     title: str
@@ -35,13 +44,13 @@ class Chart:
 
     @property
     def name(self) -> str:
-        """For a file."""
+        """The chart's file name, without suffix."""
         words = "".join(letter if letter.isalnum() else "_" for letter in f"{self.stage}-{self.title}".lower())
         return words.replace("per_second", "s")
 
 
 def charts(runs: Sequence[RunRecord]) -> list[Chart]:
-    """The charts of each stage, the stages in the order in which they ran."""
+    """Returns the charts, by stage in the order of the stages."""
     stages = dict.fromkeys(stage for run in runs for stage in run.stages)
     return [chart for stage in stages for chart in _of_stage(stage, runs)]
 
@@ -73,7 +82,7 @@ def _of_stage(stage: str, runs: Sequence[RunRecord]) -> list[Chart]:
 
 
 def _curve(run: int, kind: str, points: Sequence[Point]) -> Curve:
-    # A rate of 0 is that of the first step, before anything was measured.
+    # The first step logs a rate of 0: nothing was measured yet.
     shown = [point for point in points if not (point.name == "samples_per_second" and not point.value)]
     size = -(-len(shown) // _MOST_POINTS) or 1
     pieces = [shown[start : start + size] for start in range(0, len(shown), size)]

@@ -1,115 +1,72 @@
-"""The part of the page about single classes and samples."""
+"""Prepares the page's section about single classes and samples."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from typing import Any
 
 from dist_train.report import tables
 from dist_train.report.draw import confusion_image
-from dist_train.report.html import Html, element, folded, image, section, table
 from dist_train.report.read import RunRecord
+from dist_train.report.tables import Table
 
 _MOST_CLASSES = 24  # of a confusion matrix that can be read as a table
 _MOST_ROWS = 40
 
 
-def details_section(run: RunRecord, several: bool) -> Html:
-    """Per-class numbers of all models, and of each model the confusion matrix and the worst-classified samples."""
-    last = list(run.details)[-1]
-    return section(
-        f"Classes and samples: {run.label}" if several else "Classes and samples",
-        _per_class(run),
-        *(folded(_title(name, run), *_model(details), opened=name == last) for name, details in run.details.items()),
-    )
+def run_details(run: RunRecord) -> dict[str, Any]:
+    """Accuracy per class of all models; of each model the confusion matrix and the worst-classified samples."""
+    per_class, left_out = tables.per_class(run), ""
+    if per_class is not None and len(per_class.rows) > _MOST_ROWS:
+        left_out = f"The {_MOST_ROWS} worst of {len(per_class.rows)} classes, by {per_class.headers[-1]}."
+        rows = sorted(per_class.rows, key=lambda row: (row[-1] is None, row[-1]))[:_MOST_ROWS]
+        per_class = Table(per_class.headers, rows)
+    return {
+        "label": run.label,
+        "per_class": per_class,
+        "left_out": left_out,
+        "models": [_model(name, details) for name, details in run.details.items()],
+    }
 
 
-def _title(name: str, run: RunRecord) -> Html:
-    matrix = tables.confusion(run.details[name])
-    if matrix is None:
-        return element("b", name)
-    count = sum(map(sum, matrix))
-    wrong = count - sum(row[place] for place, row in enumerate(matrix))
-    return Html(element("b", name) + element("span", f" {wrong:g} of {count:g} wrong", class_="facts"))
-
-
-def _per_class(run: RunRecord) -> Html:
-    found = tables.per_class(run)
-    if found is None:
-        return Html("")
-    rows, note = found.rows, ""
-    if len(rows) > _MOST_ROWS:
-        rows = sorted(rows, key=lambda row: (row[-1] is None, row[-1]))[:_MOST_ROWS]
-        note = element(
-            "p", f"The {_MOST_ROWS} worst of {len(found.rows)} classes, by {found.headers[-1]}.", class_="note"
-        )
-    shown = [[row[0], *map(_bar, row[1:])] for row in rows]
-    return Html(element("h3", "Accuracy per class") + table(found.headers, shown, class_="bars") + note)
-
-
-def _bar(value: Any) -> Html | str:
-    if not isinstance(value, (int, float)):
-        return "-"
-    if not 0 <= value <= 1:
-        return f"{value:.4g}"
-    return element(
-        "span",
-        element("span", class_="fill", style=f"width:{value * 100:.1f}%"),
-        element("span", f"{value * 100:.1f} %", class_="figure"),
-        class_="bar",
-    )
-
-
-def _model(details: dict[str, Any]) -> list[Html]:
-    parts = []
-    matrix = tables.confusion(details)
-    if matrix is not None:
-        parts.append(element("h3", "Confusion matrix"))
-        if len(matrix) <= _MOST_CLASSES:
-            parts.append(_matrix(matrix, details["classes"]))
+def _model(name: str, details: dict[str, Any]) -> dict[str, Any]:
+    found, classes = tables.confusion(details), details["classes"]
+    model = {"name": name, "classes": classes, "wrong": "", "matrix": None, "matrix_image": None}
+    if found is not None:
+        count = sum(map(sum, found))
+        wrong = count - sum(row[place] for place, row in enumerate(found))
+        model["wrong"] = f"{wrong:g} of {count:g} wrong"
+        if len(found) <= _MOST_CLASSES:
+            model["matrix"] = [(classes[row], _cells(classes, row, values)) for row, values in enumerate(found)]
         else:
-            png = confusion_image(matrix, details["classes"])
-            parts.append(image(png, "confusion matrix: rows are targets, columns decisions", "matrix"))
-            found = tables.confused(matrix, details["classes"])
-            rows = [[*row[:2], f"{row[2]:g}", f"{row[3] * 100:.1f} %"] for row in found.rows]
-            parts.append(table(found.headers, rows, left=2))
-    if details["worst"]:
-        parts.append(element("h3", "Samples with the largest loss"))
-        parts.append(element("div", *(_sample(sample, details) for sample in details["worst"]), class_="samples"))
-    return parts
+            pairs = tables.confused(found, classes)
+            rows = [[*names, f"{value:g}", f"{share * 100:.1f} %"] for *names, value, share in pairs.rows]
+            model["matrix_image"] = base64.b64encode(confusion_image(found, classes)).decode()
+            model["confused"] = Table(pairs.headers, rows, pairs.texts)
+    return {**model, "samples": [_sample(sample, details) for sample in details["worst"]]}
 
 
-def _matrix(matrix: Sequence[Sequence[float]], classes: Sequence[str]) -> Html:
-    lines = [
-        element("tr", element("th", "target \\ decision"), *(element("th", name, scope="col") for name in classes))
+def _cells(classes: Sequence[str], row: int, values: Sequence[float]) -> list[dict[str, str]]:
+    """A row of the confusion matrix; `share` is the cell's shade in percent."""
+    total = sum(values) or 1
+    return [
+        {
+            "kind": "hit" if row == column else "miss",
+            # The eye should find a single mistake: their shades grow with the root.
+            "share": f"{100 * (value / total if row == column else (value / total) ** 0.5):.0f}",
+            "title": f"{classes[row]} taken for {classes[column]}: {value:g}",
+            "text": f"{value:g}" if value else "",
+        }
+        for column, value in enumerate(values)
     ]
-    for row, values in enumerate(matrix):
-        total = sum(values) or 1
-        cells = [
-            element(
-                "td",
-                f"{value:g}" if value else "",
-                # The eye should find a single mistake: their shades grow with the root.
-                class_="hit" if row == column else "miss",
-                style=f"--share:{100 * (value / total if row == column else (value / total) ** 0.5):.0f}%",
-                title=f"{classes[row]} taken for {classes[column]}: {value:g}",
-            )
-            for column, value in enumerate(values)
-        ]
-        lines.append(element("tr", element("th", classes[row], scope="row"), *cells))
-    return element("div", element("table", *lines, class_="confusion"), class_="scroll")
 
 
-def _sample(sample: dict[str, Any], details: dict[str, Any]) -> Html:
-    target, decision = (tables.name_of(sample[key], details) for key in ("target", "decision"))
-    right = sample["target"] == sample["decision"]
-    picture = (
-        image(sample["image"], f"sample {sample['id']}", "sample")
-        if sample["image"]
-        else element("div", "no image", class_="sample none")
-    )
-    answer = element("span", decision, class_="right" if right else "wrong")
-    known = sample["target"] is not None or sample["decision"] is not None
-    caption = [element("b", target, " → ", answer)] if known else []
-    caption.append(element("small", f"loss {sample['loss']:.3g}, id {sample['id']}"))
-    return element("figure", picture, element("figcaption", *caption))
+def _sample(sample: dict[str, Any], details: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **sample,
+        "target": tables.name_of(sample["target"], details),
+        "decision": tables.name_of(sample["decision"], details),
+        "known": sample["target"] is not None or sample["decision"] is not None,
+        "right": sample["target"] == sample["decision"],
+    }

@@ -1,4 +1,4 @@
-"""Charts as SVG, which follows the page's colours in light and dark, and as PNG."""
+"""Draws charts as SVG, which follows the page's colours in light and dark, and as PNG."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -16,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from dist_train.report.charts import Chart, Curve
 
-# Each colour is drawn as here, and in an SVG replaced by the variable that the style sheet sets for light and dark.
+# PNGs use these colours. In an SVG each becomes a variable that the style sheet sets for light and dark.
 SERIES = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 _INK, _MUTED, _GRID = "#1c2330", "#667085", "#e4e7ec"
 _VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "line"} | {c: f"series-{n}" for n, c in enumerate(SERIES)}
@@ -36,8 +37,8 @@ _STYLE: Any = {
 }
 
 
-def chart_images(chart: Chart, runs: Sequence[str]) -> tuple[str, bytes]:
-    """A chart as an SVG element and as a PNG; `runs` are the runs' labels."""
+def chart_images(chart: Chart, runs: Sequence[str]) -> tuple[Markup, bytes]:
+    """Draws a chart as an SVG element and as a PNG; `runs` are the runs' labels."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": chart.name}):
         figure = Figure(figsize=(4.5, 2.5), layout="constrained")
         _draw(figure, chart, runs)
@@ -70,7 +71,8 @@ def _draw(figure: Figure, chart: Chart, runs: Sequence[str]) -> None:
 def _look(curve: Curve, kinds: Sequence[str], several: bool) -> dict[str, Any]:
     if not curve.evaluated:
         faint = several and len(kinds) > 1
-        return {"linewidth": 1.2 if faint else 1.6, "alpha": 0.5 if faint else 1.0}
+        single = {"marker": "."} if len(curve.steps) == 1 else {}  # a line through one point cannot be seen
+        return {"linewidth": 1.2 if faint else 1.6, "alpha": 0.5 if faint else 1.0, **single}
     other = kinds.index(curve.kind) > 1
     return {"linewidth": 1.6, "marker": "s" if other else "o", "markersize": 3.5, "linestyle": "--" if other else "-"}
 
@@ -120,7 +122,7 @@ def _cut(label: str) -> str:
 
 
 def confusion_image(matrix: Sequence[Sequence[float]], classes: Sequence[str]) -> bytes:
-    """A confusion matrix as a PNG: rows are targets, shaded by the share of the row."""
+    """Draws a confusion matrix as a PNG: rows are targets, a cell's shade is its share of the row."""
     shares = [[value / max(1, sum(row)) for value in row] for row in matrix]
     with matplotlib.rc_context(_STYLE):
         size = min(9.0, max(3.2, 0.34 * len(matrix)))
@@ -147,7 +149,7 @@ def _png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def _svg(figure: Figure, title: str) -> str:
+def _svg(figure: Figure, title: str) -> Markup:
     file = io.StringIO()
     figure.savefig(
         file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
@@ -159,5 +161,4 @@ def _svg(figure: Figure, title: str) -> str:
     )
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
-    label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1))

@@ -1,4 +1,4 @@
-"""What a report shows of a run, read from its directory, whatever is there yet."""
+"""Reads runs for a report from their directories, finished or not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NO_SCALARS = ("time", "stage", "epoch", "step", "attempt")
 
 @dataclass(frozen=True)
 class Point:
-    """A scalar at an optimizer step, which counts within the stage; `value` is None where it was not finite."""
+    """A scalar at an optimizer step of a stage; `value` is None where it was not finite."""
 
     stage: str
     epoch: int
@@ -29,11 +29,11 @@ class Point:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as its directory tells it.
+    """A run, as read from its directory.
 
     Attributes:
-        label: its name, or where several runs share it, its path.
-        details: what each model's final evaluation showed besides its scalars, by the model's name.
+        label: the run's name, or its path where several runs have that name.
+        details: by model: class metrics and the worst samples of its final evaluation.
     """
 
     path: Path
@@ -51,7 +51,7 @@ class RunRecord:
 
     @property
     def stages(self) -> list[str]:
-        """Stages with curves, in the order in which they ran."""
+        """Stages with curves, in the order of their first line."""
         return list(dict.fromkeys(point.stage for point in self.points))
 
     def curve(self, stage: str, name: str) -> list[Point]:
@@ -62,7 +62,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
     """Reads runs that are finished, running or failed.
 
     Raises:
-        RunDirError: a directory is no run's, or one of its files is damaged.
+        RunDirError: a directory holds no run, or one of its files is damaged.
     """
     configs = [recorded_config(RunDir(path)) for path in paths]
     names = [str(config.get("run", {}).get("name", path)) for config, path in zip(configs, paths, strict=True)]
@@ -74,7 +74,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
 
 def _read(run_dir: RunDir, label: str, config: dict[str, Any]) -> RunRecord:
     found = {path.stem: read_json(path) for path in sorted(run_dir.report.glob("[!.]*.json"))}
-    # What else a user keeps there is not ours to read.
+    # A user may keep other JSON files there.
     details = {
         name: each for name, each in found.items() if isinstance(each, dict) and {"metrics", "worst"} <= set(each)
     }
@@ -93,10 +93,10 @@ def _read(run_dir: RunDir, label: str, config: dict[str, Any]) -> RunRecord:
 
 
 def read_points(path: Path) -> list[Point]:
-    """The scalars of metrics.jsonl, in its order; a last line that is still being written is left out.
+    """Reads the scalars of metrics.jsonl, in order; drops a last line that is still being written.
 
     Raises:
-        RunDirError: another line is no such object.
+        RunDirError: another line is damaged.
     """
     if not path.exists():
         return []
@@ -116,7 +116,7 @@ def _points(line: str, where: str) -> Iterator[Point]:
 
 
 def join_attempts(points: Sequence[Point]) -> list[Point]:
-    """One curve of several attempts: where a later attempt did the steps again, what the earlier ones logged of them is dropped."""
+    """Joins attempts into one curve: the points of steps that a later attempt repeated are dropped."""
     done: dict[tuple[str, int], tuple[int, int]] = {}
     for point in points:
         first, last = done.get((point.stage, point.attempt), (point.step, point.step))

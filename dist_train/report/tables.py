@@ -1,8 +1,8 @@
-"""The tables of a report: what the page shows, and what the CSV files hold."""
+"""Builds the report's tables, for the page and for the CSV files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,22 @@ from dist_train.report.read import RunRecord
 
 @dataclass(frozen=True)
 class Table:
-    """Headers, and rows of as many values; None where something was not measured."""
+    """Headers, and rows of as many values; None where a value was not measured.
+
+    The first `texts` columns hold text, the others numbers.
+    """
 
     headers: list[str]
     rows: list[list[Any]]
+    texts: int = 1
+
+    def without_run(self) -> Table:
+        """The table of a single run: without its first column, the run's label."""
+        return Table(self.headers[1:], [row[1:] for row in self.rows], self.texts - 1)
 
 
 def shown_results(runs: Sequence[RunRecord]) -> Table:
-    """The result tables of the runs as one, formatted as at the end of a run."""
+    """Joins the runs' result tables, formatted as at the end of a run."""
     tables = [result_table({"run": "", "world_size": 1, "models": {}, **run.results}) for run in runs]
     columns = list(dict.fromkeys(str(column.header) for each in tables for column in each.columns))
     rows: list[list[Any]] = []
@@ -27,11 +35,11 @@ def shown_results(runs: Sequence[RunRecord]) -> Table:
         cells = {str(column.header): list(column.cells) for column in each.columns}
         for place in range(each.row_count):
             rows.append([run.label, *(cells[name][place] if name in cells else "-" for name in columns)])
-    return Table(["run", *columns], rows)
+    return Table(["run", *columns], rows, texts=2)
 
 
 def results(runs: Sequence[RunRecord]) -> Table:
-    """A row for each figure of each model, with all its digits."""
+    """One row per model and figure, with all digits."""
     return Table(
         ["run", "model", "figure", "value"],
         [
@@ -64,22 +72,25 @@ def gates(runs: Sequence[RunRecord]) -> Table:
             for run in runs
             for name, gate in run.results.get("gates", {}).items()
         ],
+        texts=2,
     )
 
 
 def skipped_gates(runs: Sequence[RunRecord]) -> Table:
-    """The gates that did not run, and why."""
+    """Gates that did not run, with the reason."""
     return Table(
         ["run", "gate", "why it did not run"],
         [[run.label, *each] for run in runs for each in run.results.get("gates_skipped", {}).items()],
+        texts=3,
     )
 
 
 def layers(runs: Sequence[RunRecord]) -> Table:
-    """Signal-to-quantization-noise ratio of each layer of the int8 models, in dB, the worst of each run first."""
+    """Signal-to-quantization-noise ratio of each int8 layer in dB, the worst of each run first."""
     return Table(
         ["run", "layer", "dB"],
         [[run.label, *each] for run in runs for each in run.results.get("layer_sqnr_db", {}).items()],
+        texts=2,
     )
 
 
@@ -91,11 +102,12 @@ def stages(runs: Sequence[RunRecord]) -> Table:
             for run in runs
             for name, stage in run.results.get("stages", {}).items()
         ],
+        texts=2,
     )
 
 
 def confusion(details: dict[str, Any]) -> list[list[float]] | None:
-    """The confusion matrix of a model, [target][decision], where its task has one."""
+    """Returns a model's confusion matrix, [target][decision]; None where its task has none."""
     matrix = details["metrics"].get("confusion")
     classes = len(details["classes"])
     square = isinstance(matrix, list) and len(matrix) == classes and all(_has(row, classes) for row in matrix)
@@ -103,7 +115,7 @@ def confusion(details: dict[str, Any]) -> list[list[float]] | None:
 
 
 def per_class(run: RunRecord) -> Table | None:
-    """A row for each class, a column for each model's numbers of it; None where the task has no such metric."""
+    """One row per class, one column per model and class metric; None where the task has no such metric."""
     columns: dict[str, list[Any]] = {}
     classes: list[str] = []
     for model, details in run.details.items():
@@ -118,7 +130,7 @@ def per_class(run: RunRecord) -> Table | None:
 
 
 def confused(matrix: Sequence[Sequence[float]], classes: Sequence[str], most: int = 10) -> Table:
-    """The pairs that were taken for each other most often."""
+    """Lists the classes that were most often taken for each other."""
     pairs = [
         (value, row, column)
         for row, values in enumerate(matrix)
@@ -127,7 +139,7 @@ def confused(matrix: Sequence[Sequence[float]], classes: Sequence[str], most: in
     ]
     pairs.sort(key=lambda pair: (-pair[0], pair[1:]))
     rows = [[classes[row], classes[column], value, value / sum(matrix[row])] for value, row, column in pairs[:most]]
-    return Table(["target", "decision", "samples", "of the class"], rows)
+    return Table(["target", "decision", "samples", "of the class"], rows, texts=2)
 
 
 def worst(details: dict[str, Any]) -> Table:
@@ -139,7 +151,7 @@ def worst(details: dict[str, Any]) -> Table:
 
 
 def name_of(value: Any, details: dict[str, Any]) -> str:
-    """A target or a decision in words: a class by its name, where the task decides between classes."""
+    """Formats a target or a decision: a class by its name, where the task is a classification."""
     if value is None:
         return "-"
     classes = details["classes"]
@@ -151,19 +163,21 @@ def name_of(value: Any, details: dict[str, Any]) -> str:
 
 
 def settings(runs: Sequence[RunRecord]) -> Table:
-    """The settings that are not the same in all of these runs."""
+    """Lists the settings in which the runs differ."""
     flat = [dict(_flat(run.config)) for run in runs]
     names = dict.fromkeys(name for each in flat for name in each)
     different = [name for name in names if any(each.get(name) != flat[0].get(name) for each in flat)]
-    return Table(
-        ["setting", *(run.label for run in runs)], [[name, *(each.get(name) for each in flat)] for name in different]
-    )
+    return _by_run("setting", runs, flat, different)
 
 
 def environment(runs: Sequence[RunRecord]) -> Table:
     flat = [dict(_flat(run.environment)) for run in runs]
-    names = dict.fromkeys(name for each in flat for name in each)
-    return Table(["", *(run.label for run in runs)], [[name, *(each.get(name) for each in flat)] for name in names])
+    return _by_run("", runs, flat, dict.fromkeys(name for each in flat for name in each))
+
+
+def _by_run(header: str, runs: Sequence[RunRecord], flat: Sequence[dict[str, Any]], names: Iterable[str]) -> Table:
+    rows = [[name, *(each.get(name) for each in flat)] for name in names]
+    return Table([header, *(run.label for run in runs)], rows, texts=1 + len(runs))
 
 
 def _has(value: Any, size: int) -> bool:

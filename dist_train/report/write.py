@@ -1,4 +1,4 @@
-"""Writes a report: report.html, the plots as PNG, the curves and tables as CSV."""
+"""Writes a report: report.html, plots as PNG, curves and tables as CSV."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from dist_train.report.read import RunRecord, read_runs
 from dist_train.run_dir.files import replace_bytes, replace_json
 from dist_train.run_dir.paths import RunDir
 
-_WRITTEN = ".written.json"  # the names of our files: nothing else is overwritten or removed
+_WRITTEN = ".written.json"  # lists our files: others are not overwritten or removed
 
 
 def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
-    """Writes a report of the runs and returns the page; by default into the run's own report/, for several runs into report/ here.
+    """Writes a report of the runs and returns the page's path.
+
+    `output` defaults to the run's own report/; for several runs, to report/ in the current directory.
 
     Raises:
-        RunDirError: a directory is no run's, or a file in `output` is somebody else's.
+        RunDirError: a directory holds no run, or `output` has files of the same names that are not ours.
     """
     runs = read_runs(paths)
     folder = output or (RunDir(paths[0]).report if len(runs) == 1 else Path("report"))
@@ -33,7 +35,7 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
 
 
 def _contents(runs: Sequence[RunRecord]) -> dict[str, bytes]:
-    """Each file of the report by its name."""
+    """Builds the report's files: content by name."""
     labels = [run.label for run in runs]
     drawn = [(chart, *chart_images(chart, labels)) for chart in charts(runs)]
     contents = {f"plots/{chart.name}.png": png for chart, _, png in drawn}
@@ -90,7 +92,7 @@ def _put(folder: Path, contents: dict[str, bytes]) -> None:
 
 
 def _ours(folder: Path) -> list[str]:
-    """What an earlier report wrote here; only names within the folder count."""
+    """Lists the files of an earlier report in this folder; names that lead out of it are ignored."""
     try:
         names = json.loads((folder / _WRITTEN).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written beside, hashed, fsynced, renamed; `latest` moves last."""
+"""Saves and loads checkpoints, whole or not at all: written beside, hashed, fsynced, renamed; `latest` moves last."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from dist_train.errors import CheckpointError, RunDirError
 from dist_train.run_dir import state_codec as codec
-from dist_train.run_dir.files import read_json, replace_json, sync_directory
+from dist_train.run_dir.files import read_json, replace_json, sync_directory, write_folder
 
 _FORMAT = 2
 _TENSORS, _TREE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -32,7 +32,7 @@ class CheckpointFolder:
 
     @property
     def latest(self) -> str | None:
-        """Name of the newest whole checkpoint, None in a new run.
+        """Name of the newest whole checkpoint; None in a new run.
 
         Raises:
             CheckpointError: latest.json is damaged.
@@ -46,30 +46,24 @@ class CheckpointFolder:
             raise CheckpointError(f"{file} is damaged: {error!r}", hint) from error
 
     def save(self, name: str, state: Any) -> None:
-        """Writes a checkpoint and points `latest` at it. A kill at any moment leaves the former one in force."""
+        """Writes a checkpoint and points `latest` to it. A kill at any moment leaves the former one in force."""
         self._path.mkdir(parents=True, exist_ok=True)
         target, temporary = self._path / name, self._path / f".{name}.tmp"
         # The checkpoint in force must live until the new one is whole, so the new one cannot have its name.
         assert name != self.latest, f"the checkpoint {name} is the latest one already"
         tree, tensors = codec.encode(state)
-        # codec leaves flat tensors that do not overlap, so safetensors sees neither strides nor shared memory.
+        # The codec gives flat tensors that do not overlap, so safetensors meets no strides and no shared memory.
         contents = {
             _TENSORS: safetensors.torch.save(tensors),
             _TREE: json.dumps({"format": _FORMAT, "state": tree}, allow_nan=False).encode(),
         }
+        hashes = {file: hashlib.sha256(data).hexdigest() for file, data in contents.items()}
         try:
             for stale in self._path.glob(".*.tmp"):
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-            temporary.mkdir()
-            for file, data in contents.items():
-                _write(temporary / file, data)
-            _write(
-                temporary / _MANIFEST,
-                _manifest(name, {file: hashlib.sha256(data).hexdigest() for file, data in contents.items()}),
-            )
-            sync_directory(temporary)
+            write_folder(temporary, {**contents, _MANIFEST: _manifest(name, hashes)})
             if target.exists():
-                # Left by an attempt that was killed before `latest` moved here, so nothing refers to it.
+                # An attempt was killed before `latest` moved here: nothing refers to it.
                 self._remove(name)
             os.rename(temporary, target)
             sync_directory(self._path)
@@ -81,7 +75,7 @@ class CheckpointFolder:
             ) from error
 
     def load(self, name: str) -> Any:
-        """The state of a checkpoint, on the CPU.
+        """Returns the state of a checkpoint, on the CPU.
 
         Raises:
             CheckpointError: it is missing or damaged.
@@ -118,7 +112,7 @@ class CheckpointFolder:
         return codec.decode(document["state"], tensors)
 
     def names(self) -> list[str]:
-        """The whole checkpoints, sorted. Folders that somebody else put here are not ours to list or to remove."""
+        """Lists the whole checkpoints, sorted, without folders that somebody else put here."""
         return sorted(
             folder.name
             for folder in self._path.iterdir()
@@ -138,21 +132,17 @@ class CheckpointFolder:
 
 
 def _manifest(name: str, files: dict[str, str]) -> bytes:
-    """The manifest's bytes for file -> SHA-256; it has a hash of its own, so that damage to it does not accuse another file."""
+    """Returns the manifest's bytes for file -> SHA-256.
+
+    It has a hash of its own, so damage to it is not blamed on another file.
+    """
     own = hashlib.sha256(json.dumps([name, files]).encode()).hexdigest()
     return json.dumps({"name": name, "sha256": files, "manifest_sha256": own}).encode()
 
 
 def _named(manifest: Path) -> str | None:
-    """The name that a checkpoint was saved under; None where this is no manifest. A copy under another name is a backup."""
+    """Reads the name that a checkpoint was saved under; None without a manifest. A copy has another name."""
     try:
         return str(json.loads(manifest.read_bytes())["name"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -1,42 +1,70 @@
-"""Files that appear whole or not at all, and append-only files of JSON lines."""
+"""Writes files whole or not at all, and append-only files of JSON lines."""
 
 from __future__ import annotations
 
 import json
 import os
 import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dist_train.errors import RunDirError
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
-    replace_bytes(path, text.encode())
+@contextmanager
+def replace_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file to be written whole or not at all: beside `path`, to the disk, renamed.
+
+    An exception inside leaves the old file as it was, and nothing beside it.
+    """
+    # Two ranks may write one file (status.json, at a failure), on two nodes even with the same process id.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with _durable(temporary) as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: beside it, to the disk, renamed."""
-    # Two ranks may write one file (status.json, at a failure), on two nodes even with one process id.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with temporary.open("wb") as file:
+    with replace_file(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    replace_bytes(path, text.encode())
 
 
 def replace_json(path: Path, value: Any) -> None:
     replace_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
+    """Writes a new folder of files to the disk; the caller renames it into place, then calls `sync_directory`."""
+    path.mkdir()
+    for name, data in contents.items():
+        with _durable(path / name) as file:
+            file.write(data)
+    sync_directory(path)
+
+
+@contextmanager
+def _durable(path: Path) -> Iterator[BinaryIO]:
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def read_json(path: Path) -> Any:
-    """The JSON value in `path`, or None where there is no such file.
+    """Reads the JSON value in `path`; None where there is no such file.
 
     Raises:
-        RunDirError: it is not JSON. We replace such files whole, so something else damaged it.
+        RunDirError: the file is not JSON. We replace such files whole, so something else damaged it.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -56,7 +84,10 @@ def sync_directory(path: Path) -> None:
 
 
 class LineFile:
-    """An append-only file of JSON lines that survives kills: a line that a kill tore is cut off when the file is opened again."""
+    """An append-only file of JSON lines that survives kills.
+
+    A line that a kill tore is cut off when the file is opened again.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,11 +113,11 @@ class LineFile:
         self._file.write(json.dumps(value, separators=(",", ":")).encode() + b"\n")
 
     def flush(self) -> None:
-        """Hands the lines to the system: they outlive the process, not the machine."""
+        """Hands the lines to the system: they survive the process, not the machine."""
         self._file.flush()
 
     def sync(self) -> None:
-        """Puts the lines on the disk."""
+        """Writes the lines to the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 

@@ -1,4 +1,4 @@
-"""The ledger: which samples each rank really consumed at each step, and the proof that each was consumed once an epoch."""
+"""The ledger: records the samples of each rank and step, and checks that each was consumed once per epoch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dist_train.run_dir.paths import RunDir
 
 
 class Ledger:
-    """One rank's lines. `debug.ledger: false` gives `NoLedger`."""
+    """Writes one rank's lines; `debug.ledger: false` gives `NoLedger`."""
 
     def __init__(self, run_dir: RunDir, rank: int, world_size: int, attempt: int) -> None:
         self._file = LineFile(run_dir.ledger_of(rank))
@@ -24,15 +24,17 @@ class Ledger:
     def record(
         self, stage: str, epoch: int, step: int, ids: list[int], skipped: bool, left_out: Sequence[int] = ()
     ) -> None:
-        """Adds an optimizer step: `ids` are those that came out of the dataset with the tensors that entered forward.
+        """Adds an optimizer step.
 
-        `left_out` are those that were asked for and could not be decoded.
+        Args:
+            ids: read from the dataset together with the tensors that entered forward.
+            left_out: ids of samples that could not be decoded.
         """
         line = {**self._fixed, "stage": stage, "epoch": epoch, "step": step, "ids": ids, "skipped": skipped}
         self._file.append({**line, "left_out": list(left_out)} if left_out else line)
 
     def sync(self) -> None:
-        """Puts the lines on the disk; called before the checkpoint that covers them commits."""
+        """Writes the lines to the disk; called before the checkpoint that covers them commits."""
         self._file.sync()
 
     def close(self) -> None:
@@ -55,23 +57,23 @@ class NoLedger:
 
 
 def record_expectation(run_dir: RunDir, train_samples: int, per_epoch: int) -> None:
-    """Writes how many samples there are and how many of them an epoch has to consume; called by rank 0."""
+    """Writes the number of samples, and the number that an epoch must consume; called by rank 0."""
     run_dir.ledger.mkdir(parents=True, exist_ok=True)
     replace_json(run_dir.ledger / "expected.json", {"train_samples": train_samples, "per_epoch": per_epoch})
 
 
 @dataclass
 class LedgerReport:
-    """What `check` found.
+    """Result of `check`.
 
     Attributes:
         epochs: (stage, epoch) -> samples consumed.
-        left_out: (stage, epoch) -> ids of samples that could not be decoded, where there were any.
-        problems: what is wrong, in words; empty for a perfect ledger.
-        unfinished: last epochs of stages that are still under way, in words.
-        skipped: stage -> steps whose fp16 gradients overflowed, and their samples. These were consumed: they came out of the
-            dataset and went through the model in their turn, but no weight learned from them. That is how loss scaling works,
-            so it is no problem; it is reported.
+        left_out: (stage, epoch) -> ids of samples that could not be decoded, if any.
+        problems: descriptions of errors; empty for a perfect ledger.
+        unfinished: descriptions of stages' last epochs that are still under way.
+        skipped: stage -> number of steps whose fp16 gradients overflowed, and their samples. These samples went through
+            the model in their turn, but no weight learned from them. Loss scaling works like that, so it is reported
+            and no problem.
     """
 
     epochs: dict[tuple[str, int], int] = field(default_factory=dict)
@@ -87,7 +89,8 @@ class LedgerReport:
     def __str__(self) -> str:
         lines = [f"{stage} epoch {epoch}: {count} samples" for (stage, epoch), count in self.epochs.items()]
         lines += [
-            f"{stage}: {steps} steps were skipped, as fp16 gradients overflowed; nothing was learned from their {samples} samples"
+            f"{stage}: {steps} steps were skipped, as fp16 gradients overflowed; "
+            f"nothing was learned from their {samples} samples"
             for stage, (steps, samples) in self.skipped.items()
         ]
         lines += [
@@ -106,7 +109,7 @@ class LedgerReport:
 
 
 def read_steps(run_dir: Path) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """(stage, step) -> its lines, one a rank, of the highest attempt; an earlier attempt's lines of a repeated step do not count."""
+    """Reads (stage, step) -> its lines, one per rank; of a repeated step only the highest attempt's lines."""
     folder = RunDir(run_dir).ledger
     files = sorted(folder.glob("rank*.jsonl"))
     if not files:
@@ -123,7 +126,7 @@ def read_steps(run_dir: Path) -> dict[tuple[str, int], list[dict[str, Any]]]:
                 entry = json.loads(line)
             except ValueError:
                 if number == len(lines):
-                    continue  # torn by a kill; its step was never covered by a checkpoint
+                    continue  # torn by a kill; no checkpoint covers its step
                 raise RunDirError(
                     f"{file}:{number} is not a ledger line", "the file was changed by hand, or the disk is damaged"
                 ) from None
@@ -139,12 +142,12 @@ def check(run_dir: Path) -> LedgerReport:
     """Checks that each sample of the training set was consumed exactly once in each epoch.
 
     Raises:
-        RunDirError: there is no ledger, or it is not readable.
+        RunDirError: there is no ledger, or it cannot be read.
     """
     steps = read_steps(run_dir)
     expected = read_json(RunDir(run_dir).ledger / "expected.json")
     if expected is None:
-        # A ledger apart from its run is compared with itself: each epoch must hold what any of them holds.
+        # A ledger without its run is compared with itself: each epoch must hold every sample of any epoch.
         seen = {
             number for lines in steps.values() for line in lines for number in [*line["ids"], *line.get("left_out", [])]
         }

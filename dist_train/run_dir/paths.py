@@ -1,4 +1,4 @@
-"""Every path of a run, named once, and the ways in which its files are written."""
+"""Names every path of a run directory."""
 
 from __future__ import annotations
 
@@ -62,23 +62,23 @@ class RunDir:
 
     @property
     def stop(self) -> Path:
-        """A file that somebody puts here to stop the run."""
+        """Stops the run when somebody creates it."""
         return self.path / "STOP"
 
     def stopping(self, attempt: int) -> Path:
-        """A rank that was asked to stop tells the others so, where a step is long."""
+        """Tells the other ranks, during a long step, that one was asked to stop."""
         return self.logs / f"stopping-{attempt}"
 
     def stuck(self, attempt: int) -> Path:
-        """What the watchdog saw of each rank when none went on."""
+        """Holds the watchdog's view of each rank when none made progress."""
         return self.logs / f"stuck-{attempt}"
 
     def asked(self, attempt: int, number: int) -> Path:
-        """What ranks say of themselves, asked by one that waits too long; the attempt's questions are numbered from 0."""
+        """Holds the ranks' answers to one that waits too long; an attempt's questions are numbered from 0."""
         return self.logs / f".asked-{attempt}-{number}"
 
     def questions(self, attempt: int) -> list[int]:
-        """The numbers of those that are there."""
+        """Lists the numbers of an attempt's questions."""
         names = os.listdir(self.logs) if self.logs.exists() else []
         return [int(name.rpartition("-")[2]) for name in names if name.startswith(f".asked-{attempt}-")]
 
@@ -91,18 +91,18 @@ class RunDir:
         return self.logs / "wandb"
 
     def forget(self, attempt: int) -> None:
-        """Removes what an attempt of the same number said, before the counting began anew here, and questions of any."""
+        """Removes an older attempt's files of the same number, and all questions."""
         self.stopping(attempt).unlink(missing_ok=True)
         for said in (self.stuck(attempt), *self.logs.glob(".asked-*")):
             if said.exists():
                 shutil.rmtree(said)
 
     def details(self, model: str) -> Path:
-        """What the final evaluation of a model showed besides its scalars."""
+        """Holds a model's class metrics and worst samples from its final evaluation."""
         return self.report / f"{model}.json"
 
     def clear(self) -> None:
-        """Removes what a run left here, and nothing else."""
+        """Removes the run's files, and nothing else."""
         for path in (self.checkpoints, self.export, self.ledger, self.report, self.tensorboard, self.wandb):
             if path.exists():
                 shutil.rmtree(path)
@@ -114,10 +114,12 @@ class RunDir:
 
 
 def refuse_foreign(run_dir: RunDir) -> None:
-    """For a directory without status.json, which every attempt begins by writing: even a config.yaml is then the user's own.
+    """Refuses a directory that holds other files, if it has no status.json, with which every attempt begins.
+
+    Even a config.yaml is then the user's own.
 
     Raises:
-        RunDirError: it holds something that a launcher does not put there before a run.
+        RunDirError: it holds something that no launcher puts there before a run.
     """
     before_a_run = ("logs", "STOP")
     if run_dir.path.is_dir() and any(
@@ -130,10 +132,10 @@ def refuse_foreign(run_dir: RunDir) -> None:
 
 
 def recorded_config(run_dir: RunDir) -> dict[str, Any]:
-    """The settings that a run was started with.
+    """Reads the settings that a run was started with.
 
     Raises:
-        RunDirError: they are missing or damaged.
+        RunDirError: config.yaml is missing or damaged.
     """
     try:
         recorded = yaml.safe_load(run_dir.config.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Which checkpoints within a stage are kept."""
+"""Decides which checkpoints of a stage are kept."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dist_train.config.tree import KeepConfig
 
 
 class Retention:
-    """The newest, the best evaluated, and one for each `every_hours` of wall clock; what must be kept is kept anyway.
+    """Keeps the newest, the best evaluated, and one per `every_hours` of wall clock, besides those a stage needs.
 
-    The hours count from the stage's first checkpoint, or from the last one that was kept for them, also across restarts: the record
-    lies in each checkpoint.
+    The hours count from the stage's first checkpoint, or from the last one kept for the hours. They count across
+    restarts: the record is part of each checkpoint.
 
     Args:
         clock: seconds of wall clock.
@@ -27,7 +27,7 @@ class Retention:
         self._hourly: list[str] = []
 
     def note(self, stage: str, name: str) -> dict[str, Any]:
-        """Decides whether the checkpoint `name`, about to be written, is one of those for the hours.
+        """Decides if the checkpoint `name`, about to be written, is kept for the hours.
 
         Returns:
             the record to write into it.
@@ -41,15 +41,15 @@ class Retention:
         return {"stage": self._stage, "since": self._since, "hourly": list(self._hourly)}
 
     def restore(self, record: dict[str, Any]) -> None:
-        """Goes on from the record in a checkpoint."""
+        """Continues from the record in a checkpoint."""
         self._stage, self._since, self._hourly = record["stage"], record["since"], list(record["hourly"])
 
     def choose(self, by_age: Sequence[str], best_first: Sequence[str], needed: Collection[str]) -> set[str]:
         """Names to keep.
 
         Args:
-            by_age: the checkpoints of the stage, the newest last.
-            best_first: those that were evaluated, by `select_by`; some may be gone.
-            needed: what the stage cannot do without.
+            by_age: the stage's checkpoints, the newest last.
+            best_first: evaluated checkpoints in order of `select_by`; some may no longer exist.
+            needed: checkpoints that the stage requires.
         """
         return {*by_age[-self._keep.last :], *best_first[: self._keep.best], *self._hourly, *needed}

@@ -1,4 +1,7 @@
-"""Nested Python state to tensors and JSON and back, without pickle; keeps what safetensors and JSON alone would lose."""
+"""Converts nested Python state to tensors and JSON and back, without pickle.
+
+It keeps details that safetensors and JSON alone would lose, see `encode`.
+"""
 
 from __future__ import annotations
 
@@ -11,44 +14,28 @@ import torch
 
 from dist_train.errors import CheckpointError
 
-# What safetensors can hold.
-_DTYPES = frozenset(
-    getattr(torch, name)
-    for name in (
-        *(
-            "bool",
-            "uint8",
-            "uint16",
-            "uint32",
-            "uint64",
-            "int8",
-            "int16",
-            "int32",
-            "int64",
-            "float16",
-            "bfloat16",
-            "float32",
-            "float64",
-        ),
-        *("complex64", "float8_e4m3fn", "float8_e5m2"),
-    )
-)
+# The dtypes of safetensors.
+_INTEGERS = {torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64}
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2}
+_DTYPES = {*_INTEGERS, *_FLOATS, torch.bool, torch.complex64}
 
 
 def encode(value: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     """Splits nested state into a JSON tree and flat contiguous tensors.
 
-    Kept: strides (so channels_last stays), tensors that are one block of memory (also in different shapes, such as a transpose),
-    non-string keys, tuples, Counters, inf and nan, bytes. Not kept: that two tensors overlap only partly (each keeps its values),
-    gaps in memory, kinds of mappings besides Counter, and attributes of a dict such as a state_dict's `_metadata`.
+    Kept are strides, so channels_last stays, and tensors that share a block of memory, also in different shapes. So
+    are non-string keys, tuples, Counters, inf and nan, bytes.
+
+    Not kept are the partial overlap of two tensors (each keeps its values) and gaps in memory. Nor are mapping types
+    besides Counter, and attributes of a dict such as a state_dict's `_metadata`.
 
     Raises:
-        CheckpointError: something else than dict, list, tuple, tensor, number, string, bytes, bool or None; it says where.
+        CheckpointError: a value other than dict, list, tuple, tensor, number, string, bytes, bool or None; names it.
     """
     tensors: dict[str, torch.Tensor] = {}
     known: dict[tuple[Any, ...], str] = {}
     storages: set[tuple[torch.device, int]] = set()
-    alive: list[torch.Tensor] = []  # while it is referred to, no other tensor can have its address
+    alive: list[torch.Tensor] = []  # while a tensor is referenced, no other one can have its address
 
     def tensor(item: torch.Tensor, path: str) -> dict[str, Any]:
         item = item.detach()
@@ -108,7 +95,7 @@ def encode(value: Any) -> tuple[Any, dict[str, torch.Tensor]]:
 
 
 def decode(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """The inverse of `encode`. Tensors that were one memory are one again."""
+    """Inverts `encode`; tensors that shared memory share it again."""
     built: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def tensor(item: dict[str, Any]) -> torch.Tensor:
@@ -143,7 +130,7 @@ def decode(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 def _dense(tensor: torch.Tensor) -> bool:
-    """Does the tensor cover a block of memory without gaps or overlaps, in whatever order of dimensions?"""
+    """Tells if a tensor covers a block of memory without gaps or overlaps, in any order of dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:

@@ -1,4 +1,4 @@
-"""status.json: what a run is doing, for launchers and people; replaced atomically."""
+"""Reads and writes status.json, which tells launchers and people what a run is doing."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from dist_train.errors import PeerError
 from dist_train.run_dir.files import read_json, replace_json
 from dist_train.run_dir.paths import RunDir
 
-_SECONDS = 2.0
-
 
 def fail(run_dir: RunDir, attempt: int, error: BaseException) -> None:
-    """Notes a failure, by whichever rank it happened on. The first one of an attempt stays, but a cause replaces its echo on a peer.
+    """Notes a failure of any rank. An attempt's first failure stays, but a cause replaces its echo, a peer's PeerError.
 
-    What is only the echo of a rank that stopped as it was asked to is no failure. Nor is what befalls a rank that has only to leave: done
-    is done.
+    The echo of a rank that stopped as it was asked to is no failure. Nor is an error after the run is done, when ranks
+    only have to leave.
     """
     fields = read_json(run_dir.status) or {"stage": None, "step": 0}
     echo = isinstance(error, PeerError)
@@ -33,13 +31,13 @@ def fail(run_dir: RunDir, attempt: int, error: BaseException) -> None:
 
 
 def preempt(run_dir: RunDir, attempt: int) -> None:
-    """Notes that the attempt ended as it was asked to, where no rank noted more than the echo of that."""
+    """Notes that the attempt ended as it was asked to, unless a rank noted more than an echo of it."""
     fields = read_json(run_dir.status)
     if fields is None or fields.get("restarts") != attempt:
         return
     if fields.get("state") == "running" or (fields.get("state") == "failed" and _is_echo(fields.get("error"))):
         replace_json(
-            run_dir.status, {**fields, "state": "preempted", "step": _saved_step(run_dir, fields), "error": None}
+            run_dir.status, {**fields, "state": "preempted", "step": saved_step(run_dir, fields), "error": None}
         )
 
 
@@ -49,10 +47,10 @@ def was_preempted(run_dir: RunDir, attempt: int) -> bool:
 
 
 def stopped_under_this_agent(run_dir: RunDir, environ: Mapping[str, str]) -> bool:
-    """Whether torchrun's agent started this rank again although the ranks before it ended as they were asked to.
+    """Tells if torchrun's agent restarted this rank although the ranks before it had ended as they were asked to.
 
-    It does so where one of them had to be killed: any exit code but 0 is a failure to it. A stop that was honoured before the agent
-    began is none that it overlooked.
+    The agent does so if one of them had to be killed: to it, any exit code but 0 is a failure. A stop from before the
+    agent began does not count.
     """
     if environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return False
@@ -62,8 +60,8 @@ def stopped_under_this_agent(run_dir: RunDir, environ: Mapping[str, str]) -> boo
     return run_dir.status.stat().st_mtime > psutil.Process(os.getppid()).create_time()
 
 
-def _saved_step(run_dir: RunDir, fields: Mapping[str, Any]) -> int:
-    """How many steps of the stage the newest checkpoint holds: 0 where it is an earlier stage's, and what it did if it is its end."""
+def saved_step(run_dir: RunDir, fields: Mapping[str, Any]) -> int:
+    """Returns the stage's steps in the newest checkpoint; 0 if that is of an earlier stage."""
     stage, latest = fields["stage"], read_json(run_dir.checkpoints / "latest.json")
     name = "" if latest is None else str(latest["name"])
     within = re.fullmatch(rf"{re.escape(str(stage))}-(\d+)(-open)?", name)

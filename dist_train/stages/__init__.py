@@ -1,1 +1,1 @@
-"""The steps of a run, in the order that the config names."""
+"""Implements the stages of a run: train, half, ptq, qat, convert, export."""

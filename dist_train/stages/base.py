@@ -1,4 +1,4 @@
-"""The interface of a stage."""
+"""Defines the interface of a stage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dist_train.stages.context import Context
 
 
 class Stage(ABC):
-    """One step of a run. A third party's stage is registered by `@dist_train.register_stage(name, settings=Model)`."""
+    """One step of a run. Register your own by `@dist_train.register_stage(name, settings=Model)`."""
 
     def __init__(self, name: str, settings: Any) -> None:
         self.name = name
@@ -18,20 +18,20 @@ class Stage(ABC):
 
     @abstractmethod
     def run(self, context: Context) -> dict[str, Any]:
-        """Does the work on all ranks, continuing from `context.resume` where it is set; updates `context.results`.
+        """Runs the stage on all ranks and updates `context.results`. Continues from `context.resume` if that is set.
 
         Returns:
-            the product, of tensors, numbers, strings, bytes, lists and dicts. Later stages find it in `context.products`
-            under the stage's name.
+            the product: tensors, numbers, strings, bytes, lists and dicts. Later stages find it in `context.products`
+                under the stage's name.
         """
 
     @abstractmethod
     def restore(self, context: Context, product: dict[str, Any]) -> None:
-        """Loads the product into the models that stages share: after `run`, and when a run is resumed behind this stage."""
+        """Loads the product into the models that stages share, after `run` or when a run resumes after this stage."""
 
 
 class Stopwatch:
-    """Measures seconds since it was made."""
+    """Measures the seconds since its creation."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()

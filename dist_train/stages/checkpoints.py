@@ -1,4 +1,4 @@
-"""The checkpoints of a run's stages: of steps within a stage, and of its end."""
+"""Saves and loads a run's checkpoints: at steps within a stage, and at its end."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dist_train.trackers.base import Trackers
 
 
 class StageCheckpoints:
-    """Saves and loads what a resumed run needs; the loop's `Checkpoints`.
+    """Saves and loads the state that a resumed run needs; implements the loop's `Checkpoints`.
 
     Attributes:
-        finished: stage -> name of the checkpoint at its end.
+        finished: maps each finished stage to the name of the checkpoint at its end.
     """
 
     def __init__(
@@ -30,14 +30,14 @@ class StageCheckpoints:
         trackers: Trackers,
         describe: Callable[[], dict[str, Any]],
     ) -> None:
-        """describe: what each checkpoint says of the run, besides its stage's state; asked on rank 0."""
+        """describe: returns the run's record that each checkpoint holds beside the stage's state; called on rank 0."""
         self.finished: dict[str, str] = {}
         self._folder, self._config, self._world = folder, config, world
         self._ledger, self._trackers, self._describe = ledger, trackers, describe
         self._retention = Retention(config.checkpoint.keep)
 
     def newest(self) -> dict[str, Any] | None:
-        """Returns the newest checkpoint, which this object then goes on from; None for a run that begins."""
+        """Loads the newest checkpoint and continues from it; returns None if there is none."""
         name = self._folder.latest
         if name is None:
             return None
@@ -47,18 +47,18 @@ class StageCheckpoints:
         return found
 
     def product(self, stage: str) -> dict[str, Any]:
-        """Returns what a finished stage returned."""
+        """Returns the product of a finished stage."""
         product: dict[str, Any] = self._folder.load(self.finished[stage])["payload"]
         return product
 
     def keep_ends(self) -> None:
-        """Removes all but the ends of the stages: a kill may have come before older checkpoints were removed."""
+        """Removes all checkpoints but the stages' ends; a kill may have left older ones behind."""
         self._folder.keep_only(set(self.finished.values()))
 
     def save_step(
         self, stage: str, step: int, state: dict[str, Any], best_first: Sequence[int], needed: int | None
     ) -> None:
-        # The state of the same step after its evaluation gets a name of its own, while the one before is in force.
+        # Before and after its evaluation, the same step has two names: the first checkpoint stays valid meanwhile.
         name = self._step_name(stage, step) + ("-open" if state["epoch_open"] else "")
         best = [self._step_name(stage, each) for each in best_first]
         kept = {name} if needed is None else {name, self._step_name(stage, needed)}
@@ -74,7 +74,7 @@ class StageCheckpoints:
         return payload
 
     def save_stage(self, stage: str, product: dict[str, Any]) -> None:
-        """Saves the end of a stage with its product. Collective."""
+        """Saves the end of a stage, with its product. Collective."""
         name = f"{stage}-end"
         self.finished[stage] = name
         self._save(name, {"stage": stage, "finished": True, "payload": product}, lambda names: {name})
@@ -84,7 +84,7 @@ class StageCheckpoints:
         return f"{stage}-{step:08d}"
 
     def _save(self, name: str, state: dict[str, Any], choose: Callable[[Sequence[str]], set[str]]) -> None:
-        """Writes the ledger on every rank, then the checkpoint that covers it, on rank 0 while the others wait."""
+        """Writes the ledger on every rank, then the checkpoint that covers it on rank 0, while the others wait."""
         self._ledger.sync()
         if self._config.debug.ledger:
             self._world.barrier("ledger")

@@ -1,4 +1,4 @@
-"""A run as its stages see it."""
+"""Holds the parts of a run that its stages share."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from dist_train.training.evaluate import Evaluation, evaluate
 
 @dataclass(kw_only=True)
 class Context:
-    """What the stages of a run share.
+    """The parts of a run that its stages share.
 
     Attributes:
-        model: the float model, on the device; `train` trains it in place.
+        model: the float model, on the device; the stage `train` trains it in place.
         threads: CPU threads of this rank.
-        results: what results.json holds.
-        products: finished stage -> what it returned.
-        resume: the loop's state where the present stage was interrupted, else None.
+        results: the content of results.json.
+        products: maps each finished stage to its product.
+        resume: the loop's state if the current stage was interrupted, else None.
         quantized: state of the prepared model after ptq or qat; None before.
     """
 
@@ -82,7 +82,7 @@ class Context:
         return build_backend(self.config.qat)
 
     def prepared(self) -> PreparedModel:
-        """Returns the float model with fake quantization, in the state that `quantized` gives; made once."""
+        """Returns the float model with fake quantization, with the state `quantized`; built on the first call."""
         if self._prepared is None:
             example = self.data.example(2).to(self.world.device)
             if self.config.model.channels_last:
@@ -95,24 +95,24 @@ class Context:
         return self._prepared
 
     def set_quantized(self, state: dict[str, Any]) -> None:
-        """Makes `state` that of the prepared model."""
+        """Sets the state of the prepared model."""
         self.quantized = state
         if self._prepared is not None:
             self._prepared.load_state_dict(state)
 
     def require_same_weights(self, recorded: dict[str, Any]) -> None:
-        """Refuses to resume from other trained weights than those that an earlier attempt's results name.
+        """Refuses to resume if the initial weights are not the ones recorded in an earlier attempt's results.
 
-        Where they were not read again, because checkpoints hold the model, there is nothing to compare.
+        If checkpoints hold the model, the weights are not read again, and nothing is compared.
 
         Raises:
-            DataError: their content is not what it was.
+            DataError: the weights have changed.
         """
         before, now = (results.get("initial_weights") for results in (recorded, self.results))
         if now is not None and before is not None and before["sha256"] != now["sha256"]:
             raise DataError(
-                f"{now['source']} is not what it was when this run began",
-                "give back the same weights, or start anew with another --run.dir",
+                f"{now['source']} has changed since this run began",
+                "restore the same weights, or start a new run with another --run.dir",
             )
 
     def float_copy(self) -> nn.Module:
@@ -125,13 +125,13 @@ class Context:
         return evaluate(model, self.data.evaluation_batches(), self.task, self.world, self.strategy.autocast)
 
     def evaluate_prepared(self, prepared: nn.Module) -> Evaluation:
-        """Evaluates a prepared model without letting the evaluation set into the ranges. Collective."""
+        """Evaluates a prepared model without observing, so that ranges stay as they are. Collective."""
         assert isinstance(prepared, PreparedModel)
         with prepared.observing(False):
             return self.evaluate(prepared)
 
     def keep_details(self, model: str, evaluation: Evaluation) -> None:
-        """Writes what the final evaluation of `model` found besides its scalars, for reports. Collective."""
+        """Writes the details of the final evaluation of `model`, for reports. Collective."""
         assert evaluation.details is not None
         splits = self.data.splits
         found = evaluation.details.gather(self.world, splits.mean, splits.std)

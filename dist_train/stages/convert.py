@@ -1,4 +1,4 @@
-"""Conversion to int8: by rank 0 alone, on a CPU copy; then evaluated by all ranks, in process and in its runtime."""
+"""Converts to int8 on rank 0, on the CPU; then evaluates int8 on all ranks, in PyTorch and in its runtime."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.artifact.deployable import simulation
-from dist_train.config.stages import ConvertConfig, QATConfig, simulated_bits
+from dist_train.config.stages import ConvertConfig
+from dist_train.lowering.base import Lowered
 from dist_train.programs.program import Program, open_program
-from dist_train.quantization.backend import build_backend
-from dist_train.quantization.int8_share import LEAST_SHARE, Coverage, coverage, in_percent
-from dist_train.quantization.layer_sqnr import in_words, layer_noise, noise_table
+from dist_train.quantization.int8_share import LEAST_SHARE, advise, int8_share
+from dist_train.quantization.layer_sqnr import layer_sqnr, sqnr_as_json, sqnr_table
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
-from dist_train.quantization.rules import resolve_rules
 from dist_train.run_dir.gates import Gate
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
-from dist_train.stages.int8_evaluation import InRuntime, agreement_bound, convert_on_rank_0, judge, open_in_runtime
+from dist_train.stages.int8_evaluation import agreement_bound, convert_on_rank_0, judge, open_in_runtime
 from dist_train.training.evaluate import evaluate
 
-_NOISE_ROWS = 8  # all outputs of all layers are kept for them
+_NOISE_ROWS = 8  # few, because the outputs of all layers are held for them
 
 
 class Convert(Stage):
@@ -38,17 +37,17 @@ class Convert(Stage):
         probe: dict[str, torch.Tensor] = {}
 
         def inspect(converted: nn.Module) -> dict[str, Any]:
-            # What the artifact must answer is asked of the model in memory, before it is serialised.
+            # The artifact must reproduce these outputs, so they are computed in memory, before serialisation.
             probe["inputs"] = context.data.probe_inputs()
             with torch.no_grad():
                 probe["outputs"] = converted(probe["inputs"])
-            noise = layer_noise(prepared, converted, probe["inputs"][:_NOISE_ROWS])
+            noise = layer_sqnr(prepared, converted, probe["inputs"][:_NOISE_ROWS])
             return {"noise": noise, "weights": count_weights(context, prepared)}
 
         context.progress.say(f"{self.name}: rank 0 converts to int8")
         program, found = convert_on_rank_0(context, prepared, inspect)
         noise, weights = found["noise"], found["weights"]
-        context.results["layer_sqnr_db"] = {layer: in_words(ratio) for layer, ratio in noise.items()}
+        context.results["layer_sqnr_db"] = {layer: sqnr_as_json(ratio) for layer, ratio in noise.items()}
         prepared.observe(False)
         self._gate(context, program, noise)
         if weights is not None:
@@ -58,11 +57,14 @@ class Convert(Stage):
         return {"program": vars(program), "ranges_sha256": Ranges(prepared).digest(), "probe": probe}
 
     def _gate(self, context: Context, program: Program, noise: dict[str, float]) -> None:
-        """Checks that int8, in process and in its runtime, decides as the fake-quantized model; `noise`: the layers' ratios."""
+        """Checks that int8 agrees with the fake-quantized model, in PyTorch and in its runtime.
+
+        noise: signal to quantization noise ratio of each layer, in dB.
+        """
         reference = evaluate(context.prepared().eval(), context.data.evaluation_batches(), context.task, context.world)
         bound, models = agreement_bound(context), context.results["models"]
-        bits = simulated_bits(context.config.qat.rules)
-        table = "\nsignal to quantization noise of each layer, the worst first:\n" + noise_table(noise) if noise else ""
+        bits = context.config.qat.simulated_bits
+        table = "\nsignal to quantization noise of each layer, the worst first:\n" + sqnr_table(noise) if noise else ""
         int8 = judge(context, open_program(program), reference)
         if int8.evaluation is not None:
             models["int8"] = dict(int8.evaluation.metrics)
@@ -70,25 +72,25 @@ class Convert(Stage):
             if bits:
                 models["int8"]["simulated_bits"] = bits
         hint = (
-            "where a layer stands out, leave it in floating point by --qat.rules; else train qat longer, "
-            "or loosen --convert.agreement_bound; and run again"
+            "if one layer is far worse, leave it in floating point by --qat.rules; else train qat longer, "
+            "or loosen --convert.agreement_bound; then run again"
         )
         gate = Gate(
             name="convert", value=int8.agreed, bound=bound, passed=int8.agreed >= bound, hint=hint, detail=table
         )
         context.gates.check(gate)
         opened = simulation(bits) if bits else open_in_runtime(context, program)
-        if not isinstance(opened, InRuntime):
-            context.progress.say(f"{self.name}: int8 was judged in process alone: {opened}")
+        if not isinstance(opened, Lowered):
+            context.progress.say(f"{self.name}: int8 was checked in PyTorch only: {opened}")
             context.gates.skip("lowered", opened)
             return
-        lowered = int8 if opened.name == "torchscript" else judge(context, opened.call, reference)
+        lowered = judge(context, opened.call, reference) if program.lowers else int8
         if lowered.evaluation is not None:
             models["int8"]["lowered"] = {"runtime": opened.name, **lowered.evaluation.metrics}
-        table = f"\nin process {int8.agreed:.6g} agree: the layers are not the cause, {opened.name} is{table}"
+        table = f"\nin PyTorch {int8.agreed:.6g} agree, so the cause is {opened.name}, not the layers{table}"
         hint = (
-            f"--convert.runtime with another runtime, or none, and do not deploy it in {opened.name}; "
-            "or loosen --convert.agreement_bound; and run again"
+            f"set --convert.runtime to another runtime or none, and do not deploy it in {opened.name}; "
+            "or loosen --convert.agreement_bound; then run again"
         )
         context.gates.check(
             dataclasses.replace(
@@ -108,11 +110,11 @@ class Convert(Stage):
 
 @dataclass(frozen=True)
 class Converted:
-    """The product of `convert`.
+    """The product of the stage `convert`.
 
     Attributes:
-        ranges_sha256: digest of the ranges that the program was converted with.
-        probe: on rank 0, `inputs` and the converted model's `outputs`, as computed in memory; empty on other ranks.
+        ranges_sha256: digest of the ranges used in the conversion.
+        probe: on rank 0, `inputs` and the converted model's `outputs`, computed in memory; empty on other ranks.
     """
 
     program: Program
@@ -124,39 +126,12 @@ class Converted:
         return cls(Program(**product["program"]), product["ranges_sha256"], product["probe"])
 
 
-_OTHERS = ("pt2e", "fx")  # eager takes only models that are made for it
-
-
 def count_weights(context: Context, prepared: PreparedModel) -> dict[str, Any] | None:
-    """Returns `Coverage.as_json` and a line for people as `said`; None where the backend cannot tell. On one rank."""
-    found = coverage(context.model, prepared)
+    """Returns `Int8Share.as_json` and a readable line, `said`; None if the backend cannot tell. Runs on one rank."""
+    found = int8_share(context.model, prepared)
     if found is None:
         return None
     line = found.in_words()
     if found.share < LEAST_SHARE:
-        line += f"; {_advice(context.float_copy(), context.data.example(2), context.config.qat, found)}"
+        line += f"; {advise(context.float_copy(), context.data.example(2), context.config.qat, found)}"
     return {**found.as_json(), "said": line}
-
-
-def _advice(model: nn.Module, example: Tensor, settings: QATConfig, found: Coverage) -> str:
-    """Says what left the weights in floating point, and which backend, as tried, takes more of them."""
-    skipped = {name for name, rule in resolve_rules(model, settings.rules).items() if rule.skip}
-    by_rules = sum(count for name, count in found.left_float.items() if name in skipped)
-    parts = [f"qat.rules leave {by_rules:,} of them in floating point"] if by_rules else []
-    shares = {name: _share(model, example, settings, name) for name in _OTHERS if name != settings.backend}
-    best = max(shares, key=lambda name: shares[name])
-    if shares[best] > found.share + 0.01:
-        parts.append(f"--qat.backend {best} takes {in_percent(shares[best])} %")
-    elif not by_rules:
-        parts.append("no other backend takes more, so that the file is smaller and the model faster in that part only")
-    return "; ".join(parts)
-
-
-def _share(model: nn.Module, example: Tensor, settings: QATConfig, backend: str) -> float:
-    """Returns the share of the weights that another backend takes; 0 where it does not take the model."""
-    try:
-        other = build_backend(settings.model_copy(update={"backend": backend, "engine": "auto"}))
-        found = coverage(model, other.prepare(model, example, settings.rules))
-    except Exception:  # advice only: no failure of an unused backend may end the run
-        return 0.0
-    return found.share if found is not None else 0.0

@@ -1,4 +1,4 @@
-"""Loads the rows that a run reads: this rank's share of the training set, of the evaluation set, and samples of both."""
+"""Loads a run's data: this rank's share of the training and evaluation sets, and samples of both."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RunData:
 
     @cached_property
     def described(self) -> dict[str, Any]:
-        """The data as an artifact's manifest describes it; see `describe_data`."""
+        """The data's description for an artifact's manifest; see `describe_data`."""
         return describe_data(self.splits)
 
     def example(self, rows: int) -> torch.Tensor:
@@ -41,19 +41,19 @@ class RunData:
         return torch.zeros(rows, *self.splits.input_shape)
 
     def require_same_data(self, recorded: str) -> None:
-        """Refuses to resume on other data: samples would be lost and repeated.
+        """Refuses to resume on other data, as samples would be lost or repeated.
 
         Raises:
-            DataError: the dataset's content (for a map-style dataset its length) is not what it was.
+            DataError: the dataset's content (of a map-style dataset, its length) has changed.
         """
         if recorded != self.splits.fingerprint:
             raise DataError(
-                f"the dataset {self.config.data.name} is not what it was when this run began",
-                "give back the same data, or start anew with another --run.dir",
+                f"the dataset {self.config.data.name} has changed since this run began",
+                "restore the same data, or start a new run with another --run.dir",
             )
 
     def source(self, split: ImageArrays | Dataset[Any], seed: int) -> Source:
-        """Returns the rows of a split; its worker processes, if any, live as long as the source does."""
+        """Returns the rows of a split. Its worker processes, if any, live as long as the returned source."""
         data = self.config.data
         augment = data.augment[getattr(split, "own_steps", 0) :]
         return Source(
@@ -75,14 +75,14 @@ class RunData:
 
     @property
     def train_samples(self) -> int:
-        """The number of samples to train on; of an iterable dataset, as many as an epoch takes."""
+        """Number of training samples; of an iterable dataset, the number per epoch."""
         if self.splits.steps_per_epoch is not None:
             return self.splits.steps_per_epoch * self.config.data.global_batch_size
         return len(cast(Sized, self.splits.train))
 
     @property
     def workers(self) -> int:
-        """The number of data workers of this rank."""
+        """Number of data workers of this rank."""
         asked = self.config.data.workers
         return self.world.share_of_cores() if asked == "auto" else asked
 
@@ -92,7 +92,8 @@ class RunData:
         Order and augmentation are functions of (seed, stage, epoch, sample id).
         """
         data, seed = self.config.data, derive_key("stage", self.config.run.seed, stage)
-        # Ranks that synchronise in each micro-batch need equally many; otherwise each rank cuts its own share.
+        # With sync_batchnorm ranks communicate in each micro-batch, so the sampler cuts equally many for each rank.
+        # Otherwise each rank cuts its share by itself.
         joint = stage == "train" and self.config.sync_batchnorm
         sampler = ElasticDistributedSampler(
             range(self.train_samples),
@@ -109,7 +110,7 @@ class RunData:
         return TrainLoader(self.source(self.splits.train, seed), sampler, own, mix)
 
     def probe_inputs(self, rows: int = 16) -> torch.Tensor:
-        """Returns the first rows of the evaluation set as a model takes them: float32 [rows, C, H, W], CPU, contiguous."""
+        """Returns the first rows of the evaluation set as model inputs: float32 [rows, C, H, W], CPU, contiguous."""
         batches = EvaluationLoader(self._evaluation_source, rows, 1, 0, rows)
         return next(iter(batches)).inputs.cpu().contiguous()
 
@@ -127,9 +128,9 @@ class RunData:
         return EstimationLoader(source, samples or len(source), size, self.config.run.seed, 1, 0)
 
     def training_sample(self, samples: int, rows: int) -> EstimationLoader:
-        """Returns this rank's batches of `rows` of as many training samples, drawn by the seed.
+        """Returns this rank's batches of `rows` rows out of `samples` training samples, drawn by the seed.
 
-        Over all ranks the batches are the same at any world size; of a stream they are the first ones.
+        The batches of all ranks together are the same at any world size. Of a stream, the first samples are taken.
         """
         config, world = self.config, self.world
         return EstimationLoader(

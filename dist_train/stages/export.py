@@ -1,4 +1,4 @@
-"""Export: the artifact that is deployed, verified in a fresh process, sized and timed; by rank 0 alone."""
+"""Exports the artifact to deploy, on rank 0; verifies it in a fresh process, and records sizes and latencies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from dist_train.artifact.bundle import Bundle, chosen_models
 from dist_train.artifact.deployable import Deployable, deploy_float, deploy_half, deploy_int8, simulation
 from dist_train.artifact.export import ExportJob, export_models
-from dist_train.config.stages import ExportConfig, simulated_bits
+from dist_train.config.stages import ExportConfig
 from dist_train.errors import ArtifactError
 from dist_train.lowering import LoweringUnavailable
 from dist_train.lowering.autoselect import slower_than_float
@@ -24,7 +24,7 @@ from dist_train.stages.int8_evaluation import agreement_bound, format_decisions
 
 
 class Export(Stage):
-    """Writes `export/` and measures it."""
+    """Writes `export/` and measures its models."""
 
     settings: ExportConfig
 
@@ -39,26 +39,29 @@ class Export(Stage):
         return {}
 
     def _gate_size(self, context: Context, fp32_bytes: int) -> None:
-        """fp32_bytes: of the float model's parameters and buffers, without a program around them."""
+        """Checks int8's size against `export.size_bound`; warns if int8 is not smaller than FP32.
+
+        fp32_bytes: size of the float model's parameters and buffers, without a program.
+        """
         int8, bound = context.results["models"].get("int8", {}).get("bytes"), self.settings.size_bound
         if int8 is None:
             return
         if bound is not None:
-            hint = "leave less in floating point by qat.rules, or loosen --export.size_bound"
+            hint = "let qat.rules leave less in floating point, or loosen --export.size_bound"
             share = int8 / fp32_bytes
             context.gates.check(Gate(name="size", value=share, bound=bound, passed=share <= bound, hint=hint))
         float_program = context.results["models"].get("fp32", {}).get("bytes", fp32_bytes)
         if int8 >= float_program:
             context.progress.warn(
                 f"{self.name}: int8 is not smaller than FP32: {int8:,} bytes against {float_program:,}, "
-                "as the fixed part of its program or what stays in floating point is most of it"
+                "because most of it is the program's fixed part, or layers that stay in floating point"
             )
 
     def restore(self, context: Context, product: dict[str, Any]) -> None:
         return
 
     def _export(self, context: Context) -> dict[str, Any]:
-        """Exports, sizes and times the models; returns figures and gates, JSON. On rank 0."""
+        """Exports, sizes and times the models; returns figures and gates, JSON-serializable. On rank 0."""
         products = context.products
         converted = Converted.of(products["convert"]) if "convert" in products else None
         half = products["half"]["dtype"] if "half" in products else None
@@ -82,8 +85,7 @@ class Export(Stage):
         )
         if "auto" in self.settings.formats:
             job.say(f"trying the runtimes for {', '.join(names)}")
-        candidates = {name: deployable.candidate for name, deployable in deployables.items()}
-        exported = export_models(job, Bundle(names[0]), {name: deployables[name] for name in names}, candidates)
+        exported = export_models(job, Bundle(names[0]), {name: deployables[name] for name in names}, deployables)
         figures: dict[str, dict[str, Any]] = {
             name: {"bytes": len(deployable.program.data)} for name, deployable in deployables.items()
         }
@@ -102,15 +104,15 @@ class Export(Stage):
     ) -> None:
         """Times every model and adds `latency_ms` and `runtime` to its figures."""
         images = drawn_from(probe, context.config.run.seed)
-        candidates = {name: each.candidate for name, each in deployables.items() if not each.simulated_bits}
-        for name in deployables.keys() - candidates.keys():
+        timed = {name: each for name, each in deployables.items() if not each.simulated_bits}
+        for name in deployables.keys() - timed.keys():
             context.progress.say(f"{self.name}: {name} is not timed: {simulation(deployables[name].simulated_bits)}")
         try:
-            times, runtimes = time_models(candidates, images, self.settings.latency_batch_sizes, context.threads)
+            times, runtimes = time_models(timed, images, self.settings.latency_batch_sizes, context.threads)
         except LoweringUnavailable as reason:
             context.progress.say(f"{self.name}: {reason}")
             return
-        for name in candidates:
+        for name in timed:
             figures[name] |= {"latency_ms": times[name], "runtime": runtimes[name]}
         if runtimes.get("int8") == runtimes.get("fp32"):
             for line in slower_than_float(times, runtimes.get("int8", "")):
@@ -120,7 +122,7 @@ class Export(Stage):
 def _deployables(
     context: Context, converted: Converted | None, half: str | None, probe: Tensor, exported: Sequence[str]
 ) -> dict[str, Deployable]:
-    """Returns every model of the run; one that is not exported is sized and timed beside the others, where it can be."""
+    """Returns all models of the run. Models that are not exported are sized and timed as well, if possible."""
     float_model, models = context.float_copy(), {}
     makers: dict[str, Callable[[], Deployable]] = {"fp32": lambda: deploy_float(float_model, probe)}
     if half is not None:
@@ -138,6 +140,6 @@ def _deployables(
 
 
 def _int8(context: Context, converted: Converted) -> Deployable:
-    bits = simulated_bits(context.config.qat.rules)
+    bits = context.config.qat.simulated_bits
     deployable = deploy_int8(converted.program, converted.probe["outputs"], bits)
     return dataclasses.replace(deployable, decisions=format_decisions(context, deployable))

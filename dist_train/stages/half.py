@@ -1,4 +1,4 @@
-"""Half precision: the trained float model cast to bf16 or fp16, evaluated by all ranks."""
+"""Casts the trained float model to bf16 or fp16, and evaluates it on all ranks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dist_train.training.evaluate import evaluate
 
 
 class Half(Stage):
-    """Casts parameters and inputs; outputs stay float32. The dtype names the metrics."""
+    """Casts parameters and inputs; outputs stay float32. The metrics are recorded under the dtype's name."""
 
     settings: HalfConfig
 
     def run(self, context: Context) -> dict[str, Any]:
         world = context.world
-        # Rank 0's device decides for all: nodes may differ.
+        # Nodes may differ, so rank 0's device decides for all ranks.
         dtype, why = world.on_rank_0(lambda: choose_dtype(self.settings.dtype, world.device), "choosing a dtype")
         context.progress.say(f"{self.name}: {dtype}, {why}")
         model = HalfModel(context.model, dtype)

@@ -1,4 +1,4 @@
-"""The int8 model on all ranks: rank 0 converts and broadcasts its bytes, and every rank evaluates its part of the data."""
+"""Evaluates the int8 model: rank 0 converts it and broadcasts its bytes; each rank evaluates its part of the data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dist_train.distributed.world import World
 from dist_train.errors import NonFiniteLossError
 from dist_train.lowering import int8_session
 from dist_train.lowering.agreement import Decisions
-from dist_train.lowering.base import LoweringUnavailable
+from dist_train.lowering.base import Lowered, LoweringUnavailable
 from dist_train.programs.program import Program, open_program
 from dist_train.programs.pt2 import load_program
 from dist_train.quantization.prepared import PreparedModel
@@ -24,12 +24,12 @@ from dist_train.training.evaluate import Evaluation, agreement, evaluate
 
 Call = Callable[[Tensor], Tensor]
 T = TypeVar("T")
-# For a fast dev run: after two batches a model decides by a hair, and rounding tips some decisions.
+# For a fast dev run: after two training steps the outputs are close together, and rounding changes some decisions.
 _UNTRAINED_BOUND = 0.9
 
 
 def agreement_bound(context: Context) -> float:
-    """Returns `convert.agreement_bound`, or what can be asked of a fast dev run."""
+    """Returns `convert.agreement_bound`, lowered in a fast dev run."""
     bound = context.config.convert.agreement_bound
     return min(bound, _UNTRAINED_BOUND) if context.config.debug.fast_dev_run else bound
 
@@ -37,10 +37,12 @@ def agreement_bound(context: Context) -> float:
 def convert_on_rank_0(
     context: Context, prepared: PreparedModel, inspect: Callable[[nn.Module], T]
 ) -> tuple[Program, T]:
-    """Returns the int8 program of `prepared` on every rank; its `extra` files stay on rank 0. Collective.
+    """Converts `prepared` on rank 0; returns the int8 program on every rank. Collective.
 
-    inspect: called on rank 0 with the converted model in memory, before it is serialised; its result (JSON) reaches
-        every rank.
+    The program's `extra` files stay on rank 0.
+
+    inspect: called on rank 0 with the converted model before it is serialised; its result (JSON) is returned on every
+        rank.
     """
     world, made = context.world, list[Program]()
 
@@ -58,7 +60,7 @@ def convert_on_rank_0(
 
 
 def on_cpu(call: Call, world: World) -> Call:
-    """Wraps a model that runs on the CPU for inputs on the rank's device."""
+    """Wraps a model that runs on the CPU, so that inputs and outputs are on the rank's device."""
 
     def on_device(inputs: Tensor) -> Tensor:
         return call(inputs.cpu().contiguous()).to(world.device)
@@ -67,21 +69,24 @@ def on_cpu(call: Call, world: World) -> Call:
 
 
 def evaluate_int8(context: Context, call: Call) -> Evaluation:
-    """Evaluates a model that runs on the CPU, in process or in a runtime. Collective."""
+    """Evaluates a model that runs on the CPU, in PyTorch or in a runtime. Collective."""
     with torch.no_grad():
         return evaluate(on_cpu(call, context.world), context.data.evaluation_batches(), context.task, context.world)
 
 
 @dataclass(frozen=True)
 class Judged:
-    """An int8 model's evaluation, and its agreement with the fake-quantized one: NaN, and no evaluation, where it answers NaN."""
+    """An int8 model's evaluation, and its agreement with the fake-quantized model.
+
+    If the model's outputs are not finite, `evaluation` is None and `agreed` is NaN.
+    """
 
     evaluation: Evaluation | None
     agreed: float
 
 
 def judge(context: Context, call: Call, reference: Evaluation) -> Judged:
-    """Compares decisions with those of `reference`, over the whole evaluation set. Collective."""
+    """Evaluates `call` and compares its decisions with `reference` on the whole evaluation set. Collective."""
     try:
         evaluation = evaluate_int8(context, call)
     except NonFiniteLossError:  # on every rank
@@ -90,40 +95,35 @@ def judge(context: Context, call: Call, reference: Evaluation) -> Judged:
 
 
 def format_decisions(context: Context, deployable: Deployable) -> Decisions:
-    """Returns what the int8 model in process decides on `export.agreement_samples`, for the formats' gates. On one rank."""
+    """Returns the decisions of the int8 model in PyTorch on `export.agreement_samples`, for the formats' gates.
+
+    Runs on one rank.
+    """
     sample = context.data.evaluation_sample(context.config.export.agreement_samples)
 
     class Inputs:
-        """Inputs of the batches; read anew for each model that is asked."""
+        """Iterates over the batches' inputs, which are read again for each model."""
 
         def __iter__(self) -> Iterator[Tensor]:
             return (batch.inputs.cpu().contiguous() for batch in sample)
 
-    return Decisions(deployable.candidate.call, context.task, Inputs(), agreement_bound(context))
+    return Decisions(deployable.call, context.task, Inputs(), agreement_bound(context))
 
 
-@dataclass(frozen=True)
-class InRuntime:
-    """An int8 model in the runtime in which it is judged."""
+def open_in_runtime(context: Context, program: Program) -> Lowered | str:
+    """Opens the program in the runtime `convert.runtime` on every rank; returns the reason if that fails. Collective.
 
-    name: str
-    call: Call
-
-
-def open_in_runtime(context: Context, program: Program) -> InRuntime | str:
-    """Opens the program in the runtime that `convert.runtime` names, on every rank; else says why not. Collective.
-
-    TorchScript, which fx and eager make, holds integer kernels and is its own runtime.
+    TorchScript programs, from the backends fx and eager, hold integer kernels and need no other runtime.
     """
     wanted, world = context.config.convert.runtime, context.world
-    if program.kind == "torchscript":
-        return InRuntime("torchscript", open_program(program))
+    if not program.lowers:
+        return Lowered("torchscript", open_program(program))
     if wanted == "none":
         return "convert.runtime is none"
     lowered: list[bytes] = []
 
     def lower() -> list[str]:
-        """Returns the runtime's name, or nothing and a reason."""
+        """Returns the runtime's name and ""; or "" and the reason why it is not available."""
         try:
             name = int8_session.choose(wanted)
             lowered.append(int8_session.runtime_bytes(name, load_program(program.data), context.data.example(2)))
@@ -140,5 +140,5 @@ def open_in_runtime(context: Context, program: Program) -> InRuntime | str:
         call = int8_session.open_in(name, data, context.data.example(2), context.threads)
     except LoweringUnavailable as error:
         problem = str(error)
-    problem = next(filter(None, world.gather(problem)), "")  # all ranks, or none
-    return problem if call is None or problem else InRuntime(name, call)
+    problem = next(filter(None, world.gather(problem)), "")  # all ranks open it, or none
+    return problem if call is None or problem else Lowered(name, call)

@@ -1,4 +1,4 @@
-"""The gate `prepare`: with fake quantization off, the prepared model computes what the float model does."""
+"""Checks the gate `prepare`: with fake quantization off, the prepared model must equal the float model."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.data.loader import EvaluationLoader
+from dist_train.lowering.comparison import largest, relative_difference
 from dist_train.quantization.float_checks import float_literals
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.run_dir.gates import Gate
 from dist_train.stages.context import Context
 
-_VARIANCES = (1e-5, 10.0)  # a fresh network's variances lie near 1, which would hide a wrong eps
+_VARIANCES = (1e-5, 10.0)  # variances of an untrained network are near 1, which would hide a wrong eps
 
 
 @torch.no_grad()
 def gate_prepare(context: Context, prepared: PreparedModel) -> None:
-    """Checks that the prepared model computes what the float model does, with fake quantization off.
+    """Checks that the prepared model with fake quantization off gives the float model's outputs.
 
-    It is also tried with extreme BatchNorm variances. The literals that only training shows must be the float model's:
-    eps and momentum of batch norms, dropout's probability.
+    The comparison is repeated with extreme BatchNorm variances. Literals that only training uses must equal the float
+    model's: eps and momentum of batch norms, dropout's probability.
 
     Raises:
-        GateError: on every rank.
+        GateError: on every rank, if the models differ.
     """
     inputs = next(iter(EvaluationLoader(context.data.source(context.data.splits.train, 0), 16, 1, 0, 16))).inputs
     prepared.fake_quantize(False)
@@ -49,9 +50,9 @@ def gate_prepare(context: Context, prepared: PreparedModel) -> None:
         tensor.copy_(original)
     prepared.fake_quantize(True)
     prepared.observe(True)
-    worst = float(torch.stack(differences).max())  # NaN if any is, which passes no bound
+    worst = largest(differences)
     bound, changed = context.config.qat.prepare_bound, _changed_literals(context.model, prepared)
-    hint = "the backend changed the model: report it with the model's name, or take another --qat.backend"
+    hint = "the backend changed the model: report it with the model's name, or use another --qat.backend"
     context.gates.check(
         Gate(
             name="prepare",
@@ -65,10 +66,10 @@ def gate_prepare(context: Context, prepared: PreparedModel) -> None:
 
 
 def _changed_literals(model: nn.Module, prepared: PreparedModel) -> list[str]:
-    """Returns a line for each literal of the float model that has another value in the prepared model."""
+    """Returns a line for each literal of the float model whose value differs in the prepared model."""
     expected = float_literals(model)
     lines = (
-        f"{name} is {value:g}, which was {expected[name]:g}"
+        f"{name} is {value:g}, but {expected[name]:g} in the float model"
         for name, value in prepared.literals()
         if name in expected and value != expected[name]
     )
@@ -76,10 +77,10 @@ def _changed_literals(model: nn.Module, prepared: PreparedModel) -> list[str]:
 
 
 def _draw_variances(pairs: Sequence[tuple[nn.Module, nn.Module]], seed: int) -> None:
-    """Draws the same variances for both batch norms of a pair; each weight grows with the deviation.
+    """Draws the same variances for both batch norms of a pair, and scales their weights by the standard deviation.
 
-    The factor stays what it was, so the float model computes what it did and no layer of a deep one overflows. A backend
-    with another eps than the float model's is still off by its square root.
+    Each batch norm's overall factor stays the same, so outputs do not change and no layer of a deep model overflows.
+    If a backend changed eps, the factors differ and the comparison shows it.
     """
     generator = torch.Generator().manual_seed(seed)
     low, high = (torch.tensor(bound).log() for bound in _VARIANCES)
@@ -95,6 +96,5 @@ def _draw_variances(pairs: Sequence[tuple[nn.Module, nn.Module]], seed: int) -> 
                 weight.mul_(growth.to(weight.device))
 
 
-def _relative_difference(left: nn.Module, right: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    expected = right(inputs).double()
-    return (left(inputs).double() - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
+def _relative_difference(actual: nn.Module, expected: nn.Module, inputs: torch.Tensor) -> float:
+    return relative_difference(actual(inputs).double(), expected(inputs).double())

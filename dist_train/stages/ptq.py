@@ -1,4 +1,4 @@
-"""Post-training quantization: the ranges of the activations, from all ranks' data, without training."""
+"""Post-training quantization: estimates activation ranges from all ranks' data, without training."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from dist_train.stages.context import Context
 from dist_train.stages.prepare_gate import gate_prepare
 from dist_train.training.recalibration import estimate_moments
 
-# Rows of a calibration batch at any world size: ranks take turns with whole batches, so 512 samples serve 16 ranks.
+# Rows of a calibration batch at any world size. Ranks take turns with whole batches: 512 samples suffice for 16 ranks.
 _CALIBRATION_ROWS = 32
-_LITTLE = 0.1  # points of the task's metric: the bar that qat itself is measured by
+_LITTLE = 0.1  # points of the task's metric; below this loss, the run suggests to leave qat out
 
 
 class PTQ(Stage):
-    """Initialises ranges and measures the model quantized without training."""
+    """Initialises the ranges and evaluates the fake-quantized model, without training."""
 
     settings: PTQConfig
 
@@ -41,7 +41,7 @@ class PTQ(Stage):
         return {"quantized": prepared.state_dict()}
 
     def _say_loss(self, context: Context) -> None:
-        """Says how much ptq lost, where the run knows FP32's figure; with a budget, qat says it."""
+        """Prints ptq's loss against FP32, if FP32 was evaluated. With `qat.budget`, the stage qat prints it instead."""
         config = context.config
         if "fp32" not in context.results["models"] or ("qat" in config.stages and config.qat.budget is not None):
             return
@@ -49,7 +49,7 @@ class PTQ(Stage):
         verb = "loses" if lost >= 0 else "gains"
         line = f"{self.name}: {verb} {abs(lost):.2f} points of {context.task.headline} against fp32"
         if "qat" in config.stages and lost <= _LITTLE:
-            line += f"; where that will do, --qat.budget {_LITTLE:g} leaves qat out"
+            line += f"; if that is acceptable, --qat.budget {_LITTLE:g} skips qat"
         context.progress.say(line)
 
     def restore(self, context: Context, product: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ class PTQ(Stage):
 
 
 def lost_points(context: Context) -> float:
-    """Returns how many points (0.01) of the task's metric ptq lost against FP32, below 0 where it gained."""
+    """Returns how many points (0.01) of the task's metric ptq lost against FP32; negative if it gained."""
     models, task = context.results["models"], context.task
     sign = 1 if task.headline in task.lower_is_better else -1
     lost: float = 100 * sign * (models["ptq"][task.headline] - models["fp32"][task.headline])
@@ -65,26 +65,27 @@ def lost_points(context: Context) -> float:
 
 
 def calibrate(context: Context, prepared: PreparedModel, settings: PTQConfig) -> None:
-    """Sets every range from `samples` training samples of all ranks. Collective.
+    """Sets every range from `settings.samples` training samples over all ranks. Collective.
 
-    The seed draws the samples, as the first ones of a sorted dataset are of one class. Of a stream they are the first ones.
+    The seed draws the samples, because the first samples of a sorted dataset are of one class. Of a stream, the first
+    samples are used.
     """
     rows = min(_CALIBRATION_ROWS, context.config.data.eval_batch_size)
     batches = context.data.training_sample(settings.samples, rows)
-    if _knows_no_data(context.model):
+    if _has_initial_statistics(context.model):
         context.progress.say(
-            "batch norm has no statistics yet: they are estimated first, from the samples of the ranges"
+            "the batch norms have no statistics yet: they are estimated first, from the calibration samples"
         )
         prepared.fake_quantize(False)
         estimate_moments(prepared, batches, context.world)
     initialise_ranges(prepared, batches, context.world, settings)
 
 
-def _knows_no_data(model: nn.Module) -> bool:
-    """Tells whether all batch norms have their initial statistics, as in a model whose training begins with qat.
+def _has_initial_statistics(model: nn.Module) -> bool:
+    """Tells whether all batch norms still have their initial statistics, as when training begins with qat.
 
-    With these a deep network's activations fade or grow from layer to layer, so ranges in evaluation mode say nothing of
-    those in training. EfficientNet-B0's end at 1e-13, which would clip every activation and gradient.
+    In eval mode, activations of a deep network then shrink or grow from layer to layer. Ranges estimated in eval mode
+    would not fit training: EfficientNet-B0's last ranges are 1e-13, which would clip every activation and gradient.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_var is not None]
     pairs = [(norm.get_buffer("running_mean"), norm.get_buffer("running_var")) for norm in norms]
@@ -93,15 +94,15 @@ def _knows_no_data(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def initialise_ranges(prepared: PreparedModel, batches: Iterable[Batch], world: World, settings: PTQConfig) -> None:
-    """Sets every range from all ranks' batches, in eval mode. Collective: one MAX, and one SUM where it clips.
+    """Sets every range from the batches of all ranks, in eval mode. Collective: a MAX, and a SUM if they are clipped.
 
-    The extremes or counts of all samples decide, so the result does not depend on the number of ranks.
+    The result depends on the extremes or counts over all samples, not on the number of ranks.
 
     Args:
-        batches: of this rank; read once, or twice where `settings.ranges` clips.
+        batches: this rank's batches; read once, or twice if `settings.ranges` is not min_max.
 
     Raises:
-        QuantizationError: an activation is not finite, or was never reached.
+        QuantizationError: an activation is not finite, or an observer saw no data.
     """
     ranges = Ranges(prepared)
     prepared.eval()

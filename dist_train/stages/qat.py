@@ -1,4 +1,4 @@
-"""Quantization-aware training: the loop again, on the model with fake quantization."""
+"""Quantization-aware training: runs the training loop on the model with fake quantization."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from dist_train.training.selection import INT8
 
 
 class QAT(Stage):
-    """Fine-tunes with quantization in the loop; ranges and BatchNorm statistics are learned from all ranks' data.
+    """Fine-tunes with fake quantization; learns ranges and BatchNorm statistics from the data of all ranks.
 
-    Where ptq is within `qat.budget` nothing is trained, and ptq's state is handed on.
+    If ptq's loss of accuracy is within `qat.budget`, it trains nothing and hands on ptq's state.
     """
 
     settings: QATConfig
@@ -56,23 +56,24 @@ class QAT(Stage):
         return {"quantized": state.chosen.state_dict()}
 
     def _is_left_out(self, context: Context) -> bool:
-        """Tells whether ptq is within the budget, says and records it; equal on all ranks, as metrics are."""
+        """Tells whether ptq is within the budget; prints and records it. Equal on all ranks, because metrics are."""
         if self.settings.budget is None:
             return False
         models, task = context.results["models"], context.task
-        if "fp32" not in models:  # the float model was given, not trained here
+        if "fp32" not in models:  # this run did not train the float model, so its metrics are not known yet
             evaluation = context.evaluate(context.model)
             models["fp32"] = dict(evaluation.metrics)
             context.keep_details("fp32", evaluation)
         lost = lost_points(context)
-        # Written this way NaN, which no comparison is true of, trains.
+        # Comparisons with NaN are false, so a NaN trains.
         within = lost <= self.settings.budget
         left_out = within and not self.settings.always
         context.results["stages"].setdefault(self.name, {}).update(
             {"ptq_lost_points": round(lost, 6), "budget": self.settings.budget, "left_out": left_out}
         )
         if context.resume is None:
-            verdict = "needed" if not within else "not needed: left out" if left_out else "not needed, but asked for"
+            unneeded = "not needed: skipped" if left_out else "not needed, but qat.always is set"
+            verdict = unneeded if within else "needed"
             bound = "within" if within else "beyond"
             context.progress.say(
                 f"{self.name}: ptq loses {lost:.2f} points of {task.headline}, {bound} the budget of "
@@ -85,7 +86,7 @@ class QAT(Stage):
 
 
 class QuantizedLearner(StageLearner):
-    """The prepared model in training."""
+    """Trains the prepared model."""
 
     def __init__(self, context: Context, settings: QATConfig, prepared: PreparedModel) -> None:
         self._ranges = Ranges(prepared, settings.observer)
@@ -106,7 +107,7 @@ class QuantizedLearner(StageLearner):
         return dataclasses.replace(evaluation, metrics={**evaluation.metrics, **named})
 
     def recalibrate(self, averaged: nn.Module) -> None:
-        """Estimates only what is still learned: the averaged steps took what is frozen as constants."""
+        """Re-estimates only the statistics that are not frozen; the averaged steps used frozen ones as constants."""
         assert isinstance(averaged, PreparedModel)
         context, batches = self._context, ema_sample(self._context, self._settings)
         if not self._prepared.batch_norm_frozen:

@@ -1,4 +1,4 @@
-"""Float training, and what it shares with quantization-aware training: a run of the loop."""
+"""Float training, and the set-up of the loop that float and quantization-aware training share."""
 
 from __future__ import annotations
 
@@ -46,34 +46,34 @@ class Train(Stage):
 
 
 def _batch_norms(context: Context) -> AbstractContextManager[None]:
-    """Synchronises BatchNorm while training, where that is asked for and there is another rank."""
+    """Synchronises BatchNorm while training, if `sync_batchnorm` is set and there are several ranks."""
     if context.config.sync_batchnorm and context.world.world_size > 1:
         return synchronised_batch_norms(context.model, context.world)
     return nullcontext()
 
 
 class StageLearner(Learner):
-    """A stage's learner; it keeps its last evaluation, of which alone the details are wanted."""
+    """A stage's learner that keeps its newest evaluation, whose details are reported."""
 
     _last: Evaluation | None = None
 
     @abstractmethod
     def measure(self, model: nn.Module) -> Evaluation:
-        """Evaluates a model, without keeping the evaluation. Collective."""
+        """Evaluates a model, without storing the evaluation. Collective."""
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         self._last = self.measure(model)
         return self._last
 
     def evaluation_of(self, state: TrainState) -> Evaluation:
-        """Returns the evaluation of the chosen model; evaluates again where the loop chose an earlier one. Collective."""
+        """Returns the chosen model's evaluation; evaluates again if the loop chose an earlier model. Collective."""
         if self._last is None or self._last.metrics != state.metrics:
             return self.evaluate(state.chosen)
         return self._last
 
 
 class FloatLearner(StageLearner):
-    """The float model in training."""
+    """Trains the float model."""
 
     def __init__(self, context: Context, settings: FitConfig) -> None:
         super().__init__(context.model, StepReduction(context.world, context.model))
@@ -96,10 +96,10 @@ def ema_sample(context: Context, settings: FitConfig) -> EstimationLoader:
 
 
 def run_loop(context: Context, stage: str, settings: FitConfig, learner: Learner) -> TrainState:
-    """Runs the loop for a stage.
+    """Runs the training loop for a stage.
 
     Raises:
-        DataError: an epoch has no step.
+        DataError: an epoch has no complete step.
     """
     config, progress = context.config, context.progress
     settings = _for_this_batch(context, stage, settings)
@@ -107,7 +107,7 @@ def run_loop(context: Context, stage: str, settings: FitConfig, learner: Learner
     steps, epochs = loader.steps_per_epoch, settings.epochs
     if steps == 0:
         raise DataError(
-            f"{context.data.train_samples} samples to train on make no complete global batch of "
+            f"{context.data.train_samples} training samples make no complete global batch of "
             f"{config.data.global_batch_size}, and data.drop_last is true",
             "--data.drop_last false, or a smaller --data.global_batch_size",
         )
@@ -139,7 +139,7 @@ def run_loop(context: Context, stage: str, settings: FitConfig, learner: Learner
 
 
 def _for_this_batch(context: Context, stage: str, settings: FitConfig) -> FitConfig:
-    """Returns the settings with the learning rate of this global batch; says so where it is scaled."""
+    """Returns the settings with the learning rate scaled to the global batch size; prints a line if it is scaled."""
     batch, optim = context.config.data.global_batch_size, settings.optim
     if optim.base_batch_size is None:
         return settings
@@ -157,18 +157,18 @@ def _profile(context: Context, stage: str) -> Profile | NoProfile:
 
 
 def _data_hint(context: Context) -> str:
-    """Returns what to type where the loop waits for its data."""
+    """Returns a hint for a loop that waits for its data."""
     if isinstance(context.data.splits.train, ImageArrays):
-        return "image arrays are augmented between the steps: fewer data.augment, or more --run.threads_per_rank"
+        return "image arrays are augmented between the steps: use fewer augmentations, or more --run.threads_per_rank"
     share = context.world.share_of_cores()
     workers = context.data.workers
     if workers < share:
         return f"--data.workers {share}, this rank's share of the cores; it is {workers}"
-    return f"--data.workers is {workers}, this rank's share of the cores: more cores, or samples that cost less to make"
+    return f"--data.workers is {workers}, this rank's share of the cores: use more cores, or cheaper samples"
 
 
 def _outcome(run: Fit, state: TrainState) -> dict[str, Any]:
-    """Returns a trained stage's entry in results.json: steps and epochs done, and the chosen step where there was a choice."""
+    """Returns the stage's entry in results.json: steps and epochs done, and the chosen step with `select: best`."""
     outcome: dict[str, Any] = {"steps": state.step, "epochs": state.step // run.steps_per_epoch}
     if state.skipped:
         outcome["skipped_steps"] = state.skipped

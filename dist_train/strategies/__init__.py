@@ -1,1 +1,1 @@
-"""Strategies: spread a model over ranks; one small class each."""
+"""Spreads a model over ranks: one small class per strategy."""

@@ -1,4 +1,4 @@
-"""Hugging Face accelerate: the Accelerator wraps, casts and runs backward, as the user's `accelerate config` says."""
+"""Trains through Hugging Face accelerate: its Accelerator wraps, casts and runs backward, by `accelerate config`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from dist_train.strategies.ddp import warm_up_ddp
 
 
 class Accelerate(Strategy):
-    """Works in the process group that `join` formed; the loop, the data and the checkpoints stay ours.
+    """Wraps the model by accelerate, in the process group that `join` formed.
 
-    Of accelerate's plugins DDP alone works: config/checks/strategy.py refuses the others. As in ddp.py, buffers are
-    not broadcast.
+    The loop, the data and the checkpoints are dist_train's own. Of accelerate's plugins only DDP is supported;
+    config/checks/strategy.py refuses the others. As in ddp.py, buffers are not broadcast.
     """
 
     def __init__(self, world: World, precision: Precision) -> None:
-        """Raises SetupError where the accelerate config wants another device than the ranks have, or fp16 on a CPU."""
+        """Raises SetupError if the accelerate config asks for another device than the ranks', or for fp16 on a CPU."""
         if precision == "fp16" and world.device.type == "cpu":
             raise SetupError(
                 "accelerate ignores fp16 on a CPU", "accelerate launch --mixed_precision bf16 ..., or --strategy ddp"
@@ -35,7 +35,7 @@ class Accelerate(Strategy):
         self._accelerator = _accelerator(world, precision)
         if self._accelerator.device.type != world.device.type:
             raise SetupError(
-                f"the accelerate config runs on {self._accelerator.device.type}, and these ranks on {world.device.type}",
+                f"the accelerate config runs on {self._accelerator.device.type}, these ranks on {world.device.type}",
                 f"--run.device {self._accelerator.device.type}, or change use_cpu in `accelerate config`",
             )
         super().__init__(world, precision)
@@ -46,14 +46,14 @@ class Accelerate(Strategy):
             self._accelerator.scaler = self.scaler
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        # In a shell: prepare_model replaces `forward` of what it is given, and the model is evaluated and saved bare.
-        # It stays where it is: moving it from "cpu" to "cpu:0" would replace its buffers.
+        # The model goes into a shell because prepare_model replaces `forward` of its argument, but the model is
+        # evaluated and saved unwrapped. It is not moved: from "cpu" to "cpu:0" would replace its buffers.
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "`broadcast_buffers` is deprecated"
-            )  # accelerate 1.15 knows no other name
+            )  # accelerate 1.15 passes the old name
             wrapped: nn.Module = self._accelerator.prepare_model(_Shell(model), device_placement=False)
-        self._accelerator._models.clear()  # a stage's model would live as long as the process
+        self._accelerator._models.clear()  # it would keep every stage's model alive
         return wrapped
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
@@ -85,7 +85,8 @@ class _Shell(nn.Module):
 
 
 def _accelerator(world: World, precision: Precision) -> Accelerator:
-    AcceleratorState._reset_state(reset_partial_state=True)  # it is one for the process: an earlier run's would stay
+    # A singleton of the process, which would keep the state of an earlier run.
+    AcceleratorState._reset_state(reset_partial_state=True)
     buffers = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     threads = torch.get_num_threads()
     with warnings.catch_warnings():
@@ -95,5 +96,5 @@ def _accelerator(world: World, precision: Precision) -> Accelerator:
             mixed_precision="no" if precision == "fp32" else precision,
             kwargs_handlers=[buffers],
         )
-    torch.set_num_threads(threads)  # which it sets too; they are the config's
+    torch.set_num_threads(threads)  # Accelerator changes them; the config's value holds
     return accelerator

@@ -1,4 +1,4 @@
-"""The interface of strategies; the loop never asks which one it has."""
+"""Defines the interface of strategies. The loop never asks which strategy it has."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dist_train.distributed.world import World
 from dist_train.errors import NonFiniteLossError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Below this scale fp16's range is wasted on its low end; GradScaler itself would halve the scale to 0 and skip every step.
+# A smaller scale wastes fp16's range at its low end. GradScaler alone would halve the scale to 0 and skip every step.
 _SMALLEST_LOSS_SCALE = 2.0**-10
 
 
@@ -23,8 +23,8 @@ class StepOutcome:
     """The outcome of an optimizer step.
 
     Attributes:
-        grad_norm: L2 norm of all gradients before clipping, float32 [] on the device; None where it was not asked for.
-        skipped: the gradients were not finite and the loss scale was lowered instead (fp16).
+        grad_norm: L2 norm of all gradients before clipping, float32 [] on the device; None if not requested.
+        skipped: True if the fp16 gradients were not finite, so the loss scale was lowered instead of a step.
     """
 
     grad_norm: torch.Tensor | None = None
@@ -32,23 +32,23 @@ class StepOutcome:
 
 
 class Strategy(ABC):
-    """Wraps a model for training and owns precision.
+    """Wraps a model for training and applies the precision.
 
     Attributes:
-        scaler: multiplies the loss so that fp16 gradients do not vanish; disabled in other precisions. Its state goes
-            into checkpoints.
+        scaler: scales the loss so that fp16 gradients do not underflow; disabled in other precisions. Checkpoints hold
+            its state.
     """
 
     scaler: torch.amp.GradScaler
 
     def __init__(self, world: World, precision: Precision) -> None:
-        """precision: resolved, no longer `auto`."""
+        """precision: the resolved precision, never `auto`."""
         self.world = world
         self._precision = precision
         self.new_scaler()
 
     def new_scaler(self) -> None:
-        """Makes a fresh `scaler` for a stage that begins; its scale belongs to that stage's gradients."""
+        """Makes a fresh `scaler` at the start of a stage, because the scale depends on the stage's gradients."""
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self._precision == "fp16")
 
     @abstractmethod
@@ -57,13 +57,13 @@ class Strategy(ABC):
 
     @abstractmethod
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
-        """Returns a context in which backward accumulates without averaging over ranks."""
+        """Returns a context in which backward accumulates gradients without averaging them over ranks."""
 
     @abstractmethod
     def warm_up_buckets(self, wrapped: nn.Module, inputs: torch.Tensor) -> None:
-        """Runs what the wrapper does differently in its first steps, so that a resumed run's first step is like any other.
+        """Runs throwaway steps until the wrapper works as in any later step, so that resuming is exact.
 
-        Leaves no gradients and no changed buffers behind.
+        Leaves gradients and buffers as they were.
         """
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -73,17 +73,18 @@ class Strategy(ABC):
         return torch.autocast(self.world.device.type, dtype=_DTYPES[self._precision])
 
     def backward(self, loss: torch.Tensor) -> None:
+        """Runs backward on the scaled loss."""
         self.scaler.scale(loss).backward()
 
     def step(self, optimizer: torch.optim.Optimizer, model: nn.Module, max_norm: float | None) -> StepOutcome:
-        """Clips the gradients to `max_norm` and lets the optimizer take its step, unless fp16 gradients overflowed.
+        """Clips the gradients to `max_norm` and steps the optimizer, unless fp16 gradients overflowed.
 
-        All ranks agree on that, as they hold the same averaged gradients.
+        All ranks skip the same steps, because they hold the same averaged gradients.
 
         Raises:
-            NonFiniteLossError: gradients that are not finite though the loss is hardly scaled: it is not fp16's range.
+            NonFiniteLossError: the gradients are not finite even at the smallest loss scale: fp16 is not the cause.
         """
-        self.scaler.unscale_(optimizer)  # the norm is that of the true gradients
+        self.scaler.unscale_(optimizer)  # the norm is taken of the unscaled gradients
         norm = None if max_norm is None else nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         before = self.scaler.get_scale()
         self.scaler.step(optimizer)
@@ -92,7 +93,7 @@ class Strategy(ABC):
             return StepOutcome(norm)
         if before <= _SMALLEST_LOSS_SCALE:
             raise NonFiniteLossError(
-                f"the gradients are not finite, though the loss is, and was scaled by no more than {before:g} for fp16",
-                "--precision bf16 or fp32; in the loss and the model look for a root or a logarithm of 0",
+                f"the gradients are not finite, but the loss is, even at fp16's smallest loss scale, {before:g}",
+                "--precision bf16 or fp32; check loss and model for a root or a logarithm of 0",
             )
         return StepOutcome(skipped=True)

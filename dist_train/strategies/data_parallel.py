@@ -1,4 +1,4 @@
-"""nn.DataParallel over the visible GPUs of one process."""
+"""Trains by nn.DataParallel over the visible GPUs of one process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dist_train.strategies.base import Strategy
 
 
 class DP(Strategy):
-    """Splits each micro-batch over the GPUs; the outputs and the loss of the whole one are on the first GPU."""
+    """Splits each micro-batch over the GPUs; all outputs and the loss are on the first GPU."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
         self._replicated = Replicated(model)
@@ -32,7 +32,7 @@ class DP(Strategy):
 
 
 class Replicated(nn.DataParallel[nn.Module]):
-    """DataParallel that keeps what its replicas learn in buffers; torch forgets all of it but the first GPU's."""
+    """A DataParallel that merges the buffers of its replicas; torch keeps only the first GPU's."""
 
     def __init__(self, module: nn.Module, device_ids: Sequence[int] | None = None) -> None:
         super().__init__(module, device_ids)
@@ -46,12 +46,13 @@ class Replicated(nn.DataParallel[nn.Module]):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Makes the module's buffers those of all rows of the forward; called after backward, which may still read them.
+        """Merges the replicas' buffers into the module. Called after backward, which may still read them.
 
-        BatchNorm's running statistics are averaged by rows, as over ranks (reduction.py); ranges of a step are widened.
+        BatchNorm's running statistics are averaged by rows, as over ranks (training/reduction.py). A step's ranges are
+        merged by minimum and maximum.
 
         Raises:
-            SetupError: another buffer came to differ between the replicas, so that only the first GPU's would count.
+            SetupError: another buffer differs between the replicas, so only the first GPU's would be kept.
         """
         replicas, self._used = self._used, []
         if not replicas:
@@ -62,7 +63,7 @@ class Replicated(nn.DataParallel[nn.Module]):
             copies = [buffers[name].to(buffer.device, non_blocking=True) for buffers in named]
             kind = name.rpartition(".")[2]
             if kind in ("running_mean", "running_var"):
-                # As differences from the first: statistics that stand still must not be rounded.
+                # Averages the differences from the first replica, so that unchanged statistics are not rounded.
                 shares = [
                     (copy - copies[0]) * (count / rows) for copy, (_, count) in zip(copies, replicas, strict=True)
                 ]

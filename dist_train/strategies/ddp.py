@@ -1,4 +1,4 @@
-"""DistributedDataParallel on any number of ranks: gloo on CPUs, NCCL on GPUs."""
+"""Trains by DistributedDataParallel on any number of ranks: gloo on CPUs, NCCL on GPUs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _NO_BROADCAST: dict[str, Any] = {
 
 
 class DDP(Strategy):
-    """Lets DDP average the gradients; our own collective (training/reduction.py) synchronises buffers.
+    """Lets DDP average the gradients, but not broadcast buffers; training/reduction.py reduces those.
 
-    DDP's broadcast would make BatchNorm's statistics and quantization ranges those of rank 0's data (pytorch#85627).
+    DDP's broadcast would keep BatchNorm statistics and quantization ranges of rank 0's data only (pytorch#85627).
     """
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -41,8 +41,8 @@ class DDP(Strategy):
 def warm_up_ddp(strategy: Strategy, wrapped: nn.Module, inputs: torch.Tensor) -> None:
     """Runs two throwaway steps of a DistributedDataParallel, after which its buckets keep their order.
 
-    DDP orders them anew at the second forward. On three and more ranks another order sums in another order, so the first
-    step of a resumed run would differ in the last bits.
+    DDP rebuilds its buckets at the second forward. On three or more ranks the bucket order changes the order of sums.
+    The first step of a resumed run would then differ in the last bits.
     """
     buffers = {name: buffer.clone() for name, buffer in wrapped.named_buffers()}
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""One process, one device."""
+"""Trains on one device in one process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dist_train.strategies.base import Strategy
 
 
 class Single(Strategy):
-    """The model as it is."""
+    """Leaves the model unwrapped."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
         return model

@@ -1,4 +1,4 @@
-"""What a batch means: loss, scores and metrics of each kind of problem. Nothing below a task knows about classes."""
+"""Tasks: loss, score and metrics of each kind of problem. Packages below this one do not know about classes."""
 
 from dist_train.tasks.base import Task
 from dist_train.tasks.classification import Classification

@@ -1,4 +1,4 @@
-"""What a batch means: loss, scores and metrics. Nothing below a task knows about classes."""
+"""Task: the base class for loss, score and metrics of a kind of problem."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ S = TypeVar("S", bound=Settings)
 class Task(ABC):
     """Loss and metrics of a kind of problem.
 
-    A registered task is called with (num_outputs, args): `Splits.num_outputs`, and `task.args` of the config. It is called
-    once without data too, with any number, to check the arguments.
+    A registered task is called with (num_outputs, args): `Splits.num_outputs` and the config's `task.args`. It is also
+    called once without data, with any number, to check the arguments.
     """
 
     headline: str
-    """Name of the metric that chooses the best checkpoint, unless `select_by` names another."""
+    """The metric that chooses the best checkpoint, unless `select_by` names another."""
 
     lower_is_better: frozenset[str] = frozenset({"loss"})
-    """Names of the metrics of which the smallest value is the best."""
+    """Metrics whose smallest value is the best."""
 
     score_name: str = "acc"
-    """What the progress line calls the score."""
+    """The score's name on the progress line."""
 
     @abstractmethod
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Loss of each sample, float [B]. The loop takes the mean over the real samples of the global batch."""
+        """Loss of each sample, float [B]. The loop averages it over the real samples of the global batch."""
 
     @abstractmethod
     def score(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """What the progress line shows beside the loss as `score_name`, for each sample, float [B]; for classification 1 where right."""
+        """Score of each sample for the progress line, float [B]; for classification 1 where the answer is right."""
 
     @abstractmethod
     def decide(self, outputs: torch.Tensor) -> torch.Tensor:
-        """The model's answer, [B, ...]: what the int8 and the fake-quantized model must agree on.
+        """The model's answers, [B, ...], on which the int8 and the fake-quantized model must agree.
 
-        Numbers are given as floats: `agree` gets them in units of their spread.
+        Return numbers as floats: `agree` gets them in units of their spread.
         """
 
     def agree(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """How far two models' decisions about the same samples agree: float [B], 1 where they are the same.
+        """Agreement of two models' decisions about the same samples: float [B], 1 where they are the same.
 
-        Decisions that are floats come in units of their own spread: each output is divided by its standard deviation over
-        the samples of all ranks.
+        Float decisions come in units of their own spread: each output is divided by its standard deviation over the
+        samples of all ranks.
         """
         return (left == right).float().flatten(1).mean(1) if left.dim() > 1 else (left == right).float()
 
@@ -60,23 +60,26 @@ class Task(ABC):
         return
 
     def check_targets(self, targets: torch.Tensor) -> None:
-        """Raises DataError where targets, [N, ...], cannot be this task's: all of a split of image arrays, else some rows."""
+        """Raises DataError where targets [N, ...] do not suit this task.
+
+        It gets all targets of a split of image arrays, else some of them.
+        """
         return
 
     @abstractmethod
     def metrics(self) -> torchmetrics.MetricCollection:
-        """Fresh metrics of an evaluation; they take (outputs, targets) and sum over ranks."""
+        """Makes the metrics of an evaluation; they take (outputs, targets) and sum over ranks."""
 
     def details(self) -> torchmetrics.MetricCollection:
-        """Metrics that are no single number, such as a confusion matrix; what reports show beside the scalars."""
+        """Makes the metrics of a report that are not single numbers, such as a confusion matrix."""
         return torchmetrics.MetricCollection({})
 
 
 def task_args(task: str, settings: type[S], args: Mapping[str, Any]) -> S:
-    """`task.args`, checked.
+    """Parses `task.args`.
 
     Raises:
-        ConfigError: with each mistake.
+        ConfigError: lists each mistake.
     """
     try:
         return settings(**args)
@@ -91,7 +94,7 @@ def task_args(task: str, settings: type[S], args: Mapping[str, Any]) -> S:
 
 
 def wrong_targets(task: str, wanted: str, targets: torch.Tensor) -> DataError:
-    """The error for targets of another kind."""
+    """Makes the error for targets of another kind."""
     shape = ", ".join(["N", *map(str, targets.shape[1:])])
     found = f"{str(targets.dtype).removeprefix('torch.')} [{shape}]"
     return DataError(
@@ -101,7 +104,7 @@ def wrong_targets(task: str, wanted: str, targets: torch.Tensor) -> DataError:
 
 
 def require_classes(targets: torch.Tensor, num_classes: int, ignored: int | None = None) -> None:
-    """Raises DataError where class indices do not lie in range(num_classes), apart from `ignored`."""
+    """Raises DataError where class indices other than `ignored` lie outside range(num_classes)."""
     real = targets if ignored is None else targets[targets != ignored]
     if not real.numel():
         return

@@ -31,7 +31,8 @@ class Classification(Task):
     def check_outputs(self, outputs: torch.Tensor) -> None:
         if outputs.shape != (2, self._num_classes):
             raise DataError(
-                f"the model's outputs for 2 images have shape {list(outputs.shape)}, but the data has {self._num_classes} classes",
+                f"the model's outputs for 2 images have shape {list(outputs.shape)}, "
+                f"but the data has {self._num_classes} classes",
                 "give the model a head of num_classes outputs; model.args must not set another number",
             )
 
@@ -58,7 +59,7 @@ class Classification(Task):
         return torchmetrics.MetricCollection(chosen, compute_groups=False)
 
     def details(self) -> torchmetrics.MetricCollection:
-        """`confusion`: int64 [classes, classes], rows are the true classes; `per_class`: accuracy of each class, float [classes]."""
+        """Makes `confusion`, int64 [classes, classes], rows are true classes, and `per_class`, accuracies [classes]."""
         return torchmetrics.MetricCollection(
             {
                 "confusion": MulticlassConfusionMatrix(self._num_classes),

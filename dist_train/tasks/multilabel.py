@@ -1,4 +1,4 @@
-"""Multi-label classification: any number of the labels may hold at once."""
+"""Multi-label classification: a sample has any number of labels."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from dist_train.config.base import Settings
 from dist_train.errors import DataError
 from dist_train.tasks.base import Task, task_args, wrong_targets
 
-# Average precision over fixed thresholds is a sum of counts, so that ranks add up and no score has to be kept.
+# With fixed thresholds, average precision needs only counts: ranks add up, and no scores are kept.
 _THRESHOLDS = 201
 
 
 class _Args(Settings):
     pos_weight: float = Field(1.0, gt=0)
-    """Weight of the labels that hold; above 1 where they are rare."""
+    """Weight of positive labels; above 1 where they are rare."""
 
 
 class Multilabel(Task):
     """Multi-label classification: outputs float [B, labels], logits; targets [B, labels], 0 or 1, of any dtype.
 
-    Loss: binary cross-entropy with logits, the mean over the labels. A label is decided on where its logit is above 0.
+    Loss: binary cross-entropy with logits, averaged over the labels. A label is predicted where its logit is above 0.
     Metrics: `map` (mean average precision over 201 thresholds), `f1` (macro), `exact_match` (all labels right).
     """
 
@@ -46,7 +46,8 @@ class Multilabel(Task):
     def check_outputs(self, outputs: torch.Tensor) -> None:
         if outputs.shape != (2, self._num_labels):
             raise DataError(
-                f"the model's outputs for 2 images have shape {list(outputs.shape)}, but the data has {self._num_labels} labels",
+                f"the model's outputs for 2 images have shape {list(outputs.shape)}, "
+                f"but the data has {self._num_labels} labels",
                 "give the model a head of num_classes outputs; model.args must not set another number",
             )
 
@@ -73,7 +74,7 @@ class Multilabel(Task):
         return outputs > 0
 
     def metrics(self) -> torchmetrics.MetricCollection:
-        # torchmetrics applies a sigmoid only to batches with a value outside 0..1: logits never go to it.
+        # torchmetrics applies a sigmoid only to batches with a value outside 0..1, so it never gets logits.
         chosen: dict[str, torchmetrics.Metric | torchmetrics.MetricCollection] = {
             "map": LambdaInputTransformer(
                 MultilabelAveragePrecision(self._num_labels, thresholds=_THRESHOLDS), torch.sigmoid, _integers
@@ -84,7 +85,7 @@ class Multilabel(Task):
         return torchmetrics.MetricCollection(chosen, compute_groups=False)
 
     def details(self) -> torchmetrics.MetricCollection:
-        """`label_confusion`: int64 [labels, 2, 2], rows are the truth, columns the answer; `label_f1`: float [labels]."""
+        """Makes `label_confusion`, int64 [labels, 2, 2], rows are the truth, and `label_f1`, float [labels]."""
         return torchmetrics.MetricCollection(
             {
                 "label_confusion": LambdaInputTransformer(

@@ -1,4 +1,4 @@
-"""Regression: one or several numbers for each sample."""
+"""Regression: one or several numbers per sample."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class _Args(Settings):
     loss: Literal["mse", "l1", "huber"] = "mse"
     """huber: squared within 1, linear beyond."""
     tolerance: float = Field(0.1, gt=0)
-    """Two models agree about a number where they differ by at most this many standard deviations of the outputs."""
+    """Two models agree on a number that differs by at most this many standard deviations of the outputs."""
 
 
 class Regression(Task):
     """Regression: outputs float [B, K]; targets [B, K], or [B] where K is 1.
 
-    The loss of a sample is the mean over its numbers. Metrics: `mae`, `rmse`, `r2` (the mean over the K outputs).
+    A sample's loss is the mean over its numbers. Metrics: `mae`, `rmse`, `r2` (the mean over the K outputs).
     Targets on a scale near 1 train best; scale them in the dataset.
     """
 
@@ -46,8 +46,10 @@ class Regression(Task):
     def check_outputs(self, outputs: torch.Tensor) -> None:
         if outputs.shape != (2, self._num_outputs):
             raise DataError(
-                f"the model's outputs for 2 images have shape {list(outputs.shape)}, but the data has {self._num_outputs} numbers a sample",
-                "give the model a head of num_classes outputs ([B, 1] for one number); model.args must not set another number",
+                f"the model's outputs for 2 images have shape {list(outputs.shape)}, "
+                f"but the data has {self._num_outputs} numbers a sample",
+                "give the model a head of num_classes outputs ([B, 1] for one number); "
+                "model.args must not set another number",
             )
 
     def check_targets(self, targets: torch.Tensor) -> None:
@@ -71,7 +73,7 @@ class Regression(Task):
         return ((left - right).abs() <= self._tolerance).float().mean(1)
 
     def metrics(self) -> torchmetrics.MetricCollection:
-        # Sums of squares in float32 lose r2 where the mean is large against the spread.
+        # Sums of squares in float32 are too coarse for r2 where the mean is much larger than the spread.
         numbers = self._numbers
         chosen: dict[str, torchmetrics.Metric | torchmetrics.MetricCollection] = {
             "mae": LambdaInputTransformer(MeanAbsoluteError().set_dtype(torch.float64), numbers, numbers),
@@ -85,5 +87,5 @@ class Regression(Task):
 
 
 def _like(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Targets as [B, K] in the outputs' dtype: [B] against [B, 1] would broadcast to [B, B]."""
+    """Returns targets as [B, K] in the outputs' dtype: [B] with [B, 1] would broadcast to [B, B]."""
     return targets.to(outputs.dtype).view(outputs.shape)

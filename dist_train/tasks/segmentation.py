@@ -16,14 +16,14 @@ from dist_train.tasks.base import Task, require_classes, task_args, wrong_target
 
 class _Args(Settings):
     ignore_index: int = 255
-    """Target of the pixels that do not count, neither in the loss nor in the metrics."""
+    """Target of pixels that count neither in the loss nor in the metrics."""
 
 
 class Segmentation(Task):
     """Semantic segmentation: outputs float [B, classes, H, W], targets uint8 or int64 [B, H, W].
 
-    The loss of a sample is the mean of cross-entropy over its pixels that count (0 where none does). Metrics: `mean_iou` (over the classes that
-    occur) and `pixel_accuracy`.
+    A sample's loss is the mean cross-entropy over its counted pixels (0 where it has none). Metrics: `mean_iou`, over
+    the classes that occur, and `pixel_accuracy`.
     """
 
     headline = "mean_iou"
@@ -36,8 +36,8 @@ class Segmentation(Task):
     def check_outputs(self, outputs: torch.Tensor) -> None:
         if outputs.dim() != 4 or outputs.shape[:2] != (2, self._num_classes):
             raise DataError(
-                f"the model's outputs for 2 images have shape {list(outputs.shape)}, but segmentation into {self._num_classes} classes "
-                f"takes [2, {self._num_classes}, H, W]",
+                f"the model's outputs for 2 images have shape {list(outputs.shape)}, "
+                f"but segmentation into {self._num_classes} classes takes [2, {self._num_classes}, H, W]",
                 "--model.name small_fcn, or fcn_resnet50 for RGB images",
             )
 
@@ -62,7 +62,7 @@ class Segmentation(Task):
 
     def decide(self, outputs: torch.Tensor) -> torch.Tensor:
         answer = outputs.argmax(1)
-        # The decisions on a whole evaluation set are kept until they are compared.
+        # The decisions for a whole evaluation set stay in memory until they are compared.
         return answer.to(torch.uint8) if self._num_classes <= 256 else answer
 
     def metrics(self) -> torchmetrics.MetricCollection:
@@ -73,7 +73,7 @@ class Segmentation(Task):
         return torchmetrics.MetricCollection(chosen, compute_groups=False)
 
     def details(self) -> torchmetrics.MetricCollection:
-        """Of pixels: `confusion`, int64 [classes, classes], rows are the true classes; `per_class`: IoU of each class, float [classes]."""
+        """Makes `confusion` of pixels, int64 [classes, classes], rows are true classes, and `per_class`, IoUs."""
         ignored = self._ignore_index
         return torchmetrics.MetricCollection(
             {

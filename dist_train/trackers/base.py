@@ -1,4 +1,4 @@
-"""What the loop asks of a tracker, and several trackers as one, none of which can stop a training."""
+"""Tracker: the base class of trackers; Trackers joins several, whose failures do not stop training."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class Tracker(ABC):
         self.attempt = attempt
 
     def begin(self, config: Config) -> None:
-        """Called once, before anything is logged, with the settings of this attempt."""
+        """Prepares the tracker with the settings of this attempt; called once, before the first log."""
         return
 
     @abstractmethod
     def log(self, stage: str, epoch: int, step: int, scalars: Mapping[str, float]) -> None:
-        """Notes scalars of an optimizer step; `step` counts within the stage."""
+        """Logs the scalars of an optimizer step; `step` counts within the stage."""
 
     def sync(self) -> None:
-        """Makes what was logged durable; called before a checkpoint commits."""
+        """Writes all logged scalars to the disk; called before a checkpoint commits."""
         return
 
     def close(self) -> None:
@@ -38,12 +38,12 @@ class Tracker(ABC):
 
 
 class Trackers:
-    """Several trackers as one; none on ranks other than 0.
+    """Several trackers as one; only rank 0 has any.
 
     Args:
-        trackers: those of the user. One that raises is left out from then on, and `say` is told why, once: hours of training are
-            worth more than a curve.
-        internal: ours, whose errors end the run.
+        trackers: the user's trackers. One that raises is left out from then on, and `say` prints the reason once.
+            Hours of training are worth more than a curve.
+        internal: our trackers, whose errors end the run.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class Trackers:
         self._say = say
 
     def add(self, name: str, make: Callable[[], Tracker], config: Config) -> None:
-        """Makes and begins one more tracker; where that fails, says so."""
+        """Makes and begins another tracker; prints the reason where that fails."""
         try:
             tracker = make()
             tracker.begin(config)
-        except Exception as error:  # whatever a tracker raises: it is other people's code, often about a network
+        except Exception as error:  # a tracker is other people's code, often about a network, and may raise anything
             self._say(f"the tracker {name} does not start, and is left out: {_in_a_line(error)}")
         else:
             self._trackers.append(tracker)

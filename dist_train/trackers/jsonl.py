@@ -1,4 +1,4 @@
-"""metrics.jsonl: one object a line, append-only across restarts."""
+"""Writes metrics.jsonl: one object per line, append-only across restarts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keeps status.json as a run goes on."""
+"""Keeps status.json up to date while a run goes on."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 
 from dist_train.run_dir.files import replace_json
 from dist_train.run_dir.paths import RunDir
-from dist_train.run_dir.status import _SECONDS, _saved_step
+from dist_train.run_dir.status import saved_step
 from dist_train.trackers.base import Tracker
+
+_SECONDS = 2.0  # between two writes
 
 
 class Status(Tracker):
-    """Keeps status.json; as a tracker it follows the steps, at most every other second."""
+    """Writes the run's state to status.json, and its step at most every other second."""
 
     def __init__(self, run_dir: RunDir, run_name: str, attempt: int) -> None:
         super().__init__(run_dir, run_name, attempt)
@@ -32,8 +34,8 @@ class Status(Tracker):
         replace_json(self.run_dir.status, self._fields)
 
     def preempted(self) -> None:
-        """The attempt ended as it was asked to; what was saved of it is what counts."""
-        self.set(state="preempted", step=_saved_step(self.run_dir, self._fields))
+        """Notes that the attempt ended as it was asked to, at the step of the newest checkpoint."""
+        self.set(state="preempted", step=saved_step(self.run_dir, self._fields))
 
     def log(self, stage: str, epoch: int, step: int, scalars: Mapping[str, float]) -> None:
         self._fields |= {"stage": stage, "step": step}

@@ -1,4 +1,4 @@
-"""TensorBoard: `tensorboard --logdir RUN_DIR/logs/tensorboard`, where each stage is a run with its own steps."""
+"""Writes for `tensorboard --logdir RUN_DIR/logs/tensorboard`, where each stage is a run with its own steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TensorBoard(Tracker):
 
     def log(self, stage: str, epoch: int, step: int, scalars: Mapping[str, float]) -> None:
         if stage not in self._writers:
-            # What an earlier attempt logged from here on is done again: TensorBoard is told to forget it.
+            # This attempt repeats the steps from here on, so TensorBoard drops an earlier attempt's values.
             self._writers[stage] = SummaryWriter(
                 str(self.run_dir.tensorboard / stage), purge_step=step if self.attempt else None
             )

@@ -1,6 +1,6 @@
-"""Weights & Biases: one run there for one run here, however often it is resumed; offline where there is no account.
+"""Weights & Biases: one run there per run here, also after resuming; offline without an account.
 
-What an offline run wrote goes up later by `wandb sync --append RUN_DIR/logs/wandb/offline-run-*`.
+Upload an offline run later: `wandb sync --append RUN_DIR/logs/wandb/offline-run-*`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from dist_train.config.tree import Config
 
 _START_SECONDS = 30.0
-_FINISH_SECONDS = 20.0  # what is not uploaded by then stays on the disk, for `wandb sync`
+_FINISH_SECONDS = 20.0  # the rest stays on the disk, for `wandb sync`
 
 
 class Wandb(Tracker):
-    """Sends scalars and the configuration; not the command line, the environment's variables, the code or the machine."""
+    """Sends scalars and the configuration, but no command line, environment variables, code or machine data."""
 
     def __init__(self, run_dir: RunDir, run_name: str, attempt: int) -> None:
         super().__init__(run_dir, run_name, attempt)
@@ -79,19 +79,19 @@ class Wandb(Tracker):
         self._run.log({axis: step, f"{stage}/epoch": epoch, **{f"{stage}/{name}": v for name, v in scalars.items()}})
 
     def close(self) -> None:
-        # Closed while an error passes through: the run did not finish.
+        # Closed while an error propagates: the run did not finish.
         self._run.finish(exit_code=0 if sys.exc_info()[0] is None else 1)
 
 
 def _run_id(path: Path) -> str:
-    """Generated once, and kept with the run."""
+    """Returns the run's id, generated once and kept in its directory."""
     if not path.exists():
         replace_text(path, uuid.uuid4().hex[:12])
     return path.read_text(encoding="utf-8").strip()
 
 
 def possible_mode() -> Literal["online", "offline"]:
-    """Online where an API key is configured; wandb itself would ask the user, and wait."""
+    """Returns "online" if an API key is configured: without one, wandb would wait for the user's answer."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return "online"
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

@@ -1,1 +1,1 @@
-"""The one training loop, and what goes on at its fixed points."""
+"""Trains and evaluates models: the one loop, its state, hooks, logs and reductions."""

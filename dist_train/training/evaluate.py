@@ -1,4 +1,4 @@
-"""Exact distributed evaluation: each sample counts once, whatever the number of ranks."""
+"""Evaluates on all ranks, exactly: each sample counts once at any world size."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ from dist_train.data.loader import EvaluationLoader
 from dist_train.distributed.world import World
 from dist_train.errors import NonFiniteLossError
 from dist_train.tasks import Task
+from dist_train.tasks.agreement import same_share
 from dist_train.training.evaluation_details import Details
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics over all ranks' samples, and this rank's own decisions, [samples of this rank], for comparing two models.
+    """The result of an evaluation.
 
-    `details` are this rank's part of what is no scalar.
+    Attributes:
+        metrics: metrics over the samples of all ranks.
+        decisions: this rank's decisions, [samples of this rank, ...], for comparing two models.
+        details: this rank's part of the details that are not scalars.
     """
 
     metrics: dict[str, float | int]
     decisions: torch.Tensor
     details: Details | None = None
     stop: bool = False
-    """Whether any rank was asked to stop, by the end of the evaluation."""
+    """True if any rank was asked to stop by the end of the evaluation."""
 
 
 @torch.no_grad()
@@ -40,14 +44,17 @@ def evaluate(
     world: World,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Evaluation:
-    """Evaluates a model that is in eval mode already. Collective: every rank calls it, with its own part of the data.
+    """Evaluates a model that is already in eval mode. Collective: every rank calls it with its own part of the data.
+
+    Args:
+        call: the model, or a function that runs it: inputs [B, ...] to outputs [B, ...].
 
     Returns:
-        metrics: the task's, plus `loss` (mean) and `count`, the samples evaluated over all ranks; `skipped_samples` where some of an
-            evaluation set cannot be decoded, which `count` leaves out.
+        the evaluation. `metrics` has the task's metrics, `loss` (the mean) and `count`, the number of samples over all
+            ranks. `skipped_samples` is the number that could not be decoded, absent if zero; `count` excludes them.
 
     Raises:
-        NonFiniteLossError: on every rank.
+        NonFiniteLossError: on every rank, if the loss is NaN or infinite.
     """
     metrics = task.metrics().to(world.device)
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
@@ -68,7 +75,7 @@ def evaluate(
     sums[2] = float(world.stop_wanted())
     world.all_reduce(sums, "sum")
     with warnings.catch_warnings():
-        # A rank without samples has nothing to add, which is right.
+        # torchmetrics warns on a rank without samples, which adds nothing, as it should.
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
         values = {name: float(value) for name, value in metrics.compute().items()}
     count = int(sums[1])
@@ -85,40 +92,10 @@ def evaluate(
 
 
 def metric_names(task: Task) -> list[str]:
-    """What an evaluation measures, beside `count`: the names that `select_by` may give."""
+    """Returns the metrics of an evaluation without `count`: the names that `select_by` accepts."""
     return [*(str(name) for name in task.metrics().keys(keep_base=False)), "loss"]
 
 
 def agreement(left: Evaluation, right: Evaluation, task: Task, world: World) -> float:
-    """Share of the samples, over all ranks, on which two models decide the same. Collective.
-
-    Decisions that are floats are compared in units of the standard deviation of `right`'s over all ranks' samples.
-    """
-    ours, theirs = left.decisions, right.decisions
-    spread = _spread(theirs, world)
-    if spread is not None and len(theirs):
-        ours, theirs = ours / spread, theirs / spread
-    same = torch.tensor(
-        [float(task.agree(ours, theirs).sum()) if len(theirs) else 0.0, float(len(theirs))],
-        dtype=torch.float64,
-        device=world.device,
-    )
-    world.all_reduce(same, "sum")
-    return float(same[0] / same[1].clamp(min=1))
-
-
-def _spread(decisions: torch.Tensor, world: World) -> torch.Tensor | None:
-    """Standard deviation of each output over all ranks' samples, [...] on the CPU; None where decisions are no floats."""
-    # A rank without samples does not know what the others decide about.
-    shapes = world.gather(list(decisions.shape[1:]) if decisions.is_floating_point() and len(decisions) else None)
-    shape = next((shape for shape in shapes if shape is not None), None)
-    if shape is None:
-        return None
-    sums = torch.zeros(3, *shape, dtype=torch.float64, device=world.device)
-    if len(decisions):
-        values = decisions.double()
-        sums[0], sums[1], sums[2] = values.sum(0), values.square().sum(0), len(values)
-    total, squares, count = world.all_reduce(sums, "sum").cpu()
-    deviation = (squares / count - (total / count) ** 2).clamp(min=0).sqrt()
-    # Outputs that are all the same must be the same in the other model, to rounding.
-    return deviation.clamp(min=torch.finfo(torch.float32).eps).float()
+    """Returns the share of samples, over all ranks, on which two models agree; see `same_share`. Collective."""
+    return same_share(task, left.decisions, right.decisions, world)

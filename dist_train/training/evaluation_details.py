@@ -1,7 +1,7 @@
-"""What an evaluation shows besides its scalars: a confusion matrix, per-class accuracy, the samples that went worst.
+"""Collects an evaluation's details: confusion matrix, per-class accuracy, the samples of highest loss.
 
-Collected while evaluating, without a second pass: each rank keeps its own few candidates, and what the ranks exchange at the end is
-small. report/<model>.json holds the result.
+They are collected during the evaluation, without a second pass. Each rank keeps a few candidate samples, so the ranks
+exchange little at the end. report/<model>.json holds the result.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from dist_train.distributed.world import World
 from dist_train.tasks import Task
 
 WORST = 16
-_LARGEST_SIDE = 160  # pixels of an image in a report
-_CAPTION_NUMBERS = 16  # a target with more of them, such as a mask, is not shown
+_LARGEST_SIDE = 160  # pixels; larger images are scaled down in a report
+_CAPTION_NUMBERS = 16  # a target with more numbers, such as a mask, is not shown
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample on its way between ranks: all but its input."""
+    """A sample as ranks exchange it, without its input."""
 
     id: int
     loss: float
@@ -37,7 +37,7 @@ class Sample:
 
 
 class Details:
-    """This rank's part of the details of one evaluation."""
+    """Collects this rank's part of the details of one evaluation."""
 
     def __init__(self, task: Task, device: torch.device) -> None:
         self._metrics = task.details().to(device)
@@ -45,9 +45,9 @@ class Details:
         self._inputs: list[torch.Tensor] = []
 
     def update(self, batch: Batch, outputs: torch.Tensor, losses: torch.Tensor, decisions: torch.Tensor) -> None:
-        """One batch: `outputs` [B, ...], `losses` [B] and `decisions` [B, ...] of its samples."""
+        """Adds a batch, with the `outputs` [B, ...], `losses` [B] and `decisions` [B, ...] of its samples."""
         self._metrics.update(outputs, batch.targets)
-        # Stable, so that of equal losses the smallest ids are kept, whatever the batches and ranks.
+        # A stable sort keeps the smallest ids among equal losses, independent of batches and ranks.
         by_id = torch.argsort(batch.ids).to(losses.device)
         worst = by_id[torch.sort(losses[by_id], descending=True, stable=True).indices[:WORST]]
         if len(self._samples) == WORST:
@@ -68,16 +68,16 @@ class Details:
         self._inputs = [inputs for _, inputs in ranked]
 
     def gather(self, world: World, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
-        """The details over all ranks, the same at any number of them; JSON-serializable. Collective.
+        """Returns the details over all ranks, JSON-serializable and equal at any world size. Collective.
 
         Args:
-            mean, std: of each channel, by which inputs were normalized.
+            mean, std: of each channel, with which the inputs were normalized.
         """
         with warnings.catch_warnings():
-            # As in `evaluate`: a rank without samples has nothing to add.
+            # As in `evaluate`: a rank without samples adds nothing, which is correct.
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             metrics = {name: _numbers(value, math.inf) for name, value in self._metrics.compute().items()}
-        # Who has the worst of all is agreed first, so that only their images travel.
+        # The worst samples over all ranks are agreed first, so that only their images are sent.
         ranks = world.gather([_rank(sample) for sample in self._samples])
         chosen = set(sorted(key for keys in ranks for key in keys)[:WORST])
         own = [
@@ -90,12 +90,15 @@ class Details:
 
 
 def _rank(sample: Sample) -> tuple[float, int]:
-    """Sorts the worst first, and equals by id."""
+    """Returns the sort key: highest loss first, ties by id."""
     return (-sample.loss, sample.id)
 
 
 def _numbers(values: torch.Tensor, limit: float = _CAPTION_NUMBERS) -> Any:
-    """A tensor as numbers and lists; None where there are too many or, within, for what is not finite: JSON has no NaN."""
+    """Returns a tensor as a number or nested lists; None if it has more than `limit` elements.
+
+    Elements that are not finite become None, as JSON has no NaN.
+    """
     return _finite(values.tolist()) if values.numel() <= limit else None
 
 
@@ -106,13 +109,13 @@ def _finite(value: Any) -> Any:
 
 
 def _png(inputs: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> str | None:
-    """A normalized image [C, H, W] as the base64 of a PNG of at most 160 pixels a side; None where it is no image."""
+    """Returns a normalized image [C, H, W] as a base64 PNG of at most 160 pixels a side; None if it is not an image."""
     if inputs.dim() != 3 or inputs.shape[0] not in (1, 3) or len(mean) != inputs.shape[0]:
         return None
     shape = (-1, 1, 1)
     pixels = inputs.detach().cpu().float() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
     if not (float(pixels.min()) >= -0.01 and float(pixels.max()) <= 1.01):
-        # The dataset normalized it in its own way: show the shades, if not the brightness.
+        # The dataset normalized the image in its own way. Scaling to [0, 1] keeps contrasts, not brightness.
         pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-12)
     factor = _LARGEST_SIDE / max(pixels.shape[1:])
     if factor < 1:

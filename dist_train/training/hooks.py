@@ -1,4 +1,4 @@
-"""What happens around a step besides the step itself: small classes at two fixed call points of the loop."""
+"""Defines the loop's hooks: small classes that the loop calls before each step."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from dist_train.training.reduction import StepReduction
 
 
 class Hook(Protocol):
-    """Depends on the step alone, never on what was called before, so that a resumed run is like an undisturbed one."""
+    """A callback of the loop.
+
+    It must depend on the step number only, not on earlier calls, so that a resumed run equals an uninterrupted one.
+    """
 
     def before_step(self, step: int) -> None:
-        """Called before the forward of `step`, which counts from 0 within the stage."""
+        """Runs before the forward of `step`, counted from 0 within the stage."""
 
 
 class FreezeSchedule:
-    """Stops BatchNorm's statistics, then the ranges, at fractions of the stage's steps.
+    """Freezes BatchNorm's statistics, then the ranges, at fractions of the stage's steps.
 
-    Moving statistics and ranges are noise to the last, small steps (Jacob et al. 2018, arXiv:1712.05877, section 3; Krishnamoorthi
-    2018, arXiv:1806.08342, section 3.2.2). Weight scales are never frozen.
+    Moving statistics and ranges act as noise on the last, small steps (Jacob et al. 2018, arXiv:1712.05877, section 3;
+    Krishnamoorthi 2018, arXiv:1806.08342, section 3.2.2). Weight scales are never frozen.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A model in training, and what its stage does with it at the fixed points of the loop."""
+"""Defines the interface between the loop and a stage: hooks, evaluation, recalibration."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dist_train.training.reduction import StepReduction
 
 
 class Learner(ABC):
-    """What the loop asks of a stage.
+    """The stage's part of the loop.
 
     Attributes:
-        model: the module that is trained, not wrapped by a strategy.
-        reduction: makes loss, BatchNorm statistics and ranges of a step those of all ranks' data.
+        model: the module to train, not wrapped by a strategy.
+        reduction: reduces a step's loss, BatchNorm statistics and ranges over all ranks.
     """
 
     def __init__(self, model: nn.Module, reduction: StepReduction) -> None:
@@ -30,8 +30,8 @@ class Learner(ABC):
 
     @abstractmethod
     def evaluate(self, model: nn.Module) -> Evaluation:
-        """Evaluates `model` itself or its moving average. Collective."""
+        """Evaluates `model`, which is the trained model or its moving average. Collective."""
 
     @abstractmethod
     def recalibrate(self, averaged: nn.Module) -> None:
-        """Estimates the statistics of the moving average anew, before it is evaluated. Collective."""
+        """Re-estimates the statistics of the moving average before it is evaluated. Collective."""

@@ -1,7 +1,7 @@
-"""Trains a model: `fit` is the one loop of float and of quantization-aware training, `train_step` one rank's step.
+"""Trains a model: `fit` is the one loop of float and quantization-aware training, `train_step` is one rank's step.
 
-The order within a step is law: seed, forward and backward, reduction, clip, optimizer, schedule, average, ledger.
-The evaluation follows at the end of an epoch, then the checkpoint.
+The order within a step is fixed: seed, forward and backward, reduction, clip, optimizer, schedule, average, ledger.
+An epoch ends with the evaluation, then the checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ class Checkpoints(Protocol):
     def save_step(
         self, stage: str, step: int, state: dict[str, Any], best_first: Sequence[int], needed: int | None
     ) -> None:
-        """Saves the state of `step`; keeps that of `needed` too, and of the evaluated `best_first` as many as configured."""
+        """Saves the state of `step` and removes older ones.
+
+        Keeps the state of step `needed`, and as many of the evaluated steps `best_first` as configured.
+        """
 
     def load_step(self, stage: str, step: int) -> dict[str, Any]:
         """Loads the state that was saved at `step`."""
@@ -51,8 +54,8 @@ class Fit:
     """One stage's run of the loop.
 
     Attributes:
-        settings: of the stage, the learning rate being that of this global batch.
-        epochs, steps_per_epoch: how long it trains; fewer in a fast dev run than the settings say.
+        settings: settings of the stage, with the learning rate for this global batch size.
+        epochs, steps_per_epoch: length of the training; a fast dev run has fewer than the settings say.
     """
 
     stage: str
@@ -76,9 +79,9 @@ class Fit:
 
 
 def train_step(model: nn.Module, batch: StepBatch, task: Task, strategy: Strategy) -> StepSums:
-    """Runs forward and backward of one rank's share; gradients become those of the mean over the global batch (law 2).
+    """Runs forward and backward on this rank's share; gradients are those of the global batch's mean loss (law 2).
 
-    DDP divides the sum of the ranks' gradients by their number, so the local sum of losses is multiplied by it.
+    DDP averages gradients over ranks, so the local sum of losses is multiplied by the world size.
     """
     scale, heartbeat = strategy.world.world_size / batch.global_count, strategy.world.heartbeat
     loss_sum = score_sum = torch.zeros((), device=strategy.world.device)
@@ -88,7 +91,7 @@ def train_step(model: nn.Module, batch: StepBatch, task: Task, strategy: Strateg
             with strategy.autocast(), synchronised(strategy.world, micro.rows):
                 outputs = model(micro.inputs)
             real = outputs[: micro.rows].float()
-            # A rank without rows takes part in the gradients' all-reduce with zeros.
+            # A rank without rows still joins the gradients' all-reduce, with zeros.
             loss = _losses(task, real, micro).sum() if micro.rows else outputs.float().sum() * 0
             heartbeat.enter("backward")
             strategy.backward(loss * scale)
@@ -99,7 +102,7 @@ def train_step(model: nn.Module, batch: StepBatch, task: Task, strategy: Strateg
 
 
 def _losses(task: Task, outputs: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
-    """Returns each row's loss, float [rows]; of a mixed row its own target's and its partner's, weighted by their shares."""
+    """Returns the loss per row, float [rows]. A mixed row weights the losses of its own and its partner's target."""
     losses = task.loss(outputs, micro.targets)
     if micro.partner_targets is None:
         return losses
@@ -107,14 +110,14 @@ def _losses(task: Task, outputs: torch.Tensor, micro: MicroBatch) -> torch.Tenso
 
 
 def fit(run: Fit, resume: dict[str, Any] | None) -> TrainState:
-    """Trains the learner's model in place to the last step, from the state in `resume` or from the beginning.
+    """Trains the learner's model in place to the last step, from the state `resume` or from the beginning.
 
     Returns:
-        the state: its `chosen` model, in eval mode, is the stage's result, and `metrics` are that model's.
+        the state: its `chosen` model, in eval mode, is the stage's result, with the metrics in `metrics`.
 
     Raises:
-        NonFiniteLossError: on all ranks; what was saved is finite.
-        Preempted: on all ranks, once the state is saved, where any was asked to stop.
+        NonFiniteLossError: on all ranks; saved checkpoints are finite.
+        Preempted: on all ranks, after the state is saved, if any rank was asked to stop.
     """
     run.strategy.new_scaler()
     selection = Selection(run.settings, run.task.headline, run.task.lower_is_better)
@@ -145,13 +148,13 @@ def _train(run: Fit, state: TrainState) -> None:
     lag = 1 if world.device.type == "cuda" else 0
     log = StepLog(run.stage, run.total_steps, config.log.every_steps, run.progress, run.trackers, lag)
     first_step, first_epoch = True, state.step // run.steps_per_epoch
-    if state.epoch_open:  # it was stopped between the last step of an epoch and its evaluation
+    if state.epoch_open:  # the run stopped between an epoch's last step and its evaluation
         for hook in hooks:
             hook.before_step(state.step - 1)
         _end_epoch(run, state, (state.step - 1) // run.steps_per_epoch)
     while state.step < run.total_steps and not state.selection.stop:
         epoch, first = divmod(state.step, run.steps_per_epoch)
-        # An epoch has all the shapes, each of which is compiled.
+        # The first epoch compiles the model for every batch shape, which may take longer than the watchdog's timeout.
         world.heartbeat.patience = world.timeout if config.compile and epoch == first_epoch else 0.0
         world.heartbeat.begin("data")
         for batch in log.clock.timed(run.loader.epoch(epoch, first, run.steps_per_epoch)):
@@ -160,7 +163,7 @@ def _train(run: Fit, state: TrainState) -> None:
             for hook in hooks:
                 hook.before_step(step)
             if first_step:
-                with world.heartbeat.within("set-up", at_least=world.timeout):  # it compiles, and connects the ranks
+                with world.heartbeat.within("set-up", at_least=world.timeout):  # compiles, and connects the ranks
                     run.strategy.warm_up_buckets(wrapped, batch.micro_batches[0].inputs)
             run.profile.before_step(step)
             seed_everything(derive_key("step", config.run.seed, run.stage, step, world.rank))
@@ -188,27 +191,27 @@ def _train(run: Fit, state: TrainState) -> None:
         state.left_out += log.drain()
         _require_finite(state)
         state.epoch_open = True
-        if log.stop_agreed:  # the evaluation may take longer than there is time
+        if log.stop_agreed:  # the evaluation may take longer than stop.grace
             _save(run, state)
             _stop_if(True, run, state)
         _end_epoch(run, state, epoch)
 
 
 def _stop_if(agreed: bool, run: Fit, state: TrainState) -> None:
-    """Ends the run where the ranks agreed to stop; the state is saved.
+    """Ends the run if the ranks agreed to stop; the state must be saved already.
 
     Raises:
-        Preempted: on all ranks.
+        Preempted: on all ranks, if `agreed`.
     """
     if agreed:
         raise Preempted(f"stopped in {run.stage} after step {state.step} of {run.total_steps}, which is saved")
 
 
 def _compiled(model: nn.Module) -> nn.Module:
-    """Returns the model compiled for training; evaluation runs the model itself, as its many shapes would be compiled too.
+    """Returns the model compiled for training. Evaluation runs the model uncompiled, to save compiling its shapes.
 
-    Shapes are static. With dynamic ones the kernels depend on which shapes came first, and so on where a run was resumed.
-    Running out of compilations is an error for the same reason: by default the model would silently run uncompiled.
+    Shapes are static. With dynamic shapes the kernels would depend on which shape came first, and so on where a run was
+    resumed. Reaching the recompile limit is an error for the same reason: torch would silently run uncompiled code.
     """
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -217,13 +220,13 @@ def _compiled(model: nn.Module) -> nn.Module:
 
 
 def _update(run: Fit, state: TrainState, with_norm: bool) -> StepOutcome:
-    """Clips, steps the optimizer and the schedule, and averages."""
-    # To clip to infinity measures the norm, and multiplies the gradients by exactly 1.
+    """Clips the gradients, steps optimizer and schedule, and updates the moving average."""
+    # Clipping at infinity computes the norm and multiplies the gradients by exactly 1.
     unclipped = math.inf if with_norm else None
     outcome = run.strategy.step(state.optimizer, state.model, run.settings.clip_grad_norm or unclipped)
     state.optimizer.zero_grad(set_to_none=True)
     if outcome.skipped:
-        # As in torch's recipe: a skipped step moves neither the schedule nor the average.
+        # As in torch's AMP recipe, a skipped step advances neither schedule nor average.
         state.skipped += 1
     else:
         state.schedule.step()
@@ -234,17 +237,17 @@ def _update(run: Fit, state: TrainState, with_norm: bool) -> StepOutcome:
 
 
 def _require_finite(state: TrainState) -> None:
-    """Checks the parameters before they are evaluated or saved: a finite loss can have gradients that are not.
+    """Checks the parameters before they are evaluated or saved: a finite loss can have infinite gradients.
 
     Raises:
-        NonFiniteLossError: on all ranks, as they hold the same parameters.
+        NonFiniteLossError: on all ranks, because they hold the same parameters.
     """
     names, parameters = zip(*state.model.named_parameters(), strict=True)
     finite = torch.stack([torch.isfinite(parameter).all() for parameter in parameters]).tolist()
     if not all(finite):
         raise NonFiniteLossError(
-            f"after step {state.step - 1} the parameter {names[finite.index(False)]} is not finite, though the loss was",
-            "lower the learning rate, or set clip_grad_norm; in the loss and the model look for a root or a logarithm of 0",
+            f"after step {state.step - 1} the parameter {names[finite.index(False)]} is not finite, but the loss was",
+            "lower the learning rate, or set clip_grad_norm; check loss and model for a root or a logarithm of 0",
         )
 
 
@@ -263,7 +266,7 @@ def _end_epoch(run: Fit, state: TrainState, epoch: int) -> None:
     last, stop = state.step == run.total_steps, False
     if last or (epoch + 1) % run.settings.evaluate_every == 0:
         if state.average is not None:
-            # Its buffers were copied from the last step's model.
+            # Its buffers are copies from the last step's model and do not fit the average.
             run.learner.recalibrate(state.average.module)
         state.chosen.eval()
         evaluation = run.learner.evaluate(state.chosen)
@@ -280,7 +283,7 @@ def _end_epoch(run: Fit, state: TrainState, epoch: int) -> None:
         run.progress.say(_stopped(run, state, epoch + 1))
     state.epoch_open = False
     if not last:
-        # The pipeline saves a stage's end. An early stop is saved here too, so that a resume does not train it again.
+        # The pipeline saves the end of a stage. An early stop is saved here, too, so that resuming does not train on.
         _save(run, state)
         _stop_if(stop, run, state)
 

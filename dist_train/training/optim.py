@@ -1,4 +1,4 @@
-"""Optimizers with parameter groups, and learning-rate schedules with warm-up, all of torch's own."""
+"""Builds torch's optimizers with parameter groups, and its learning-rate schedules with warm-up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ _WARMUP_START = 0.01
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD, Adam or AdamW over the trainable parameters; those of one dimension (norms, biases) are not decayed unless asked (He et al. 2019, arXiv:1812.01187)."""
+    """Builds SGD, Adam or AdamW over the trainable parameters.
+
+    One-dimensional parameters (norms, biases) get no weight decay unless `decay_norm_and_bias` is set (He et al. 2019,
+    arXiv:1812.01187).
+    """
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
     for parameter in model.parameters():
@@ -32,7 +36,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: ScheduleConfig, total_steps: int, steps_per_epoch: int
 ) -> LRScheduler:
-    """A schedule over `total_steps` optimizer steps: a linear rise over the first `warmup` of them, then constant, step, cosine or linear."""
+    """Builds a schedule over `total_steps` optimizer steps: linear warm-up, then constant, step, cosine or linear."""
     warmup_steps = steps_in(config.warmup, total_steps)
     rest = max(1, total_steps - warmup_steps)
     after: LRScheduler

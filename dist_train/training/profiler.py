@@ -1,4 +1,4 @@
-"""A trace of some optimizer steps, by torch.profiler, and its dearest operations."""
+"""Profiles some optimizer steps with torch.profiler: a Chrome trace and a table of the slowest operations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ROWS = 10
 
 
 class NoProfile:
-    """Records nothing."""
+    """Null object for a run without profiling."""
 
     def begin(self, step: int, total_steps: int) -> None:
         return
@@ -28,8 +28,8 @@ class Profile:
     """Records the optimizer steps [first, last) of a stage on this rank.
 
     Args:
-        trace: where the Chrome trace goes (chrome://tracing, ui.perfetto.dev), gzipped; the table lies beside it, as text.
-        say: prints a text.
+        trace: path of the gzipped Chrome trace (for chrome://tracing or ui.perfetto.dev); the table goes beside it.
+        say: prints a line of progress.
     """
 
     def __init__(self, stage: str, first: int, last: int, trace: Path, say: Callable[[str], None]) -> None:
@@ -39,14 +39,14 @@ class Profile:
         self._started_at = self._seen = 0
 
     def begin(self, step: int, total_steps: int) -> None:
-        """The loop begins at `step`; says where the stage does not have the steps that were asked for."""
+        """Prints a line if the stage, which starts at `step`, lacks some of the requested steps."""
         asked = f"{self._stage}: profile.steps [{self._first}, {self._last})"
         if self._first >= total_steps:
             self._say(f"{asked} lie beyond the stage's {total_steps} steps: nothing is profiled")
         elif self._last > total_steps:
-            self._say(f"{asked} reach beyond the stage's {total_steps} steps: those up to its end are profiled")
+            self._say(f"{asked} reach beyond the stage's {total_steps} steps: only steps up to its end are profiled")
         if step >= self._last:
-            self._say(f"{asked} lie behind step {step}, where the stage goes on: nothing is profiled")
+            self._say(f"{asked} lie before step {step}, where the stage resumes: nothing is profiled")
 
     def before_step(self, step: int) -> None:
         if step >= self._last:
@@ -61,7 +61,7 @@ class Profile:
         self._seen = step
 
     def end(self) -> None:
-        """Writes what was recorded, if anything; after an early stop or a failure that is less than was asked for."""
+        """Writes the recorded steps, if any; after an early stop or a failure, fewer than requested."""
         running, self._running = self._running, None
         if running is None:
             return
@@ -71,7 +71,7 @@ class Profile:
         order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = running.key_averages().table(sort_by=order, row_limit=_ROWS, max_name_column_width=44)
         steps = f"steps {self._started_at} to {min(self._seen, self._last - 1)}"
-        text = f"{self._stage}: the {_ROWS} dearest operations of {steps}\n{table}"
+        text = f"{self._stage}: the {_ROWS} slowest operations of {steps}\n{table}"
         file = self._trace.with_name(self._trace.name.removesuffix(".json.gz") + ".txt")
         file.write_text(text)
         self._say(f"{text}trace        {self._trace}")

@@ -1,4 +1,7 @@
-"""Statistics of an averaged model: its parameters are no step's own, so BatchNorm's moments and the ranges of the last step are not its."""
+"""Recomputes BatchNorm statistics and ranges of an averaged model.
+
+Its parameters belong to no single step, so the last step's statistics and ranges do not fit it.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,16 @@ Autocast = Callable[[], AbstractContextManager[object]]
 def estimate_moments(
     model: nn.Module, batches: Iterable[Batch], world: World, autocast: Autocast = nullcontext
 ) -> None:
-    """Sets BatchNorm's running statistics to the mean of the batches' own, of all ranks, weighted by rows. Collective.
+    """Sets BatchNorm's running statistics to the row-weighted mean of the batch statistics of all ranks. Collective.
 
-    As `torch.optim.swa_utils.update_bn`, which finds no batch norm in a prepared graph; on several thousand samples it is as good as on
-    all (Wu and Johnson 2021, arXiv:2105.07576, section 3). Dropout is off, fake quantization stays as it is. Each batch meets the
-    statistics that were there before, so that the sum does not depend on which rank has which batches, but for its rounding.
-    Where no batch has two rows the statistics stay.
+    Replaces `torch.optim.swa_utils.update_bn`, which finds no batch norm modules in a prepared graph. Several thousand
+    samples do as well as the whole set (Wu and Johnson 2021, arXiv:2105.07576, section 3).
+
+    Dropout is off; fake quantization is left as it is. Every batch starts from the same statistics, so the result does
+    not depend on which rank has which batch, up to rounding. If no batch has two rows, the statistics do not change.
 
     Args:
-        batches: this rank's; over all ranks each row once.
+        batches: this rank's batches; over all ranks, each row occurs once.
     """
     statistics = running_statistics(model)
     if not statistics:
@@ -57,9 +61,9 @@ def estimate_moments(
 def estimate_ranges(
     model: PreparedModel, batches: Iterable[Batch], world: World, autocast: Autocast = nullcontext
 ) -> None:
-    """Sets every range to the smallest and largest value over the batches of all ranks, in evaluation mode. Collective.
+    """Sets every range to the minimum and maximum over the batches of all ranks, in eval mode. Collective.
 
-    A MAX over samples: exactly the same at any world size.
+    The reduction is a MAX over samples, so the result is the same at any world size, bit for bit.
     """
     ranges = Ranges(model)
     model.eval()

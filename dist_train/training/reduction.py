@@ -18,9 +18,12 @@ from dist_train.quantization.ranges import Ranges
 
 @dataclass(frozen=True)
 class StepSums:
-    """Sums over this rank's real samples of a step: `loss` and `score` are float32 tensors [] on the device.
+    """Sums over this rank's real samples of a step.
 
-    `global_count` samples were planned for all ranks; a sample that cannot be decoded is in no rank's `rows`.
+    Attributes:
+        loss, score: float32 tensors [] on the device.
+        rows: number of this rank's samples that could be decoded.
+        global_count: number of samples planned for all ranks.
     """
 
     loss: torch.Tensor
@@ -31,17 +34,17 @@ class StepSums:
 
 @dataclass(frozen=True)
 class StepMeans:
-    """Means over the real samples of all ranks, `count` of them."""
+    """Means over the `count` real samples of all ranks."""
 
     loss: float
     score: float
     count: int
     stop: bool = False
-    """Whether any rank was asked to stop."""
+    """True if any rank was asked to stop."""
 
 
 class HostCopy:
-    """A small tensor on its way from the device to the host."""
+    """An asynchronous copy of a small tensor from the device to the host."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._host = tensor.detach().to("cpu", non_blocking=True)
@@ -51,14 +54,17 @@ class HostCopy:
             self._event.record()
 
     def wait(self) -> torch.Tensor:
-        """Waits for this copy alone, and returns it."""
+        """Waits for this copy only, not for the whole device, and returns the tensor."""
         if self._event is not None:
             self._event.synchronize()
         return self._host
 
 
 class PendingMeans:
-    """A reduction under way; on CUDA the loop asks for its `means()` a step later, so that the device never idles."""
+    """A step's reduction, possibly still running.
+
+    On CUDA the loop reads `means()` a step later, so that the device never idles.
+    """
 
     def __init__(
         self, totals: torch.Tensor, own_loss: torch.Tensor, global_count: int, step: int, world: World
@@ -74,7 +80,7 @@ class PendingMeans:
         """Waits for the means of the step.
 
         Raises:
-            NonFiniteLossError: on every rank, if the loss of any is NaN or infinite; names the step and the ranks.
+            NonFiniteLossError: on every rank, if any rank's loss is NaN or infinite; names the step and the ranks.
             DataError: on every rank, if no rank had a sample.
         """
         loss, score, count, stop = self._totals.wait().tolist()
@@ -90,20 +96,20 @@ class PendingMeans:
         if count == 0:
             raise DataError(
                 f"none of the {self._global_count} samples of step {self._step} can be decoded",
-                "look at the files and at the disk; --data.on_corrupt error names the first one",
+                "check the files and the disk; --data.on_corrupt error names the first bad file",
             )
         return StepMeans(loss / count, score / count, int(count), stop > 0)
 
     def rescale(self, model: nn.Module) -> None:
-        """Turns gradients of the sum over the planned count into those of the mean over the real one."""
+        """Rescales gradients from a mean over the planned count to one over the real count."""
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         torch._foreach_mul_(gradients, self._global_count / self._rows)
 
 
 def require_same_buffers(world: World, model: nn.Module) -> None:
-    """Refuses models whose buffers follow each rank's own data: only one rank's buffers are saved. Collective.
+    """Refuses a model whose buffers depend on each rank's own data, as only rank 0's buffers are saved. Collective.
 
-    BatchNorm's running statistics are averaged and quantization ranges are merged, so those are equal.
+    BatchNorm's running statistics are averaged and quantization ranges are merged, so these buffers are equal.
 
     Raises:
         SetupError: on every rank; names the buffer.
@@ -134,16 +140,16 @@ def require_same_buffers(world: World, model: nn.Module) -> None:
 
 
 class StepReduction:
-    """Makes loss, BatchNorm statistics and quantization ranges those of all ranks' data.
+    """Reduces loss, BatchNorm statistics and quantization ranges over all ranks.
 
-    A SUM carries the loss, the score, the stop flag and the running statistics of BatchNorm, each rank's weighted by its
-    share of the rows. Running statistics are linear in the batch's, so averaging them each step averages the batches'.
-    A MAX carries the ranges. A rank without rows has weight 0: neither its statistics nor its ranges count.
+    A SUM carries the loss, the score, the stop flag and BatchNorm's running statistics, weighted by each rank's share
+    of the rows. Running statistics are linear in the batch statistics, so averaging the former averages the latter.
+    A MAX carries the ranges. A rank without rows has weight 0: its statistics and ranges are ignored.
 
     Args:
-        model: the unwrapped module whose buffers named running_mean and running_var are averaged.
-        ranges: of the prepared model; None in float training, which has no MAX.
-        averaging: weight of a step's range in the moving average.
+        model: the unwrapped module, whose buffers running_mean and running_var are averaged.
+        ranges: ranges of the prepared model; None in float training, which needs no MAX.
+        averaging: weight of a step's ranges in their moving average.
     """
 
     def __init__(self, world: World, model: nn.Module, ranges: Ranges | None = None, averaging: float = 1.0) -> None:
@@ -153,15 +159,16 @@ class StepReduction:
         self._statistics = running_statistics(model)
 
     def freeze_statistics(self) -> None:
-        """Leaves BatchNorm's statistics alone from now on; averaging equal values would still round them."""
+        """Stops averaging BatchNorm's statistics, which are frozen; averaging equal values would still round them."""
         self._statistics = []
 
     def freeze_ranges(self) -> None:
+        """Stops merging the ranges, which are frozen."""
         self._ranges = None
 
     @torch.no_grad()
     def __call__(self, sums: StepSums, step: int) -> PendingMeans:
-        """Reduces one step; leaves the averaged statistics and ranges in the model."""
+        """Reduces one step; writes the averaged statistics and merged ranges into the model. Collective."""
         rows, stop = (
             torch.full((), float(value), device=sums.loss.device) for value in (sums.rows, self._world.stop_wanted())
         )
@@ -174,14 +181,14 @@ class StepReduction:
 
     def _sum(self, scalars: torch.Tensor, sums: StepSums) -> torch.Tensor:
         weight = sums.rows / sums.global_count
-        # A rank without rows may have made infinities of its copies: 0 * inf must not reach the others.
+        # The copied rows of a rank without own rows may give infinite statistics; 0 * inf would give all ranks NaN.
         own = [
             buffer.float().flatten() * weight if sums.rows else torch.zeros_like(buffer, dtype=torch.float32).flatten()
             for buffer in self._statistics
         ]
         flat = self._world.all_reduce(torch.cat([scalars, *own]), "sum")
         if self._statistics:
-            # The weights add up to 1 unless samples were left out, which this reduction alone tells. Times 1 is exact.
+            # The weights add up to 1, except if samples were left out; only this sum tells. Multiplying by 1 is exact.
             averages = flat[len(scalars) :] * (sums.global_count / flat[2])
             pieces = averages.split([buffer.numel() for buffer in self._statistics])
             torch._foreach_copy_(

@@ -1,4 +1,4 @@
-"""Which evaluation was the best, and whether it is time to stop: functions of the evaluations so far, and so exact across kills."""
+"""Ranks evaluations and decides on early stopping, from the evaluation history alone, so that resuming is exact."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Collection, Mapping, Sequence
 
 from dist_train.config.stages import FitConfig
 
-INT8 = "int8_"  # before the name of a metric of the converted model
+INT8 = "int8_"  # prefix of the converted model's metrics
 
 
 class Selection:
-    """Ranks the evaluations of a stage by one metric. An evaluation whose metric is NaN is never the best, and no improvement.
+    """Ranks the evaluations of a stage by one metric. A NaN is never the best and never an improvement.
 
     Attributes:
-        metric: the one that `select_by` names, else the task's headline.
+        metric: the metric that `select_by` names, else the task's headline metric.
         history: (step, value) of each evaluation, in order; all that a resumed loop needs.
     """
 
@@ -25,7 +25,7 @@ class Selection:
         self._stopping = config.early_stopping
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Notes the evaluation after `step` optimizer steps."""
+        """Adds the evaluation after `step` optimizer steps."""
         self.history.append((step, float(metrics[self.metric])))
 
     def restore(self, history: Sequence[Sequence[float]]) -> None:
@@ -33,7 +33,7 @@ class Selection:
 
     @property
     def ranking(self) -> list[int]:
-        """Steps of the evaluations, the best first; of equal ones the earliest is the better."""
+        """Steps of the evaluations, best first; among equal values, earlier ones first."""
         ranked = sorted(
             (each for each in self.history if not math.isnan(each[1])), key=lambda each: -self._sign * each[1]
         )
@@ -49,7 +49,7 @@ class Selection:
 
     @property
     def stale(self) -> int:
-        """Evaluations since the last one that improved by `min_delta` or more."""
+        """Number of evaluations since the last improvement by at least `min_delta`."""
         least = 0.0 if self._stopping is None else self._stopping.min_delta
         reference, stale = -math.inf, 0
         for _, value in self.history:
@@ -62,5 +62,5 @@ class Selection:
 
     @property
     def stop(self) -> bool:
-        """Whether early stopping is asked for and its patience is at an end."""
+        """True if early stopping is configured and its patience is exhausted."""
         return self._stopping is not None and self.stale >= self._stopping.patience

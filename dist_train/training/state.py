@@ -1,4 +1,4 @@
-"""What training changes: model, optimizer, schedule, moving average, step."""
+"""Holds the state that training changes: model, optimizer, schedule, moving average, step."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from dist_train.training.selection import Selection
 
 
 class TrainState:
-    """The state of one stage's loop. Its `state_dict` is all that a resumed loop needs, as every step seeds its own generators.
+    """The state of one stage's loop.
+
+    `state_dict` is all that a resumed loop needs: every step seeds the random generators, so they need not be saved.
 
     Attributes:
-        step: optimizer steps done in this stage.
-        skipped: how many of the steps changed nothing, as fp16 gradients overflowed.
-        left_out: samples of the epoch so far, of all ranks, that could not be decoded.
-        epoch_open: the steps of an epoch are done, what follows them (its evaluation) is not.
-        metrics: of the newest evaluation; at the end those of the model that is handed on.
-        selection: the evaluations so far, ranked.
-        chosen_step: the steps after which the model was what is handed on.
+        step: number of optimizer steps done in this stage.
+        skipped: number of these steps that changed nothing because fp16 gradients overflowed.
+        left_out: number of samples in this epoch so far, over all ranks, that could not be decoded.
+        epoch_open: True if an epoch's steps are done but its evaluation is not.
+        metrics: metrics of the newest evaluation; at the end, of the stage's result.
+        selection: ranks the evaluations so far.
+        chosen_step: number of steps after which the stage's result was taken.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class TrainState:
 
     @property
     def chosen(self) -> nn.Module:
-        """What is evaluated and handed on: the moving average where there is one."""
+        """The model to evaluate and hand on: the moving average if there is one, else the trained model."""
         return self.average.module if self.average is not None else self.model
 
     def state_dict(self) -> dict[str, Any]:
@@ -79,11 +81,11 @@ class TrainState:
         self._scaler.load_state_dict(state["scaler"])
         self.skipped = state["skipped"]
         self.left_out = state["left_out"]
-        self.epoch_open = state.get("epoch_open", False)  # not in earlier checkpoints
+        self.epoch_open = state.get("epoch_open", False)  # absent from older checkpoints
         self.step = state["step"]
 
     def take_model(self, state: dict[str, Any]) -> None:
-        """Takes the model of another step, its average and its metrics; what was trained since stays counted."""
+        """Loads model, average and metrics of another step; `step` and the counters stay as they are."""
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])

@@ -18,14 +18,14 @@ T = TypeVar("T")
 
 
 class DataClock:
-    """Measures how long the loop waits for its batches, on the host's clock: nothing is synchronised."""
+    """Measures how long the loop waits for its batches, by the host's clock, without synchronising the device."""
 
     def __init__(self) -> None:
         self._waited = self._worked = 0.0
         self._arrived: float | None = None
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yields the same batches; from a batch's arrival until the next is asked for, the loop works."""
+        """Yields `batches` unchanged. The time from a batch's arrival to the request of the next one counts as work."""
         iterator = iter(batches)
         while True:
             asked = time.monotonic()
@@ -40,7 +40,7 @@ class DataClock:
             self._arrived = None
 
     def share(self) -> float:
-        """Returns which share of the time since the last call was waited, 0 to 1; evaluations do not count."""
+        """Returns the share of the time since the last call spent waiting, 0 to 1, without evaluations."""
         self._settle(time.monotonic())
         total = self._waited + self._worked
         share = self._waited / total if total > 0 else 0.0
@@ -64,9 +64,14 @@ class _Step:
 
 
 class StepLog:
-    """Reads the steps' reduced values and logs them: at once on a CPU, a step later on CUDA, where waiting idles the device.
+    """Reads the steps' reduced values and logs them.
 
-    Call `drain` before anything is evaluated or saved.
+    On a CPU they are read at once. On CUDA they are read a step later, because waiting for them would idle the device.
+    Call `drain` before evaluating or saving.
+
+    Args:
+        log_every: steps between lines of metrics.
+        lag: number of steps that may stay unread: 0 on a CPU, 1 on CUDA.
     """
 
     def __init__(
@@ -81,30 +86,30 @@ class StepLog:
         self._left_out = 0
         self.clock = DataClock()
         self.stop_agreed = False
-        """Whether some rank was asked to stop; equal on all ranks, as they read the same steps."""
+        """True once any rank was asked to stop; equal on all ranks, because they have read the same steps."""
 
     def logs(self, step: int) -> bool:
         """Tells whether this step gets a line of metrics."""
         return step % self._log_every == 0 or step + 1 == self._total_steps
 
     def add(self, pending: PendingMeans, step: int, epoch: int, lr: float, samples: int) -> None:
-        """Adds a step whose gradients are there.
+        """Adds a step after its backward, before its update.
 
         Raises:
-            NonFiniteLossError: on all ranks, where the loss of a step read is not finite; on a CPU before its update.
+            NonFiniteLossError: on all ranks, if a loss that is read is not finite; on a CPU before the step's update.
         """
         self._waiting.append(_Step(pending, step, epoch, lr, samples))
         self._read_all_but(self._lag)
 
     def updated(self, grad_norm: torch.Tensor | None) -> None:
-        """Takes the `grad_norm` of the step added last, float32 [] on the device, before clipping."""
+        """Adds the gradient norm of the newest step, float32 [] on the device, before clipping; then logs."""
         newest = self._waiting[-1] if self._waiting else self._read[-1][0]
         if grad_norm is not None and self.logs(newest.step):
             newest.norm = HostCopy(grad_norm)
         self._log()
 
     def drain(self) -> int:
-        """Reads all steps; returns how many samples were left out since the last call."""
+        """Reads and logs all steps; returns the number of samples left out since the last call."""
         self._read_all_but(0)
         self._log()
         left_out, self._left_out = self._left_out, 0

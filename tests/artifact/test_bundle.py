@@ -11,8 +11,8 @@ from dist_train.artifact.bundle import Bundle, chosen_models
 from dist_train.artifact.deployable import Deployable, deploy_float, deploy_half
 from dist_train.artifact.store import read_artifact, write_artifact
 from dist_train.errors import ArtifactError
-from dist_train.lowering.base import Written
-from dist_train.lowering.comparison import Candidate, time_models
+from dist_train.lowering.base import Reference, Written
+from dist_train.lowering.comparison import time_models
 from dist_train.programs.program import Program, open_program
 from tests.support.converted_nets import float_net, images
 
@@ -23,7 +23,7 @@ def scripted() -> Deployable:
     traced = torch.jit.trace(float_net(), images(2), check_trace=False)
     program = Program("torchscript", b"an archive", {"state_dict.pt": b"tensors"})
     with torch.no_grad():
-        return Deployable("int8", program, traced(images(4)), Candidate(traced, None))
+        return Deployable(name="int8", program=program, outputs=traced(images(4)), call=traced, source=None)
 
 
 def test_a_program_answers_bitwise_as_its_model_in_memory() -> None:
@@ -102,6 +102,6 @@ def test_which_models_are_exported(
 
 def test_torchscript_is_timed_as_it_is_and_the_float_model_traced_beside_it(scripted: Deployable) -> None:
     net = float_net()
-    times, runtimes = time_models({"fp32": Candidate(net, net), "int8": scripted.candidate}, images, [1, 2], 1)
+    times, runtimes = time_models({"fp32": Reference(call=net, source=net), "int8": scripted}, images, [1, 2], 1)
     assert runtimes == {"fp32": "torchscript", "int8": "torchscript"}
     assert {name: set(each) for name, each in times.items()} == {"fp32": {"1", "2"}, "int8": {"1", "2"}}

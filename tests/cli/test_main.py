@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.config.load import configs_dir, load, shipped
+from dist_train.config.load import load
+from dist_train.config.shipped import configs_dir, shipped
 from dist_train.errors import EXIT_CONFIG, EXIT_DONE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +65,17 @@ def test_looking_at_things_does_not_import_torch(arguments: list[str], config: P
     assert done.stdout or arguments == ["config", "list"]
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "-h"], ["config", "list"], ["launch", "-h"]])
+def test_the_first_look_does_not_import_pydantic(arguments: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys; from dist_train.cli.main import main; code = main(sys.argv[1:]);"
+        "sys.exit(code or ('pydantic' if 'pydantic' in sys.modules else 0))"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (EXIT_DONE, "")
+
+
 def test_importing_the_package_does_not_import_torch_or_pydantic(tmp_path: Path) -> None:
     code = "import dist_train, sys; dist_train.register_model; sys.exit(' '.join({'torch', 'pydantic'} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), check=False)
@@ -102,14 +114,29 @@ def test_the_start_costs_little_more_than_its_libraries(config: Path) -> None:
         (["run", "smal.yaml"], "smal.yaml: cannot be read", "did you mean small.yaml?"),
         (["run", "small.yaml", "--fast-dev-rnu", "1"], "fast-dev-rnu (--fast-dev-rnu): unknown key", "fast_dev_run"),
         (["config", "check", "small.yaml", "--sede", "1"], "sede (--sede): unknown key", "run.seed"),
-        (["config", "copy"], "too few arguments", "usage: dist-train config copy NAME [DEST]"),
+        (["config", "copy"], "config copy: missing argument 'NAME'", "usage: dist-train config copy NAME [DEST]"),
         (["config", "copy", "nothing_like_it"], "no shipped configuration 'nothing_like_it'", "->"),
-        (["config", "list", "x"], "too many arguments", "usage: dist-train config list"),
-        (["config", "schema", "--run.seed", "1"], "takes no settings: --run.seed", "--help"),
+        (["config", "list", "x"], "config list: got unexpected extra argument (x)", "usage: dist-train config list"),
+        (["config", "schema", "--run.seed", "1"], "config schema has no option --run.seed", "[--import MODULE]"),
+        (["config", "schema", "--import"], "--import has no value", "type --import MODULE"),
+        (["config", "schema", "--import", "no_module"], "no_module (--import): cannot be imported", "an installed one"),
+        (["--versoin"], "unknown command --versoin", "one of: run, "),
         (["evaluate", "runs/none"], "runs/none does not exist", "runs/NAME"),
         (["evaluate", "."], "has no config.yaml", "runs/NAME"),
         (["evaluate", "--x"], "evaluate has no option --x", "usage: dist-train evaluate RUN_DIR"),
-        (["ledger"], "too few arguments", "usage: dist-train ledger RUN_DIR"),
+        (["evaluate", "runs/none", "--jsno"], "evaluate has no option --jsno", "did you mean --json?"),
+        (["evaluate", "runs/none", "--data.name"], "--data.name has no value", "type --data.name VALUE"),
+        (["evaluate", "runs/none", "--model", "--json"], "--model has no value", "type --model MODEL"),
+        (["evaluate", "runs/none", "--json=1"], "--json takes no value", "type --json alone"),
+        (["export", "small.yaml", "--format", "onxn"], "--format onxn is unknown", "did you mean onnx?"),
+        (["export", "small.yaml", "--model", "int9"], "--model int9 is unknown", "did you mean int8?"),
+        (["predict", "out"], "predict: missing argument 'IMAGE", "usage: dist-train predict ARTIFACT IMAGE..."),
+        (["predict", "out", "x.png", "--top", "0"], "--top: 0 is not in the range x>=1", "type --top K"),
+        (["report"], "report: missing argument 'RUN_DIR", "usage: dist-train report RUN_DIR... [--output DIR]"),
+        (["report", "runs/none"], "runs/none does not exist", "runs/NAME"),
+        (["doctor", "--onyl", "slurm"], "doctor has no option --onyl", "did you mean --only?"),
+        (["doctor", "--only", "slrum"], "--only slrum is unknown", "did you mean slurm?"),
+        (["ledger"], "ledger: missing argument 'RUN_DIR'", "usage: dist-train ledger RUN_DIR"),
         (["ledger", "runs/none"], "runs/none does not exist", "runs/NAME"),
     ],
 )
@@ -161,6 +188,37 @@ def test_config_show_names_the_source_of_every_value(config: Path) -> None:
     assert {"name: small # small.yaml:2", "seed: 5 # --run.seed", "stages: [train] # small.yaml:3"} <= set(lines)
 
 
+def test_settings_reach_the_configuration_as_they_were_typed(config: Path) -> None:
+    typed = [
+        "--train.optim.lr=1e-3",
+        "--data.args",
+        "{low: -1}",
+        "--model.args",
+        "-1",
+        "--import=json",
+        "--fast-dev-run",
+    ]
+    wrong = dist_train("config", "show", "small.yaml", *typed, "--", cwd=config.parent)
+    assert (
+        "-- : is not an option" in wrong.stderr.replace("--:", "-- :") and "model.args (--model.args)" in wrong.stderr
+    )
+    done = dist_train("config", "show", "small.yaml", *typed[:3], *typed[5:], cwd=config.parent)
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert {"lr: 0.001 # --train.optim.lr", "args: {low: -1} # --data.args"} <= set(lines)
+    assert "fast_dev_run: true # --debug.fast_dev_run" in lines
+
+
+@pytest.mark.parametrize(
+    "words", [["run"], ["run", "small.yaml"], ["launch", "slurm", "small.yaml"], ["config", "copy"]]
+)
+@pytest.mark.parametrize("help", ["-h", "--help"])
+def test_help_is_shown_for_a_verb_wherever_it_is_asked_for(words: list[str], help: str, config: Path) -> None:
+    done = dist_train(*words, help, cwd=config.parent)
+    verb = " ".join(word for word in words if word != "small.yaml")
+    assert (done.returncode, done.stderr) == (EXIT_DONE, "")
+    assert done.stdout.startswith(f"Usage: dist-train {verb} ")
+
+
 def test_the_committed_schema_is_current(tmp_path: Path) -> None:
     done = dist_train("config", "schema", cwd=tmp_path)
     committed = ROOT / "configs" / "schema.json"
@@ -195,7 +253,7 @@ def test_config_copy_never_overwrites_and_keeps_the_schema(tmp_path: Path, monke
     (tmp_path / "mine").mkdir()
     text = "# yaml-language-server: $schema=schema.json\n# A small one\nrun: {name: small}\n"
     (tmp_path / "shipped" / "small.yaml").write_text(text)
-    monkeypatch.setattr("dist_train.config.load.configs_dir", lambda: tmp_path / "shipped")
+    monkeypatch.setattr("dist_train.config.shipped.configs_dir", lambda: tmp_path / "shipped")
     monkeypatch.chdir(tmp_path)
     assert main(["config", "copy", "small"]) == EXIT_DONE
     assert main(["config", "copy", "small", "mine"]) == EXIT_DONE
@@ -218,7 +276,7 @@ def test_config_list_shows_the_first_line_of_each_head(
         "# yaml-language-server: $schema=schema.json\n#\n# The first one\n# more\nrun: {}\n"
     )
     (tmp_path / "bcd.yaml").write_text("run: {}\n# not the head\n")
-    monkeypatch.setattr("dist_train.config.load.configs_dir", lambda: tmp_path)
+    monkeypatch.setattr("dist_train.config.shipped.configs_dir", lambda: tmp_path)
     assert main(["config", "list"]) == EXIT_DONE
     assert capsys.readouterr().out == "a    The first one\nbcd\n"
 

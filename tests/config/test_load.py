@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import dist_train
 from dist_train import registry
-from dist_train.config.load import annotated, differences, dump, load, shipped
+from dist_train.config.load import annotated, differences, dump, load
+from dist_train.config.shipped import shipped
 from dist_train.config.tree import Config, leaves
 from dist_train.errors import ConfigError
 
@@ -117,7 +118,7 @@ def test_a_partial_qat_optimiser_keeps_its_own_default_learning_rate(quick: Path
 
 def test_a_shipped_configuration_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "small.yaml").write_text("# Small\nrun: {name: small}\n")
-    monkeypatch.setattr("dist_train.config.load.configs_dir", lambda: tmp_path)
+    monkeypatch.setattr("dist_train.config.shipped.configs_dir", lambda: tmp_path)
     assert shipped() == {"small": tmp_path / "small.yaml"}
     assert load("small", environ={}).config.run.name == "small"
 
@@ -206,9 +207,7 @@ def test_a_field_that_one_side_lacks_counts_with_its_default() -> None:
 
 def test_a_recorded_field_that_is_unknown_now_is_shown() -> None:
     old = Config().model_dump(mode="json") | {"mixing": {"alpha": 0.2}}
-    assert [str(problem) for problem in differences(old, Config())] == [
-        "mixing: was {alpha: 0.2}, is not known any more"
-    ]
+    assert [str(problem) for problem in differences(old, Config())] == ["mixing: was {alpha: 0.2}, is unknown now"]
 
 
 # -- round trip ---------------------------------------------------------------------------------------------------

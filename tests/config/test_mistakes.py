@@ -24,7 +24,7 @@ def problems(tmp_path: Path, text: str, options: list[str], environ: dict[str, s
 @pytest.mark.parametrize(
     ("text", "place", "message", "hint"),
     [
-        ("trian: {}", "trian", "unknown key", "did you mean train?"),
+        ("trian: {}", "trian", "unknown key", "did you mean train"),
         ("lr: 1", "lr", "unknown key", "did you mean train.optim.lr or qat.optim.lr?"),
         ("train: {lr: 1}", "train.lr", "unknown key", "did you mean train.optim.lr?"),
         ("train: {epoch: 1}", "train.epoch", "unknown key", "did you mean train.epochs?"),

@@ -1,4 +1,4 @@
-"""What is printed: lines where there is no terminal, a bar on one, nothing on other ranks."""
+"""Progress: a bar on a terminal, lines elsewhere, nothing on other ranks."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_warning_is_said_once() -> None:
 
 
 def on_terminal(columns: int) -> str:
-    """What a terminal of this width is sent by some steps and two texts."""
+    """Returns the output of some steps and two texts on a terminal of this width."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
     received = bytearray()

@@ -173,9 +173,9 @@ def test_targets_of_any_shape_are_stored_and_hashed(targets: torch.Tensor, tmp_p
 
 def test_a_dataset_says_what_a_model_puts_out() -> None:
     assert splits_of(arrays_of(), arrays_of()).num_outputs == 7
-    with pytest.raises(DataError, match="what a model puts out"):
+    with pytest.raises(DataError, match="the width of the model"):
         Splits(arrays_of(), arrays_of(), mean=(0.5,) * 3, std=(0.5,) * 3)
-    with pytest.raises(DataError, match="nothing to tell apart"):
+    with pytest.raises(DataError, match="needs two classes"):
         Splits(arrays_of(), arrays_of(), mean=(0.5,) * 3, std=(0.5,) * 3, num_outputs=7)
 
 
@@ -189,7 +189,7 @@ def test_the_input_shape_is_read_from_the_data() -> None:
 
 
 def on_ranks(world_size: int, local_world_size: int, work: Callable[[World], Splits]) -> list[Splits | Exception]:
-    """What `work` returned or raised on each rank; ranks are threads around one store."""
+    """Returns the result or the error of `work` on each rank; ranks are threads around one store."""
     store = dist.HashStore()
     results: list[Splits | Exception | None] = [None] * world_size
 
@@ -201,8 +201,8 @@ def on_ranks(world_size: int, local_world_size: int, work: Callable[[World], Spl
             world.report_failure(error)
             results[rank] = error
 
-    # The parser with which numpy reads a file's header is not safe in the threads of CPython 3.11 ("AST constructor recursion
-    # depth mismatch"); ranks are processes, where this does not matter.
+    # numpy's parser of file headers is not thread-safe in CPython 3.11 ("AST constructor recursion depth mismatch").
+    # Real ranks are processes, where this does not matter.
     lock, opened = threading.Lock(), ImageArrays.open
 
     def one_at_a_time(path: Path) -> ImageArrays:

@@ -1,4 +1,4 @@
-"""Samples that cannot be decoded: training without them is training on the others, in the same steps, at any world size."""
+"""Samples that cannot be decoded: training uses the others, in the same steps, at any world size."""
 
 from __future__ import annotations
 

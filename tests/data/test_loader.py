@@ -71,7 +71,7 @@ def steps(loader: TrainLoader, epoch: int = 0, first: int = 0) -> list[StepBatch
 
 
 def values(batch: StepBatch) -> list[int]:
-    """Which rows the real inputs of a batch of `arrays` are, from their pixels."""
+    """Identifies the rows behind a batch's real inputs, from the pixels of `arrays`."""
     real = torch.cat([micro.inputs[: micro.rows] for micro in batch.micro_batches])
     return torch.round((real[:, 0, 0, 0] * STD[0] + MEAN[0]) * 255).long().tolist()
 

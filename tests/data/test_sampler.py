@@ -1,4 +1,6 @@
-"""Which samples a rank takes: the same global batches at any world size, each sample once, from any step on."""
+"""The sampler: the same global batches at any world size, each sample once, from any step on."""
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,8 @@ WORLDS = st.integers(1, 9)
 BATCHES = st.integers(1, 70)
 
 
-def samplers(size: int, world_size: int, **options: object) -> list[ElasticDistributedSampler]:
-    return [ElasticDistributedSampler(range(size), world_size, rank, **options) for rank in range(world_size)]  # type: ignore[arg-type]
+def samplers(size: int, world_size: int, **options: Any) -> list[ElasticDistributedSampler]:
+    return [ElasticDistributedSampler(range(size), world_size, rank, **options) for rank in range(world_size)]
 
 
 @given(st.integers(0, 300), st.integers(1, 40))
@@ -134,14 +136,14 @@ def test_epochs_and_seeds_give_other_orders() -> None:
 
 def test_a_late_step_of_a_huge_epoch_evaluates_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated = 0
-    network = permutation.Permutation._forward
+    network = permutation.Permutation._network
 
     def counting(self: permutation.Permutation, values: np.ndarray) -> np.ndarray:
         nonlocal evaluated
         evaluated += values.size
         return network(self, values)
 
-    monkeypatch.setattr(permutation.Permutation, "_forward", counting)
+    monkeypatch.setattr(permutation.Permutation, "_network", counting)
     sampler = ElasticDistributedSampler(range(10**12), 4, 3, global_batch_size=256, start_step=10**9)
     ids = sampler.rank_slice(10**9).ids
     first = iter(sampler)
@@ -192,7 +194,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         ElasticDistributedSampler(range(4), 1, 0, global_batch_size=2, start_step=3)
     with pytest.raises(ValueError, match="give global_batch_size"):
         ElasticDistributedSampler(range(4), 1, 0, start_step=1)
-    with pytest.raises(ValueError, match="need the global_batch_size"):
+    with pytest.raises(ValueError, match="give it a global_batch_size"):
         ElasticDistributedSampler(range(4), 1, 0).rank_slice(0)
     sampler = ElasticDistributedSampler(range(4), 1, 0, global_batch_size=2)
     for step in (-1, 2):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from dist_train.data.splits import Splits
 from dist_train.distributed.world import World
 from dist_train.errors import DataError
 from dist_train.training.loop import fit
-from tests.support.ranks import call, train
+from tests.support.ranks import ROOT, call, train
 from tests.support.training_loops import CLASSES, flat, make, mlp
 
 
@@ -99,12 +101,12 @@ def test_losses_agree_on_real_ranks() -> None:
 def test_what_a_stream_cannot_be_is_said() -> None:
     pairs: Any = [(torch.zeros(1, 4, 4), 0)]
     options: dict[str, Any] = {"num_classes": 2, "classes": ("a", "b"), "mean": (0.5,), "std": (0.2,)}
-    with pytest.raises(DataError, match=r"needs Splits\.steps_per_epoch") as caught:
+    with pytest.raises(DataError, match=r"Splits\.steps_per_epoch, at least 1, is required") as caught:
         Splits(Stream(5), pairs, **options)
     assert "steps_per_epoch=" in caught.value.hint
     with pytest.raises(DataError, match="evaluation set is an iterable dataset"):
         Splits(Stream(5), Stream(5), **options, steps_per_epoch=2)
-    with pytest.raises(DataError, match="only such a one takes it"):
+    with pytest.raises(DataError, match="required for an iterable training set"):
         Splits(pairs, pairs, **options, steps_per_epoch=2)
     for empty in ({"train": [], "eval": pairs}, {"train": pairs, "eval": []}):
         with pytest.raises(DataError, match="is empty"):
@@ -150,3 +152,21 @@ def test_a_stream_trains_and_calibrates_on_two_ranks_and_states_its_promise(tmp_
         assert "top1 1.0000" in ranks.output(0)
     with train(1, *options, "--run.dir", str(tmp_path / "other"), "--debug.ledger", "true", environ=path) as ranks:
         assert ranks.wait() == [1] and "--debug.ledger false" in ranks.output(0)
+
+
+_HELD = """
+import torch
+from dist_train.data.stream import read_stream
+from tests.data.test_stream import Stream
+import numpy as np
+
+held = read_stream(Stream(9), [np.arange(3), np.arange(3, 6)], 0, 0)
+print(next(held)[0].ids.tolist(), flush=True)
+"""
+
+
+def test_a_process_that_still_holds_a_stream_ends() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _HELD], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "[0, 1, 2]\n"), done.stderr

@@ -1,4 +1,4 @@
-"""debug.collectives: ranks that call different collectives end at once, instead of waiting for the timeout."""
+"""Tests debug.collectives: ranks that call different collectives fail at once instead of waiting for the timeout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dist_train.errors import DistTrainError
 from tests.support.ranks import Ranks
 
 GONE = 60.0
-NEVER = 1000.0  # timeout of the world: no test passes by waiting for it
+NEVER = 1000.0  # seconds; the world's timeout, so long that no test passes by waiting for it
 
 
 def _operation(world: World) -> None:

@@ -1,4 +1,4 @@
-"""The preflight names settings that keep ranks from connecting, at once and without false alarms."""
+"""Wrong network settings end at once with an error that names the setting; harmless ones give no false alarm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dist_train.cluster.rank_plan import RankPlan
 from dist_train.config.tree import RunConfig
 from dist_train.distributed import preflight
 from dist_train.distributed import process_group as forming
-from dist_train.distributed.preflight import Whereabouts, check_addresses, find_rank_0, interface_problems, unreachable
+from dist_train.distributed.preflight import RankAddress, check_addresses, find_rank_0, interface_problems, unreachable
 from dist_train.distributed.process_group import join
 from dist_train.errors import EXIT_CONFIG, DistTrainError, SetupError
 from tests.support.ranks import Ranks, free_port
@@ -33,7 +33,7 @@ PRESENT = [
 
 def test_the_interfaces_are_those_of_the_system() -> None:
     found = {each.name: each for each in interfaces()}
-    assert list(found) == [name for _, name in socket.if_nameindex()]
+    assert set(found) == {name for _, name in socket.if_nameindex()}
     assert found["lo"].up and found["lo"].addresses[0] == "127.0.0.1" and not found["lo"].reaches_others
 
 
@@ -48,9 +48,9 @@ def test_the_interfaces_are_those_of_the_system() -> None:
         ({"GLOO_SOCKET_IFNAME": "eth0,eth1"}, True, "has no interface 'eth1'"),
         ({"GLOO_SOCKET_IFNAME": "ib0"}, True, "ib0 is down"),
         ({"GLOO_SOCKET_IFNAME": "bond0"}, True, "bond0 has no address"),
-        ({"NCCL_SOCKET_IFNAME": "eth"}, True, None),  # NCCL takes beginnings of names,
-        ({"NCCL_SOCKET_IFNAME": "=eth"}, True, "'=eth'"),  # and whole ones after =,
-        ({"NCCL_SOCKET_IFNAME": "^docker,lo"}, True, None),  # and names to leave out after ^.
+        ({"NCCL_SOCKET_IFNAME": "eth"}, True, None),  # NCCL matches prefixes of names,
+        ({"NCCL_SOCKET_IFNAME": "=eth"}, True, "'=eth'"),  # whole names after =,
+        ({"NCCL_SOCKET_IFNAME": "^docker,lo"}, True, None),  # and excludes names after ^.
         ({"NCCL_SOCKET_IFNAME": "ens,ib"}, True, "'ens,ib'"),
         ({"NCCL_SOCKET_IFNAME": "ens"}, False, None),
     ],
@@ -72,8 +72,8 @@ def test_gloos_address_is_that_of_the_first_named_interface_else_one_of_the_host
     assert gloo_address({}, PRESENT) in own or gloo_address({}, PRESENT).startswith("127.")
 
 
-def rank(number: int, machine: str, address: str, named: str = "") -> Whereabouts:
-    return Whereabouts(number, f"host-{machine}", machine, address, named, ("eth0",))
+def rank(number: int, machine: str, address: str, named: str = "") -> RankAddress:
+    return RankAddress(number, f"host-{machine}", machine, address, named, ("eth0",))
 
 
 @pytest.mark.parametrize(
@@ -86,14 +86,14 @@ def rank(number: int, machine: str, address: str, named: str = "") -> Whereabout
             [rank(0, "a", "192.168.0.1"), rank(1, "b", "127.0.1.1")],
             "rank 1 its host name, host-b, resolves to 127.0.1.1",
         ),
-        ([rank(0, "a", "10.0.0.1"), rank(1, "b", "127.0.1.1")], None),  # the higher address connects, and can
+        ([rank(0, "a", "10.0.0.1"), rank(1, "b", "127.0.1.1")], None),  # rank 0 connects, and can
         ([rank(0, "a", "10.0.0.1"), rank(1, "b", "127.0.0.1"), rank(2, "c", "127.0.0.1")], "host-b"),
         ([rank(0, "a", "127.0.0.1", "lo"), rank(1, "b", "127.0.0.1", "lo")], "GLOO_SOCKET_IFNAME is lo on host-a"),
-        ([rank(0, "a", ""), rank(1, "b", "")], None),  # unknown
+        ([rank(0, "a", ""), rank(1, "b", "")], None),  # addresses unknown
     ],
 )
 def test_a_loopback_address_is_an_error_only_where_another_machine_would_connect_to_it(
-    ranks: list[Whereabouts], named: str | None
+    ranks: list[RankAddress], named: str | None
 ) -> None:
     error = unreachable(ranks)
     assert (error is None) == (named is None)
@@ -101,10 +101,10 @@ def test_a_loopback_address_is_an_error_only_where_another_machine_would_connect
         assert named in error.message and "GLOO_SOCKET_IFNAME" in error.hint and error.exit_code == EXIT_CONFIG
 
 
-def all_check(store: dist.Store, ranks: list[Whereabouts]) -> list[str]:
-    """Runs each rank in a thread; returns the message that each gets, "" for none."""
+def all_check(store: dist.Store, ranks: list[RankAddress]) -> list[str]:
+    """Runs the check in one thread per rank; returns each rank's error, "" for none."""
 
-    def check(mine: Whereabouts) -> str:
+    def check(mine: RankAddress) -> str:
         try:
             check_addresses(store, mine, len(ranks), 20.0)
         except SetupError as error:
@@ -126,7 +126,7 @@ def test_all_ranks_are_told_the_same_and_what_an_earlier_attempt_left_in_the_sto
 
 
 def test_ranks_that_do_not_come_are_named() -> None:
-    with pytest.raises(SetupError, match=r"ranks \[1, 2\] did not come within 0.2 s"):
+    with pytest.raises(SetupError, match=r"ranks \[1, 2\] did not connect within 0.2 s"):
         check_addresses(dist.HashStore(), rank(0, "a", "10.0.0.1"), 3, 0.2)
     with pytest.raises(SetupError, match="rank 0 did not answer within 0.2 s"):
         check_addresses(dist.HashStore(), rank(1, "a", "10.0.0.1"), 3, 0.2)
@@ -224,7 +224,7 @@ def test_a_master_port_at_which_something_else_answers_is_named_by_a_rank_that_w
         accepted: list[socket.socket] = []
 
         def accept() -> None:
-            with contextlib.suppress(OSError):  # closed, at the test's end
+            with contextlib.suppress(OSError):  # the socket is closed at the end of the test
                 while True:
                     accepted.append(other.accept()[0])
                     accepted[-1].sendall(banner)

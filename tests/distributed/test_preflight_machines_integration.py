@@ -1,4 +1,4 @@
-"""Two network namespaces as two machines with host names of their own: gloo connects as the preflight says."""
+"""Tests gloo and the preflight between two network namespaces that act as two machines with their own host names."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _why_not() -> str | None:
 
 @pytest.fixture(scope="module")
 def machines() -> Iterator[list[str]]:
-    """Two namespaces that a cable connects, at ADDRESSES."""
+    """Creates two namespaces connected by a virtual cable, with ADDRESSES."""
     reason = _why_not()
     if reason is not None:
         pytest.skip(reason)
@@ -60,7 +60,7 @@ def machines() -> Iterator[list[str]]:
 
 
 def started(rank: int, namespace: str | None, host_address: str, port: int, folder: Path) -> subprocess.Popen[str]:
-    """Starts rank `rank` of two, one per node, where the host name resolves to `host_address`."""
+    """Starts rank `rank` of two, one per node, on a node whose host name resolves to `host_address`."""
     hosts = folder / f"hosts{rank}"
     hosts.write_text(f"127.0.0.1 localhost\n{host_address} node{rank}\n")
     variables = {
@@ -78,7 +78,7 @@ def started(rank: int, namespace: str | None, host_address: str, port: int, fold
         "MASTER_PORT": str(port),
         "PYTHONPATH": str(ROOT),
     }
-    # `ip netns exec` has a mount namespace of its own, so the host names come after it.
+    # `ip netns exec` makes its own mount namespace, so the host names are mounted after it.
     inside = ["ip", "netns", "exec", namespace] if namespace else []
     script = 'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; exec "$@"'
     own_names = ["unshare", "--mount", "--uts", "sh", "-c", script, "sh", f"node{rank}", str(hosts)]
@@ -93,7 +93,7 @@ def started(rank: int, namespace: str | None, host_address: str, port: int, fold
 
 
 def outcome(namespaces: list[str | None], host_addresses: tuple[str, str], folder: Path) -> list[tuple[int, str]]:
-    """Exit code and output of both ranks."""
+    """Returns the exit code and output of both ranks."""
     port = free_port()
     with contextlib.ExitStack() as stack:
         ranks = []
@@ -149,8 +149,8 @@ def test_a_run_directory_that_not_all_ranks_see_is_named(tmp_path: Path) -> None
 
 
 def main(folder: str) -> int:
-    """Gives each rank its own folder as run directory; rank 1's does not exist."""
-    pipeline._SEEN_SECONDS = 2.0  # longer would not help: it never appears
+    """Runs with an unshared run directory: the ranks see different folders at its path, and rank 1's is missing."""
+    pipeline._SEEN_SECONDS = 2.0  # a longer wait would not help, the folder is not shared
     try:
         with join(RunConfig(device="cpu", timeout=40)) as world:
             run_dir = RunDir(Path(folder) / str(world.rank) / "run")

@@ -24,15 +24,15 @@ from dist_train.distributed.world import World
 from dist_train.errors import DataError, DistTrainError, PeerError, SetupError
 from tests.support.ranks import ROOT, Ranks, call, free_port, train
 
-GONE = 20.0  # seconds in which no process may be left
+GONE = 20.0  # seconds after which no process may be left
 
 
 def case(world_size: int, name: str, *arguments: str) -> Ranks:
-    """Starts CASES[name] of this file on ranks."""
+    """Starts CASES[name] of this file on every rank."""
     return Ranks(world_size, ["-m", "tests.distributed.test_world_integration", name, *arguments])
 
 
-# Code of the ranks. The world's timeout is far beyond GONE, so that no test passes by waiting for it.
+# Code of the ranks. The world's timeout is far above GONE, so that no test passes by waiting for it.
 
 
 def _fail_on(world: World, guilty: str) -> None:
@@ -129,7 +129,7 @@ def test_when_rank_0_is_killed_at_its_work_those_that_wait_on_the_store_end(tmp_
             assert "the connection to another rank was lost" in ranks.output(rank), ranks.printed()
 
 
-# Cases without a failure, which share one start of the ranks.
+# The successful cases share one start of the ranks.
 
 
 def _waits_and_broadcasts(world: World) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _waits_and_broadcasts(world: World) -> dict[str, Any]:
     except (PeerError, TypeError) as error:
         found["not json"] = f"{type(error).__name__}: {error}"
 
-    # Two nodes of two ranks each, as far as first_on_node can tell.
+    # To first_on_node this looks like two nodes of two ranks each.
     nodes = World(world.rank, world.rank % 2, 4, 2, world.device, 60.0, world.nonce + "nodes", world.store)
     ran: list[int] = []
 
@@ -167,7 +167,7 @@ def _waits_and_broadcasts(world: World) -> dict[str, Any]:
     found["sum"] = world.all_reduce(torch.full((2,), float(world.rank)), "sum").tolist()
     found["max"] = world.all_reduce(torch.full((2,), float(world.rank)), "max").tolist()
     found["gather"] = world.gather({"rank": world.rank})
-    # A slow rank may ask for rank 0's answer last: the store must still be there.
+    # A slow rank may read rank 0's result last; rank 0 must keep the store open until then.
     if not world.is_main:
         time.sleep(2.5)
     found["last"] = world.on_rank_0(lambda: "bye", "leaving")
@@ -194,15 +194,15 @@ def _outlive_the_timeout(world: World) -> list[float]:
     import torch.distributed as dist
 
     def work() -> float:
-        # Rank 1 sets the key only after it waited longer than the process group's timeout.
+        # Rank 1 sets the key only after a wait longer than the process group's timeout.
         assert world.store is not None
         while not world.store.check(["waited"]):
             time.sleep(0.05)
         return 1.0
 
     if world.rank == 1:
-        assert world.store is not None
         store = world.store
+        assert store is not None
         threading.Timer(1.7 * world.timeout, lambda: store.set("waited", "yes")).start()
     value = world.on_rank_0(work, "working for long", 60.0)
     total = world.all_reduce(torch.ones(1), "sum")

@@ -1,4 +1,4 @@
-"""A finished run of two ranks, float and half: further formats, predictions, other data."""
+"""Uses a finished run of two ranks in float and half: further formats, predictions, evaluation on other data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from dist_train.config.stages import ExportConfig
 from dist_train.data.arrays import ImageArrays
 from dist_train.data.datasets.fake import fake
 from dist_train.data.splits import Splits
-from dist_train.lowering.comparison import Candidate
 from dist_train.models.half_precision import HalfModel
 from dist_train.models.small import mlp
 from dist_train.programs.program import Program
@@ -64,14 +63,14 @@ def config(folder: Path, stages: str) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def settings_of_torch() -> Iterator[None]:
-    """Restores settings of torch, which the verbs set for their process and other tests share."""
+    """Restores torch's settings, which the commands set for this process, shared with other tests."""
     with own_torch_settings():
         yield
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run of train, half and export on two ranks."""
+    """Returns the directory of a run of train, half and export on two ranks."""
     folder = tmp_path_factory.mktemp("half")
     printed = train_done(
         2, "run", str(config(folder, "[train, half, export]")), "--run.dir", str(folder / "run"), "--half.dtype", "bf16"
@@ -122,7 +121,7 @@ def test_the_half_model_is_what_is_deployed_and_its_artifact_was_proved(run: Pat
         assert not torch.equal(outputs, trained(run)(inputs(splits)))
 
 
-# ---- export after the fact
+# ---- export from a finished run
 
 
 def test_another_model_is_added_without_the_data(run: Path, splits: Splits, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,8 +197,12 @@ def test_auto_in_a_run_chooses_warns_and_tells_the_manifest_why(
 def test_a_run_warns_where_int8_is_slower_than_fp32_in_the_same_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"fp32": {"1": 1.0, "32": 10.0}, "int8": {"1": 2.0, "32": 5.0}}
     said: list[str] = []
-    model = Candidate(lambda batch: batch, None)
-    deployables = {name: Deployable(name, Program("pt2", b""), torch.zeros(1), model) for name in times}
+    deployables = {
+        name: Deployable(
+            name=name, program=Program("pt2", b""), outputs=torch.zeros(1), call=lambda batch: batch, source=None
+        )
+        for name in times
+    }
     run = SimpleNamespace(seed=0)
     context: Any = SimpleNamespace(
         config=SimpleNamespace(run=run), threads=1, progress=SimpleNamespace(say=said.append)
@@ -276,7 +279,7 @@ def test_export_is_for_one_process(
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory, splits: Splits) -> Path:
-    """A folder of ten PNGs of the evaluation set, and one of 16 x 16 pixels in colour."""
+    """Makes a folder of ten PNGs of the evaluation set, and one of 16 x 16 pixels in colour."""
     folder = tmp_path_factory.mktemp("pictures")
     assert isinstance(splits.eval, ImageArrays)
     for number, image in enumerate(splits.eval.images[:10]):
@@ -296,7 +299,7 @@ def test_predictions_are_those_of_the_model_as_csv(
     probabilities, places = load_artifact(run)[0](inputs(splits)[:10]).softmax(1).max(1)
     assert [row["class"] for row in rows[:10]] == [splits.classes[place] for place in places]
     assert [float(row["probability"]) for row in rows[:10]] == pytest.approx(probabilities.tolist(), abs=1e-5)
-    assert rows[10]["class"] == rows[0]["class"]  # resized and converted to gray it is the same picture
+    assert rows[10]["class"] == rows[0]["class"]  # resized and converted to gray, it equals the first picture
 
 
 def test_json_gives_the_likeliest_classes_of_the_model_that_was_named(
@@ -400,7 +403,7 @@ def test_an_artifact_is_evaluated_on_several_ranks(run: Path, splits: Splits) ->
     ("arguments", "code", "said"),
     [
         (["--model", "int8"], 78, "has no model 'int8'"),
-        (["--data.args.num_classes", "7"], 1, "the model has 6 outputs, but the data asks for 7"),
+        (["--data.args.num_classes", "7"], 1, "the model has 6 outputs, but the data needs 7"),
         (["--data.args.channels", "3"], 1, "takes inputs of shape [1, 8, 8], but the data has [3, 8, 8]"),
         (["--data.nam", "digits"], 78, "data.nam"),
         (["--train.epochs", "3"], 78, "evaluate has no option --train.epochs"),

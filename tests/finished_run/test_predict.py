@@ -1,4 +1,4 @@
-"""Images for a model are found, decoded, and converted to its size and channels."""
+"""Tests finding and decoding images, and their conversion to a model's size and channels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_folders_and_patterns_are_expanded_in_order_and_other_files_left_out(tmp
         (tmp_path / name).write_bytes(b"x")
     assert image_files([str(tmp_path)]) == [str(tmp_path / name) for name in ("a.JPG", "b.png", "sub/c.webp")]
     assert image_files([str(tmp_path / "**" / "*.webp")]) == [str(tmp_path / "sub" / "c.webp")]
-    assert image_files([str(tmp_path / "notes.txt")]) == [str(tmp_path / "notes.txt")]  # because it was named
+    assert image_files([str(tmp_path / "notes.txt")]) == [str(tmp_path / "notes.txt")]  # any suffix
     with pytest.raises(DataError, match=r"there is no file .*\*\.gif"):
         image_files([str(tmp_path / "*.gif")])
 
@@ -40,7 +40,7 @@ def test_gray_and_colour_become_what_the_model_takes(tmp_path: Path) -> None:
     assert torch.equal(read_image(str(tmp_path / "gray.png"), (3, 8, 8), None), picture(8, 8, 1).expand(3, -1, -1))
     gray = read_image(str(tmp_path / "colour.png"), (1, 8, 8), None)
     expected = transforms.rgb_to_grayscale(picture(8, 8, 3))
-    assert (gray.int() - expected.int()).abs().max() <= 1  # decoders round differently
+    assert (gray.int() - expected.int()).abs().max() <= 1  # the decoder rounds differently
 
 
 def test_resize_is_of_the_shorter_edge_and_then_the_centre_is_cut_out(tmp_path: Path) -> None:

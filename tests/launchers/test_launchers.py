@@ -145,6 +145,29 @@ def test_options_of_sbatch_that_we_do_not_know_go_through_and_replace_ours() -> 
     assert len(head) == len({line.partition("=")[0] for line in head})
 
 
+def test_words_before_the_configuration_are_the_launcher_s_and_words_after_it_are_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.yaml").write_text("run: {name: small}\nstages: [train]\n")
+    monkeypatch.chdir(tmp_path)
+    ours = ["--sbatch.qos", "long", "--nodes=1:2", "--sbatch.mail-type=END", "--env", "A=b c", "--sbatch.qos", "short"]
+    words = ["launch", "slurm", "--dry-run", *ours, "small.yaml"]
+    assert main([*words, "--train.optim.lr=0.5", "--run.seed", "3"]) == EXIT_DONE
+    script = capsys.readouterr().out
+    for line in (
+        "#SBATCH --nodes=1-2",
+        "#SBATCH --mail-type=END",
+        "#SBATCH --qos=short",
+        "export A='b c'",
+        "arguments=(small.yaml --train.optim.lr=0.5 --run.seed 3 --run.dir runs/small)",
+    ):
+        assert line in script.splitlines()
+    assert main([*words, "--nodes", "3"]) == EXIT_CONFIG
+    assert "nodes (--nodes): unknown key" in capsys.readouterr().err
+    assert main([*words, "--sbatch.qos", "long"]) == EXIT_CONFIG
+    assert "sbatch: unknown key" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("task_per_rank", [False, True])
 def test_a_batch_script_is_right_bash(task_per_rank: bool) -> None:
     job = replace(JOB, nodes=(1, 3), nproc_per_node=2, task_per_rank=task_per_rank, environment=(("A", "it's"),))
@@ -212,14 +235,14 @@ def test_the_ready_config_files_of_accelerate_are_those_that_launch_writes(
     ("words", "wrong", "hint"),
     [
         ([], "launch needs a launcher", "torchrun,accelerate,slurm"),
-        (["mpirun", "small.yaml"], "unknown launcher mpirun", "torchrun,accelerate,slurm"),
+        (["mpirun", "small.yaml"], "unknown command launch mpirun", "torchrun, accelerate, slurm"),
         (["torchrun"], "needs a configuration", "CONFIG"),
         (["torchrun", "--nproc-per-nod", "2", "small.yaml"], "no option --nproc-per-nod", "--nproc-per-node"),
         (["torchrun", "--train.epochs", "2", "small.yaml"], "no option --train.epochs", "come after it"),
         (["torchrun", "--submit", "small.yaml"], "--submit is not for torchrun", "slurm"),
-        (["torchrun", "--nproc-per-node", "0", "small.yaml"], "at least 1", "--nproc-per-node P"),
+        (["torchrun", "--nproc-per-node", "0", "small.yaml"], "not in the range x>=1", "--nproc-per-node P"),
         (["torchrun", "--nodes", "3:2", "small.yaml"], "MIN:MAX", "--nodes N"),
-        (["torchrun", "--port", "70000", "small.yaml"], "1 to 65535", "--port PORT"),
+        (["torchrun", "--port", "70000", "small.yaml"], "range 1<=x<=65535", "--port PORT"),
         (["slurm", "--array", "0-1", "small.yaml"], "no option --array", "--sbatch.array 0-1"),
         (["torchrun", "--endpoint", "h:70000", "small.yaml"], "a host alone", "--endpoint HOST"),
         (["accelerate", "--endpoint", "[::1]:29500", "small.yaml"], "--endpoint [::1] --port PORT", "--endpoint HOST"),

@@ -31,7 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path) -> bytes:
-    train_done(2, "run", str(folder / "small.yaml"), "--run.dir", str(folder / "undisturbed"))
+    # The config's `cache_dir: cache` is relative, and pytest's folder is not for writing.
+    cache = ("--data.cache_dir", str(folder / "cache"))
+    train_done(2, "run", str(folder / "small.yaml"), "--run.dir", str(folder / "undisturbed"), *cache)
     return weights(folder / "undisturbed")
 
 

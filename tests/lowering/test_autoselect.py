@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from dist_train import registry
 from dist_train.lowering.agreement import Decisions
 from dist_train.lowering.autoselect import Choice, choose_format, cost, slower_than_float
-from dist_train.lowering.base import LoweringUnavailable, Written
-from dist_train.lowering.comparison import Candidate
+from dist_train.lowering.base import LoweringUnavailable, Reference, Written
 from dist_train.tasks import Classification
 from tests.support.converted_nets import float_net, images
 
 
 def runtime(seconds: float, factor: float = 1.0, extra: float = 0.0, of_float: float = 0.0) -> registry.Entry:
-    """A format whose runtime takes as long as told, `extra` more for int8 and `of_float` for FP32, and answers `factor` times what is right."""
+    """A format whose runtime takes `seconds`, plus `extra` for int8 and `of_float` for FP32; outputs times `factor`."""
 
     def write(model: nn.Module, example: Tensor, threads: int) -> Written:
         def call(batch: Tensor) -> Tensor:
@@ -69,8 +68,8 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, registry.Entr
     def choose(formats: dict[str, registry.Entry]) -> Choice:
         monkeypatch.setattr(registry.export_formats, "_entries", formats)
         int8, net = Int8().eval(), float_net()
-        candidates = {"int8": Candidate(int8, int8), "fp32": Candidate(net, net)}
-        return choose_format("int8", candidates, images(4), images, [1, 2], 1, decisions(int8))
+        models = {"int8": Reference(call=int8, source=int8), "fp32": Reference(call=net, source=net)}
+        return choose_format("int8", models, images(4), images, [1, 2], 1, decisions(int8))
 
     return choose
 
@@ -130,8 +129,8 @@ def test_without_any_runtime_there_is_no_choice_and_it_says_what_to_install(choo
 def test_torchscript_runs_as_it_is_with_the_float_model_traced_beside_it() -> None:
     net = float_net()
     traced = torch.jit.trace(net, images(2), check_trace=False)
-    candidates = {"int8": Candidate(traced, None), "fp32": Candidate(net, net)}
-    choice = choose_format("int8", candidates, images(4), images, [1], 1, decisions(traced))
+    models = {"int8": Reference(call=traced, source=None), "fp32": Reference(call=net, source=net)}
+    choice = choose_format("int8", models, images(4), images, [1], 1, decisions(traced))
     assert choice.best is not None
     assert (choice.best.runtime, choice.best.format, choice.best.written) == ("torchscript", "pt2", None)
     assert set(choice.best.latency_ms) == {"int8", "fp32"}

@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from dist_train.lowering import Lowered, LoweringUnavailable
-from dist_train.lowering.comparison import (
-    Candidate,
-    is_rounding,
-    relative_difference,
-    require_same_answers,
-    time_models,
-)
+from dist_train.lowering.base import Reference
+from dist_train.lowering.comparison import is_rounding, relative_difference, require_same_outputs, time_models
 from dist_train.lowering.openvino import computes_in, missing_modules
 from dist_train.models.half_precision import HalfModel
 from tests.support.converted_nets import float_net, images
@@ -26,12 +21,12 @@ needs_openvino = pytest.mark.skipif(bool(missing_modules()), reason=f"not instal
 def test_half_is_timed_in_the_runtime_of_the_others_where_it_computes_in_half(name, precision, program, converted):
     net = float_net()
     half = HalfModel(net, name)
-    candidates = {
-        "fp32": Candidate(net, net),
-        name: Candidate(half, half, name),
-        "int8": Candidate(converted, program),
+    models = {
+        "fp32": Reference(call=net, source=net),
+        name: Reference(call=half, source=half, half=name),
+        "int8": Reference(call=converted, source=program),
     }
-    times, runtimes = time_models(candidates, images, [1], 1)
+    times, runtimes = time_models(models, images, [1], 1)
     expected = "openvino" if computes_in(precision) else "eager"
     assert runtimes == {"fp32": "openvino", name: expected, "int8": "openvino"}
     assert all(each["1"] > 0 for each in times.values())
@@ -40,21 +35,24 @@ def test_half_is_timed_in_the_runtime_of_the_others_where_it_computes_in_half(na
 def test_wrong_answers_are_not_timed():
     wrong = Lowered("swift", lambda batch: -float_net()(batch))
     with pytest.raises(LoweringUnavailable, match=r"swift answers differently for fp32 at batch 3 \(2 of the largest"):
-        require_same_answers("fp32", wrong, Candidate(float_net(), None), images(3))
+        require_same_outputs("fp32", wrong, Reference(call=float_net(), source=None), images(3))
     nan = Lowered("swift", lambda batch: float_net()(batch) * float("nan"))
     with pytest.raises(LoweringUnavailable, match="nan of the largest"):
-        require_same_answers("fp32", nan, Candidate(float_net(), None), images(3))
+        require_same_outputs("fp32", nan, Reference(call=float_net(), source=None), images(3))
 
 
 def test_a_difference_is_in_units_of_the_largest_output():
-    assert relative_difference(lambda x: x + 1, lambda x: x, torch.tensor([2.0, -4.0])) == 0.25
+    expected = torch.tensor([2.0, -4.0])
+    assert relative_difference(expected + 1, expected) == 0.25
 
 
 def test_a_model_that_multiplies_roundings_may_differ_by_what_it_differs_by_itself(program):
     stable, batch = program.module(), images(8)
-    steep = Candidate(lambda batch: torch.sin(300 * stable(batch)), program)  # a last bit of its input decides
+    steep = Reference(
+        call=lambda batch: torch.sin(300 * stable(batch)), source=program
+    )  # a last bit of its input decides
     assert is_rounding(0.5, steep, batch)
-    assert not is_rounding(0.5, Candidate(stable, program), batch)
-    assert not is_rounding(0.5, Candidate(steep.call, None), batch)  # a float model is not rounded
+    assert not is_rounding(0.5, Reference(call=stable, source=program), batch)
+    assert not is_rounding(0.5, Reference(call=steep.call, source=None), batch)  # a float model is not rounded
     assert not is_rounding(float("nan"), steep, batch)
-    assert is_rounding(0.2, Candidate(stable, program), batch)
+    assert is_rounding(0.2, Reference(call=stable, source=program), batch)

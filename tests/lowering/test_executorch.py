@@ -1,4 +1,4 @@
-"""int8 in ExecuTorch: XNNPACK's integer kernels for every int8 layer, the same answers, and a reason where there are none."""
+"""int8 in ExecuTorch: XNNPACK's integer kernels run every int8 layer with the same outputs, or a reason is given."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = [
 
 
 class Residual(nn.Module):
-    """What ResNet and MobileNetV2 are made of: a residual sum, a depthwise convolution with ReLU6, dropout before the last layer."""
+    """Has the parts of ResNet and MobileNetV2: a residual sum, a depthwise convolution with ReLU6, and dropout."""
 
     def __init__(self, activation: type[nn.Module] = nn.ReLU6) -> None:
         super().__init__()

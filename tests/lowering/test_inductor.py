@@ -69,7 +69,7 @@ def test_int8_on_images_of_one_channel_is_right_at_every_batch_size():
 
 
 def test_zero_points_per_channel_are_refused_before_anything_is_compiled(monkeypatch):
-    # Inductor's pattern takes them into oneDNN's kernels, which do not read them: off by the size of the output, at any batch size.
+    # Inductor fuses them into oneDNN's kernels, which ignore them: outputs are wrong by their own size, for any batch.
     monkeypatch.setattr("dist_train.lowering.inductor.compiler", lambda: "g++")
     monkeypatch.setattr(torch, "compile", None)
     program = affine("channel")

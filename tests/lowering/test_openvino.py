@@ -101,7 +101,8 @@ import sys
 sys.path.insert(0, sys.argv[1])
 attempts = []
 # A fork counts, because OpenVINO's telemetry sends from one; torch looks up the host's name and no more.
-sys.addaudithook(lambda name, _: attempts.append(name) if name in ("socket.connect", "socket.sendto", "os.fork") else None)
+watched = ("socket.connect", "socket.sendto", "os.fork")
+sys.addaudithook(lambda name, _: attempts.append(name) if name in watched else None)
 from tests.support.converted_nets import float_net, images
 from dist_train.lowering.openvino import lower
 lower(float_net(), images(1), threads=1).call(images(1))

@@ -1,4 +1,4 @@
-"""Trained weights to start from: by name, from a file and from another run; other heads and channels; what does not fit."""
+"""Trained weights to start from: by name, from a file and from another run; other heads and channels; errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def small(num_classes: int = 5, in_channels: int = 3, seed: int = 0, **args: int
 
 
 def same(left: nn.Module, right: nn.Module, but: tuple[str, ...] = ()) -> bool:
-    """Whether all but these entries are equal, and these are not."""
+    """True where these entries differ and all others are equal."""
     other = right.state_dict()
     return {name for name, value in left.state_dict().items() if not torch.equal(value, other[name])} == set(but)
 
@@ -76,7 +76,8 @@ def test_a_wrong_shape_names_the_layer_and_both_shapes() -> None:
     with pytest.raises(DataError) as caught:
         load_weights(fresh, small(width=6).state_dict(), "wide.pt", num_outputs=5)
     assert caught.value.message.startswith(
-        "wide.pt does not fit the model: stem.0.weight is [6, 3, 3, 3] there, [4, 3, 3, 3] in the model; stem.1.weight is [6]"
+        "wide.pt does not fit the model: stem.0.weight is [6, 3, 3, 3] there, [4, 3, 3, 3] in the model; "
+        "stem.1.weight is [6]"
     )
     assert "more" in caught.value.message and caught.value.hint
     assert same(fresh, untouched), "nothing was loaded"
@@ -175,7 +176,7 @@ def same_but_ends(model: nn.Module, trained: nn.Module) -> bool:
     return equal and changed == {"conv1.0.weight", "fc.weight", "fc.bias"}
 
 
-# ---- whole runs -------------------------------------------------------------------------------------------------------
+# ---- whole runs ----
 
 
 def config(folder: Path, name: str, **more: Any) -> Config:
@@ -229,7 +230,7 @@ def test_quantization_without_training_is_not_resumed_from_other_weights(tmp_pat
     # As if it had been killed before its end.
     (tmp_path / "ptq" / "status.json").write_text('{"state": "failed", "stage": "ptq", "step": 0, "restarts": 0}')
     torch.save(small(3, 1, seed=2).state_dict(), file)
-    with pytest.raises(DataError, match=r"trained.pt is not what it was when this run began"):
+    with pytest.raises(DataError, match=r"trained.pt has changed since this run began"):
         dist_train.run(config(tmp_path, "ptq", **more))
     torch.save(small(3, 1).state_dict(), file)
     assert dist_train.run(config(tmp_path, "ptq", **more))["models"] == results["models"]

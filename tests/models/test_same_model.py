@@ -1,4 +1,4 @@
-"""A run is resumed with the model, the backend and the rules that it began with, or it is refused with the difference."""
+"""A run is resumed with its own model, backend and rules, or refused with the difference."""
 
 from __future__ import annotations
 

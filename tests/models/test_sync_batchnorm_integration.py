@@ -1,4 +1,4 @@
-"""Synchronised batch norms on real ranks: outputs, gradients, statistics and losses are those of one process on the global batch."""
+"""Synchronised batch norms on real ranks give the results of one process on the global batch."""
 
 from __future__ import annotations
 

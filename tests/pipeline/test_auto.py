@@ -1,4 +1,4 @@
-"""Values chosen for `auto`, and the line that reports them, by machine and launcher."""
+"""Tests how `auto` is resolved and explained, by machine and launcher."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "bf16"}
             "single",
             "fp32",
             "auto: strategy single (1 rank), precision fp32 (this CPU would emulate bf16 and fp16), "
-            "device cpu (no CUDA), 4 threads per rank (4 cores, 1 rank), at most 4 data workers per rank (4 cores, 1 rank)",
+            "device cpu (no CUDA), 4 threads per rank (4 cores, 1 rank), "
+            "at most 4 data workers per rank (4 cores, 1 rank)",
         ),
         (
             {**ALONE, "precision": "auto"},
@@ -120,7 +121,7 @@ def test_a_resumed_run_keeps_the_precision_of_its_first_start_on_another_machine
 def test_a_resumed_run_whose_accelerate_config_changed_is_refused() -> None:
     config = Config.model_validate({"strategy": "accelerate"})
     with pytest.raises(
-        SetupError, match=r"began in fp32, and the accelerate config now says bf16\n.*--mixed_precision no"
+        SetupError, match=r"began in fp32, but the accelerate config now says bf16\n.*--mixed_precision no"
     ):
         choose(config, BF16_CPU, LAUNCHED, kept="fp32")
     assert choose(config, BF16_CPU, LAUNCHED, kept="bf16").precision == "bf16"

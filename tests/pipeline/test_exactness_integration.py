@@ -1,4 +1,4 @@
-"""Kills at any moment, then the same command: tensors, ledger and artifact equal an undisturbed run's."""
+"""Kills runs at any moment and resumes them: tensors, ledger and artifact equal an undisturbed run's."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def command(config: Path, run_dir: Path) -> list[str]:
 
 
 def bytes_of(value: Any) -> dict[str, tuple[str, bytes]]:
-    """Every tensor of a nested state, by place: its description and its bytes."""
+    """Returns every tensor of a nested state, by its place: description and bytes."""
     _, tensors = codec.encode(value)
     return {
         name: (f"{tensor.dtype} {tuple(tensor.shape)}", tensor.contiguous().view(torch.uint8).numpy().tobytes())
@@ -85,7 +85,7 @@ def assert_same_result(left: Path, right: Path) -> None:
 
 
 def lines(run_dir: Path) -> int:
-    """The number of lines of metrics.jsonl: the run's progress."""
+    """Returns the number of lines in metrics.jsonl: the run's progress."""
     path = RunDir(run_dir).metrics
     return path.read_text().count("\n") if path.exists() else 0
 
@@ -110,7 +110,7 @@ def test_killed_at_random_moments_a_run_ends_like_an_undisturbed_one(
                 lambda attempt=attempt: (read_json(RunDir(killed).status) or {}).get("restarts") == attempt
             )
             assert opened, ranks.printed()
-            # Moments by the run's progress, however fast it is; every other kill hits a single rank.
+            # Kills follow the run's progress, at any speed; every other one kills a single rank.
             goal = lines(killed) + draw.uniform(*share) * total
             ranks.until(lambda goal=goal: lines(killed) >= goal)
             time.sleep(draw.uniform(0, 0.2))
@@ -164,7 +164,7 @@ def test_killed_before_and_after_every_boundary_a_run_ends_like_an_undisturbed_o
             assert ranks.until(reached), f"{moment}: {ranks.printed()}"
             ranks.kill()
         found.append(latest(killed))
-    # A kill may come a step after what was waited for, but not past the next boundary.
+    # A kill may come one step later than intended, but not past the next boundary.
     assert found[0] == "train-end" and found[1] in ("ptq-end", "qat-00000001")
     assert [name[:5] for name in found[2:5]] == ["qat-0"] * 3 and "qat-00000010" not in found
     assert found[5:] == ["qat-end", "convert-end", "convert-end", "export-end"]

@@ -1,4 +1,4 @@
-"""Trains and quantizes by fx with bf16 and compile on two ranks; test_pairs_integration.py covers pt2e."""
+"""Runs backend fx with bf16 and compile on two ranks, up to int8; test_pairs_integration.py covers pt2e only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Users' mistakes end the run before training and say what to type, or give one warning."""
+"""Users' mistakes end before training, with a hint what to type, or give one warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that does not fit the images or settings is an error at set-up that says what to type."""
+"""A model that does not fit the images or settings is named at set-up, with a hint what to type."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def runs(tmp_path: Path) -> Runs:
     [
         (["plain_layers", "--model.args", "{dtype: float64}"], "its 0.weight is float64", "return model.float()"),
         (["plain_layers", "--model.args", "{dtype: bfloat16}"], "its 0.weight is bfloat16", "--precision bf16"),
-        (["dictionary", "--model.args", "{}"], "the model returns a dict, not a tensor", "return the logits alone"),
+        (["dictionary", "--model.args", "{}"], "the model returns a dict, not a tensor", "return only the logits"),
     ],
 )
 def test_it_ends_with_78_before_the_first_step(

@@ -1,4 +1,4 @@
-"""Combined settings from float to int8: six runs cover every pair of values."""
+"""Combines settings from float training to int8: every pair of them occurs in at least one of six runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dist_train.run_dir.files import read_json
 from dist_train.run_dir.paths import RunDir
 from tests.support.ranks import train, train_done
 
-# No partial batch: each shape is compiled separately.
+# No partial batch, because every further shape is compiled again.
 CONFIG = """
 run: {name: pairs, threads_per_rank: 1, device: cpu}
 data:
@@ -40,12 +40,12 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "synchronised": ({}, {"sync_batchnorm": "true"}),
     "dropout": ({}, {"qat.dropout": "true"}),
 }
-# A column is 1 in three of the last five rows. Of any two columns, some row has both, some row only one, some row only
-# the other, and the first row neither
-# (Kleitman and Spencer 1973, Discrete Mathematics 6: no array of six rows covers more than ten columns).
+# Each column is on in three of the last five rows, a different set for each. Any two columns so have all four
+# combinations of on and off; both are off in the first row (Kleitman and Spencer
+# 1973, Discrete Mathematics 6: no array of six rows covers more than ten columns).
 ROWS = list(zip(*([0, *(int(row in on) for row in range(5))] for on in combinations(range(5), 3)), strict=True))
 RESUMED = (3, 4)
-DEADLINE = 400.0  # of a run that compiles on ranks that share cores
+DEADLINE = 400.0  # seconds; for a run that compiles on ranks that share cores
 
 
 def choices(row: int) -> dict[str, int]:
@@ -124,7 +124,7 @@ def test_compiled_qat_killed_after_batch_norm_froze_ends_with_the_bytes_of_an_un
         "true",
     ]
     words += ["--strategy", "ddp"]
-    # Of 11 steps: BatchNorm freezes before the fourth, which is another graph.
+    # Of 11 steps. BatchNorm freezes before the fourth, which compiles another graph.
     words += ["--stages", "[ptq, qat]", "--qat.epochs", "1", "--checkpoint.every_steps", "1"]
     words += ["--qat.freeze_batch_norm", "0.3", "--run.dir"]
     train_done(2, *words, str(tmp_path / "run"), deadline=DEADLINE)

@@ -1,4 +1,4 @@
-"""Whole runs that fail, change their number of ranks, or find a foreign run directory."""
+"""Runs that fail, change their number of ranks, or get another run's directory."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_ranks_started_with_different_settings_say_so(small: list[str], tmp_path
     other.write_text((tmp_path / "small.yaml").read_text().replace("lr: 0.02", "lr: 0.03"))
     with train(2, *small) as ranks:
         ranks.kill([1])
-        # Rank 1 again, started here with another file.
+        # Starts rank 1 again by hand, with another config file.
         environ = dict(
             os.environ,
             RANK="1",
@@ -193,7 +193,7 @@ def test_other_data_than_before_is_refused(
         "--data.args",
         "{}",
     ]
-    for rows, code, message in (("60", 1, "conv7"), ("80", 1, "the dataset growing is not what it was")):
+    for rows, code, message in (("60", 1, "conv7"), ("80", 1, "the dataset growing has changed")):
         monkeypatch.setenv("GROWING_ROWS", rows)
         assert run_here(*small, *settings) == code
         printed = capsys.readouterr()

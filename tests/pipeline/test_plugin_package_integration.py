@@ -1,4 +1,4 @@
-"""A third party's package adds a part of each kind, found by its entry points or by --import."""
+"""A third party's package adds a part of each kind, by entry points once installed, or by --import."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log: {every_steps: 1}
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Installs the package by pip and returns its folder."""
+    """Returns a folder that pip installed the package into."""
     folder = tmp_path_factory.mktemp("plugin")
     source, target = folder / "source", folder / "site-packages"
     shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
@@ -49,7 +49,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(folder: Path, path: Path, *arguments: str) -> dict[str, Any]:
-    """Runs CONFIG in `folder` with `path` on Python's path, checks each part's trace, and returns the results."""
+    """Runs CONFIG in `folder` with `path` on PYTHONPATH, checks each part's effect, and returns the results."""
     (folder / "bright.yaml").write_text(CONFIG)
     environ = {"PYTHONPATH": f"{ROOT}:{path}", "XDG_CACHE_HOME": str(folder / "cache")}
     with Ranks(1, ["-m", "dist_train", "run", "bright.yaml", *arguments], environ, folder) as ranks:

@@ -1,4 +1,4 @@
-"""The shipped quickstart on 1, 2 and 3 ranks: equal samples at every step, equal counts and equal quality."""
+"""The quickstart on 1, 2 and 3 ranks has the same samples at every step, the same counts and the same accuracy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dist_train.config.load import shipped
+from dist_train.config.shipped import shipped
 from dist_train.run_dir.files import read_json
 from dist_train.run_dir.ledger import check, read_steps
 from dist_train.run_dir.paths import RunDir
@@ -45,7 +45,7 @@ def results(run: Path) -> dict[str, Any]:
 
 
 def global_batches(run: Path) -> dict[tuple[str, int], list[int]]:
-    """The ids of each step, over all ranks."""
+    """Returns the sample ids of each step, over all ranks."""
     return {key: sorted(number for line in lines for number in line["ids"]) for key, lines in read_steps(run).items()}
 
 
@@ -176,5 +176,5 @@ def test_fast_dev_run_tries_every_stage_without_touching_the_run(tmp_path: Path)
         "export": None,
     }
     assert results(dev)["gates"]["convert"]["bound"] == results(dev)["gates"]["lowered"]["bound"] == 0.9
-    train_done(1, "run", QUICKSTART, *quick)  # starts again whatever is there
+    train_done(1, "run", QUICKSTART, *quick)  # starts over, even in a used directory
     assert results(dev)["world_size"] == 1

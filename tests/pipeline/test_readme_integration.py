@@ -1,4 +1,4 @@
-"""What README.md prints works as printed."""
+"""Commands and code of README.md work as printed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    """The fenced blocks of a language, in order."""
+    """Returns the fenced blocks of a language, in order."""
     found, inside = [], None
     for line in README.splitlines(keepends=True):
         if line.startswith("```"):

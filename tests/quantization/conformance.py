@@ -1,6 +1,7 @@
-"""Which models which backend quantizes: each pair tried the whole way through a real run, and the table of what came of it.
+"""Conformance of models and backends: each pair is tried in a whole run, and the outcomes become the README's table.
 
-`python -m tests.quantization.conformance` tries all (about four minutes), writes the record beside this file and the README's table.
+`python -m tests.quantization.conformance` tries all pairs (about four minutes). It writes the record beside this file
+and the README's table.
 """
 
 from __future__ import annotations
@@ -87,14 +88,14 @@ qat: {{backend: {backend}, epochs: 1, optim: {{lr: 0.0001}}}}
 convert: {{agreement_bound: 0.9}}
 export: {{latency: false}}
 """
-# The weights are not trained, and rounding grows from layer to layer of a deep random network: hence the looser bound of `convert`.
+# The weights are not trained, and rounding grows from layer to layer of a deep random network: hence the looser bound
+# of `convert`.
 
 
 def try_pair(model: Model, backend: str, folder: Path) -> str:
-    """`INT8` and the share of the weights that are, where the model went the whole way and every gate passed; else what the refusal
-    says, on one line.
+    """Returns `INT8` and the int8 share of the weights if every gate passed; else the text of the refusal, on one line.
 
-    Any other error than one for people is raised: it is a bug.
+    Errors that are not meant for users are raised: they are bugs.
     """
     kind = model.for_backend(backend)
     file = folder / "conformance.yaml"
@@ -112,12 +113,12 @@ def try_pair(model: Model, backend: str, folder: Path) -> str:
 
 
 def is_int8(outcome: str) -> bool:
-    """Whether an outcome of `try_pair` is of a model that went the whole way."""
+    """True for an outcome of `try_pair` with an int8 model."""
     return outcome.startswith(INT8)
 
 
 def record() -> dict[str, dict[str, str]]:
-    """What was seen last: model -> backend -> as `try_pair`."""
+    """Reads the last outcomes: by model and backend, as of `try_pair`."""
     seen: dict[str, dict[str, str]] = json.loads(RECORD.read_text())
     return seen
 
@@ -143,7 +144,7 @@ def _cell(model: Model, backend: str, outcome: str, notes: list[str]) -> str:
 
 
 def block(text: str) -> str:
-    """What stands between the README's marks."""
+    """Returns the text between the README's marks."""
     found = re.search(r"<!-- conformance -->\n(.*?)\n<!-- /conformance -->", text, re.DOTALL)
     assert found, "README.md has no block <!-- conformance --> ... <!-- /conformance -->"
     return found.group(1)

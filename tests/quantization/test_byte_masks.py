@@ -1,4 +1,4 @@
-"""Gradients through clamps and fake quantization are torch's own, and what a compiled step keeps for them are bytes, not bools."""
+"""Gradients through clamps and fake quantization equal torch's, and a compiled step keeps bytes for them, not bools."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, symbolic_trace
 
-from dist_train.quantization.byte_masks import bounded, use_byte_masks
+from dist_train.quantization.byte_masks import clamp_with_byte_mask, use_byte_masks
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize
 from dist_train.quantization.pt2e.backend import PT2EBackend
 from dist_train.quantization.pt2e.prepared_graph import PreparedGraph
@@ -27,7 +27,7 @@ ACTIVATIONS = {
 
 
 class Recorder:
-    """A backend of torch.compile: Inductor's, up to its kernels. It notes the dtypes of what a forward gives and keeps for backward."""
+    """A backend of torch.compile: Inductor without its kernels. It records the dtypes that a forward keeps."""
 
     def __init__(self) -> None:
         self.kept: list[torch.dtype] = []
@@ -100,7 +100,7 @@ def test_a_compiled_step_keeps_no_bools_and_has_the_gradients_of_an_eager_one(ac
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     ("name", "instead"),
-    [("fake_quantize.equal", torch.eq), ("pt2e.prepared_graph.use_byte_masks", lambda graph: None)],
+    [("fake_quantize.equal_mask", torch.eq), ("pt2e.prepared_graph.use_byte_masks", lambda graph: None)],
 )
 def test_without_it_a_compiled_step_keeps_bools(
     name: str, instead: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
@@ -116,7 +116,7 @@ def test_without_it_a_compiled_step_keeps_bools(
 def test_gradients_at_the_bounds_themselves_are_torchs(low: float, high: float, compiled: bool) -> None:
     x = torch.tensor([-2.0, -1.0, -0.0, 0.0, 0.25, 0.5, 6.0, 7.0])
     mine, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
-    function = torch.compile(bounded, backend="aot_eager") if compiled else bounded
+    function = torch.compile(clamp_with_byte_mask, backend="aot_eager") if compiled else clamp_with_byte_mask
     result = function(mine, low, high)
     expected = torch.relu(plain) if high == float("inf") else torch.nn.functional.hardtanh(plain, low, high)
     assert torch.equal(result, expected)

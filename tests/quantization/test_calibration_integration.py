@@ -1,4 +1,4 @@
-"""Ranges before training, by whole runs on sorted data: from samples of all classes, and the same to the bit on one and on three ranks."""
+"""Calibration in whole runs on sorted data: samples of all classes, and bitwise equal ranges on one and three ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a backend cannot take is found by its check, with the place and what to type; what it can take passes."""
+"""A backend's check refuses the models that it cannot take, with the place and what to type, and no others."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_pt2e_finds_before_training_that_nothing_would_be_quantized(
 
 
 class Doubled(nn.Module):
-    """What its convolution puts out is doubled by a hook, which is part of the convolution then."""
+    """A convolution with a hook that doubles its output and becomes part of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,8 @@ def test_pt2e_quantizes_a_convolution_that_pads_with_what_is_there(mode: Any, im
     ).eval()
     pt2e = PT2EBackend()
     prepared = pt2e.prepare(model, images)
-    assert {"0_weight", "0_input", "3_weight"} <= {name for name, _ in prepared.quantizers.named_children()}  # type: ignore[operator, union-attr]
+    names = {name for name, _ in prepared.get_submodule("quantizers").named_children()}
+    assert {"0_weight", "0_input", "3_weight"} <= names
     prepared.fake_quantize(False)
     with torch.no_grad():
         torch.testing.assert_close(prepared(images), model(images), rtol=1e-5, atol=1e-6)

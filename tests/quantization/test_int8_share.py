@@ -1,8 +1,9 @@
-"""Which weights become int8 is counted as the converted model has them."""
+"""The int8 share counts the weights that the converted model has as integers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -10,14 +11,16 @@ from torch import Tensor, nn
 
 from dist_train.config.stages import QATConfig
 from dist_train.quantization.backend import build_backend
-from dist_train.quantization.int8_share import Coverage, coverage
+from dist_train.quantization.int8_share import Int8Share, int8_share
+from dist_train.quantization.layer_sqnr import layer_sqnr
+from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
 from dist_train.quantization.torch_ao.integer_model import IntegerModel
 from tests.support.one_net_all_backends import StubNet
 
 
 class Mixed(nn.Module):
-    """Of each kind one: folded and plain convolution, a Linear and one as a function, a transposed convolution, attention, tied weights."""
+    """Has folded, plain and transposed convolutions, Linears and one as a function, attention and tied weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +56,7 @@ def integers(converted: nn.Module) -> Iterator[Tensor]:
             yield value
 
 
-def counted(backend: str, model: nn.Module, size: int = 8) -> tuple[Coverage, int]:
+def counted(backend: str, model: nn.Module, size: int = 8) -> tuple[Int8Share, int]:
     """The count, and the elements of the converted model's integer weights that are quantized."""
     torch.manual_seed(0)
     ours, images = build_backend(QATConfig(backend=backend)), torch.rand(4, 3, size, size)
@@ -62,7 +65,7 @@ def counted(backend: str, model: nn.Module, size: int = 8) -> tuple[Coverage, in
         prepared(images)
     ranges = Ranges(prepared)
     ranges.update(ranges.observed(), 1.0)
-    found = coverage(model, prepared)
+    found = int8_share(model, prepared)
     assert found is not None
     weights = [each for each in integers(ours.convert(prepared)) if each.is_quantized or each.dtype is torch.int8]
     return found, sum(each.numel() for each in weights)
@@ -97,6 +100,33 @@ def test_what_stays_in_floating_point_is_named_the_largest_first(backend: str) -
 
 
 def test_a_share_is_rounded_down_so_that_100_means_all() -> None:
-    found = Coverage({"a": 99_999}, {"b": 1})
+    found = Int8Share({"a": 99_999}, {"b": 1})
     assert found.in_words() == "99.9 % of the weights are int8; float: b (1)"
     assert found.as_json()["float_modules"] == {"b": 1}
+
+
+class Foreign(PreparedModel):
+    """The least that a third party's backend must give."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.batch_norms = model, {}
+
+    @property
+    def fixed_fake_quantizers(self) -> list[nn.Module]:
+        return []
+
+    def literals(self) -> Iterator[tuple[str, float]]:
+        return iter(())
+
+    def keep_dropout(self) -> None:
+        return
+
+    def batch_moments(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def test_a_backend_that_tells_nothing_of_its_layers_has_no_share_and_no_ratios() -> None:
+    model = StubNet()
+    assert int8_share(model, Foreign(model)) is None
+    assert layer_sqnr(Foreign(model), model, torch.rand(2, 3, 8, 8)) == {}

@@ -1,4 +1,4 @@
-"""Ranges on three real ranks: the same everywhere, and those of one process on all rows; stock fake quantization fails both."""
+"""Ranges on three real ranks equal each other and those of one process; with stock fake quantization they do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics of a moving average, estimated anew on three real ranks: the same on each, and those that one process finds."""
+"""Recalibrated statistics of a moving average are equal on three real ranks, and equal to those of one process."""
 
 from __future__ import annotations
 

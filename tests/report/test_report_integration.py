@@ -1,4 +1,4 @@
-"""A run that fails and is resumed, with every tracker: one run in each of them, and details of each model for its report."""
+"""A run that fails and is resumed: one run in each tracker, and details of each model for its report."""
 
 from __future__ import annotations
 

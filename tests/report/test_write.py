@@ -17,7 +17,7 @@ from dist_train.errors import RunDirError
 from dist_train.report.write import write_report
 from dist_train.run_dir.files import replace_json
 from dist_train.run_dir.paths import RunDir
-from tests.support.written_run_dirs import PNG, details, finished, started
+from tests.support.written_run_dirs import PNG, details, finished, line, started
 
 
 class Texts(HTMLParser):
@@ -28,6 +28,7 @@ class Texts(HTMLParser):
         self.texts: list[str] = []
         self.loads: list[str] = []
         self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
         self.feed(page)
 
     def handle_data(self, data: str) -> None:
@@ -35,6 +36,7 @@ class Texts(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
         self.loads += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action", "data")]
 
     def __contains__(self, text: str) -> bool:
@@ -85,6 +87,23 @@ def test_what_comes_from_a_run_is_text_and_not_markup(tmp_path: Path) -> None:
     replace_json(run.status, {"state": "failed", "stage": evil, "step": 1, "restarts": 0, "error": evil})
     shown = Texts(write_report([run.path, finished(tmp_path / "other")], tmp_path / "out").read_text())
     assert shown.tags.count("script") == 1 and evil in shown
+
+
+def test_what_comes_from_a_run_cannot_leave_an_attribute(tmp_path: Path) -> None:
+    evil = """x" onclick="alert(1)' onclick='alert(2)"""
+    run = RunDir(finished(tmp_path / "run", name=evil, lines=[line("train", 0, loss=1.0, **{evil: 1.0})]))
+    found = details([evil, "b", "c"])
+    replace_json(run.details("fp32"), {**found, "worst": [{**found["worst"][0], "id": evil, "image": evil}]})
+    replace_json(run.status, {"state": evil, "stage": evil, "step": 1, "restarts": 0, "error": None})
+    shown = Texts(write_report([run.path, finished(tmp_path / "other")], tmp_path / "out").read_text())
+    assert not [name for name, _ in shown.attributes if name.startswith("on")]
+    for name, value in (
+        ("alt", f"sample {evil}"),
+        ("src", f"data:image/png;base64,{evil}"),
+        ("title", f"{evil} taken for b: 1"),
+        ("aria-label", f"train: {evil}"),
+    ):
+        assert (name, value) in shown.attributes, name
 
 
 @pytest.mark.parametrize(("state", "error"), [("running", None), ("failed", "NonFiniteLossError: <rank 1>")])

@@ -201,7 +201,7 @@ class _Killed(BaseException):
 def test_a_kill_between_any_two_operations_leaves_latest_whole(
     folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Random kills seldom hit the moments between the last renames: here each operation of the file system in turn is the last.
+    # Random kills seldom hit the moments between the last renames: here each file operation in turn is the last.
     left = [0]
 
     def counted(operation: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.run_dir.files import read_json, replace_json
+from dist_train.run_dir.files import read_json, replace_bytes, replace_json
 from dist_train.run_dir.paths import RunDir
 from dist_train.trackers.jsonl import JsonLines
 
@@ -30,6 +30,14 @@ def test_writers_at_once_leave_one_of_their_texts_and_nothing_else(tmp_path: Pat
 
 def test_there_is_no_json_in_a_file_that_is_not_there(tmp_path: Path) -> None:
     assert read_json(tmp_path / "none.json") is None
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "images.npy"
+    replace_bytes(path, b"old")
+    with pytest.raises(TypeError):
+        replace_bytes(path, "no bytes")  # type: ignore[arg-type]
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_what_json_cannot_hold_leaves_the_old_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoints within a stage stay: newest, best, one for so many hours, and what is needed."""
+"""Retention within a stage: the newest, the best, one for so many hours, and those that are needed."""
 
 from __future__ import annotations
 

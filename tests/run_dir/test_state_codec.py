@@ -1,4 +1,4 @@
-"""What goes through the codec (and JSON and safetensors) comes back the same, or is refused by its place."""
+"""State goes through the codec, JSON and safetensors unchanged, or is refused by its path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs where ptq is, or is not, good enough for `qat.budget`."""
+"""Runs in which ptq is within `qat.budget`, or is not."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_within_the_budget_qat_is_left_out_and_ptq_is_converted(
     assert "fake_quant" not in results["models"] and results["models"]["int8"]["count"] == 61
     assert runs.product("run", "qat") == runs.product("run", "ptq")
     printed = capsys.readouterr().out
-    assert "within the budget of 100: qat is not needed: left out" in printed
+    assert "within the budget of 100: qat is not needed: skipped" in printed
     assert "qat: left out, as ptq loses" in printed, "the summary has it too"
 
 
@@ -47,7 +47,7 @@ def test_without_a_budget_ptq_says_what_it_lost_and_where_that_is_little_how_to_
     lost = 100 * (models["fp32"]["top1"] - models["ptq"]["top1"])
     assert (lost <= 0.1) == little, "else there is nothing to see"
     line = f"ptq: loses {lost:.2f} points of top1 against fp32"
-    hint = "; where that will do, --qat.budget 0.1 leaves qat out"
+    hint = "; if that is acceptable, --qat.budget 0.1 skips qat"
     assert f"{line}{hint if little else ''}\n" in capsys.readouterr().out
 
 
@@ -65,7 +65,7 @@ def test_what_was_left_out_stays_so_when_a_run_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "verdict"),
     [
-        (["--qat.budget", "100", "--qat.always", "true"], "not needed, but asked for"),
+        (["--qat.budget", "100", "--qat.always", "true"], "not needed, but qat.always is set"),
         (
             ["--qat.budget", "0", "--qat.rules", "[{match: '*', weight: {bits: 2}}]"],
             "beyond the budget of 0: qat is needed",

@@ -1,4 +1,4 @@
-"""Early stopping: results, ledger and schedule of a stage that ends early, also after interruptions."""
+"""Tests early stopping: results, ledger and schedule, and resumption after interruptions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from dist_train.run_dir.ledger import check
 from tests.support.small_runs import STEPS, Runs
 
-# A learning rate without improvement: the first evaluation is the best.
+# At this rate nothing improves, so the first evaluation is the best.
 STUCK = ["--train.optim.lr", "1e-12", "--train.epochs", "9", "--train.early_stopping", "{patience: 2}"]
 
 

@@ -1,4 +1,4 @@
-"""int8 formats are gated by their predictions and opened in a fresh process, or nothing is written."""
+"""Int8 formats must agree in their decisions and open in a fresh process, or nothing is written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SETTINGS = [
 
 
 def tipping(*args: Any) -> tuple[Callable[[Tensor], Tensor], str]:
-    """ONNX Runtime that swaps the two likeliest classes if close, in rows after the first 16 of a batch."""
+    """Returns an ONNX Runtime that swaps the two likeliest classes, if close, in rows after the first sixteen."""
     right, name = OPEN(*args)
 
     def call(images: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def test_a_format_that_decides_alike_is_recorded_and_a_later_one_is_judged_by_th
         planted.setitem(registry.datasets._entries, "fake", registry.Entry(not_here))
         assert main(["export", str(tmp_path / "run"), "--format", "onnx"]) == 1
     assert (
-        "formats of int8 are judged by the run's evaluation set, which cannot be read here" in capsys.readouterr().err
+        "formats of int8 are checked on the run's evaluation set, which cannot be read here" in capsys.readouterr().err
     )
 
 

@@ -1,4 +1,4 @@
-"""QAT of an untrained deep network, whose batch norms have no statistics to learn ranges from."""
+"""Trains a deep network that begins with qat: its batch norms have no statistics yet to learn ranges with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEPTH = 8
 
 @dist_train.register_model("fading")
 def fading(num_classes: int, in_channels: int) -> nn.Module:
-    """A network whose fresh blocks shrink their input by half or more in evaluation mode, and not in training."""
+    """Returns a net whose untrained blocks shrink activations by more than half in eval mode, but not in train mode."""
     parts: list[nn.Module] = []
     for index in range(DEPTH):
         conv = nn.Conv2d(8 if index else in_channels, 8, 3, padding=1, bias=False)
@@ -28,7 +28,7 @@ def fading(num_classes: int, in_channels: int) -> nn.Module:
 
 
 def first_gradient(runs: Runs, name: str, backend: str) -> float:
-    """The norm of all gradients at the first step of a run."""
+    """Returns the norm of all gradients at a run's first step."""
     options = [
         "--model.name",
         "fading",
@@ -51,7 +51,7 @@ def test_its_statistics_are_estimated_before_its_ranges(
 ) -> None:
     runs = Runs(tmp_path)
     estimated = first_gradient(runs, "run", backend)
-    assert capsys.readouterr().out.count("batch norm has no statistics yet") == 1
+    assert capsys.readouterr().out.count("batch norms have no statistics yet") == 1
     monkeypatch.setattr(ptq, "_knows_no_data", lambda model: False)
     faded = first_gradient(runs, "without", backend)
     assert faded < 0.1 * estimated, "ranges of faded activations clip them, and their gradients"

@@ -1,4 +1,4 @@
-"""Each gate fails a run on a planted fault, and names its place."""
+"""Each gate fails a run with a planted fault, and names its place."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def gates(runs: Runs, name: str = "run") -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("backend", "named"),
     [
-        pytest.param("other_eps", {"bn2.eps is 1e-05, which was 0.01"}, marks=pytest.mark.slow),
-        pytest.param("other_momentum", {"bn2.momentum is 0.1, which was 0.3"}, marks=pytest.mark.slow),
-        ("other_dropout", {"dropout.p is 0.5, which was 0.2"}),
+        pytest.param("other_eps", {"bn2.eps is 1e-05, but 0.01 in the float model"}, marks=pytest.mark.slow),
+        pytest.param("other_momentum", {"bn2.momentum is 0.1, but 0.3 in the float model"}, marks=pytest.mark.slow),
+        ("other_dropout", {"dropout.p is 0.5, but 0.2 in the float model"}),
         (
             "fx_other_literals",
             {
-                "bn2.eps is 1e-05, which was 0.01",
-                "bn2.momentum is 0.1, which was 0.3",
-                "dropout.p is 0.5, which was 0.2",
+                "bn2.eps is 1e-05, but 0.01 in the float model",
+                "bn2.momentum is 0.1, but 0.3 in the float model",
+                "dropout.p is 0.5, but 0.2 in the float model",
             },
         ),
     ],
@@ -60,10 +60,10 @@ def test_a_backend_that_changes_a_literal_fails_and_the_literal_is_named(
     assert runs("run", *NET, "--stages", "[ptq]", "--qat.backend", backend) == 1
     error = capsys.readouterr().err
     assert "the gate `prepare` failed" in error
-    assert {line.strip() for line in error.splitlines() if "which was" in line} == named
+    assert {line.strip() for line in error.splitlines() if "in the float model" in line} == named
     prepare = gates(runs)["prepare"]
     assert not prepare["passed"]
-    # eps changes the outputs too; the other faults show only in training.
+    # A changed eps changes the outputs, too; literals that only training uses do not.
     assert (prepare["value"] > prepare["bound"]) == any("eps" in line for line in named)
 
 
@@ -86,14 +86,14 @@ def test_what_stock_pt2e_does_to_mobilenet_v3_is_caught(tmp_path: Path, capsys: 
     runs = Runs(tmp_path)
     assert runs("run", *MOBILE, "--stages", "[train, ptq]", "--train.epochs", "1", "--qat.backend", "stock_pt2e") == 1
     error = capsys.readouterr().err
-    assert "features.0.1.eps is 1e-05, which was 0.001" in error
-    assert "features.0.1.momentum is 0.1, which was 0.01" in error
+    assert "features.0.1.eps is 1e-05, but 0.001 in the float model" in error
+    assert "features.0.1.momentum is 0.1, but 0.01 in the float model" in error
     assert gates(runs)["prepare"]["value"] > 0.01, "the outputs show it, too"
 
 
 @dist_train.register_model("mobilenet_of_few_steps")
 def mobilenet_of_few_steps(num_classes: int) -> nn.Module:
-    """MobileNetV3-small with its eps of 1e-3, and a momentum for few steps (0.01 needs thousands)."""
+    """Returns MobileNetV3-small with its eps of 1e-3, but a larger momentum, as 0.01 needs thousands of steps."""
     model = torchvision.models.mobilenet_v3_small(num_classes=num_classes)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -147,7 +147,7 @@ def test_int8_is_judged_in_the_runtime_and_a_wrong_one_fails_the_run(
         planted.setattr(openvino, "open_onnx", wrong)
         assert runs("run", *settings) == 1
     error = capsys.readouterr().err
-    assert "the gate `lowered` failed in openvino" in error and "the layers are not the cause, openvino is" in error
+    assert "the gate `lowered` failed in openvino" in error and "the cause is openvino, not the layers" in error
     assert "--convert.runtime" in error
     assert gates(runs)["convert"]["passed"] and not gates(runs)["lowered"]["passed"] and len(seen) == 1
 
@@ -165,7 +165,7 @@ def test_without_a_runtime_the_program_is_judged_in_process_and_the_run_says_so(
     runs, settings = Runs(tmp_path), ["--stages", "[train, ptq, convert]"]
     assert runs("run", *settings) == 0
     printed = capsys.readouterr().out
-    assert "convert: int8 was judged in process alone: onnxscript" in printed
+    assert "convert: int8 was checked in PyTorch only: onnxscript" in printed
     assert "gate skipped: lowered: onnxscript" in printed
     assert gates(runs)["convert"]["passed"] and "lowered" not in gates(runs)
     assert runs.results("run")["gates_skipped"]["lowered"].startswith("onnxscript")
@@ -187,7 +187,7 @@ def test_two_ranks_judge_their_shares_in_onnx_runtime_and_in_the_fx_program_itse
             "tests.support.one_net_all_backends",
         ]
         settings = ["--stages", "[train, ptq, convert]", "--convert.runtime", runtime, "--qat.backend", backend]
-        settings += ["--convert.agreement_bound", "0.95"]  # 61 samples: a few may differ
+        settings += ["--convert.agreement_bound", "0.95"]  # allows a few of 61 samples to differ
         with train(2, *command, *TRAINED, *settings) as ranks:
             assert ranks.wait() == [0, 0], ranks.printed()
         results = read_json(RunDir(tmp_path / backend).results)

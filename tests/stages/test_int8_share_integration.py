@@ -1,4 +1,4 @@
-"""A run reports the int8 share and the size of its int8 model, and the gates that did not run."""
+"""A run reports its int8 model's share of int8 weights, its size, and the gates that did not run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.small_runs import Runs
 
 @dist_train.register_model("recurrent")
 def recurrent(num_classes: int) -> nn.Module:
-    """An LSTM over the rows of an image, which no backend quantizes, and a head, which all do."""
+    """Returns an LSTM over an image's rows, which no backend quantizes, with a head, which all quantize."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -33,12 +33,12 @@ def project(x: Tensor, matrix: Tensor) -> Tensor:
     return nn.functional.linear(x, matrix)
 
 
-torch.fx.wrap("project")  # as torchvision wraps Swin's attention: fx does not look into it
+torch.fx.wrap("project")  # as torchvision wraps Swin's attention: fx does not trace into it
 
 
 @dist_train.register_model("projected")
 def projected(num_classes: int) -> nn.Module:
-    """A projection by a function, a hidden layer and a head."""
+    """Returns a net with a projection by a function, a hidden layer and a head."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -60,7 +60,7 @@ def test_mostly_float_is_warned_of_recorded_and_in_the_manifest_and_the_report(
     recurrent = ["--model.name", "recurrent", "--model.args", "{}", "--train.epochs", "1", "--convert.runtime", "none"]
     assert runs("run", *settings, *recurrent, "--convert.agreement_bound", "0") == 0
     printed = capsys.readouterr().out
-    line = "convert: 3.6 % of the weights are int8; float: lstm (5,120); no other backend takes more"
+    line = "convert: 3.6 % of the weights are int8; float: lstm (5,120); no other backend quantizes more"
     assert f"warning: {line}" in printed
     weights = runs.results("run")["models"]["int8"]["weights"]
     assert (weights["int8"], weights["float"], weights["float_modules"]) == (192, 5120, {"lstm": 5120})
@@ -89,5 +89,5 @@ def test_the_backend_that_takes_more_is_named_and_so_is_what_rules_leave(
     assert runs("run", "--stages", "[train, ptq, convert]", *model, *rules) == 0
     assert (
         "warning: convert: 31.3 % of the weights are int8; float: matrix (2,048), head (192); "
-        "qat.rules leave 192 of them in floating point; --qat.backend pt2e takes 94.1 %"
+        "qat.rules leave 192 of them in floating point; --qat.backend pt2e quantizes 94.1 %"
     ) in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The evaluation details kept belong to the model that a stage returns."""
+"""The stored details belong to the model that the stage hands on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.training_loops import CLASSES, make, mlp
 
 
 class Scored(StageLearner):
-    """Evaluates as `make`'s own learner does, with scores of which the second and the fifth are the best."""
+    """Evaluates like the learner of `make`, but with given scores, of which the second and fifth are the best."""
 
     def __init__(self, plain: Learner) -> None:
         super().__init__(plain.model, plain.reduction)
@@ -41,7 +41,7 @@ class Scored(StageLearner):
 
 
 def trained(select: str) -> tuple[Scored, TrainState]:
-    """Trains four epochs, of which the second is the best."""
+    """Trains four epochs; the second is the best."""
     run = make(World(), mlp(), epochs=4, config={"select": select}).run
     run.learner = learner = Scored(run.learner)
     return learner, fit(run, None)

@@ -1,4 +1,4 @@
-"""A model that a backend cannot quantize ends the run at set-up on every rank, before float training."""
+"""A model that the backend cannot convert ends the run at set-up, on every rank, before float training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def runs(tmp_path: Path) -> Runs:
 
 
 def said(runs: Runs, name: str) -> str:
-    """Returns the error in status.json and checks that no step was made."""
+    """Returns the error in status.json, and checks that no step was made."""
     run_dir = RunDir(runs.folder / name)
     assert not run_dir.metrics.exists() or "loss" not in run_dir.metrics.read_text()
     assert not run_dir.results.exists()
@@ -90,7 +90,7 @@ def test_every_rank_ends_by_itself_with_78(tmp_path: Path) -> None:
 
 @dist_train.register_model("on_one_pixel")
 def on_one_pixel(num_classes: int, in_channels: int) -> nn.Module:
-    """A network with stubs that averages maps of one pixel, for images of 8 pixels."""
+    """Returns a net with stubs that averages maps of one pixel, from images of 8 x 8."""
 
     class OnOnePixel(stub_parts.StubNet):
         def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""QAT selects its checkpoint by the metric of the converted model, not of the simulation."""
+"""QAT selects its checkpoint by the metrics of the converted model, not of the simulation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fewer than 8 bits are trained, converted, gated and exported as a program, and refused by other formats."""
+"""Fewer than 8 bits end to end: trained, converted, gated, exported as a program; other formats are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""strategy: accelerate obeys the user's `accelerate config`, and trains as strategy ddp does."""
+"""Tests strategy accelerate: the user's `accelerate config` applies, and training equals strategy ddp."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dist_train.training.loop import fit
 from tests.support.ranks import ROOT, call, free_port
 from tests.support.training_loops import flat, make, mlp, normed
 
-# In the form that `accelerate config` writes; MULTI_CPU would start one process (without MPI).
+# As `accelerate config` writes it. MULTI_CPU without MPI would start one process only.
 USERS_CONFIG = """\
 compute_environment: LOCAL_MACHINE
 distributed_type: MULTI_GPU
@@ -38,7 +38,7 @@ mixed_precision: {precision}
 
 
 def launch(folder: Path, precision: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs `accelerate launch` with the user's YAML and two CPU processes."""
+    """Runs `accelerate launch` with the user's YAML on two CPU processes."""
     config = folder / "user.yaml"
     config.write_text(USERS_CONFIG.format(port=free_port(), precision=precision))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "dist_train"]

@@ -1,4 +1,4 @@
-"""Strategy dp: buffers of replicas learn from all rows, on the CPU with torch's replicas and on GPUs."""
+"""Tests strategy dp: buffers merge the rows of all replicas; on CPUs with torch's replicas, on GPUs as it is."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.training_loops import flat, make, normed
 
 
 class OnCPU(Replicated):
-    """nn.DataParallel with `count` CPU copies in place of GPUs, made by torch's `_replicate_for_data_parallel`."""
+    """An nn.DataParallel with `count` CPU replicas instead of GPUs, by torch's `_replicate_for_data_parallel`."""
 
     def __init__(self, module: nn.Module, count: int) -> None:
         super().__init__(module)
@@ -43,7 +43,10 @@ class OnCPU(Replicated):
 
 
 def _replica(module: nn.Module, first: bool) -> nn.Module:
-    """A copy as torch's `replicate` makes it: parameters as attributes; only the first shares its buffers."""
+    """Makes a replica as torch's `replicate` does.
+
+    Its parameters are plain attributes, and its buffers are clones except on the first device.
+    """
     replica: nn.Module = module._replicate_for_data_parallel()
     for name, parameter in module.named_parameters(recurse=False):
         setattr(replica, name, parameter * 1)
@@ -56,7 +59,7 @@ def _replica(module: nn.Module, first: bool) -> nn.Module:
 
 @pytest.fixture
 def apply_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the replicas one after the other; torch's parallel_apply needs the stream of a GPU."""
+    """Runs the replicas one after the other; torch's parallel_apply needs a GPU's stream."""
 
     def in_turn(replicas: Sequence[nn.Module], inputs: Any, kwargs: Any, devices: Any) -> list[Any]:
         return [replica(*arguments) for replica, arguments in zip(replicas, inputs, strict=True)]
@@ -65,7 +68,7 @@ def apply_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Centre(nn.Module):
-    """Subtracts a mean that is learned from its rows."""
+    """Subtracts a mean that it learns from its rows."""
 
     centre: torch.Tensor
 
@@ -91,7 +94,7 @@ def prepared_net() -> PreparedModel:
 
 
 def step(model: nn.Module, images: torch.Tensor, replicas: int) -> torch.Tensor:
-    """One forward and backward, by the strategy."""
+    """Runs forward and backward as the strategy does."""
     strategy = DP(World(), "fp32")
     strategy._replicated = OnCPU(model, replicas)
     outputs: torch.Tensor = strategy._replicated(images)
@@ -104,9 +107,9 @@ def step(model: nn.Module, images: torch.Tensor, replicas: int) -> torch.Tensor:
 def test_ranges_under_dp_are_those_of_all_replicas_rows_and_not_the_first_gpus() -> None:
     torch.manual_seed(0)
     images = torch.rand(6, 3, 8, 8)
-    images[4:] *= 10  # only the last replica sees them
+    images[4:] *= 10  # only the last replica sees these rows
     whole = prepared_net()
-    whole.freeze_batch_norm()  # statistics of a batch would make the activations differ
+    whole.freeze_batch_norm()  # batch statistics would make the activations differ
     split, first = copy.deepcopy(whole), copy.deepcopy(whole)
     expected = whole(images)
     outputs = step(split, images, replicas=3)

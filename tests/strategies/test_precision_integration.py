@@ -1,4 +1,4 @@
-"""fp16 and bf16: all ranks skip an overflowing step, the ledger records it, a resumed run repeats it exactly."""
+"""Tests fp16 and bf16: all ranks skip the same overflowing steps, and a resumed run repeats them to the bit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _Steepen(torch.autograd.Function):
 
 
 class Steep(nn.Module):
-    """Returns its input; multiplies its gradient by `factor`, so that fp16 overflows until the scale is low."""
+    """Multiplies the gradient by `factor`, so that fp16 overflows until the loss scale is low enough."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def steep(factor: float) -> nn.Module:
 
 
 def _skipping(world: World, folder: str) -> dict[str, Any]:
-    """Two epochs of four steps, the first ones skipped; then again from a checkpoint between them."""
+    """Trains two epochs of four steps, of which the first are skipped; then again from a checkpoint among these."""
     run_dir = RunDir(Path(folder))
     settings = {"clip_grad_norm": 0.5, "ema_decay": 0.8, "optim": {"lr": 0.01}, "evaluate_every": 2}
     model = steep(100.0)
@@ -112,7 +112,7 @@ def test_overflowing_steps_change_nothing_on_any_rank_and_are_in_the_ledger(worl
 def test_gradients_that_are_not_finite_whatever_the_scale_end_the_run() -> None:
     model = steep(math.inf)
     made = make(World(), model, precision="fp16", epochs=20, size=40)
-    with pytest.raises(NonFiniteLossError, match=r"gradients are not finite, though the loss is.*\n.*--precision bf16"):
+    with pytest.raises(NonFiniteLossError, match=r"gradients are not finite, but the loss is.*\n.*--precision bf16"):
         fit(made.run, None)
     assert all(map(math.isfinite, flat(model)))
 

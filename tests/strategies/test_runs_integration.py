@@ -1,4 +1,4 @@
-"""Whole runs in each precision, and their report of values that were `auto`."""
+"""Runs the pipeline in each precision; checks the lines and records about `auto`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_run_says_what_auto_came_to_and_keeps_its_precision_when_it_is_resumed
     first = capsys.readouterr().out.splitlines()[0]
     recorded = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert first.startswith(f"auto: strategy single (1 rank), precision {recorded['precision']} (this CPU "), first
-    # As if the first start had been on another machine.
+    # Pretends that the first start was on another machine.
     other = "fp32" if recorded["precision"] == "bf16" else "bf16"
     replace_json(tmp_path / "run" / "environment.json", {**recorded, "precision": other})
     status = json.loads((tmp_path / "run" / "status.json").read_text())

@@ -21,7 +21,7 @@ from dist_train.quantization.pt2e.backend import PT2EBackend
 from dist_train.quantization.pt2e.prepared_graph import PreparedGraph
 from dist_train.quantization.torch_ao.fx import FXBackend
 from dist_train.quantization.torch_ao.integer_model import IntegerModel
-from dist_train.quantization.torch_ao.prepared_modules import PreparedModules
+from dist_train.quantization.torch_ao.prepared_modules import TracedModules
 
 Edit = Callable[[Graph], None]
 
@@ -87,7 +87,7 @@ class OtherDropout(_Edited):
 class FXOtherLiterals(FXBackend):
     """Plants the same three faults in the modules of fx."""
 
-    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedModules:
+    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> TracedModules:
         prepared = super().prepare(model, example, rules)
         norm = prepared.get_submodule(prepared.batch_norms["bn2"])
         assert isinstance(norm, _BatchNorm)

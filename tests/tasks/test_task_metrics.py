@@ -1,4 +1,4 @@
-"""What each task counts: losses, scores and metrics against plain computations, and what it refuses."""
+"""Tasks: losses, scores and metrics against plain computations, and refused targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run, read back from its event files as TensorBoard reads them."""
+"""TensorBoard's curves of a run, read back from its event files as TensorBoard reads them."""
 
 from __future__ import annotations
 

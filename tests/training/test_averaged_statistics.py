@@ -1,4 +1,4 @@
-"""A moving average is evaluated, saved and returned with its own statistics; training keeps the model's."""
+"""A moving average is evaluated, saved and handed on with its own statistics; training keeps the model's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation counts each sample once on any number of ranks, and its metrics are those of a plain computation."""
+"""Evaluation counts each sample once on any number of ranks, and its metrics equal a plain computation."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def model(seed: int) -> nn.Module:
 
 
 def outputs(size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs of the whole set at once, computed without the loader."""
+    """Returns the outputs of the whole set at once, computed without the loader."""
     arrays = data(size)
     inputs = (arrays.images.double() / 255 - 0.5) / 0.25
     return model(seed)(inputs.float()).detach(), arrays.targets
 
 
 def everything(world: World) -> dict[str, Any]:
-    """The results of this rank for each size."""
+    """Returns this rank's results for each dataset size."""
     found: dict[str, Any] = {}
     for size in SIZES:
         source = Source(data(size), Augmentation([], seed=0, mean=(0.5,), std=(0.25,)), world.device, False, 0, 0)

@@ -1,4 +1,4 @@
-"""Evaluation details equal a plain computation over the whole set, on any number of ranks."""
+"""An evaluation's details equal a plain computation over the whole set, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
 def data(size: int) -> ImageArrays:
-    """Samples that each occur three times, so that losses tie."""
+    """Returns data with every sample three times, so that losses tie."""
     generator = torch.Generator().manual_seed(size)
     images = torch.randint(0, 256, (size, 3, 4, 4), dtype=torch.uint8, generator=generator)
     targets = torch.randint(0, CLASSES, (size,), generator=generator)
@@ -36,7 +36,7 @@ def data(size: int) -> ImageArrays:
 
 
 def model() -> nn.Module:
-    """A model whose outputs do not depend on the rest of the batch, not even in their last bits."""
+    """Returns a model whose outputs do not depend on the other samples of a batch, not even in the last bits."""
 
     class Mean(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -104,7 +104,7 @@ def normalized(images: torch.Tensor) -> torch.Tensor:
 
 
 class Distance(Task):
-    """A task without classes: two numbers from a vector."""
+    """A task without classes: regression of two numbers."""
 
     headline = "loss"
 

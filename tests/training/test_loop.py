@@ -1,4 +1,4 @@
-"""The loop in one process: selection, checkpoints, logs and resuming."""
+"""Tests the loop in one process: selection, checkpoints, logs, resumption."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.training_loops import CLASSES, Watch, flat, make, mlp, normed
 
 
 class Planted(Classification):
-    """Returns NaN, or a gradient of NaN with a loss of 0, at one forward."""
+    """Plants a NaN at one forward: in the outputs, or only in the gradients, with a loss of 0."""
 
     def __init__(self, at: int, only_gradient: bool = False) -> None:
         super().__init__(CLASSES, {})
@@ -37,7 +37,7 @@ class Planted(Classification):
 
 
 class _Lagging(StepLog):
-    """Reads values a step later, as on CUDA."""
+    """Reads a step's values one step later, as on CUDA."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -77,7 +77,7 @@ def test_nothing_is_saved_after_a_loss_that_is_not_finite(
     model = mlp()
     made = make(
         World(), model, checkpoint_every=1, task=Planted(step if step < 4 else step + 3)
-    )  # 3 batches of evaluation lie between the epochs
+    )  # between the epochs are 3 evaluation batches
     with pytest.raises(NonFiniteLossError, match=f"the loss of step {step} is not finite on rank 0"):
         fit(made.run, None)
     assert all(saved <= step for saved in made.memory.saved)
@@ -87,11 +87,11 @@ def test_nothing_is_saved_after_a_loss_that_is_not_finite(
 @pytest.mark.parametrize(("step", "saved"), [(2, [1, 2]), (3, [1, 2, 3]), (7, [1, 2, 3, 4, 5, 6, 7])])
 def test_a_gradient_that_is_not_finite_reaches_no_checkpoint_and_no_evaluation(step: int, saved: list[int]) -> None:
     model = mlp()
-    # Steps 3 and 7 end an epoch, and 3 batches of evaluation lie between the epochs.
+    # Steps 3 and 7 end an epoch; between the epochs are 3 evaluation batches.
     task = Planted(step if step < 4 else step + 3, only_gradient=True)
     made = make(World(), model, checkpoint_every=1, task=task)
     with pytest.raises(
-        NonFiniteLossError, match=rf"after step {step} the parameter 1\.weight is not finite, though the loss was"
+        NonFiniteLossError, match=rf"after step {step} the parameter 1\.weight is not finite, but the loss was"
     ):
         fit(made.run, None)
     assert made.memory.saved == saved and len(made.recorder.of("eval_loss")) == step // 4
@@ -125,7 +125,7 @@ def test_the_average_has_the_newest_statistics_and_ranges() -> None:
 
 
 def _scored(values: list[float], model: nn.Module) -> tuple[Any, list[list[float]]]:
-    """An evaluation with given results that records the model at each."""
+    """Returns an evaluation with given results, and a record of the model at each call."""
     seen: list[list[float]] = []
 
     def evaluation(chosen: nn.Module) -> Evaluation:
@@ -272,7 +272,7 @@ def test_a_compiled_model_trains_like_an_eager_one() -> None:
         model, limits = mlp(), Watch(lambda: world.heartbeat.limit)
         made = make(world, model, micro=4, compile=compile, hooks=[limits])
         state = fit(made.run, None)
-        # Compilation is not taken for a stuck rank.
+        # Compiling must not count as being stuck.
         assert limits.seen == [world.timeout if compile else 5.0] * 4 + [5.0] * 4
         found.append((made.recorder.of("loss"), flat(state.chosen), state.metrics["top1"]))
         assert all("_orig_mod" not in name for name in model.state_dict())

@@ -1,4 +1,4 @@
-"""Law 2 on real ranks: gradients, losses, statistics and ranges are those of the real samples, at any world size."""
+"""Law 2 on real ranks: gradients, losses, statistics and ranges come from the real samples only, at any world size."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEPT = ("running_mean", "running_var", "low", "high", "scale", "zero_point", "st
 
 
 def _gradients(world: World, rows: int, micro: int | None) -> dict[str, Any]:
-    """Gradients of one global batch of `rows` samples."""
+    """Returns the gradients of one global batch of `rows` samples."""
     model = mlp()
     run = make(world, model, size=rows, batch=rows, micro=micro).run
     (batch,) = run.loader.epoch(0, 0, 1)
@@ -60,7 +60,7 @@ def _losses(world: World, micro: int | None) -> dict[str, Any]:
 
 
 def _normed(world: World, rows: int) -> dict[str, Any]:
-    """Running statistics and ranges after steps of `rows` samples, and the number of collective calls."""
+    """Returns running statistics and ranges after steps of `rows` samples, and the number of collectives torch ran."""
     model = normed()
     ranges = Ranges(model)
 
@@ -92,7 +92,7 @@ def _normed(world: World, rows: int) -> dict[str, Any]:
 
 
 def _steps_collectives(made: Made) -> int:
-    """Trains; returns how many all-reduces reached torch before the first evaluation."""
+    """Trains; returns the number of all-reduces that torch ran before the first evaluation."""
     evaluations, calls, plain = made.run.learner.evaluate, [0], dist.all_reduce
 
     def counted(*arguments: Any, **options: Any) -> Any:
@@ -114,7 +114,7 @@ def _float_collectives(world: World) -> int:
 
 
 def _first_statistics(world: World) -> list[float]:
-    """running_mean after a step of 5 rows: means are linear, so shares of 3 and 2 give the mean of all five."""
+    """Returns running_mean after a step of 5 rows; means are linear, so shares of 3 and 2 give the mean of all five."""
     model = normed()
     run = make(world, model, size=5, batch=5).run
     (batch,) = run.loader.epoch(0, 0, 1)
@@ -127,7 +127,7 @@ def _draws(world: World) -> list[float]:
     drawing = Draws()
     model = nn.Sequential(mlp(), drawing)
     fit(make(world, model).run, None)
-    return drawing.drawn[-8:]  # before these the strategy settled
+    return drawing.drawn[-8:]  # earlier calls belong to the strategy's warm-up
 
 
 def everything(world: World) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def test_statistics_ranges_and_weights_are_equal_on_all_ranks_to_the_bit_after_e
 def test_a_rank_without_rows_leaves_no_trace(
     rows: str, alone: dict[str, Any], two: list[dict[str, Any]], three: list[dict[str, Any]]
 ) -> None:
-    # 3 rows go to one rank only, 5 rows to two: a further rank may change nothing.
+    # 3 rows fit on one rank, 5 rows on two; a further rank must change nothing.
     without, more = (alone, two + three) if rows == "3" else (two[0], three)
     reference = without["normed"][rows]
     for answer in more:
@@ -237,7 +237,7 @@ def test_a_step_takes_one_collective_in_float_training_and_two_with_ranges(
         assert answer["normed"]["12"]["calls"] == 2 * 6, "6 steps"
 
 
-# A loss that is not finite.
+# A non-finite loss.
 
 PLUGIN = """
 import os, torch

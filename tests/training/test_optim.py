@@ -1,4 +1,4 @@
-"""Parameter groups, and learning rates by their values."""
+"""Tests parameter groups and the values of learning rates."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from dist_train.training.optim import build_optimizer, build_schedule
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # SequentialLR warns of its own first step
+        warnings.simplefilter("ignore")  # SequentialLR warns about its own start
         yield
 
 
 def rates(config: ScheduleConfig, total: int, per_epoch: int = 10, lr: float = 0.5) -> list[float]:
-    """The learning rate of each of `total` steps."""
+    """Returns the learning rate of each of `total` steps."""
     model = nn.Linear(2, 2)
     optimizer = build_optimizer(model, OptimConfig(lr=lr))
     schedule = build_schedule(optimizer, config, total, per_epoch)
@@ -122,7 +122,7 @@ def test_warm_up_rises_linearly_from_one_percent_and_the_rest_follows_from_the_t
 
 
 def test_the_number_of_warm_up_steps_does_not_hang_on_the_rounding_of_a_product() -> None:
-    # 0.29 * 100 is 28.999999999999996.
+    # In floating point, 0.29 * 100 is 28.999999999999996.
     assert rates(ScheduleConfig(name="constant", warmup=0.29), 100).index(0.5) == 29
 
 

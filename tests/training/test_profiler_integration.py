@@ -1,4 +1,4 @@
-"""The profiler writes a trace and the most expensive operations, and does not change the result."""
+"""Profiling writes a trace and a table of the slowest operations, and does not change the run's result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Best evaluation and patience, by any metric and its direction."""
+"""Tests selection and early stopping by any metric, in its own direction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dist_train.training.selection import Selection
 
 
 def selection(values: list[float], metric: str = "top1", **settings: Any) -> Selection:
-    """The state after an evaluation of `metric` every 10 steps."""
+    """Returns a selection after evaluations of `metric` every 10 steps."""
     made = Selection(FitConfig.model_validate(settings), "top1", frozenset({"loss", "mae"}))
     for number, value in enumerate(values, start=1):
         made.add(10 * number, {"top1": 0.0, metric: value})
@@ -46,7 +46,7 @@ def test_the_tasks_headline_is_what_decides_where_nothing_is_named() -> None:
         ([0.1, 0.2, 0.2, 0.2], 2, 0.0, 4),
         ([0.1, 0.2, 0.1, 0.3, 0.3], 2, 0.0, None),
         ([0.5, 0.4], 1, 0.0, 2),
-        # Small steps add up: they are measured from the last improvement that counted.
+        # Small gains add up, as each is measured from the last improvement that counted.
         ([0.50, 0.54, 0.58, 0.62, 0.66], 4, 0.125, None),
         ([0.50, 0.54, 0.58, 0.62, 0.66], 4, 0.25, 5),
         ([0.25, 0.5], 1, 0.25, None),

@@ -1,4 +1,4 @@
-"""Measurements of a step: the wait for data and the gradient norm."""
+"""Tests the step log: data wait and gradient norm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.training_loops import Watch, flat, make, mlp
 
 
 class Clock:
-    """A clock that tests advance."""
+    """A clock that only the test advances."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
@@ -52,7 +52,7 @@ def test_what_happens_between_epochs_is_neither_waiting_nor_work(monkeypatch: py
 
 @pytest.mark.parametrize("bound", [None, 1e-3])
 def test_the_norm_is_that_of_the_gradients_before_clipping(bound: float | None) -> None:
-    """With learning rate 1 and no momentum an unclipped update is the gradient itself."""
+    """With learning rate 1 and no momentum, an unclipped update equals the gradient."""
     model = mlp()
     watch = Watch(lambda: torch.tensor(flat(model)))
     made = make(

@@ -1,4 +1,4 @@
-"""What a check of the configuration is, and the settings that it rests on."""
+"""The form of a check of the configuration, with the settings that it depends on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Checks = list[tuple[tuple[str, ...], Check]]
 
 
 def about(checks: Checks, *keys: str) -> Callable[[Check], Check]:
-    """Adds a check to `checks`, with the dotted keys of the settings that it rests on."""
+    """Returns a decorator that adds a check to `checks`, with the dotted keys of the settings that it depends on."""
 
     def add(check: Check) -> Check:
         checks.append((keys, check))
@@ -23,7 +23,7 @@ def about(checks: Checks, *keys: str) -> Callable[[Check], Check]:
 
 
 def ignored(section: str, settings: Any, names: Iterable[str], chosen_by: str = "name") -> Iterator[Problem]:
-    """A changed setting that the chosen name does not use. One at its default is none: dumped configs give them all."""
+    """Yields each changed setting that the chosen name does not use. Dumped configs give all defaults: these pass."""
     for name in names:
         if getattr(settings, name) != type(settings).model_fields[name].default:
             key, hint = f"{section}.{name}", f"remove it, or choose another {section}.{chosen_by}"

@@ -1,4 +1,4 @@
-"""Contradictions in the section `data`: settings that are right one by one and wrong together, or wrong on this machine."""
+"""Checks of the section `data`: settings that contradict each other or this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BY_WORKERS = (RandomResizedCrop, RandAugment)
 def _micro_batch(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     micro, whole = config.data.micro_batch_size, config.data.global_batch_size
     if micro is not None and micro > whole:
-        message = f"{micro} is larger than data.global_batch_size, {whole}, which is that of all ranks together"
+        message = f"{micro} is larger than data.global_batch_size, {whole}, which is of all ranks together"
         yield Problem(
             "data.micro_batch_size", message, hint="lower it, or leave it out: a rank then takes its whole share"
         )
@@ -43,18 +43,18 @@ def _jitter_does_something(config: Config, environ: Mapping[str, str]) -> Iterat
 
 @_about("data.name")
 def _augment_of_workers(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
-    """What the workers of image_folder make, and only they, comes before what is made of whole batches."""
+    """Checks that augmentation by the workers of image_folder comes before augmentation of whole batches."""
     first_batched = ""
     for place, item in enumerate(config.data.augment):
         if isinstance(item, _BY_WORKERS):
             key = f"data.augment.{place}"
             if config.data.name != "image_folder":
-                message = f"{item.name} is made by the workers that decode image_folder, and not for {config.data.name}"
+                message = f"{item.name} is applied by the workers of image_folder, and not for {config.data.name}"
                 yield Problem(
                     key, message, hint="remove it, or use random_crop, random_horizontal_flip, random_erasing"
                 )
             elif first_batched:
-                message = f"{item.name} comes behind {first_batched}, which is made of whole batches after decoding"
+                message = f"{item.name} comes behind {first_batched}, which is applied to whole batches after decoding"
                 hint = "the order is random_resized_crop, random_horizontal_flip, rand_augment, then the others"
                 yield Problem(key, message, hint=hint)
             elif isinstance(item, RandomResizedCrop) and place:

@@ -1,4 +1,4 @@
-"""Contradictions: settings that are right one by one and wrong together, or wrong on this machine. Imports nothing heavy."""
+"""All checks of settings that contradict each other or this machine. Starts without importing torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dist_train.config.checks.base import Checks, about, ignored
 from dist_train.config.checks.data import DATA_CHECKS
 from dist_train.config.checks.quantization import QUANTIZATION_CHECKS
 from dist_train.config.checks.strategy import strategy_problems
-from dist_train.config.stages import FitConfig, simulated_bits
+from dist_train.config.stages import FitConfig
 from dist_train.config.tree import Config
 from dist_train.errors import Problem
 
@@ -23,12 +23,12 @@ _ORDER = ["train", "half", "ptq", "qat", "convert", "export"]
 
 
 def contradictions(config: Config, environ: Mapping[str, str], bad: AbstractSet[str] = frozenset()) -> list[Problem]:
-    """Every contradiction within `config`, and of it with the environment variables of this process.
+    """Returns every contradiction within `config`, and with the environment variables of this process.
 
     Args:
         config: a valid configuration.
-        environ: `os.environ`; what launchers set is looked at (see `dist_train.cluster.rank_plan`).
-        bad: dotted keys that were given wrongly and stand at their defaults: checks that rest on them are left out.
+        environ: `os.environ`, with the launchers' variables (see `dist_train.cluster.rank_plan`).
+        bad: dotted keys of invalid settings, now at their defaults: checks that depend on them are left out.
     """
     return [
         problem
@@ -65,7 +65,7 @@ def _stages_complete(config: Config, environ: Mapping[str, str]) -> Iterator[Pro
 
 @_about("stages", "model")
 def _something_to_quantize(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
-    """PTQ does not train; a model of ours or another library's starts from random weights unless the config gives some."""
+    """Checks that ptq, which does not train, has trained weights: a registered model starts from random ones."""
     target = registry.models.entry(config.model.name).target
     ours = isinstance(target, str) and target.startswith("dist_train.")
     given = config.model.weights or config.model.init_from or config.model.args
@@ -108,7 +108,7 @@ def _strategy_installed(config: Config, environ: Mapping[str, str]) -> Iterator[
 
 @_about("qat.backend", "stages")
 def _backend_installed(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
-    if {"ptq", "qat", "convert"} & set(config.stages):
+    if config.quantizes:
         yield from _installed("qat.backend", registry.quantization_backends, config.qat.backend)
 
 
@@ -124,7 +124,7 @@ def _runtime(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     if "convert" not in config.stages or runtime not in ("openvino", "onnxruntime"):
         return
     if config.qat.backend in ("fx", "eager"):
-        message = f"{runtime!r} cannot run the TorchScript that the backend {config.qat.backend!r} makes of int8"
+        message = f"{runtime!r} cannot run the TorchScript of the backend {config.qat.backend!r}"
         yield Problem("convert.runtime", message, hint="--convert.runtime auto, or --qat.backend pt2e")
     format = "onnx" if runtime == "onnxruntime" else runtime
     yield from _installed("convert.runtime", registry.export_formats, format)
@@ -136,7 +136,7 @@ def _exports(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
         return
     if config.export.models is None and {"ptq", "qat"} & set(config.stages) and "convert" not in config.stages:
         hint = "add convert, or say that the float model is meant: --export.models '[fp32]'"
-        yield Problem("stages", "'export' without 'convert' would not export what was quantized", hint=hint)
+        yield Problem("stages", "'export' without 'convert' would not export the quantized model", hint=hint)
     needed = {"half": "half", "int8": "convert"}
     for name in config.export.models or ():
         stage = needed.get(name)
@@ -153,18 +153,15 @@ def _exports(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
             continue
         yield from _installed("export.formats", registry.export_formats, format)
         if half and format in ("onnx", "openvino") and config.half.dtype != "fp16":
-            message = f"{format!r} cannot be written of bf16, which half.dtype {config.half.dtype!r} is or may be"
+            message = f"{format!r} cannot be written in bf16, which half.dtype {config.half.dtype!r} is or may be"
             yield Problem("export.formats", message, hint="--half.dtype fp16, or --export.models '[fp32]'")
         if int8 and config.qat.backend in ("fx", "eager"):
-            message = (
-                f"{format!r} cannot be written of the TorchScript that the backend {config.qat.backend!r} makes of int8"
-            )
-            hint = f"--qat.backend pt2e, or later, of the float model: dist-train export RUN_DIR --format {format} --model fp32"
+            message = f"{format!r} cannot be written from the TorchScript of the backend {config.qat.backend!r}"
+            later = f"dist-train export RUN_DIR --format {format} --model fp32"
+            hint = f"--qat.backend pt2e, or later, from the float model: {later}"
             yield Problem("export.formats", message, hint=hint)
-        elif int8 and simulated_bits(config.qat.rules):
-            message = (
-                f"{format!r} cannot be written of int8: qat.rules ask for fewer than 8 bits, which are only simulated"
-            )
+        elif int8 and config.qat.simulated_bits:
+            message = f"{format!r} cannot be written: qat.rules ask for fewer than 8 bits, which are only simulated"
             hint = "--export.formats '[pt2]', or --export.models '[fp32]', or 8 bits in qat.rules"
             yield Problem("export.formats", message, hint=hint)
 
@@ -187,13 +184,11 @@ def _sync_batchnorm(config: Config, environ: Mapping[str, str]) -> Iterator[Prob
     if not config.sync_batchnorm:
         return
     if config.strategy == "dp":
-        message = (
-            "nn.DataParallel, strategy dp, cannot synchronise batch norms: its replicas are threads of one process"
-        )
+        message = "strategy dp (nn.DataParallel) cannot synchronise BatchNorm: its replicas are threads of one process"
         yield Problem("sync_batchnorm", message, hint="--strategy ddp, with a process for each GPU")
     if "train" not in config.stages:
-        hint = "leave it out: qat learns BatchNorm's statistics from all ranks as it is"
-        yield Problem("sync_batchnorm", "concerns the stage 'train' alone, which is not in stages", hint=hint)
+        hint = "leave it out: qat takes BatchNorm's statistics from all ranks anyway"
+        yield Problem("sync_batchnorm", "is for the stage 'train', which is not in stages", hint=hint)
 
 
 @_about()
@@ -210,7 +205,7 @@ def _profile_increases(config: Config, environ: Mapping[str, str]) -> Iterator[P
 
 
 def _check_fit(section: str) -> None:
-    """The checks of a section that trains."""
+    """Adds the checks of a section that trains."""
 
     @_about(*(f"{section}.optim.{name}" for name in ("name", "momentum", "nesterov", "betas", "eps")))
     def optim(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""Contradictions of the settings of ptq and qat, and rules that a backend cannot follow."""
+"""Checks of the settings of ptq and qat, and of rules that a backend cannot follow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ _about = partial(about, QUANTIZATION_CHECKS)
 def _ptq_and_qat(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     stages, ptq, qat = set(config.stages), config.ptq, config.qat
     if "qat" in stages and qat.budget is not None and "ptq" not in stages:
-        yield Problem("qat.budget", "is held against what 'ptq' loses, which is not run", hint="add ptq to the stages")
+        yield Problem(
+            "qat.budget", "is compared with the loss of 'ptq', which is not in stages", hint="add ptq to the stages"
+        )
     if qat.always and qat.budget is None:
         yield Problem("qat.always", "has no effect without a budget", hint="--qat.budget POINTS, or remove it")
     if ptq.ranges != "percentile":
@@ -37,10 +39,10 @@ def _rules(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
         if not rule.skip and all(part is None for part in parts.values()):
             yield Problem(place, "does nothing", hint="add skip: true, weight or activation, or remove the rule")
         if rule.activation is not None and rule.activation.granularity == "channel":
-            message = "integer kernels sum over the input channels, whose scales must be one: no backend has activations per channel"
+            message = "integer kernels sum over the input channels, so no backend quantizes activations per channel"
             yield Problem(f"{place}.activation.granularity", message, hint="granularity: tensor")
         if backend == "eager":
-            message = "the eager backend takes no rules: the model itself says where integers begin and end"
+            message = "the eager backend takes no rules: stubs in the model say where integers begin and end"
             yield Problem(place, message, hint="--qat.backend pt2e, or --qat.rules '[]' and stubs in the model")
         elif backend == "fx":
             yield from _beyond_fx(place, rule)
@@ -56,5 +58,5 @@ def _beyond_fx(place: str, rule: RuleConfig) -> Iterator[Problem]:
         message = "the fx backend's kernels take weights without a zero point"
         yield Problem(f"{place}.weight.scheme", message, hint=hint)
     if rule.activation is not None:
-        message = "the fx backend quantizes activations as its engine has them, everywhere alike"
+        message = "the fx backend quantizes all activations alike, as its engine does"
         yield Problem(f"{place}.activation", message, hint=f"{hint}, or remove it from the rule")

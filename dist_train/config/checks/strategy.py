@@ -1,4 +1,4 @@
-"""What `strategy` and `precision` need of the other settings, and of the variables that `accelerate launch` sets. Imports nothing heavy."""
+"""Checks of `strategy` and `precision` against other settings and the variables of `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dist_train.errors import Problem
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-# What accelerate calls `mixed_precision`, in our words. fp8 is not here: nothing of ours computes in it.
+# accelerate's `mixed_precision` -> our `precision`. fp8 is left out, as no strategy computes in it.
 _PRECISIONS: dict[str, Precision] = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 _SHARDED = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -22,12 +22,12 @@ _SHARDED = {
 
 
 def accelerate_precision(environ: Mapping[str, str]) -> Precision | None:
-    """The `mixed_precision` of the accelerate config that this process was launched with; None where there is none."""
+    """Returns `mixed_precision` of the accelerate config that this process was launched with, or None."""
     return _PRECISIONS.get(environ.get("ACCELERATE_MIXED_PRECISION", "").lower())
 
 
 def strategy_problems(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
-    """The contradictions of `strategy` with `precision`, `compile`, the number of ranks, and accelerate's variables."""
+    """Yields contradictions of `strategy` with `precision`, `compile`, the ranks, and accelerate's variables."""
     name = {"torchrun": "WORLD_SIZE", "slurm": "SLURM_STEP_NUM_TASKS", "single": ""}[source_of(environ)]
     ranks = environ.get(name, "1")
     several = ranks.isdecimal() and int(ranks) > 1

@@ -1,4 +1,4 @@
-"""Mixup and cutmix: the same pixels at any world size, as draws and partners belong to the global batch."""
+"""Mixup and cutmix: the same pixels at any world size, because draws and partners belong to the global batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from dist_train.errors import DataError
 
 @dataclass(frozen=True)
 class Draw:
-    """How one step is mixed: cutmix or mixup, the share of a row's own pixels, and the centre of cutmix's box in 0..1."""
+    """Random choices for one step.
+
+    Attributes:
+        cutmix: cutmix, else mixup.
+        weight: share of a row's own pixels.
+        centre: of cutmix's box, row and column in 0..1.
+    """
 
     cutmix: bool
     weight: float
@@ -23,10 +29,11 @@ class Draw:
 
 
 class Mix:
-    """Mixes rows with partners; what a step draws is a function of (seed, epoch, step) alone.
+    """Mixes rows with partners; the draws are a function of (seed, epoch, step) alone.
 
-    Mixup: Zhang et al. 2018, arXiv:1710.09412, equation 1, with one weight for the batch as in the authors' program. Cutmix: Yun et
-    al. 2019, arXiv:1905.04899, section 3.1; the box is cut off at the image's edge, and the weight is that of the pixels left.
+    Mixup: Zhang et al. 2018, arXiv:1710.09412, equation 1, with one weight per batch as in the authors' program.
+    Cutmix: Yun et al. 2019, arXiv:1905.04899, section 3.1. The box is clipped at the image's edge, and the weight is
+    the share of the remaining pixels.
     """
 
     extra_rows = 1
@@ -36,7 +43,7 @@ class Mix:
         self._seed = seed
 
     def draw(self, epoch: int, step: int) -> Draw | None:
-        """What happens to a step of an epoch; None: nothing."""
+        """Draws the mixing of a step; None: the step is not mixed."""
         settings = self._settings
         generator = np.random.Generator(np.random.Philox(derive_key("mix", self._seed, epoch, step)))
         chance, choice, top, left = generator.random(4).tolist()
@@ -49,15 +56,15 @@ class Mix:
     def __call__(
         self, inputs: torch.Tensor, partners: torch.Tensor, targets: torch.Tensor, epoch: int, step: int
     ) -> tuple[torch.Tensor, float] | None:
-        """Mixed inputs and the weight of a row's own target; None where the step is not mixed.
+        """Returns mixed inputs and the weight of a row's own target; None where the step is not mixed.
 
         Args:
             inputs: float [B, ...]; left as they are.
             partners: like `inputs`; row n is mixed into row n.
-            targets: of the inputs; cutmix needs targets that say something about the whole image.
+            targets: of the inputs; cutmix needs targets that describe the whole image.
 
         Raises:
-            DataError: cutmix of what is not images [B, C, H, W] with one target each.
+            DataError: cutmix of inputs other than images [B, C, H, W] with one target each.
         """
         draw = self.draw(epoch, step)
         if draw is None:
@@ -78,7 +85,7 @@ class Mix:
 
 
 class NoMix:
-    """Leaves rows as they are."""
+    """Mixes nothing."""
 
     extra_rows = 0
 
@@ -89,7 +96,7 @@ class NoMix:
 
 
 def _box(draw: Draw, height: int, width: int) -> tuple[int, int, int, int]:
-    """Rows and columns of the box: (top, bottom, left, right)."""
+    """Edges of the box in pixels: (top, bottom, left, right)."""
     side = math.sqrt(1 - draw.weight)
     edges = []
     for size, centre in ((height, draw.centre[0]), (width, draw.centre[1])):

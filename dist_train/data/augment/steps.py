@@ -1,4 +1,4 @@
-"""Batched augmentation on the images' device: a function of (seed, epoch, sample id) alone."""
+"""Augments batches on the images' device, as a function of (seed, epoch, sample id) alone."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,14 +20,14 @@ _GRAY = (0.2989, 0.587, 0.114)  # ITU-R BT.601 luma, with torchvision's digits
 
 
 class Step(Protocol):
-    """One augmentation of a batch [B, C, H, W], uint8 or float32, both on the scale 0..255; keeps shape and scale."""
+    """An augmentation of a batch [B, C, H, W], uint8 or float32 on the scale 0..255; keeps shape and scale."""
 
     @property
     def draws(self) -> tuple[str, ...]:
-        """Names of the random numbers that it needs of each sample; a name is part of what they are a function of."""
+        """Names of the random numbers that a sample needs; each number is a function of its name too."""
 
     def __call__(self, images: Tensor, *draws: Tensor) -> Tensor:
-        """`draws`: of each name float32 [B], uniform in [0, 1)."""
+        """Augments the images; `draws`: for each name float32 [B], uniform in [0, 1)."""
 
 
 def _shifted(values: Tensor, bits: int) -> Tensor:
@@ -35,31 +35,25 @@ def _shifted(values: Tensor, bits: int) -> Tensor:
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def uniform(ids: Tensor, seed: int, epoch: int, salt: str) -> Tensor:
-    """Uniform numbers in [0, 1) as a hash of (id, seed, epoch, salt): the same bits in every batch, on every device.
+def draw_keys(seed: int, epoch: int, salts: Sequence[str]) -> Tensor:
+    """Keys for `uniform`, two per salt: int64 [2, S, 1]. A salt tells apart the draws of one sample."""
+    keys = [[derive_key("uniform", seed, epoch, salt, half) - (1 << 63) for salt in salts] for half in (0, 1)]
+    return torch.tensor(keys, dtype=torch.int64).unsqueeze(-1)
+
+
+def uniform(ids: Tensor, keys: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1) as a hash of (id, key): the same bits in every batch, on every device.
 
     A counter-based generator (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) with SplitMix64's
     finaliser, in int64, where multiplication and addition wrap modulo 2**64.
 
     Args:
         ids: int64 [B].
-        seed, epoch: any integers.
-        salt: tells apart the draws of one sample.
+        keys: int64 [2, S, 1] on the same device, from `draw_keys`.
 
     Returns:
-        float32 [B], multiples of 2**-24.
+        float32 [S, B], multiples of 2**-24.
     """
-    return _uniform(ids, _keys(seed, epoch, [salt]).to(ids.device))[0]
-
-
-def _keys(seed: int, epoch: int, salts: Sequence[str]) -> Tensor:
-    """Two keys for each salt: int64 [2, S, 1]."""
-    keys = [[derive_key("uniform", seed, epoch, salt, half) - (1 << 63) for salt in salts] for half in (0, 1)]
-    return torch.tensor(keys, dtype=torch.int64).unsqueeze(-1)
-
-
-def _uniform(ids: Tensor, keys: Tensor) -> Tensor:
-    """`uniform` for several salts at once: float32 [S, B]."""
     first, second = keys
     hashed = ids + first
     hashed = (hashed ^ _shifted(hashed, 30)) * _FACTORS[0]
@@ -71,7 +65,7 @@ def _uniform(ids: Tensor, keys: Tensor) -> Tensor:
 
 
 class RandomCrop:
-    """A window of the original size, at a random place of the image with `padding` zero pixels on each side."""
+    """Crops a window of the original size at a random place of the image, padded with `padding` zeros on each side."""
 
     draws = ("top", "left")
 
@@ -111,10 +105,10 @@ class RandomHorizontalFlip:
 
 
 class ColorJitter:
-    """Brightness, contrast and saturation, in this order, each by a factor that is uniform in [max(0, 1 - v), 1 + v].
+    """Changes brightness, contrast and saturation, in this order, each by a factor uniform in [max(0, 1 - v), 1 + v].
 
-    The formulas are those of torchvision.transforms.v2.functional for float images; what leaves 0..255 is clamped.
-    Images that do not have three channels are their own grayscale images, so that saturation leaves them alone.
+    Same formulas as torchvision.transforms.v2.functional for float images; results are clamped to 0..255. An image
+    without three channels is its own grayscale image, so saturation does not change it.
     """
 
     draws = ("brightness", "contrast", "saturation")
@@ -134,7 +128,7 @@ class ColorJitter:
 
 
 def _blended_with(name: str, images: Tensor) -> Tensor:
-    """What factor 0 leads to: black, the mean gray of each image, or the gray image."""
+    """Returns the image at factor 0: black, the mean gray of each image, or the gray image."""
     if name == "brightness":
         return images.new_zeros(())
     gray = images
@@ -143,8 +137,8 @@ def _blended_with(name: str, images: Tensor) -> Tensor:
         gray = (red * _GRAY[0] + green * _GRAY[1] + blue * _GRAY[2]).unsqueeze(1)
     if name == "saturation":
         return gray
-    # Integers add up to the same sum in any order. The last bits of float means differ by the batch's size: seen at
-    # 224x224 with 2 threads.
+    # A sum of integers does not depend on the order. The last bits of float means depend on the batch's size (seen at
+    # 224x224 with 2 threads).
     total = (gray * 2.0**16).round().to(torch.int64).sum(dim=(1, 2, 3), keepdim=True)
     return total.to(torch.float32) * (2.0**-16 / gray[0].numel())
 
@@ -154,19 +148,18 @@ STEPS: dict[str, Callable[[Any], Step]] = {
     "random_horizontal_flip": RandomHorizontalFlip,
     "color_jitter": ColorJitter,
 }
-"""Step of each name of settings; a step is built from its settings. Random erasing is built from the data's mean too."""
+"""Steps by name, built from their settings. Random erasing also needs the data's mean and is built apart."""
 
 
 class Augmentation:
     """Augments and normalizes batches of images.
 
-    The same sample in the same epoch gives the same pixels, alone or in any batch, on any rank.
+    A sample in an epoch gives the same pixels, alone or in any batch, on any rank.
 
     Args:
-        steps: settings with a `name` out of STEPS, in the order in which they apply. No steps: images are normalized
-            only.
+        steps: settings with a `name`, in the order in which they apply. No steps: images are only normalized.
         seed: any integer.
-        mean, std: of each channel, for pixels on the scale 0..1.
+        mean, std: per channel, for pixels on the scale 0..1.
     """
 
     def __init__(self, steps: Sequence[Any], *, seed: int, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -182,15 +175,15 @@ class Augmentation:
             erases = settings.name == "random_erasing"
             step: Step = RandomErasing(settings, mean) if erases else STEPS[settings.name](settings)
             self._steps.append(step)
-            # Two steps of one name draw different numbers; adding a step leaves the draws of the others as they are.
+            # Two steps of one name draw different numbers; adding a step does not change the draws of the others.
             self._salts += [f"{settings.name}.{seen[settings.name]}.{draw}" for draw in step.draws]
             seen[settings.name] += 1
 
     def __call__(self, images: Tensor, ids: Tensor, epoch: int) -> Tensor:
-        """Augmented, normalized images.
+        """Returns augmented, normalized images.
 
         Args:
-            images: uint8 [B, C, H, W]; left as they are.
+            images: uint8 [B, C, H, W]; not changed.
             ids: int64 [B], the samples' ids, on any device.
             epoch: any integer.
 
@@ -199,50 +192,49 @@ class Augmentation:
         """
         if self._steps:
             # All random numbers at once: on small batches each operation costs more than its arithmetic.
-            draws = iter(_uniform(ids.to(images.device), self._epoch_keys(epoch, images.device)))
+            draws = iter(uniform(ids.to(images.device), self._epoch_keys(epoch, images.device)))
             for step in self._steps:
                 images = step(images, *islice(draws, len(step.draws)))
         return self.normalize(images)
 
     def _epoch_keys(self, epoch: int, device: torch.device) -> Tensor:
         if self._keys is None or self._keys[0] != (epoch, device):
-            self._keys = (epoch, device), _keys(self.seed, epoch, self._salts).to(device)
+            self._keys = (epoch, device), draw_keys(self.seed, epoch, self._salts).to(device)
         return self._keys[1]
 
     @property
     def changes_images(self) -> bool:
-        """Is there anything to do besides normalizing?"""
+        """True where there is an augmentation besides normalization."""
         return bool(self._steps)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """(x / 255 - mean) / std of each channel: uint8 or float32 [B, C, H, W] to float32, the input left as it is.
+        """Returns (x / 255 - mean) / std per channel, float32, of images uint8 or float32 [B, C, H, W].
 
         Raises:
             DataError: the images have another number of channels than mean and std.
         """
         if images.shape[1] != len(self._scale):
             raise DataError(
-                f"images have {images.shape[1]} channels, but Splits.mean and Splits.std have {len(self._scale)} values",
+                f"images have {images.shape[1]} channels, but Splits.mean and Splits.std "
+                f"have {len(self._scale)} values",
                 "give one mean and one std for each channel",
             )
-        # Two roundings, multiply and add: how often a fused operation rounds is up to kernel and device.
+        # Multiply, then add: the number of roundings of a fused operation depends on kernel and device.
         scale, shift = self._scale.to(images.device), self._shift.to(images.device)
-        # In place of one mixed product of bytes and floats, which takes longer than both steps.
+        # A product of bytes and floats takes longer than these two operations.
         scaled = images.to(torch.float32).mul_(scale) if images.dtype == torch.uint8 else torch.mul(images, scale)
         return scaled.add_(shift)
 
 
-_TRIES = 10  # rectangles that are drawn until one fits, as in torchvision
-
-
+_TRIES = 10  # rectangles drawn until one fits, as in torchvision
 _LEVELS = 1024  # of the ratio
 
 
 class RandomErasing:
-    """A rectangle becomes the mean of the data, with probability p (Zhong et al. 2020, arXiv:1708.04896, algorithm 1).
+    """Fills a rectangle with the data's mean, with probability p (Zhong et al. 2020, arXiv:1708.04896, algorithm 1).
 
-    Its area is uniform in `scale` times the image's, its ratio of height to width log-uniform in `ratio`; the first of ten such
-    rectangles that fits into the image is placed uniformly. An image that none fits is left alone.
+    Its area is uniform in `scale` times the image's, its ratio of height to width log-uniform in `ratio`. The first of
+    ten such rectangles that fits into the image is placed uniformly. An image into which none fits is not changed.
     """
 
     draws = ("erase", *(f"{name}{attempt}" for attempt in range(_TRIES) for name in ("area", "ratio")), "top", "left")
@@ -250,7 +242,7 @@ class RandomErasing:
     def __init__(self, settings: Any, mean: Sequence[float]) -> None:
         self.p: float = settings.p
         self.scale: tuple[float, float] = settings.scale
-        # From a table: the last bit of an exponential may depend on where in a batch the sample is.
+        # From a table: the last bit of an exponential may depend on the sample's index in the batch.
         low, high = np.log(settings.ratio)
         levels = np.exp(low + (high - low) * (np.arange(_LEVELS) + 0.5) / _LEVELS)
         self._roots = torch.from_numpy(np.sqrt(levels).astype(np.float32))
@@ -275,8 +267,8 @@ class RandomErasing:
 
 
 def _inside(length: Tensor, draw: Tensor, size: int) -> Tensor:
-    """Which of `size` places lie in a stretch of `length` [B], placed by `draw` in [0, 1): bool [B, size]."""
-    # In double, where the product cannot round up to the number of places.
+    """Marks the pixels of an interval of `length` [B] in range(size), placed by `draw` in [0, 1): bool [B, size]."""
+    # In double the product cannot round up to the number of places.
     start = (draw.double() * (size - length + 1)).long().unsqueeze(1)
     place = torch.arange(size, device=length.device)
     return (place >= start) & (place < start + length.unsqueeze(1))

@@ -1,4 +1,4 @@
-"""data.args of a dataset, checked; and where on a node datasets keep files."""
+"""Checks data.args of a dataset, and names the folder for downloaded files."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ Args = TypeVar("Args", bound=BaseModel)
 
 
 class NoArgs(BaseModel):
-    """Of a dataset that takes none."""
+    """For a dataset without arguments."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -26,7 +26,7 @@ def cache_folder(data: DataConfig) -> Path:
 
 
 def read_args(data: DataConfig, model: type[Args]) -> Args:
-    """data.args, checked; raises ConfigError with each mistake."""
+    """Parses data.args; raises ConfigError with each mistake."""
     try:
         return model.model_validate(data.args)
     except ValidationError as error:

@@ -14,7 +14,7 @@ ARGS: dict[str, type[BaseModel]] = {
     "fake": FakeArgs,
     "image_folder": ImageFolderArgs,
 }
-"""What data.args of each built-in dataset may hold."""
+"""The arguments of each built-in dataset."""
 
 
 def check_args(data: DataConfig) -> None:

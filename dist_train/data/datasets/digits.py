@@ -1,4 +1,4 @@
-"""The built-in datasets that need no files, and the arguments of all. Each takes the config's data section and returns its splits."""
+"""`digits`: the UCI digits, which scikit-learn ships."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from dist_train.data.splits import Splits
 
 
 def digits(data: DataConfig) -> Splits:
-    """The UCI digits that scikit-learn ships: 1,437 to train on, 360 to evaluate on, uint8 [N, 1, 8, 8], 10 classes.
+    """The UCI digits of scikit-learn: 1,437 training and 360 evaluation images, uint8 [N, 1, 8, 8], 10 classes.
 
     The split is stratified and always the same. Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten
     Digits", UCI Machine Learning Repository, 1998, https://doi.org/10.24432/C50P49.

@@ -1,4 +1,4 @@
-"""`fake`: synthetic images that a small network learns, with targets of any task, for tests and first tries."""
+"""`fake`: synthetic images that a small network can learn, with targets for any task, for tests and first tries."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dist_train.data.arrays import ImageArrays
 from dist_train.data.datasets.args import NoArgs, read_args
 from dist_train.data.splits import Splits
 
-_IGNORED = 255  # the border of a mask belongs to no class
+_IGNORED = 255  # target of a mask's border, which belongs to no class
 
 
 class FakeArgs(NoArgs):
-    """Arguments of `fake`: sizes of the splits, of an image, and the seed of everything."""
+    """Arguments of `fake`: sizes of the splits and of an image, and the seed."""
 
     kind: Literal["classification", "multilabel", "regression", "segmentation"] = "classification"
-    """What the targets are: the task of the same name learns them. For regression, num_classes is how many numbers they are."""
+    """Kind of targets, for the task of that name. For regression, num_classes is the number of values per sample."""
     num_train: PositiveInt = 512
     num_eval: PositiveInt = 128
     num_classes: PositiveInt = 10
@@ -33,11 +33,10 @@ class FakeArgs(NoArgs):
 
 
 def fake(data: DataConfig) -> Splits:
-    """Synthetic images that a small network learns: each class is a smooth random pattern, seen through noise.
+    """Synthetic images that a small network can learn: each class is a smooth random pattern with noise.
 
-    With `kind`, targets of other tasks: see `fake_targets`.
-
-    Deterministic in its arguments, see `FakeArgs`; classes take turns, so that each has its share of a split.
+    With `kind`, targets for other tasks: see `fake_targets`. The images are a function of the arguments, see
+    `FakeArgs`. Classes alternate, so each has an equal share of a split.
     """
     args = read_args(data, FakeArgs)
     if args.kind != "classification":
@@ -60,11 +59,11 @@ def fake(data: DataConfig) -> Splits:
 
 
 def fake_targets(args: FakeArgs) -> Splits:
-    """Images that a small network learns, uint8 [N, C, H, W], deterministic in `args`, with targets of `args.kind`.
+    """Images that a small network can learn, uint8 [N, C, H, W], a function of `args`, with targets of `args.kind`.
 
-    - multilabel: float32 [N, num_classes]; an image is the mean of the patterns of the labels that hold, through noise.
-    - regression: float32 [N, num_classes]; each number in -1..1 is how much of its pattern is in the image.
-    - segmentation: uint8 [N, H, W]; a rectangle of one of the classes 1.. on a background, class 0; the outermost pixels
+    - multilabel: float32 [N, num_classes]; an image is the mean of the patterns of its labels, with noise.
+    - regression: float32 [N, num_classes]; each number in -1..1 is the share of its pattern in the image.
+    - segmentation: uint8 [N, H, W]; a rectangle of class 1 or higher on a background of class 0. The outermost pixels
       are 255, ignored.
     """
     generator = np.random.Generator(np.random.Philox(args.seed))

@@ -1,4 +1,4 @@
-"""A folder of image files, train/<class>/* and val/<class>/*: decoded and cropped to uint8 by worker processes."""
+"""`image_folder`: image files train/<class>/* and val/<class>/*, decoded and cropped to uint8 by worker processes."""
 
 from __future__ import annotations
 
@@ -21,16 +21,21 @@ from torchvision.transforms.v2 import functional
 from dist_train.config.data import DataConfig, RandAugment, RandomHorizontalFlip, RandomResizedCrop
 from dist_train.data.datasets.args import read_args
 from dist_train.data.splits import Splits
-from dist_train.errors import ConfigError, CorruptSampleError, DataError, Problem
+from dist_train.errors import ConfigError, CorruptSampleError, DataError, Problem, first_line
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-# Of the training images of ImageNet-1k, on the scale 0..1; what torchvision's weights were trained with
+# Mean and std of ImageNet-1k's training images on the scale 0..1; torchvision's weights were trained with them
 # (https://docs.pytorch.org/vision/stable/models.html).
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ImageFolderArgs(BaseModel):
-    """Arguments of `image_folder`: pixels of an input's edge, and of an evaluated image's shorter edge before the centre is cut out."""
+    """Arguments of `image_folder`.
+
+    Attributes:
+        size: pixels of an input's edge.
+        resize: pixels of an evaluated image's shorter edge before the centre is cut out.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -48,10 +53,10 @@ class ImageFiles(Dataset[Any]):
     """Image files with their classes; an item is (uint8 RGB [3, size, size], class index).
 
     Args:
-        names: paths under `folder`, in the order of their ids; of millions of files, so they are kept as one array of bytes, which
-            worker processes share.
+        names: paths under `folder`, in the order of their ids. There may be millions, so they are kept as one array of
+            bytes, which worker processes share.
         targets: int64 [N].
-        steps: the first entries of data.augment, as far as the workers make them.
+        steps: the leading entries of data.augment that the workers apply.
 
     Raises:
         CorruptSampleError: by an item, where the file holds no image that can be decoded; names the file.
@@ -83,7 +88,7 @@ class ImageFiles(Dataset[Any]):
         return len(self._targets)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        """The centre of the image, its shorter edge scaled to `resize` pixels."""
+        """Returns the image's centre, after scaling its shorter edge to `resize` pixels, and its class."""
         return self._centre(self._decoded(index)), int(self._targets[index])
 
     def augmented(self, index: int, seed: int) -> tuple[torch.Tensor, int]:
@@ -91,7 +96,7 @@ class ImageFiles(Dataset[Any]):
         if self._transform is None or self._cropped:
             image = self._centre(image)
         if self._transform is not None:
-            # The transforms draw from torch's generator of the CPU and from no other; seeding them all would cost as much as the flip.
+            # The transforms draw from torch's CPU generator alone; seeding all generators costs as much as the flip.
             torch.default_generator.manual_seed(seed)
             image = self._transform(image)
         return image, int(self._targets[index])
@@ -112,7 +117,8 @@ class ImageFiles(Dataset[Any]):
         try:
             image = decode_image(torch.from_numpy(content), mode=ImageReadMode.RGB)
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0].rpartition(".cpp:")[2].partition(", ")[2] or str(error)
+            # torchvision puts a source file and a line before its reason.
+            reason = first_line(error).rpartition(".cpp:")[2].partition(", ")[2] or first_line(error)
             raise CorruptSampleError(f"{path} cannot be decoded: {reason}", hint) from error
         return image if image.dtype == torch.uint8 else functional.to_dtype(image, torch.uint8, scale=True)
 
@@ -131,20 +137,20 @@ def _transform(step: Any, size: int) -> v2.Transform:
 
 
 def worker_steps(augment: Sequence[Any]) -> list[Any]:
-    """The first entries of data.augment, as far as workers make them; config_check.py refuses those of theirs that come later."""
+    """The leading entries of data.augment that workers apply; config/checks/data.py refuses such entries further on."""
     return list(
         takewhile(lambda step: isinstance(step, (RandomResizedCrop, RandomHorizontalFlip, RandAugment)), augment)
     )
 
 
 def image_folder(data: DataConfig) -> Splits:
-    """Images of data.root: train/<class>/* to train on and val/<class>/* to evaluate on; the classes are the folders' names, sorted.
+    """Images of data.root: train/<class>/* for training, val/<class>/* for evaluation; classes are sorted folder names.
 
-    Evaluated images, and those to train on unless data.augment begins with random_resized_crop, are scaled and cut as
-    `ImageFolderArgs` says. Normalized with ImageNet's mean and std, as torchvision's weights expect.
+    Images are scaled and cut as `ImageFolderArgs` says; for training, only if data.augment has no random_resized_crop.
+    They are normalized with ImageNet's mean and std, as torchvision's weights expect.
 
     Raises:
-        DataError: folders that do not fit; says what was seen.
+        DataError: the folders do not have this layout; the message lists what is there.
     """
     args = read_args(data, ImageFolderArgs)
     steps = worker_steps(data.augment)
@@ -191,7 +197,7 @@ def _files(
 
 
 def _list(split: Path) -> dict[str, list[tuple[str, int]]]:
-    """Class -> its image files under the class's folder, at any depth: path and size in bytes, sorted.
+    """Lists each class's image files under its folder, at any depth: path and size in bytes, sorted.
 
     Raises:
         DataError: no classes, a class without images, or files that are no images.
@@ -223,7 +229,7 @@ def _list(split: Path) -> dict[str, list[tuple[str, int]]]:
 
 
 def _images(folder: Path) -> tuple[list[tuple[str, int]], Counter[str]]:
-    """Image files under a folder, and how many others there are of each extension; hidden ones do not count."""
+    """Lists image files under a folder, and counts other files by extension; hidden files do not count."""
     files: list[tuple[str, int]] = []
     others: Counter[str] = Counter()
     waiting = [folder]

@@ -1,50 +1,49 @@
-"""MNIST and Fashion-MNIST: images in IDX files."""
+"""MNIST and Fashion-MNIST: torchvision's readers, also for a plain folder of the four files, gzipped or not."""
 
 from __future__ import annotations
 
-import gzip
+import tempfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.error import URLError
 
-import numpy as np
-import numpy.typing as npt
-import torch
+from torch import Tensor
 
 from dist_train.config.data import DataConfig
 from dist_train.data.arrays import ImageArrays
 from dist_train.data.datasets.args import NoArgs, cache_folder, read_args
 from dist_train.data.splits import Splits
-from dist_train.errors import DataError
+from dist_train.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from torchvision.datasets import MNIST
 
-# Where Debian's package dataset-fashion-mnist puts the four files.
+# Debian's package dataset-fashion-mnist puts the four gzipped files here.
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 def fashion_mnist(data: DataConfig) -> Splits:
-    """Fashion-MNIST: 60,000 images to train on and 10,000 to evaluate on, uint8 [N, 1, 28, 28], 10 classes.
+    """Fashion-MNIST: 60,000 training and 10,000 evaluation images, uint8 [N, 1, 28, 28], 10 classes.
 
-    Read from data.root where it is set (the four IDX files, gzipped or not, or a folder that torchvision filled), else
-    from Debian's package dataset-fashion-mnist, else downloaded by torchvision into the cache folder. Source: Xiao,
-    Rasul, Vollgraf, 2017, https://arxiv.org/abs/1708.07747.
+    Reads data.root where it is set: the four IDX files, gzipped or not, or a folder that torchvision filled. Otherwise
+    reads the files of Debian's package dataset-fashion-mnist, or lets torchvision download them into the cache folder.
+    Source: Xiao, Rasul, Vollgraf, 2017, https://arxiv.org/abs/1708.07747.
 
     Raises:
         DataError: a file is missing or damaged, or the download failed.
     """
     from torchvision.datasets import FashionMNIST
 
-    # Mean and std computed as those of the digits; a test computes them again.
+    # Mean and std are computed from the training images; a test computes them again.
     return _open(data, FashionMNIST, tuple(FashionMNIST.classes), 0.2860, 0.3530, _DEBIAN_FASHION_MNIST)
 
 
 def mnist(data: DataConfig) -> Splits:
-    """MNIST: 60,000 handwritten digits to train on and 10,000 to evaluate on, uint8 [N, 1, 28, 28], 10 classes.
+    """MNIST: 60,000 training and 10,000 evaluation images of digits, uint8 [N, 1, 28, 28], 10 classes.
 
-    Read from data.root where it is set, as Fashion-MNIST is, else downloaded by torchvision into the cache folder. Source: LeCun,
+    Reads data.root as Fashion-MNIST does, or lets torchvision download the files into the cache folder. Source: LeCun,
     Bottou, Bengio, Haffner, 1998, http://yann.lecun.com/exdb/mnist/.
 
     Raises:
@@ -57,58 +56,51 @@ def mnist(data: DataConfig) -> Splits:
 
 
 def _open(
-    data: DataConfig, reader: type[MNIST], classes: tuple[str, ...], mean: float, std: float, installed: Path | None
+    data: DataConfig, dataset: type[MNIST], classes: tuple[str, ...], mean: float, std: float, installed: Path | None
 ) -> Splits:
-    """Reads the four files; `reader` is torchvision's class, which knows where they are downloaded from."""
     read_args(data, NoArgs)
-    folder = _folder(data, reader, installed)
+    folder = _folder(data, dataset, installed)
     return Splits(_read_split(folder, "train"), _read_split(folder, "t10k"), 10, classes, (mean,), (std,))
 
 
-def _folder(data: DataConfig, reader: type[MNIST], installed: Path | None) -> Path:
+def _folder(data: DataConfig, dataset: type[MNIST], installed: Path | None) -> Path:
     if data.root is not None:
-        nested = data.root / reader.__name__ / "raw"
+        nested = data.root / dataset.__name__ / "raw"
         return nested if nested.is_dir() else data.root
     if installed is not None and installed.is_dir():
         return installed
     root = cache_folder(data) / "downloads"
     try:
-        return Path(reader(root, download=True).raw_folder)
+        return Path(dataset(root, download=True).raw_folder)
     except (RuntimeError, URLError, OSError) as error:
         also = "" if installed is None else f", or apt-get install dataset-{installed.name}"
         hint = f"--data.root FOLDER with the four files{also}"
-        raise DataError(f"cannot download {reader.__name__} to {root}: {error}", hint) from error
+        raise DataError(f"cannot download {dataset.__name__} to {root}: {error}", hint) from error
 
 
 def _read_split(folder: Path, prefix: str) -> ImageArrays:
-    images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", dimensions=3)
-    targets = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", dimensions=1)
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    images = _read(folder, f"{prefix}-images-idx3-ubyte", read_image_file)
+    targets = _read(folder, f"{prefix}-labels-idx1-ubyte", read_label_file)
     if len(images) != len(targets):
         raise DataError(f"{folder} has {len(images)} {prefix} images, but {len(targets)} labels")
-    return ImageArrays(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(targets.astype(np.int64)))
+    return ImageArrays(images.unsqueeze(1), targets)
 
 
-def _read_idx(folder: Path, name: str, dimensions: int) -> npt.NDArray[np.uint8]:
-    """An IDX file of unsigned bytes, gzipped or not.
+def _read(folder: Path, name: str, reader: Callable[[str], Tensor]) -> Tensor:
+    from torchvision.datasets.utils import extract_archive
 
-    The format: two zero bytes, type (8: unsigned byte), number of dimensions, then each dimension as a big-endian
-    int32, then the values. http://yann.lecun.com/exdb/mnist/
-    """
     zipped, plain = folder / f"{name}.gz", folder / name
-    try:
-        content = gzip.decompress(zipped.read_bytes()) if zipped.exists() else plain.read_bytes()
-    except FileNotFoundError as error:
+    path = zipped if zipped.exists() else plain
+    if not path.exists():
         hint = "--data.root FOLDER with the four files, or leave data.root out to download them"
-        raise DataError(f"neither {zipped} nor {plain.name} exists", hint) from error
-    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"neither {zipped} nor {plain.name} exists", hint)
+    try:
+        with tempfile.TemporaryDirectory() as unpacked:
+            return reader(extract_archive(zipped, unpacked) if path == zipped else str(plain))
+    # The reader asserts the header, and views the bytes in the shape that it states.
+    except (OSError, EOFError, zlib.error, AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(
-            f"{zipped if zipped.exists() else plain} is damaged: {error}", "fetch the file again"
+            f"{path} is damaged, or no such IDX file: {first_line(error)}", "fetch the file again"
         ) from error
-    header = 4 + 4 * dimensions
-    if len(content) < header:
-        raise DataError(f"{folder / name}: cut short after {len(content)} bytes", "fetch the file again")
-    shape = tuple(int(size) for size in np.frombuffer(content[4:header], ">i4"))
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != header + int(np.prod(shape, dtype=np.int64)):
-        message = f"{folder / name}: no IDX file of unsigned bytes with {dimensions} dimensions, or cut short"
-        raise DataError(message, "fetch the file again")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()

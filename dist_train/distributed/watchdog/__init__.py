@@ -1,1 +1,1 @@
-"""Watches the ranks: heartbeats, stop signals, and a verdict on the rank that is stuck."""
+"""Watches the ranks: heartbeats, stop signals, and a report of which rank is stuck."""

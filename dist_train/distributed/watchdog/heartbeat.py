@@ -1,4 +1,4 @@
-"""The pulse of a rank: what it is doing and since when, in memory that the process beside it reads."""
+"""A rank's heartbeat: its phase, step and time of the last beat, in memory shared with its watcher process."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Literal, get_args
 Phase = Literal[
     "set-up", "data", "forward", "backward", "update", "evaluate", "save", "convert", "export", "collective", "waiting"
 ]
-"""In the order in which they follow each other between two milestones; `waiting` is for what rank 0 does alone."""
+"""A rank's activities, in their order between two milestones. `waiting`: rank 0 works alone, and this rank waits."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
-STOP_REASONS = ("", "the file STOP", "another rank, which was asked to")
+STOP_REASONS = ("", "the file STOP", "another rank was asked to stop")
 SIZE = 128
 _STAGE = slice(96, 128)
 _BEAT, _LIMIT = 0, 1  # float64
@@ -20,14 +20,15 @@ _MILESTONE, _STEP, _PHASE, _RANK, _WORLD_SIZE, _ATTEMPT, _ENDED, _STOP = range(2
 
 
 class Heartbeat:
-    """One record. Each field is written at once (8 aligned bytes), so that a reader in another process sees no half of one.
+    """A record of a rank's progress, written by the rank and read by its watcher.
 
-    A milestone is a moment that all ranks pass in the same order: a step, a collective, a wait for rank 0. So (milestone, phase)
-    tells which of two ranks is behind.
+    Each field is 8 aligned bytes and is written at once, so a reader in another process never sees half of a value.
+    A milestone is an event that all ranks pass in the same order: a step, a collective, a wait for rank 0. Comparing
+    (milestone, phase) therefore tells which of two ranks is behind.
 
     Args:
-        memory: SIZE bytes, writable; zeros for a new record.
-        timeout: seconds without a beat after which a rank is stuck; 0: never.
+        memory: SIZE writable bytes; zeros for a new record.
+        timeout: seconds without a beat after which the rank counts as stuck; 0: never.
     """
 
     def __init__(self, memory: memoryview | None = None, timeout: float = 0.0) -> None:
@@ -35,41 +36,45 @@ class Heartbeat:
         self._floats, self._ints, self._stage = memory[:96].cast("d"), memory[:96].cast("q"), memory[_STAGE]
         self._timeout = timeout
         self.patience = 0.0
-        """Seconds that every phase may take at least, while models are compiled."""
+        """Minimum limit of every phase in seconds; raised while models are compiled."""
 
     def identify(self, rank: int, world_size: int, attempt: int) -> None:
+        """Sets the rank's number, the world size, and the attempt (0 at the first start)."""
         self._ints[_RANK], self._ints[_WORLD_SIZE], self._ints[_ATTEMPT] = rank, world_size, attempt + 1
 
     def enter(self, phase: Phase, at_least: float = 0.0) -> None:
-        """The rank begins `phase`, or goes on in it: it is alive. `at_least`: seconds that it may take though the timeout is less."""
+        """Records a beat: the rank begins `phase`, or is still making progress in it.
+
+        at_least: seconds that the phase may take even if the timeout is shorter.
+        """
         self._floats[_LIMIT] = max(self._timeout, self.patience, at_least) if self._timeout else 0.0
         self._ints[_PHASE] = PHASES.index(phase)
         self._floats[_BEAT] = time.monotonic()
 
     def begin(self, phase: Phase, at_least: float = 0.0) -> None:
-        """A milestone, then `phase`."""
+        """Counts a milestone, then enters `phase`."""
         self._ints[_MILESTONE] += 1
         self.enter(phase, at_least)
 
     @contextmanager
     def within(self, phase: Phase, at_least: float = 0.0) -> Iterator[None]:
-        """`phase` while the body runs, then what it was; both are milestones."""
+        """Enters `phase` while the body runs, then returns to the earlier phase; both count as milestones."""
         before, limit = self.phase, self.limit
         self.begin(phase, at_least)
-        yield  # an error ends the run, so that nobody reads what comes after it
+        yield  # no `finally`: an error ends the run, so the earlier phase need not be restored
         self.begin(before, limit)
 
     def at_step(self, stage: str, step: int) -> None:
-        """The step that is being done, for the message."""
+        """Sets the stage and step shown in the watcher's messages."""
         self._ints[_STEP] = step
         name = stage.encode()[:32]
         self._stage[:] = name.ljust(32, b"\0")
 
     def end(self) -> None:
-        """The rank needs nobody beside it any more."""
+        """Tells the watcher to exit: the rank is done."""
         self._ints[_ENDED] = 1
 
-    # What follows is read by the process beside the rank.
+    # The watcher reads the properties below.
 
     @property
     def age(self) -> float:
@@ -87,7 +92,7 @@ class Heartbeat:
 
     @property
     def position(self) -> tuple[int, int]:
-        """(milestone, place of the phase): of two ranks the lesser is behind."""
+        """(milestone, index of the phase); of two ranks, the one with the smaller value is behind."""
         return self._ints[_MILESTONE], self._ints[_PHASE]
 
     @property
@@ -100,7 +105,7 @@ class Heartbeat:
 
     @property
     def attempt(self) -> int | None:
-        """None until the run directory is open."""
+        """Number of the attempt; None until the run directory is open."""
         return self._ints[_ATTEMPT] - 1 if self._ints[_ATTEMPT] else None
 
     @property
@@ -117,7 +122,7 @@ class Heartbeat:
 
     @property
     def stop_reason(self) -> str:
-        """Why the process beside the rank asks it to stop; empty where it does not."""
+        """Reason why the watcher asks the rank to stop, one of STOP_REASONS; "" if it does not."""
         return STOP_REASONS[self._ints[_STOP]]
 
     @stop_reason.setter

@@ -1,6 +1,6 @@
-"""The rank's side of the watchdog: a small process beside each rank, which sees the rank's heartbeat and the signals that it gets.
+"""Starts the watcher: a small process beside each rank that reads the rank's heartbeat and sees its signals.
 
-It is a process because a thread does not run while a C call holds the interpreter's lock, and a stopped process runs nothing at all.
+It is a process because a thread does not run while a C call holds the GIL. A stopped process (SIGSTOP) runs no threads.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from dist_train.config.tree import Config
 from dist_train.distributed.watchdog.heartbeat import SIZE, Heartbeat
 from dist_train.distributed.watchdog.stop_signals import StopRequest, held_back
 
-STACK_SIGNAL = signal.SIGRTMIN + 7  # nothing else is known to use it; faulthandler answers it in C
+STACK_SIGNAL = signal.SIGRTMIN + 7  # no other library is known to use it; faulthandler handles it in C
 NO_ORDER = 255
 _ENDING_SECONDS = 5.0
 
 
 @contextmanager
 def watched(config: Config, stop: StopRequest) -> Iterator[Heartbeat]:
-    """Keeps a watcher (dist_train/distributed/watchdog/watcher.py) beside this process while the body runs; yields the heartbeat to keep up."""
+    """Runs a watcher process (watcher.py) while the body runs; yields the heartbeat that this process must update."""
     with ExitStack() as stack:
         record, stacks = (_shared_file(name, stack) for name in ("heartbeat", "stacks"))
         os.ftruncate(record, SIZE)
-        memory = mmap.mmap(record, SIZE)  # not closed: the heartbeat's views of it may outlive the body
+        memory = mmap.mmap(record, SIZE)  # never closed: the heartbeat's memory views may outlive the body
         heartbeat = Heartbeat(memoryview(memory), config.watchdog.timeout or 0.0)
         heartbeat.enter("set-up", at_least=config.run.timeout)
         signals, noted = _pipe(stack)
@@ -42,7 +42,7 @@ def watched(config: Config, stop: StopRequest) -> Iterator[Heartbeat]:
         os.set_blocking(signals, False)
         os.set_blocking(noted, False)
         _take_signals(noted, stop, stack)
-        # In C, and so also where the interpreter's lock is held.
+        # The handler is C code, so it works even while another thread holds the GIL.
         faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
         stack.callback(faulthandler.unregister, STACK_SIGNAL)
         threading.Thread(target=_end_when_ordered, args=(os.dup(ordered),), daemon=True).start()
@@ -56,7 +56,7 @@ def watched(config: Config, stop: StopRequest) -> Iterator[Heartbeat]:
             "grace": config.stop.grace,
             "exit_code": exit_code_when_preempted(os.environ),
         }
-        with held_back():  # until it ignores them
+        with held_back():  # until the watcher ignores them
             watcher = subprocess.Popen(
                 [sys.executable, "-m", "dist_train.distributed.watchdog.watcher", json.dumps(given)],
                 pass_fds=(record, stacks, signals, order),
@@ -68,7 +68,7 @@ def watched(config: Config, stop: StopRequest) -> Iterator[Heartbeat]:
             yield heartbeat
         finally:
             heartbeat.end()
-            with suppress(BlockingIOError):  # full, so that it wakes anyway
+            with suppress(BlockingIOError):  # a full pipe wakes the watcher, too
                 os.write(noted, b"\0")
             try:
                 watcher.wait(_ENDING_SECONDS)
@@ -83,7 +83,7 @@ def _shared_file(name: str, stack: ExitStack) -> int:
         number = os.memfd_create(name)
         stack.callback(os.close, number)
         return number
-    # Pythons that were built with an old C library, as many portable ones are, do not have it.
+    # memfd_create is missing from Pythons built with an old C library, as many portable builds are.
     return stack.enter_context(tempfile.TemporaryFile(prefix=f"dist-train-{name}-")).fileno()
 
 
@@ -95,16 +95,19 @@ def _pipe(stack: ExitStack) -> tuple[int, int]:
 
 
 def _take_signals(noted: int, stop: StopRequest, stack: ExitStack) -> None:
-    """The C-level handler writes each signal's number to `noted` at once, also while Python's handlers have to wait."""
+    """Makes Python's C-level signal handler write each signal's number to the pipe `noted`.
+
+    The byte is written at once, even while Python-level handlers must wait for the main thread.
+    """
     if threading.current_thread() is threading.main_thread():
         earlier = signal.set_wakeup_fd(noted, warn_on_full_buffer=False)
         stack.callback(signal.set_wakeup_fd, earlier)
-    if stop.requested:  # before there was anybody to see it
+    if stop.requested:  # the signal came before the pipe existed
         os.write(noted, bytes([signal.SIGTERM]))
 
 
 def _end_when_ordered(ordered: int) -> None:
-    """Ends this process with the exit code that the watcher orders, whatever the main thread waits for."""
+    """Exits this process with the code that the watcher sends, even if the main thread is blocked."""
     with os.fdopen(ordered, "rb", buffering=0) as file:
         code = file.read(1)
     if code and code[0] != NO_ORDER:

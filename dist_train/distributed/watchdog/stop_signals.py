@@ -1,4 +1,7 @@
-"""Being asked to stop: SIGTERM and SIGUSR2 become a flag. What follows is agreed by all ranks at a step's end, never in a handler."""
+"""Turns SIGTERM and SIGUSR2 into a flag, and keeps them from ending data workers.
+
+The handlers only set the flag. All ranks agree at the end of a step whether to stop.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from types import FrameType
 from weakref import WeakSet
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h: a signal for when the parent is gone
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h: sets the signal that a process gets when its parent ends
 
 
 class StopRequest:
-    """Whether this rank was asked to stop, and by what."""
+    """Records that this rank was asked to stop, and the reason."""
 
     def __init__(self) -> None:
         self.reason = ""
@@ -30,7 +33,7 @@ class StopRequest:
         return bool(self.reason)
 
     def ask(self, reason: str) -> None:
-        """Once or more often: the first reason stays."""
+        """Requests a stop; of several reasons, the first is kept."""
         self.reason = self.reason or reason
 
 
@@ -39,9 +42,9 @@ _current: StopRequest | None = None
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Takes the signals while the body runs; within another `listening` it is the other one's request.
+    """Handles the stop signals while the body runs, and yields the request. A nested call yields the outer request.
 
-    Only the main thread can take signals: in another one the request is made by the STOP file alone.
+    Python delivers signals to the main thread only. In another thread only the file STOP can request a stop.
     """
     global _current
     if _current is not None:
@@ -81,12 +84,12 @@ def _prepare_children() -> None:
     if not _prepared:
         _prepared = True
         os.register_at_fork(after_in_child=_restore_in_child)
-        assert multiprocessing_exit  # its own exit function is registered by the import, and so runs after ours
+        assert multiprocessing_exit  # importing it registers its exit function, which then runs after _kill_workers
         atexit.register(_kill_workers)
 
 
 def _restore_in_child() -> None:
-    """A forked process is not the rank: a signal to it ends it, as it ends any process."""
+    """Restores the default signal handlers in a forked process, so that a signal ends it."""
     if _current is not None:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
@@ -94,14 +97,21 @@ def _restore_in_child() -> None:
 
 
 def ignore_until_exit() -> None:
-    """For a process whose exit code is settled: it may take a second to end, and a signal is often sent twice."""
+    """Ignores the stop signals until the process exits, once its exit code is decided.
+
+    The exit may take a second, and launchers often send a signal twice.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Processes that the body starts get no signal before they say what they do with it; this process gets its own a moment later."""
+    """Blocks the stop signals while the body starts processes.
+
+    The processes inherit the blocked signals, so no signal ends them before they set their own handling. Signals to
+    this process are delivered after the body.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -114,7 +124,11 @@ _workers: WeakSet[BaseProcess] = WeakSet()
 
 @contextmanager
 def starting_workers() -> Iterator[None]:
-    """For what starts data workers, with `ignore_in_worker`: signals are held back, and the workers are killed when this process exits."""
+    """Blocks the stop signals while the body starts data workers; kills those workers when this process exits.
+
+    The workers must use `ignore_in_worker` as their `worker_init_fn`.
+    """
+    _prepare_children()  # also where nobody listens for signals
     before = set(multiprocessing.active_children())
     with held_back():
         yield
@@ -122,8 +136,10 @@ def starting_workers() -> Iterator[None]:
 
 
 def ignore_in_worker(worker: int) -> None:
-    """As a DataLoader's `worker_init_fn`: a worker lives through a signal that is meant for all processes of a job, as the rank needs its
-    batches to end a step. It then outlives `terminate` too, and is killed when the rank exits, or is killed itself.
+    """Makes a data worker ignore the stop signals; pass it to DataLoader as `worker_init_fn`.
+
+    Launchers often signal all processes of a job, but the rank still needs the worker's batches to finish its step. The
+    worker ignores `terminate` as well, so it is killed when the rank exits or dies.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -132,9 +148,12 @@ def ignore_in_worker(worker: int) -> None:
 
 
 def _kill_workers() -> None:
-    """multiprocessing would terminate them, which they ignore, and wait. A user's own daemons are left to it."""
+    """Kills the data workers. multiprocessing would send SIGTERM, which they ignore, and wait for them.
+
+    Other daemon processes, such as a user's own, are left to multiprocessing.
+    """
     alive = [worker for worker in _workers if worker.is_alive()]
     if alive:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the death of a worker for a failure
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the killed worker as a failure
     for worker in alive:
         worker.kill()

@@ -1,4 +1,4 @@
-"""What integer kernels want of a quantized graph, in numbers: shared by the rewriting of ONNX and of programs."""
+"""Scales and zero points that integer kernels need, for the rewriting of ONNX and of programs."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ Range = tuple[float, float]
 
 
 def summand_range(sums: Range, others: Range) -> Range:
-    """The range of a summand whose sum is quantized and whose other summand is, too; no range has to be learned.
+    """Computes the range of a summand from those of the sum and of the other summand, which are quantized.
 
-    What lies outside of [lowest sum - highest other, highest sum - lowest other] is clipped in the sum too, whatever the other
-    summand is, so that this range clips nothing that counts. What it costs is one more rounding.
+    The range is [lowest sum - highest other, highest sum - lowest other]. A value outside of it is clipped in the sum
+    anyway, so this range costs one more rounding and no clipping.
     """
     return sums[0] - others[1], sums[1] - others[0]
 
 
 def scale_and_zero_point(values: Range, low: int, high: int) -> tuple[float, int]:
-    """Those by which the integers low..high stand for the range."""
+    """Computes scale and zero point that map a range to the integers low..high."""
     scale = (values[1] - values[0]) / (high - low)
     return scale, int(np.clip(round(low - values[0] / scale), low, high))
 
 
 def with_room_for_bias(weights: Any, scales: Any, bias: Any, input_scale: float) -> tuple[Any, Any]:
-    """Weights [K, ...] in int8 and their scales, float32 [K], such that `bias` / (input_scale * scale) fits int32, as kernels add it.
+    """Enlarges scales so that `bias` / (input_scale * scale), which kernels add, fits int32.
 
-    Where a channel's weight is so small beside its bias that this would overflow (a channel that weight decay emptied), the
-    channel's scale becomes larger; what its weight then loses is below 1e-3 of the bias, less than a step of the output.
+    This concerns channels with weights that are tiny beside the bias, as after weight decay. The error of such a weight
+    is below 1e-3 of the bias, less than a step of the output.
+
+    Returns:
+        The weights, int8 [K, ...], and their scales, float32 [K]; the arguments themselves where all biases fit.
     """
     enough = np.maximum(scales, np.abs(bias) / (_LARGEST_BIAS * input_scale)).astype(np.float32)
     if not (enough > scales).any():

@@ -1,8 +1,8 @@
-"""QDQ graphs in the form that runtimes fuse: what PT2E leaves in floating point, and integer kernels want quantized.
+"""Rewriting of QDQ graphs to a form that runtimes fuse: layers that PT2E leaves in float are quantized too.
 
-PT2E's quantizer for x86 leaves a convolution that ends in a residual addition in float, as oneDNN adds inside the convolution. ONNX
-Runtime has no such kernel: it ran 8 of ResNet-18's 20 convolutions in float, and int8 was slower than FP32. OpenVINO ran the
-integer convolution, but the addition apart from it.
+PT2E's quantizer for x86 leaves a convolution that ends in a residual addition in float, as oneDNN adds inside the
+convolution. ONNX Runtime has no such kernel: it ran 8 of ResNet-18's 20 convolutions in float, and int8 was slower than
+FP32. OpenVINO ran the convolution in integers, but the addition apart from it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dist_train.lowering.rewrites.kernel_arithmetic import scale_and_zero_point,
 
 
 class _Graph:
-    """A model's nodes by what they read and write."""
+    """A model's nodes, by their inputs and outputs."""
 
     def __init__(self, model: ModelProto) -> None:
         self.proto = model.graph
@@ -55,9 +55,9 @@ class _Graph:
 
 
 def quantize_summands(model: ModelProto) -> int:
-    """Quantizes, in place, each convolution's output that is added to a quantized tensor where the sum is quantized in turn.
+    """Quantizes each convolution's output that is added to a quantized tensor and whose sum is quantized, in place.
 
-    Its range is that of `summand_range`. Returns how many.
+    The range is from `summand_range`. Returns the number of outputs.
     """
     graph, count = _Graph(model), 0
     for addition in [node for node in graph.proto.node if node.op_type == "Add"]:
@@ -92,10 +92,10 @@ def quantize_summands(model: ModelProto) -> int:
 
 
 def read_joined(model: ModelProto) -> int:
-    """Lets batch norms read what joins quantized tensors of one grid, in place, and not what is quantized to that same grid again.
+    """Removes the second quantization between a concatenation of tensors with one grid and a batch norm, in place.
 
-    These numbers are equal, and OpenVINO 2026.4 dies of a segmentation fault when it compiles the longer way, which every DenseNet
-    has. Returns how many.
+    It has the same grid, so the numbers stay equal. OpenVINO 2026.4 crashes with a segmentation fault when it compiles
+    this second quantization, which every DenseNet has. Returns the number of batch norms.
     """
     graph, count = _Graph(model), 0
     for norm in [node for node in graph.proto.node if node.op_type == "BatchNormalization"]:
@@ -127,16 +127,16 @@ def _per_tensor(graph: _Graph, node: Any) -> bool:
 
 
 def _range(graph: _Graph, node: Any) -> tuple[float, float]:
-    """The lowest and the highest number that a Q or DQ node can stand for."""
+    """Returns the lowest and the highest number that a Q or DQ node can represent."""
     scale, zero_point = graph.value(node.input[1]).item(), graph.value(node.input[2])
     integers = np.iinfo(zero_point.dtype)
     return scale * (integers.min - zero_point.item()), scale * (integers.max - zero_point.item())
 
 
 def quantize_biases(model: ModelProto) -> int:
-    """Writes, in place, the bias of each layer of quantized input and weight as int32 of scale input * weight, as kernels add it.
+    """Quantizes the bias of each layer with quantized input and weight to int32, in place, as kernels add it.
 
-    See `with_room_for_bias`. Returns how many.
+    Its scale is the input's times the weight's; see `with_room_for_bias`. Returns the number of biases.
     """
     graph, count = _Graph(model), 0
     for layer in [node for node in graph.proto.node if node.op_type in ("Conv", "Gemm") and len(node.input) == 3]:
@@ -169,7 +169,7 @@ def quantize_biases(model: ModelProto) -> int:
 
 
 def _drop_unread(graph: _Graph) -> None:
-    """Nodes and constants."""
+    """Removes nodes and constants that nothing reads."""
     read = set(graph.results)
     for node in reversed(list(graph.proto.node)):
         if read.isdisjoint(node.output):

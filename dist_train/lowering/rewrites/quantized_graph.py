@@ -1,4 +1,4 @@
-"""The weights of a graph of quantize and dequantize operators, by what dequantizes them."""
+"""Weights of a graph with quantize and dequantize operators."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DEQUANTIZE = (
 
 
 def value_of(graph: GraphModule, node: Any) -> Tensor | None:
-    """The parameter or buffer that a node reads; None where it is computed."""
+    """Returns the parameter or buffer that a node reads; None where the node is computed."""
     if not isinstance(node, Node) or node.op != "get_attr":
         return None
     owner, _, name = str(node.target).rpartition(".")
@@ -25,7 +25,10 @@ def value_of(graph: GraphModule, node: Any) -> Tensor | None:
 
 
 def dequantized_weights(graph: GraphModule) -> Iterator[tuple[Node, Tensor, Any, Any]]:
-    """Dequantize operator, integer weight, scale and zero point: float32 and int64 [K], or one number for all channels."""
+    """Yields dequantize operator, integer weight, scale and zero point of each weight.
+
+    Scale and zero point are float32 and int64 [K], or one number for all channels.
+    """
     for node in list(graph.graph.nodes):
         if node.op != "call_function" or str(node.target) not in _DEQUANTIZE:
             continue
@@ -36,7 +39,7 @@ def dequantized_weights(graph: GraphModule) -> Iterator[tuple[Node, Tensor, Any,
 
 
 def channels_with_zero_points(graph: GraphModule) -> list[str]:
-    """Names of the weights that have a zero point other than 0 for some of their channels."""
+    """Returns the names of the weights with a zero point other than 0 in some channel."""
     return [
         str(node.args[0])
         for node, _, _, zero_point in dequantized_weights(graph)

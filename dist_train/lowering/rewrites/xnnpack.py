@@ -1,8 +1,8 @@
-"""An int8 program of PT2E in the form that XNNPACK runs in integers: int8 activations, and every int8 layer's output quantized.
+"""Rewriting of PT2E's int8 programs for XNNPACK's integer kernels: int8 activations, quantized outputs of all layers.
 
-PT2E's quantizer for x86 makes activations of uint8, leaves a convolution that ends in a residual addition in floating point, and
-the last layer's output too. ExecuTorch's partitioner takes a layer in integers only where its output is quantized as well, or where
-its input is quantized anew from the range of each row ("dynamically"), which needs no range of the output.
+PT2E's quantizer for x86 makes activations uint8. It leaves the last layer's output, and convolutions that end in a
+residual addition, in floating point. ExecuTorch's partitioner takes a layer in integers in two cases only: its output
+is quantized too, or its input is quantized from the range of each row ("dynamically").
 """
 
 from __future__ import annotations
@@ -37,12 +37,16 @@ _Parameters = tuple[float, int]
 
 
 def for_xnnpack(program: ExportedProgram, one: Tensor) -> GraphModule:
-    """The program for a batch of one, for ExecuTorch's XNNPACK partitioner; `program` is not changed.
+    """Rewrites the program for a batch of one, for ExecuTorch's XNNPACK partitioner. `program` is not changed.
 
-    one: float32 [1, C, H, W], for its shape. The real numbers that integers stand for stay what they were, except that a residual
-    summand is rounded once more, and that the input of a layer whose output is floating point is.
+    The integers represent the same real numbers as before, with two exceptions: residual summands, and inputs of layers
+    with floating-point outputs, are rounded once more.
 
-    Raises LoweringUnavailable for weights with zero points, which XNNPACK has no kernels for, and for integers of less than 8 bits.
+    Args:
+        one: float32 [1, C, H, W]; only its shape counts.
+
+    Raises:
+        LoweringUnavailable: weights have zero points, or integers fewer than 8 bits: XNNPACK has no kernels for them.
     """
     graph = torch.export.export(program.module(check_guards=False), (one,)).module(check_guards=False)
     assert isinstance(graph, GraphModule)
@@ -78,11 +82,12 @@ def _is(node: object, *targets: object) -> bool:
 
 
 def _give_channels_scales(graph: GraphModule) -> None:
-    """Each weight gets a scale for each channel, as dynamic layers want one; where there was one for all, equal ones."""
+    """Gives each weight a scale per channel, which dynamic layers need; one scale for all is repeated."""
     for place, (node, weight, scale, zero_point) in enumerate(dequantized_weights(graph)):
         if torch.as_tensor(zero_point).any():
             raise LoweringUnavailable(
-                f"XNNPACK has no kernels for weights with zero points (scheme affine in qat.rules), as {node.args[0]} has"
+                "XNNPACK has no kernels for weights with zero points (scheme affine in qat.rules), "
+                f"as {node.args[0]} has"
             )
         if tuple(node.args[-3:-1]) != (_LOW, _HIGH):
             raise LoweringUnavailable(
@@ -99,7 +104,7 @@ def _give_channels_scales(graph: GraphModule) -> None:
 
 
 def _shift(node: Node) -> None:
-    """The uint8 of an activation as int8, of the same real numbers."""
+    """Changes an activation from uint8 to int8 with the same real numbers."""
     source, scale, zero_point, low, high, dtype = node.args
     if dtype == torch.int8:
         return
@@ -109,11 +114,12 @@ def _shift(node: Node) -> None:
 
 
 def _insert(graph: GraphModule, source: Node, reader: Node, parameters: _Parameters) -> None:
-    """`reader` gets `source` quantized and dequantized."""
+    """Quantizes and dequantizes `source` for `reader`."""
     rest = (*parameters, _LOW, _HIGH, torch.int8)
     with graph.graph.inserting_before(reader):
         integers = graph.graph.call_function(_quantize(), (source, *rest))  # type: ignore[arg-type]
-        reader.replace_input_with(source, graph.graph.call_function(_dequantize(), (integers, *rest)))  # type: ignore[arg-type]
+        floats = graph.graph.call_function(_dequantize(), (integers, *rest))  # type: ignore[arg-type]
+        reader.replace_input_with(source, floats)
 
 
 def _parameters(node: Node) -> _Parameters:
@@ -126,9 +132,10 @@ def _range(node: Node) -> tuple[float, float]:
 
 
 def _keep_scales_of_moves(graph: GraphModule) -> None:
-    """XNNPACK moves integers only where they mean the same afterwards: another scale is for the next Q/DQ pair. Exact.
+    """Adds Q/DQ pairs around operations that move numbers, which XNNPACK needs to keep their scale. This is exact.
 
-    What is quantized only after it was moved is quantized before as well, so that what made it has a quantized output.
+    A tensor that is quantized only after such an operation is quantized before it as well, so that the layer before has
+    a quantized output.
     """
     moves = list(_calls(graph, *_MOVES))
     for move in moves:
@@ -146,7 +153,7 @@ def _keep_scales_of_moves(graph: GraphModule) -> None:
 
 
 def _after(node: Node, *passed: object) -> Node | None:
-    """The only reader of a node, or of what clamps it in place; None where there are several."""
+    """Returns the only reader of a node, or of the clamp behind it; None where there are several."""
     readers = list(node.users)
     if len(readers) == 1 and _is(readers[0], *passed):
         readers = list(readers[0].users)
@@ -154,19 +161,21 @@ def _after(node: Node, *passed: object) -> Node | None:
 
 
 def _quantize_summands(graph: GraphModule) -> None:
-    """As `qdq.quantize_summands` does in ONNX."""
+    """As `onnx_qdq.quantize_summands`."""
     for addition in _calls(graph, *_SUMS):
         after = _after(addition, *_RELUS)
         layers = [each for each in addition.args[:2] if _is(each, *_LAYERS)]
         others = [each for each in addition.args[:2] if _is(each, _dequantize())]
-        if not _is(after, _quantize()) or len(layers) != 1 or len(others) != 1 or len(layers[0].users) != 1:  # type: ignore[union-attr]
+        if not _is(after, _quantize()) or len(layers) != 1 or len(others) != 1:
+            continue
+        if len(layers[0].users) != 1:  # type: ignore[union-attr]
             continue
         values = summand_range(_range(after), _range(others[0]))  # type: ignore[arg-type]
         _insert(graph, layers[0], addition, scale_and_zero_point(values, _LOW, _HIGH))  # type: ignore[arg-type]
 
 
 def _int8_layers(graph: GraphModule) -> Iterator[tuple[Node, Node, Node]]:
-    """Layer, dequantized input, dequantized weight."""
+    """Yields layer, dequantized input and dequantized weight."""
     per_channel = torch.ops.quantized_decomposed.dequantize_per_channel.default
     for layer in _calls(graph, *_LAYERS):
         if _is(layer.args[0], _dequantize()) and _is(layer.args[1], per_channel):
@@ -187,7 +196,7 @@ def _make_room_for_biases(graph: GraphModule) -> None:
 
 
 def _quantize_inputs_of_float_outputs(graph: GraphModule) -> None:
-    """A layer whose output nothing quantizes: the last one, or one before an operator that takes floats."""
+    """Quantizes dynamically the inputs of layers without a quantized output, such as the last layer."""
     library = torch.ops.quantized_decomposed
     for layer, inputs, _ in _int8_layers(graph):
         if _is(_after(layer, *_CLAMPS), _quantize()):

@@ -1,9 +1,9 @@
-"""The PT2E backend: torchao's placement and conversion around our own fake quantization."""
+"""The PT2E backend: torchao's placement and conversion, with our own fake quantization."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt
 from dist_train.config.stages import RuleConfig
 from dist_train.errors import QuantizationError
 from dist_train.programs.program import Program
-from dist_train.programs.pt2 import program_bytes
-from dist_train.quantization.dry_run import rehearse
-from dist_train.quantization.error_location import where
+from dist_train.programs.pt2 import export_program, program_bytes
+from dist_train.quantization.dry_run import dry_run
+from dist_train.quantization.error_location import cannot_trace
 from dist_train.quantization.fake_quantize import WeightFakeQuantize
 from dist_train.quantization.float_checks import (
     keep_invertible,
@@ -42,20 +42,14 @@ class PT2EBackend:
     """Implements `dist_train.quantization.backend.QuantizationBackend`."""
 
     def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
-        """See QuantizationBackend.check. With an example a copy is prepared and converted."""
-        self._check_modules(model, rules)
+        """See QuantizationBackend.check."""
+        _checked_rules(model, rules)
         if example is not None:
-            rehearse(self, model, example, rules, instead="fx", run=False)
-
-    def _check_modules(self, model: nn.Module, rules: Sequence[RuleConfig]) -> None:
-        check_versions()
-        resolve_rules(model, rules)
-        refuse_cumulative_average(model)
+            dry_run(self, model, example, rules, instead="fx", run=False)
 
     def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedGraph:
         """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
-        self._check_modules(model, rules)
-        quantizer = RuleQuantizer(resolve_rules(model, rules))
+        quantizer = RuleQuantizer(_checked_rules(model, rules))
         with quietly(), patterns_exported_once():
             float_copy = copy.deepcopy(model).eval()
             graph = _exported(float_copy, example)
@@ -78,7 +72,7 @@ class PT2EBackend:
         return prepared.train(model.training)
 
     def convert(self, prepared: PreparedModel) -> GraphModule:
-        """See QuantizationBackend.convert. Its state holds what its graph reads and nothing else."""
+        """See QuantizationBackend.convert. The state holds only tensors that the graph reads."""
         assert isinstance(prepared, PreparedGraph)
         check_versions()
         Ranges(prepared).require_known()
@@ -94,7 +88,7 @@ class PT2EBackend:
             converted = convert_pt2e(module)
         for node in converted.graph.find_nodes(op="call_function", target=_batch_norm):
             node.target = graph_rewrite.BATCH_NORM
-        for method in ("train", "eval"):  # replaced by functions that raise; nothing in the graph depends on the mode
+        for method in ("train", "eval"):  # torchao replaces them by functions that raise; the graph has no modes
             converted.__dict__.pop(method, None)
         if converted.graph.find_nodes(op="call_module"):
             raise QuantizationError(
@@ -110,28 +104,27 @@ class PT2EBackend:
         return Program("pt2", program_bytes(export_converted(converted, example)))
 
 
+def _checked_rules(model: nn.Module, rules: Sequence[RuleConfig]) -> Mapping[str, RuleConfig]:
+    """Checks versions, rules and modules, and returns the resolved rules; see `resolve_rules`."""
+    check_versions()
+    resolved = resolve_rules(model, rules)
+    refuse_cumulative_average(model)
+    return resolved
+
+
 def _batch_norm(*args: Any) -> Tensor:
-    """Stands in for aten.batch_norm while torchao converts: where it finds one it traces 96 patterns to fold (15 s), in vain."""
+    """Replaces aten.batch_norm while torchao converts: for each that it finds it traces 96 patterns (15 s), in vain."""
     raise AssertionError("only a name in a graph")
 
 
 def export_converted(converted: GraphModule, example: Tensor) -> ExportedProgram:
-    """The converted model as a program whose batch dimension is dynamic. Of `example` only the shape without batch and the dtype count."""
+    """Exports the converted model, as `export_program` does, without warnings."""
     with quietly():
-        return torch.export.export(converted, (_synthetic(example).cpu(),), dynamic_shapes=({0: _batch()},))
-
-
-def _batch() -> Dim:
-    return Dim("batch", min=1)
-
-
-def _synthetic(example: Tensor) -> Tensor:
-    """Two rows of zeros: one row would make the batch size a constant."""
-    return torch.zeros((2, *example.shape[1:]), dtype=example.dtype, device=example.device)
+        return export_program(converted, example)
 
 
 def _exported(model: nn.Module, example: Tensor) -> GraphModule:
-    """The graph of a copy of the float model, which is changed; refuses what cannot be prepared."""
+    """Exports a copy of the float model, which is changed. Raises QuantizationError where it cannot be prepared."""
     _make_affine(model)
     graph = _export(model, example)
     _refuse_known_failures(graph.graph)
@@ -139,31 +132,25 @@ def _exported(model: nn.Module, example: Tensor) -> GraphModule:
 
 
 def _export(model: nn.Module, example: Tensor) -> GraphModule:
-    """Strict export: under the default one X86InductorQuantizer cannot tell modules apart that are called twice."""
+    """Exports in strict mode: in the default mode X86InductorQuantizer mixes up modules that are called twice."""
     device = next((parameter.device for parameter in model.parameters()), example.device)
+    zeros = torch.zeros((2, *example.shape[1:]), dtype=example.dtype, device=device)  # one row would fix the batch size
     try:
-        program = torch.export.export(
-            model, (_synthetic(example).to(device),), dynamic_shapes=({0: _batch()},), strict=True
-        )
+        program = torch.export.export(model, (zeros,), dynamic_shapes=({0: Dim("batch", min=1)},), strict=True)
     except (
         torch._dynamo.exc.TorchDynamoException,
         torch._export.verifier.SpecViolationError,
         RuntimeError,
         ValueError,
     ) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise QuantizationError(
-            f"torch.export cannot trace {where(model, error) or type(model).__name__}: {first}",
-            "make forward free of branches and shapes that depend on the data, or try --qat.backend fx; "
-            "or eager, where the model has stubs of its own",
-        ) from error
+        raise cannot_trace("torch.export", model, error, "branches and shapes", "fx") from error
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     return module
 
 
 def _make_affine(model: nn.Module) -> None:
-    """QAT folds weight / sqrt(variance): a batch norm that has no weight gets ones, and zeros for bias, that are not trained."""
+    """Gives BatchNorm without affine parameters a fixed weight 1 and bias 0: QAT folds weight / sqrt(variance)."""
     for module in model.modules():
         if (
             isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -179,6 +166,7 @@ def _make_affine(model: nn.Module) -> None:
 
 
 def _refuse_known_failures(graph: Graph) -> None:
+    """Raises QuantizationError for a batch norm that cannot be folded."""
     for node in graph_rewrite.batch_norms(graph):
         if node.args[3] is None:
             raise refuse_untracked_statistics(layer_of(node))
@@ -189,7 +177,7 @@ def _refuse_known_failures(graph: Graph) -> None:
 
 
 def _keep_unused_buffers(graph: GraphModule, model: nn.Module) -> None:
-    """Export drops what evaluation does not read (`num_batches_tracked`); a float checkpoint has it."""
+    """Restores the buffers that export drops (`num_batches_tracked`), because float checkpoints have them."""
     known = graph.state_dict().keys()
     for name, value in model.state_dict().items():
         owner, _, attribute = name.rpartition(".")
@@ -209,7 +197,7 @@ def _keep_batch_norms_invertible(graph: GraphModule) -> None:
 
 
 def _strip(converted: GraphModule) -> None:
-    """Deletes tensors that no node reads (the float weights), then modules left empty."""
+    """Deletes tensors that no node reads (the float weights), then modules that are left empty."""
     read = {str(node.target) for node in converted.graph.find_nodes(op="get_attr")}
     for name, _ in [
         *converted.named_parameters(remove_duplicate=False),

@@ -1,4 +1,4 @@
-"""What PT2E gets wrong in a graph, put right: literals of batch normalization, unwanted fusions, names of modules."""
+"""Corrections of PT2E's graphs: literals of batch normalization, unwanted folding, training modes."""
 
 from __future__ import annotations
 
@@ -36,10 +36,16 @@ Tensors = tuple[str | None, ...]  # the attributes that a batch norm reads: weig
 class FoldedBatchNorm:
     """A convolution with the batch norm that QAT folds into its weight: nodes of one graph.
 
-    `eps` is `running_var + eps`; `scale_factor` is the batch norm's weight / sqrt(running_var + eps); `scaled_weight` is the
-    convolution's weight times that factor, and what `unscaling` divides by it again before `batch_norm`: as torchao writes it
-    (`_get_qat_conv_bn_pattern`, after Krishnamoorthi, https://arxiv.org/abs/1806.08342, section 3.2.2) the convolution's output,
-    after `divide_weights` the quantized weight.
+    See torchao's `_get_qat_conv_bn_pattern`, after Krishnamoorthi, https://arxiv.org/abs/1806.08342, section 3.2.2.
+
+    Attributes:
+        eps: running_var + eps.
+        scale_factor: the batch norm's weight / sqrt(running_var + eps).
+        scaled_weight: the convolution's weight times the scale factor.
+        convolution: with the scaled weight.
+        unscaling: the division by the scale factor before the batch norm. torchao divides the convolution's output;
+            after `divide_weights` the quantized weight is divided.
+        batch_norm: of the unscaled output.
     """
 
     eps: Node
@@ -59,13 +65,9 @@ class FoldedBatchNorm:
 
     @property
     def bias(self) -> Node | None:
-        """The convolution's own bias, which is added after the division."""
+        """The convolution's own bias, added after the division."""
         added: Any = self.batch_norm.args[0]
         return None if added in (self.convolution, self.unscaling) else added.args[1].args[0]
-
-    @property
-    def layer(self) -> str:
-        return layer_of(self.convolution)
 
     @property
     def quantized(self) -> bool:
@@ -73,18 +75,20 @@ class FoldedBatchNorm:
 
 
 def batch_norms(graph: Graph) -> Iterator[Node]:
+    """Yields the batch norms, in graph order."""
     return (node for node in graph.nodes if node.op == "call_function" and node.target is BATCH_NORM)
 
 
 def batch_norm_tensors(node: Node) -> Tensors:
+    """Returns the names of the tensors that a batch norm reads, None where it reads none."""
     return tuple(str(arg.target) if isinstance(arg, Node) else None for arg in node.args[1:5])
 
 
 def batch_norm_literals(graph: Graph) -> dict[Tensors, tuple[Any, ...]]:
-    """(training, momentum, eps, cudnn_enabled) of every batch norm, by the tensors that it reads. Take it before prepare.
+    """Returns (training, momentum, eps, cudnn_enabled) of every batch norm, by its tensors. Called before prepare.
 
     Raises:
-        QuantizationError: a batch norm's settings cannot be told apart by its tensors, or its momentum is None.
+        QuantizationError: two batch norms with the same tensors have different settings.
     """
     literals: dict[Tensors, tuple[Any, ...]] = {}
     for node in batch_norms(graph):
@@ -98,10 +102,10 @@ def batch_norm_literals(graph: Graph) -> dict[Tensors, tuple[Any, ...]]:
 
 
 def restore_batch_norms(graph: Graph, literals: dict[Tensors, tuple[Any, ...]]) -> None:
-    """Gives every batch norm, and the scale factor of every folded one, the settings that the float model had.
+    """Restores the float model's settings in every batch norm, and in the scale factor of every folded one.
 
     Raises:
-        QuantizationError: something that PT2E wrote is not recognised, so that a literal of its own would stay.
+        QuantizationError: a part that PT2E rewrote is not recognized, so that a literal of PT2E would stay.
     """
     for node in batch_norms(graph):
         if batch_norm_tensors(node) not in literals:
@@ -121,18 +125,20 @@ def restore_batch_norms(graph: Graph, literals: dict[Tensors, tuple[Any, ...]]) 
 
 def _not_restorable(layer: str) -> QuantizationError:
     return QuantizationError(
-        f"{layer}: PT2E rewrote this batch norm in a way that is not recognised; its eps and momentum cannot be restored",
-        "place the batch norm directly after its convolution, or leave the convolution in floating point with a rule of qat.rules",
+        f"{layer}: PT2E rewrote this batch norm in a way that is not recognized; "
+        "its eps and momentum cannot be restored",
+        "place the batch norm directly after its convolution, "
+        "or leave the convolution in floating point with a rule of qat.rules",
     )
 
 
 def folded_batch_norms(graph: Graph) -> list[FoldedBatchNorm]:
-    """The convolutions into which prepare_qat_pt2e folded a batch norm, in graph order."""
+    """Finds the convolutions into which prepare_qat_pt2e folded a batch norm, in graph order."""
     return [folded for node in batch_norms(graph) if (folded := _folded(node)) is not None]
 
 
 def _folded(batch_norm: Node) -> FoldedBatchNorm | None:
-    output: Any = batch_norm.args[0]  # Any: what is unlike the pattern is found by comparing targets
+    output: Any = batch_norm.args[0]  # Any: nodes unlike the pattern are found by comparing targets
     if _is(output, aten.add.Tensor) and _is(output.args[0], aten.div.Tensor, *CONVOLUTIONS):
         output = output.args[0]  # a convolution with a bias: added after the division
     convolution: Any = output.args[0] if _is(output, aten.div.Tensor) else output
@@ -157,7 +163,7 @@ def _is(node: object, *targets: object) -> bool:
 
 
 def undo_needless_folding(graph: Graph) -> None:
-    """Puts conv -> batch norm back where the convolution stays in floating point: PT2E folds those too, and never undoes it."""
+    """Undoes folding where the convolution stays in floating point: PT2E folds these batch norms too."""
     for folded in folded_batch_norms(graph):
         if not folded.quantized:
             convolution = folded.convolution
@@ -169,8 +175,8 @@ def undo_needless_folding(graph: Graph) -> None:
 def divide_weights(graph: Graph) -> None:
     """Divides the quantized weight of each folded convolution by the scale factor, instead of the convolution's output.
 
-    The two are the same but for rounding, as a convolution is linear in its weight. An output has many times the elements of a weight,
-    and its division a backward with a reduction over all of them.
+    Both are equal up to rounding, as a convolution is linear in its weight. The output has many times more elements
+    than the weight, and the backward of its division has a reduction over all of them.
     """
     for folded in folded_batch_norms(graph):
         convolution, output = folded.convolution, folded.unscaling
@@ -187,10 +193,10 @@ def divide_weights(graph: Graph) -> None:
 
 
 def fold_batch_norms(module: GraphModule) -> None:
-    """Before convert: each folded convolution gets the folded weight and bias as parameters of its own, and its batch norm goes.
+    """Folds each batch norm into parameters of its convolution, before convert.
 
-    torchao would fold with eps 1e-5 whatever the model has, in other arithmetic than training used, and once per call of a layer that
-    is called twice. Here the weight is, bit by bit, what the fake-quantize module saw.
+    torchao would fold with eps 1e-5 whatever the model has, in other arithmetic than training, and once for each call
+    of a layer. Here the weight is bitwise the input of the fake-quantize module.
     """
     graph = module.graph
     for index, folded in enumerate(folded_batch_norms(graph)):
@@ -214,7 +220,7 @@ def fold_batch_norms(module: GraphModule) -> None:
 
 
 def attribute(module: nn.Module, target: str) -> Tensor:
-    """The tensor at a dotted name, as a get_attr node reads it."""
+    """Returns the tensor at a dotted name, as a get_attr node reads it."""
     owner, _, name = target.rpartition(".")
     value = getattr(module.get_submodule(owner), name)
     assert isinstance(value, Tensor)
@@ -222,7 +228,7 @@ def attribute(module: nn.Module, target: str) -> Tensor:
 
 
 def constant(module: nn.Module, node: Node) -> Tensor:
-    """The value of a node that depends on parameters and buffers only, such as a weight with batch norm folded in."""
+    """Computes a node that depends on parameters and buffers only, such as a weight with a batch norm folded in."""
     if node.op == "get_attr":
         return attribute(module, str(node.target))
     assert node.op == "call_function" and callable(node.target), f"{node} is not a constant"
@@ -234,14 +240,17 @@ def constant(module: nn.Module, node: Node) -> Tensor:
 
 
 def use_batch_statistics(graph: Graph, momentum: float | None = None) -> None:
-    """Training: every batch norm that keeps running statistics normalises by its batch and updates them, by its own momentum if None."""
+    """Makes batch norms normalize by their batch and update their running statistics, for training.
+
+    momentum: None for each batch norm's own.
+    """
     for node in batch_norms(graph):
         if node.args[4] is not None:
             node.args = (*node.args[:5], True, node.args[6] if momentum is None else momentum, *node.args[7:])
 
 
 def use_dropout(graph: Graph) -> None:
-    """Training: every dropout drops out."""
+    """Turns all dropouts on, for training."""
     for node in graph.nodes:
         if node.op == "call_function" and node.target in DROPOUTS:
             node.args = (*node.args[:2], True)

@@ -1,4 +1,4 @@
-"""torchao's patterns of convolution and batch norm, exported once in a process: preparing exports all twelve anew each time."""
+"""Cache of torchao's patterns of convolution and batch norm: each preparation would export all twelve again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _known: dict[_Key, GraphModule] = {}
 
 @contextmanager
 def patterns_exported_once() -> Iterator[None]:
-    """In this context prepare_qat_pt2e takes its patterns from those that it made before; each time a copy."""
+    """Makes prepare_qat_pt2e copy its patterns from earlier ones inside the block."""
     export: Callable[..., GraphModule] = qat_utils._get_aten_graph_module_for_pattern
 
     def known(pattern: Any, example_inputs: tuple[Tensor, ...], is_cuda: bool = False, **kwargs: Any) -> GraphModule:
@@ -37,7 +37,7 @@ def patterns_exported_once() -> Iterator[None]:
 
 
 def _key(pattern: Any, example_inputs: tuple[Tensor, ...], is_cuda: bool) -> _Key:
-    """What a pattern is made of: its function is made anew in each call, over the convolution that it closes over."""
+    """Identifies a pattern: torchao creates its function anew for each call, as a closure over the convolution."""
     function = pattern.fn  # of a WrapperModule
     closed_over = tuple(cell.cell_contents for cell in function.__closure__ or ())
     inputs = tuple((tuple(each.shape), each.dtype) for each in example_inputs)

@@ -1,8 +1,8 @@
-"""The prepared model of an exported graph: one set of tensors, one graph for training and one for evaluation."""
+"""Prepared model of an exported graph: one set of tensors, with a graph for training and one for evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +14,9 @@ from torch.fx.graph import CodeGen
 
 from dist_train.errors import QuantizationError
 from dist_train.quantization.byte_masks import use_byte_masks
-from dist_train.quantization.fx_nodes import layer_of
+from dist_train.quantization.fake_quantize import ActivationFakeQuantize
+from dist_train.quantization.fx_nodes import layer_of, quantized_weights
+from dist_train.quantization.layer_sqnr import compare_graphs
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.pt2e.graph_rewrite import (
     DROPOUTS,
@@ -30,10 +32,17 @@ _Code = Callable[[nn.Module, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What a prepared model computes, without its tensors. It is never modified, so that copies of a model share it.
+    """Computation of a prepared model, without its tensors. It is never modified, so that copies of a model share it.
 
-    The functions are the code of the graph, of (the module that holds the tensors, x): in evaluation; in training, by the batch's
-    statistics or by frozen ones; and by the batch's, which are left in the running ones. `meta` is for convert.
+    Each function is the graph's code, called with the module that holds the tensors and with x.
+
+    Attributes:
+        graph: the evaluation graph.
+        meta: of the prepared GraphModule, for convert.
+        evaluate: evaluation.
+        train: training, with the batch's statistics.
+        train_frozen: training, with the running statistics.
+        moments: evaluation with the batch's statistics, which replace the running ones.
     """
 
     graph: Graph
@@ -48,14 +57,15 @@ class Blueprint:
 
 
 class PreparedGraph(PreparedModel):
-    """What pt2e makes: float parameters and buffers under the float model's names, and fake-quantize modules under `quantizers`.
+    """Prepared model of the pt2e backend.
 
-    `train()` and `eval()` choose the graph; in training mode after `freeze_batch_norm()` it normalises by the running statistics.
-    Dropout is off in all, as the model was exported in evaluation mode, until `keep_dropout()`.
+    Float parameters and buffers have the float model's names; fake-quantize modules are in `quantizers`. `train()` and
+    `eval()` choose the graph. The training graph normalizes by the running statistics after `freeze_batch_norm()`.
+    Dropout is off in all graphs until `keep_dropout()`, as the model was exported in evaluation mode.
     """
 
     def __init__(self, module: GraphModule) -> None:
-        """module: what prepare_qat_pt2e made, with its literals restored. Its tensors are taken over, not copied."""
+        """module: from prepare_qat_pt2e, with its literals restored. Its tensors are moved here, not copied."""
         super().__init__()
         for name, child in module.named_children():
             self._refuse_taken(name)
@@ -88,10 +98,11 @@ class PreparedGraph(PreparedModel):
 
     @property
     def fixed_fake_quantizers(self) -> list[nn.Module]:
-        return []  # X86InductorQuantizer places none
+        """See PreparedModel.fixed_fake_quantizers. X86InductorQuantizer places none."""
+        return []
 
     def literals(self) -> Iterator[tuple[str, float]]:
-        """See PreparedModel.literals. Of a folded batch norm eps stands in two places."""
+        """See PreparedModel.literals. The eps of a folded batch norm is in two places."""
         graph, found = self.blueprint.graph, list[tuple[str, Any]]()
         for node in batch_norms(graph):
             name = _owner(node)
@@ -105,7 +116,7 @@ class PreparedGraph(PreparedModel):
         return iter(found)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: shaped as the example, with any batch size. What the float model returns."""
+        """x: shaped as the example, with any batch size. Returns as the float model."""
         if self._leaving_moments:
             return self.blueprint.moments(self, x)
         if not self.training:
@@ -113,7 +124,7 @@ class PreparedGraph(PreparedModel):
         return self.blueprint.train_frozen(self, x) if self.batch_norm_frozen else self.blueprint.train(self, x)
 
     def keep_dropout(self) -> None:
-        """See PreparedModel.keep_dropout. Dropout inside attention is a constant 0 in the exported graph, and stays that."""
+        """See PreparedModel.keep_dropout. Dropout inside attention was exported as a constant 0, and stays off."""
         graph = self.blueprint.graph
         self.blueprint = replace(
             self.blueprint,
@@ -131,15 +142,35 @@ class PreparedGraph(PreparedModel):
             finally:
                 self._leaving_moments = False
 
+    def integer_weights(self) -> Collection[str]:
+        """See PreparedModel.integer_weights."""
+        return list(quantized_weights(self.graph_module()))
+
+    def layer_sqnr(self, converted: nn.Module, inputs: Tensor) -> dict[str, float]:
+        """See PreparedModel.layer_sqnr.
+
+        Nodes keep their names in conversion. Of a folded batch norm the convolution stays, and its output is the batch
+        norm's.
+        """
+        if not isinstance(converted, GraphModule):  # of a backend with a conversion of its own
+            return {}
+        module = self.graph_module()
+        kept = {node.name: node.target for node in converted.graph.nodes if node.op == "call_function"}
+        wanted = {node.name: node.name for node in module.graph.nodes if kept.get(node.name) is node.target}
+        for folded in folded_batch_norms(module.graph):
+            del wanted[folded.convolution.name]
+            wanted[folded.batch_norm.name] = folded.convolution.name
+        return compare_graphs(module, wanted, converted, inputs, (ActivationFakeQuantize,))
+
     def graph_module(self) -> GraphModule:
-        """A new GraphModule of the evaluation graph over this model's own tensors (not copies)."""
+        """Returns a new GraphModule of the evaluation graph with this model's own tensors (not copies)."""
         module = GraphModule(self, _copy(self.blueprint.graph))
         module.meta.update(self.blueprint.meta)
         return module
 
 
 def _with(graph: Graph, *changes: Callable[[Graph], None]) -> Graph:
-    """A changed copy."""
+    """Returns a changed copy of a graph."""
     copied = _copy(graph)
     for change in changes:
         change(copied)
@@ -147,7 +178,7 @@ def _with(graph: Graph, *changes: Callable[[Graph], None]) -> Graph:
 
 
 def _owner(batch_norm: Node) -> str | None:
-    """The name of the module whose running statistics a batch norm reads, where it has any."""
+    """Returns the name of the module whose running statistics a batch norm reads; None where it reads none."""
     variance = batch_norm_tensors(batch_norm)[3]
     return None if variance is None else variance.rpartition(".")[0]
 
@@ -159,10 +190,10 @@ def _copy(graph: Graph) -> Graph:
 
 
 def _plain_signature(module: GraphModule) -> Graph:
-    """A copy of the module's graph that takes a tensor and returns a tensor, without flattening of structures around it.
+    """Copies the module's graph, without the flattening of nested inputs and outputs around it.
 
     Raises:
-        QuantizationError: the model takes or returns anything else.
+        QuantizationError: the model does not take one tensor and return one tensor.
     """
     graph = _copy(module.graph)
     graph.set_codegen(CodeGen())
@@ -176,8 +207,9 @@ def _plain_signature(module: GraphModule) -> Graph:
         or module._out_spec is None
         or not module._out_spec.is_leaf()
     ):
+        returned = len(values) if isinstance(values, (tuple, list)) else 1
         raise QuantizationError(
-            f"the model takes {len(inputs)} inputs and returns {len(values) if isinstance(values, (tuple, list)) else 1} values",
+            f"the model takes {len(inputs)} inputs and returns {returned} values",
             "wrap it in a module whose forward takes one tensor and returns one tensor",
         )
     output.args = (values[0],)
@@ -185,5 +217,5 @@ def _plain_signature(module: GraphModule) -> Graph:
 
 
 def _code(root: nn.Module, graph: Graph) -> Callable[[nn.Module, Tensor], Tensor]:
-    """The function that a graph generates, unbound: it reads its tensors from whatever module it is given."""
+    """Returns a graph's generated function, unbound: it reads its tensors from the module that it is called with."""
     return type(GraphModule(root, graph)).forward

@@ -1,4 +1,4 @@
-"""Where pt2e places fake quantization, and of which kind: X86InductorQuantizer's places, and what the rules make of them."""
+"""Placement of fake quantization by pt2e: X86InductorQuantizer's places, changed by the config's rules."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _WEIGHT_SCHEMES = {
 }
 _ACTIVATION_SCHEMES = {"affine": torch.per_tensor_affine, "symmetric": torch.per_tensor_symmetric}
 AVERAGES = (torch.ops.aten.avg_pool2d.default, torch.ops.aten.adaptive_avg_pool2d.default)
-_Places = dict[Node, tuple[frozenset[Node], bool]]  # which inputs of a node are quantized, and whether its output is
+_Places = dict[Node, tuple[frozenset[Node], bool]]  # by node: its quantized inputs, and whether its output is quantized
 
 
 class RuleQuantizer(X86InductorQuantizer):
-    """Ours in place of stock fake quantization: uint8 activations of 0..255, int8 weights per channel, where no rule says otherwise."""
+    """X86InductorQuantizer with our fake quantization (uint8 activations, int8 weights per channel) and with rules."""
 
     def __init__(self, rules: Mapping[str, RuleConfig]) -> None:
-        """rules: see `resolve_rules`."""
+        """rules: from `resolve_rules`."""
         super().__init__()
         self._rules = rules
         default = get_default_x86_inductor_quantization_config(is_qat=True)
@@ -49,7 +49,8 @@ class RuleQuantizer(X86InductorQuantizer):
         """Marks the nodes whose inputs or outputs are quantized.
 
         Raises:
-            QuantizationError: a rule for weights or activations matches nothing that is quantized, or one that skips makes no difference.
+            QuantizationError: a rule for weights or activations matches nothing that is quantized, or a rule that skips
+                changes nothing.
         """
         skips = {id(rule): rule for rule in self._rules.values() if rule.skip}.values()
         without = [(rule, self._places_without(model, rule)) for rule in skips]
@@ -63,7 +64,8 @@ class RuleQuantizer(X86InductorQuantizer):
     def _annotate(self, model: GraphModule) -> None:
         self._annotate_with_config(model, None, self._stay_float)
         super().annotate(model)
-        # A skipped convolution carries an empty annotation, on which torchao 0.18's fusion of conv and batch norm fails (IndexError).
+        # A skipped convolution has an empty annotation, on which torchao 0.18's fusion of conv and batch norm fails
+        # (IndexError).
         for node in model.graph.nodes:
             annotation = _annotation(node)
             if annotation is not None and not annotation.input_qspec_map and annotation.output_qspec is None:
@@ -72,7 +74,7 @@ class RuleQuantizer(X86InductorQuantizer):
                 annotation.output_qspec = annotation.input_qspec_map[node.all_input_nodes[0]]
 
     def _places_without(self, model: GraphModule, rule: RuleConfig) -> _Places:
-        """What would be quantized if no rule held where `rule` does."""
+        """Returns the places that would be quantized without `rule`."""
         rules, self._rules = self._rules, {name: each for name, each in self._rules.items() if each is not rule}
         self._annotate(model)
         places, self._rules = _places(model), rules
@@ -81,7 +83,7 @@ class RuleQuantizer(X86InductorQuantizer):
         return places
 
     def _holds_weights(self, model: GraphModule, rule: RuleConfig) -> bool:
-        """Whether what a rule skips has weights that nothing quantizes: it is in floating point, as it shall be, without the rule too."""
+        """True where a skipped module has weights that nothing quantizes: the rule is fulfilled, if not needed."""
         return any(
             self._rule(node) is rule and _annotation(node) is None and source.op == "get_attr" and _is_weight(source)
             for node in model.graph.nodes
@@ -92,7 +94,7 @@ class RuleQuantizer(X86InductorQuantizer):
         return self._rules.get(module_of(node))
 
     def _stay_float(self, nodes: list[Node]) -> bool:
-        """Whether all nodes of a pattern are of skipped modules."""
+        """True where all nodes of a pattern belong to skipped modules."""
         rules = [self._rule(node) for node in nodes]
         return all(rule is not None and rule.skip for rule in rules)
 
@@ -114,7 +116,8 @@ class RuleQuantizer(X86InductorQuantizer):
         for rule in self._rules.values():
             if not rule.skip and all(rule is not each for each in applied):
                 raise QuantizationError(
-                    f"the quantization rule {shown(rule)} changes nothing: what it is the first to match is not quantized",
+                    f"the quantization rule {shown(rule)} changes nothing: "
+                    "what it is the first to match is not quantized",
                     "match a convolution or a Linear, or remove the rule",
                 )
         for node in model.graph.nodes:
@@ -131,11 +134,12 @@ def _places(model: GraphModule) -> _Places:
 
 
 def _averages(node: Node) -> bool:
-    """Whether it is a pool whose averages get integers of a range of their own.
+    """True for a pool whose averages get a range of their own.
 
-    On the grid of what is averaged, where X86InductorQuantizer puts them, an average of an even number of integers may fall in the
-    middle between two (a quarter of all means of 2 x 2 do), and each runtime's last bit then decides where it is rounded to. That grid
-    is coarse, too: averages take up a small part of its range. A map of one pixel has nothing to average, and is left exact.
+    X86InductorQuantizer puts averages on the grid of their inputs. There an average may fall in the middle
+    between two integers, as a quarter of all means of 2 x 2 do. The last bit of a runtime then decides the rounding.
+    That grid is also coarse: averages take up a small part of its range. A map of one pixel has nothing to average, and
+    stays exact.
     """
     if node.op != "call_function" or node.target not in AVERAGES:
         return False
@@ -152,7 +156,7 @@ def _annotation(node: Node) -> QuantizationAnnotation | None:
 
 
 def _quantize_once(node: Node) -> None:
-    """Gives an output the width that its readers want, where they all want the same: it would be rounded twice otherwise."""
+    """Gives an output the specification of its readers where all have the same one; else it would be rounded twice."""
     annotation = _annotation(node)
     if annotation is None or not isinstance(annotation.output_qspec, QuantizationSpec):
         return
@@ -162,7 +166,7 @@ def _quantize_once(node: Node) -> None:
 
 
 def _wanted_by_readers(node: Node) -> Iterator[Any]:
-    """The specification of each edge from `node`, None where the reader takes floats."""
+    """Yields the specification of each edge from `node`; None where the reader takes floats."""
     for reader in node.users:
         annotation = _annotation(reader)
         yield None if annotation is None else annotation.input_qspec_map.get(node)

@@ -1,6 +1,7 @@
-"""What the fx and eager backends share of torch.ao.quantization: our fake quantization in its QConfigs, its integer engines.
+"""Common parts of the fx and eager backends: torch.ao's QConfigs with our fake quantization, and its integer engines.
 
-torch.ao.quantization is deprecated and will be dropped (pytorch/ao#2259); where it is gone, importing this module says so.
+torch.ao.quantization is deprecated and will be removed (pytorch/ao#2259). Importing this module then raises
+QuantizationError.
 """
 
 from __future__ import annotations
@@ -48,23 +49,24 @@ __all__ = [
     "qconfig",
 ]
 
-# Kept in floating point. An average of integers on the grid of what it averages is coarse: it takes up a small part of that range,
-# and where it falls between two integers (a quarter of all means of 2 x 2 are such ties) kernel and simulation round each its own way.
+# Kept in floating point. On the grid of its inputs an average is coarse, as averages take up a small part of that
+# range. It may also fall in the middle between two integers (a quarter of all means of 2 x 2 do), where kernel and
+# simulation round differently.
 AVERAGES = (
     *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
 )
 
-# torchao's base, from which ours derive, is another class than torch.ao's, by which these flows find fake-quantize modules.
+# Ours derive from torchao's base class. These flows find fake-quantize modules by torch.ao's base, another class.
 for ours in (ActivationFakeQuantize, WeightFakeQuantize):
     FakeQuantizeBase.register(ours)
 
 
 def choose_engine(name: str) -> str:
-    """The integer kernels that `qat.engine` names.
+    """Resolves `qat.engine` to the name of an engine.
 
     Raises:
-        QuantizationError: this build of torch does not have them.
+        QuantizationError: this build of torch does not have its kernels.
     """
     if name == "auto":
         name = "x86" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "qnnpack"
@@ -78,9 +80,9 @@ def choose_engine(name: str) -> str:
 
 
 def qconfig(engine: str, per_tensor: bool | None = None) -> QConfig:
-    """torch.ao's default for the engine, with our fake quantization: its bounds of activations, its granularity of weights.
+    """Returns torch.ao's default for the engine, with our fake quantization and the default's range of activations.
 
-    per_tensor: whether weights have one scale or one for each output channel; None: what the engine has by default.
+    per_tensor: True for one scale of the weights, False for one for each output channel; None for the engine's default.
     """
     default = get_default_qat_qconfig(engine)
     with quietly():
@@ -96,7 +98,7 @@ def qconfig(engine: str, per_tensor: bool | None = None) -> QConfig:
 
 @dataclass(frozen=True)
 class _Bounds:
-    """What torch.ao asks the observer inside a fake-quantize module, to see whether kernels can take its range."""
+    """Replaces the observer in a fake-quantize module: torch.ao reads its range, to check it against the kernels."""
 
     quant_min: int
     quant_max: int
@@ -110,14 +112,17 @@ def _activation(range_max: int, factory_kwargs: object = None) -> ActivationFake
 
 
 def _weight(qscheme: torch.qscheme, factory_kwargs: object = None) -> WeightFakeQuantize:
-    """factory_kwargs: device and dtype, which some of torch.ao's modules pass on; there are no tensors to make."""
+    """factory_kwargs: device and dtype, which some of torch.ao's modules pass; unused."""
     quantizer = WeightFakeQuantize(dtype=torch.qint8, qscheme=qscheme, settle_in_forward=True)
     quantizer.activation_post_process = _Bounds(quantizer.quant_min, quantizer.quant_max)
     return quantizer
 
 
 def check_model(model: nn.Module, skipped: Collection[str] = ()) -> None:
-    """Raises QuantizationError that names a layer which torch.ao cannot prepare for training; `skipped`: modules that stay float."""
+    """Raises QuantizationError for a layer that torch.ao cannot prepare for training, by name.
+
+    skipped: modules that stay in floating point.
+    """
     refuse_cumulative_average(model)
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_var is None:
@@ -126,14 +131,15 @@ def check_model(model: nn.Module, skipped: Collection[str] = ()) -> None:
             kinds = ", ".join(type(each).__name__ for each in module.parametrizations["weight"])  # type: ignore[index]
             raise QuantizationError(
                 f"{name}: its weight is computed by {kinds}, which the fx and eager backends cannot train with",
-                "--qat.backend pt2e, or torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') in the model",
+                "--qat.backend pt2e, or "
+                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') in the model",
             )
 
 
 def make_ready(model: nn.Module) -> nn.Module:
-    """Gives every batch norm a weight by which QAT can divide, and convolutions numbers for their padding, in place.
+    """Gives every batch norm a weight by which QAT can divide, and convolutions numbers as padding, in place.
 
-    A batch norm without a weight gets ones, and zeros for bias, that are not trained.
+    BatchNorm without affine parameters gets a fixed weight 1 and bias 0.
     """
     number_paddings(model)
     for module in model.modules():
@@ -142,6 +148,6 @@ def make_ready(model: nn.Module) -> nn.Module:
                 assert module.running_var is not None  # check_model
                 module.weight = nn.Parameter(torch.ones_like(module.running_var), requires_grad=False)
                 module.bias = nn.Parameter(torch.zeros_like(module.running_var), requires_grad=False)
-                module.affine = True  # torch.ao fuses no other
+                module.affine = True  # torch.ao fuses no others
             keep_invertible(module.weight)
     return model

@@ -1,7 +1,8 @@
-"""The eager backend, the classic flow: fuse, qconfig, prepare_qat, train, convert, on a model that says itself where it is quantized.
+"""The eager backend, torch's classic flow: fuse, qconfig, prepare_qat, train, convert. Deprecated in torch.
 
-Deprecated in torch. The model holds a QuantStub and a DeQuantStub, its additions are FloatFunctional modules, and its method
-`fuse_model(is_qat)` fuses convolutions with what follows them: torchvision.models.quantization has such models.
+The model itself marks its quantized part: it holds a QuantStub and a DeQuantStub, and its additions are FloatFunctional
+modules. Its method `fuse_model(is_qat)` fuses convolutions with the modules after them. torchvision.models.quantization
+has such models.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from dist_train.config.stages import RuleConfig
 from dist_train.errors import QuantizationError
-from dist_train.programs.program import Program
 from dist_train.programs.torchscript import integer_kernels
-from dist_train.quantization.dry_run import rehearse
+from dist_train.quantization.dry_run import dry_run
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize
 from dist_train.quantization.float_checks import quietly
 from dist_train.quantization.padding import refuse_uneven_padding
@@ -30,26 +30,18 @@ from dist_train.quantization.ranges import Ranges
 from dist_train.quantization.rules import resolve_rules
 from dist_train.quantization.torch_ao import common
 from dist_train.quantization.torch_ao.float_output import use_float_outputs
-from dist_train.quantization.torch_ao.integer_model import IntegerModel, integer_program
+from dist_train.quantization.torch_ao.integer_model import IntegerModel, TorchAOBackend
 from dist_train.quantization.torch_ao.prepared_modules import PreparedModules, statistics_names
 
 
-class EagerBackend:
+class EagerBackend(TorchAOBackend):
     """Implements `dist_train.quantization.backend.QuantizationBackend`."""
 
-    def __init__(self, engine: str = "auto") -> None:
-        """engine: as `qat.engine`.
-
-        Raises:
-            QuantizationError: this torch does not have its kernels.
-        """
-        self.engine = common.choose_engine(engine)
-
     def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
-        """See QuantizationBackend.check. Rules are refused: only the model's author can put stubs around a module."""
+        """See QuantizationBackend.check. Refuses rules: only the model's author can put stubs around a module."""
         self._check_modules(model, rules)
         if example is not None:
-            rehearse(self, model, example, rules)
+            dry_run(self, model, example, rules)
 
     def _check_modules(self, model: nn.Module, rules: Sequence[RuleConfig]) -> None:
         if resolve_rules(model, rules):
@@ -64,7 +56,8 @@ class EagerBackend:
         if missing:
             raise QuantizationError(
                 f"{type(model).__name__} has no {', no '.join(missing)}, which the eager backend needs",
-                "--qat.backend pt2e or fx, which take any model; or one made for it, such as --model.name quantized_resnet18",
+                "--qat.backend pt2e or fx, which take any model; "
+                "or one made for it, such as --model.name quantized_resnet18",
             )
         common.check_model(model)
         refuse_uneven_padding(model)
@@ -100,13 +93,9 @@ class EagerBackend:
             use_float_outputs(model, heads)
             return IntegerModel(common.convert(model, inplace=True), self.engine)
 
-    def serialize(self, converted: nn.Module, example: Tensor) -> Program:
-        """See QuantizationBackend.serialize."""
-        return integer_program(converted, example)
-
 
 class _FloatAverage(nn.Module):
-    """A pool of integers that averages in floating point; the result gets integers of a range of its own."""
+    """A pool between integers that averages in floating point; its output gets a range of its own."""
 
     def __init__(self, pool: nn.Module) -> None:
         super().__init__()
@@ -118,12 +107,12 @@ class _FloatAverage(nn.Module):
 
 
 class _Inside(Tensor):
-    """What comes from a tensor between QuantStub and DeQuantStub, where the converted model has integers: torch keeps the class."""
+    """Marks tensors between QuantStub and DeQuantStub, which become integers. Torch's functions keep the subclass."""
 
 
 @torch.no_grad()
 def _average_in_float(model: nn.Module, example: Tensor) -> None:
-    """Puts pools that average between stubs into `_FloatAverage`, in place. Functional ones in the model's own code are out of reach."""
+    """Wraps averaging pools between stubs in `_FloatAverage`, in place. Functional pools cannot be reached."""
     inside, hooks, training = set[nn.Module](), [], model.training
     for module in model.modules():
         if isinstance(module, QuantStub):
@@ -149,14 +138,17 @@ def _average_in_float(model: nn.Module, example: Tensor) -> None:
 
 
 class _Readers(TorchFunctionMode):
-    """Names the Linears, of which `results` are added to while the model runs, whose results a function of torch reads."""
+    """Collects the names of the Linears whose outputs a function of torch reads.
+
+    `results` holds the Linears' names and outputs; it grows while the model runs.
+    """
 
     def __init__(self, results: list[tuple[str, Tensor]]) -> None:
         super().__init__()
         self.results, self.read = results, set[str]()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function not in (F.dropout, torch.dropout, Tensor.detach):  # the last is our own, of what a stub reads
+        if function not in (F.dropout, torch.dropout, Tensor.detach):  # the last is our own, in `stub`
             inputs = tree_leaves((args, kwargs))
             self.read.update(name for name, result in self.results if any(each is result for each in inputs))
         return function(*args, **(kwargs or {}))
@@ -164,12 +156,12 @@ class _Readers(TorchFunctionMode):
 
 @torch.no_grad()
 def _heads(model: nn.Module, example: Tensor) -> list[str]:
-    """The Linears whose results go straight to DeQuantStubs, and nowhere else, by name: these need no integers."""
+    """Returns the names of the Linears whose outputs go to DeQuantStubs only: these outputs need no integers."""
     results, found, training = list[tuple[str, Tensor]](), set[str](), model.training
 
     def stub(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
         found.update(name for name, result in results if result is args[0])
-        return args[0].detach()  # another tensor: what reads floats behind the stub does not count
+        return args[0].detach()  # another tensor, so that functions behind the stub do not count
 
     hooks = [module.register_forward_pre_hook(stub) for module in model.modules() if isinstance(module, DeQuantStub)]
     for name, module in model.named_modules():
@@ -191,7 +183,7 @@ def _heads(model: nn.Module, example: Tensor) -> list[str]:
 
 @torch.no_grad()
 def _drop_unused(prepared: PreparedModules, example: Tensor) -> None:
-    """Takes fake quantization from modules that forward never calls: torch.ao gives it to all, and theirs would never get a range."""
+    """Removes fake quantization from modules that forward never calls: their ranges would stay unknown."""
     prepared(example)
     for owner in list(prepared.modules()):
         quantizer = getattr(owner, "activation_post_process", None)

@@ -1,4 +1,4 @@
-"""A Linear of integer weights that gives floating-point results: the head of what fx and eager convert."""
+"""A Linear with integer weights and floating-point outputs: the head of the models that fx and eager convert."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dist_train.quantization.fake_quantize import WeightFakeQuantize
 
 
 def use_float_outputs(prepared: nn.Module, heads: Iterable[str]) -> None:
-    """Replaces trained Linears, by name, before torch.ao converts the rest, in place."""
+    """Replaces the named trained Linears, in place, before torch.ao converts the rest."""
     for name in heads:
         trained = prepared.get_submodule(name)
         assert isinstance(trained, nn.Linear)
@@ -19,12 +19,16 @@ def use_float_outputs(prepared: nn.Module, heads: Iterable[str]) -> None:
 
 
 class FloatOutputLinear(nn.Module):
-    """A Linear with weights of integers whose results stay float32: logits should not be rounded to 8 bits.
+    """A Linear with integer weights and float32 outputs: logits should not be rounded to 8 bits.
 
-    One image with logits of 1,000 makes a grid on which those of all others are the same two or three numbers. Of torch.ao's engines
-    only x86 has a kernel for this; a head is a small part of its model, and its integers are multiplied as floating-point numbers.
+    One image with logits of 1,000 would make the grid so coarse that the logits of all other images take two or three
+    values. Of torch.ao's engines only x86 has a kernel for this. A head is a small part of its model, so its integers
+    are multiplied as floating-point numbers.
 
-    Buffers: weight, int8 [out_features, in_features]; scale, float32 [out_features] or [1]; bias, float32 [out_features], or None.
+    Buffers:
+        weight: int8 [out_features, in_features].
+        scale: float32 [out_features] or [1].
+        bias: float32 [out_features], or None.
     """
 
     weight: Tensor
@@ -43,6 +47,6 @@ class FloatOutputLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: quint8 or float32 [..., in_features], on its grid. Float32 [..., out_features]."""
         x = x.dequantize()
-        # By `type_as`, which depends on the input: TorchScript would fold a conversion of constants and write floats into the file.
+        # `type_as` depends on the input: TorchScript would fold a constant conversion and store the weight as float.
         products = F.linear(x, self.weight.type_as(x)) * self.scale
         return products if self.bias is None else products + self.bias

@@ -1,4 +1,4 @@
-"""The fx backend: torch.ao's graph mode, symbolically traced, around our own fake quantization. Deprecated in torch; pt2e is its successor."""
+"""The fx backend: torch.ao's FX graph mode, with our own fake quantization. Deprecated in torch in favor of pt2e."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from torch.fx import GraphModule
 
 from dist_train.config.stages import RuleConfig
 from dist_train.errors import QuantizationError
-from dist_train.programs.program import Program
 from dist_train.programs.torchscript import integer_kernels
-from dist_train.quantization.dry_run import FAILURES, rehearse
-from dist_train.quantization.error_location import where
+from dist_train.quantization.dry_run import FAILURES, dry_run
+from dist_train.quantization.error_location import cannot_trace
 from dist_train.quantization.float_checks import quietly
 from dist_train.quantization.fx_nodes import name_fake_quantizers
 from dist_train.quantization.padding import pad_before_modules
@@ -35,8 +34,8 @@ from dist_train.quantization.torch_ao.fx_grids import (
     saturating_clamps,
     trained_heads,
 )
-from dist_train.quantization.torch_ao.integer_model import IntegerModel, integer_program
-from dist_train.quantization.torch_ao.prepared_modules import PreparedModules, statistics_names
+from dist_train.quantization.torch_ao.integer_model import IntegerModel, TorchAOBackend
+from dist_train.quantization.torch_ao.prepared_modules import TracedModules, statistics_names
 
 _AVERAGES: tuple[Any, ...] = (
     *common.AVERAGES,
@@ -45,39 +44,27 @@ _AVERAGES: tuple[Any, ...] = (
     *(torch.mean, "mean"),
 )
 _CLAMPS: tuple[Any, ...] = (F.hardtanh, F.relu6, torch.clamp, torch.clip, "clamp", "clamp_", "clip")
-_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # whose weights are simulated, see `_mapping`
+_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # their weights are fake-quantized in training, see `_mapping`
 
 
-class FXBackend:
+class FXBackend(TorchAOBackend):
     """Implements `dist_train.quantization.backend.QuantizationBackend`."""
-
-    def __init__(self, engine: str = "auto") -> None:
-        """engine: as `qat.engine`.
-
-        Raises:
-            QuantizationError: this torch does not have its kernels.
-        """
-        self.engine = common.choose_engine(engine)
 
     def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
         """See QuantizationBackend.check."""
-        self._check_modules(model, rules)
+        resolved = _checked_rules(model, rules)
         if example is not None:
-            rehearse(self, model, example, rules)
-            self._refuse_idle_skips(model, example, rules)
+            dry_run(self, model, example, rules)
+            self._refuse_idle_skips(model, example, rules, resolved)
         else:
             with quietly():
                 pad_before_modules(_trace(copy.deepcopy(model).eval()))
 
-    def _check_modules(self, model: nn.Module, rules: Sequence[RuleConfig]) -> None:
-        resolved = resolve_rules(model, rules)
-        for rule in rules:
-            _refuse_unsupported(rule)
-        common.check_model(model, skipped_modules(resolved))
-
-    def _refuse_idle_skips(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig]) -> None:
-        """Raises QuantizationError for a rule that skips modules without weights, where a model prepared without it is the same."""
-        resolved, modules = resolve_rules(model, rules), dict(model.named_modules(remove_duplicate=False))
+    def _refuse_idle_skips(
+        self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig], resolved: Mapping[str, RuleConfig]
+    ) -> None:
+        """Raises QuantizationError for a rule that skips modules without weights and changes nothing."""
+        modules = dict(model.named_modules(remove_duplicate=False))
         for rule in (each for each in rules if each.skip):
             owned = [modules[name].parameters(recurse=False) for name, each in resolved.items() if each is rule]
             if any(parameter.dim() > 1 for parameters in owned for parameter in parameters):
@@ -85,16 +72,15 @@ class FXBackend:
             try:
                 without = self.prepare(model, example, [each for each in rules if each is not rule])
             except FAILURES:
-                continue  # it is what makes the model one that can be prepared
+                continue  # the model cannot be prepared without the rule
             if _layout(without) == _layout(self.prepare(model, example, rules)):
                 raise idle_skip(rule)
 
-    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedModules:
+    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> TracedModules:
         """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
-        self._check_modules(model, rules)
-        mapping = _mapping(self.engine)
+        resolved, mapping = _checked_rules(model, rules), _mapping(self.engine)
         modules = dict(model.named_modules(remove_duplicate=False))
-        for name, rule in resolve_rules(model, rules).items():
+        for name, rule in resolved.items():
             if rule.skip:
                 mapping.set_module_name(name, None)
             elif rule.weight is not None and isinstance(modules[name], _WEIGHTED):
@@ -113,20 +99,21 @@ class FXBackend:
         saturating_clamps(prepared)
         all_bits(prepared)
         name_fake_quantizers(prepared)
-        result = PreparedModules(prepared, names)
+        result = TracedModules(prepared, names)
         if not result.fake_quantizers:
             raise QuantizationError(
-                f"{type(model).__name__} has nothing that can be quantized: no convolution or Linear that is not skipped",
+                f"{type(model).__name__} has nothing that can be quantized: "
+                "no convolution or Linear that is not skipped",
                 "remove rules that skip too much, or leave `qat` and `convert` out of `stages`",
             )
-        return result.train(model.training)
+        result.train(model.training)
+        return result
 
     def convert(self, prepared: PreparedModel) -> IntegerModel:
         """See QuantizationBackend.convert."""
-        assert isinstance(prepared, PreparedModules)
+        assert isinstance(prepared, TracedModules)
         Ranges(prepared).require_known()
-        model = copy.deepcopy(prepared.model).cpu().eval()
-        assert isinstance(model, GraphModule)
+        model: GraphModule = copy.deepcopy(prepared.model).cpu().eval()
         with quietly(), integer_kernels(self.engine):
             clamp_integers(model)
             use_float_outputs(model, trained_heads(model))
@@ -137,18 +124,23 @@ class FXBackend:
                 _clamp_in_order(converted)
             return IntegerModel(converted, self.engine)
 
-    def serialize(self, converted: nn.Module, example: Tensor) -> Program:
-        """See QuantizationBackend.serialize."""
-        return integer_program(converted, example)
+
+def _checked_rules(model: nn.Module, rules: Sequence[RuleConfig]) -> dict[str, RuleConfig]:
+    """Checks rules and modules, and returns the resolved rules; see `resolve_rules`."""
+    resolved = resolve_rules(model, rules)
+    for rule in rules:
+        _refuse_unsupported(rule)
+    common.check_model(model, skipped_modules(resolved))
+    return resolved
 
 
-def _layout(prepared: PreparedModules) -> tuple[object, list[tuple[str, str]]]:
-    """What it computes, and of which modules."""
+def _layout(prepared: TracedModules) -> tuple[object, list[tuple[str, str]]]:
+    """Returns the generated code, and the modules' names and classes: equal for models that compute the same."""
     return prepared.model.code, [(name, type(module).__name__) for name, module in prepared.named_modules()]
 
 
 def _refuse_unsupported(rule: RuleConfig) -> None:
-    """Raises QuantizationError for what torch.ao's integer kernels cannot compute; the config's check says it earlier."""
+    """Raises QuantizationError for a rule beyond torch.ao's integer kernels. The config's check finds it earlier."""
     weight = rule.weight
     if rule.activation is not None or (weight is not None and (weight.bits != 8 or weight.scheme != "symmetric")):
         raise QuantizationError(
@@ -159,10 +151,11 @@ def _refuse_unsupported(rule: RuleConfig) -> None:
 
 
 def _mapping(engine: str) -> QConfigMapping:
-    """torch.ao's default for the engine; ours in place of its fake quantization, but for outputs of fixed ranges (a sigmoid's).
+    """Returns torch.ao's default for the engine, with our fake quantization except for fixed ranges (sigmoid).
 
-    What torch.ao would quantize at conversion without having simulated it in training (transposed convolutions, normalisations
-    with weights, PReLU) stays in floating point, and so do averages: what reads one is given integers of a range of its own.
+    torch.ao would quantize some modules at conversion without fake quantization in training: transposed convolutions,
+    normalizations with weights, PReLU. They stay in floating point here. So do averages: the layer that reads one gets
+    integers of a range of its own.
     """
     default, mapping = get_default_qat_qconfig_mapping(engine), QConfigMapping().set_global(common.qconfig(engine))
     assert default.global_qconfig is not None
@@ -176,7 +169,10 @@ def _mapping(engine: str) -> QConfigMapping:
 
 
 def _keep_factors_in_float(graph: GraphModule, mapping: QConfigMapping) -> None:
-    """Products of an activation and a number: the kernel scales the grid by it, where torch.ao simulates the activation's own grid."""
+    """Keeps products of an activation and a number in float.
+
+    The integer kernel scales the grid by the number, but torch.ao's fake quantization has the activation's own grid.
+    """
     for kind in (operator.mul, torch.mul):
         for index, node in enumerate(graph.graph.find_nodes(op="call_function", target=kind)):
             if len(node.all_input_nodes) == 1 and len(node.args) == 2 and node.args[0] is not node.args[1]:
@@ -187,17 +183,12 @@ def _trace(model: nn.Module) -> GraphModule:
     try:
         return torch.fx.symbolic_trace(model)
     except (RuntimeError, TypeError, ValueError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise QuantizationError(
-            f"torch.fx cannot trace {where(model, error) or type(model).__name__}: {first}",
-            "make forward free of branches that depend on the data, or try --qat.backend pt2e; "
-            "or eager, where the model has stubs of its own",
-        ) from error
+        raise cannot_trace("torch.fx", model, error, "branches", "pt2e") from error
 
 
 @dataclass(frozen=True)
 class _Operation:
-    """What a node called before it was hidden; the module, where it was one."""
+    """The call of a node before it was hidden, with the module of a module call."""
 
     op: str
     target: Any
@@ -205,12 +196,12 @@ class _Operation:
 
 
 def _hidden(*args: Any, **kwargs: Any) -> Tensor:
-    """Stands in for an operation without a qconfig while torch.ao converts: it gives some of them integer kernels all the same."""
+    """Replaces operations without a qconfig while torch.ao converts: it would give some of them integer kernels."""
     raise AssertionError("only a name in a graph")
 
 
 def _hide(model: GraphModule) -> dict[str, _Operation]:
-    """Replaces what is to stay in floating point by `_hidden`, in place; by the names of the nodes."""
+    """Replaces operations that stay in floating point by `_hidden`, in place. Returns them by node name."""
     found, modules = dict[str, _Operation](), dict(model.named_modules(remove_duplicate=False))
     qconfigs = model.meta["_observed_graph_module_attrs"].node_name_to_qconfig
     for node in model.graph.nodes:
@@ -223,7 +214,7 @@ def _hide(model: GraphModule) -> dict[str, _Operation]:
 
 
 def _show(model: GraphModule, hidden: Mapping[str, _Operation]) -> None:
-    """Undoes `_hide`, in place, after conversion, which drops modules that no node calls."""
+    """Undoes `_hide` after conversion, in place. Conversion drops modules that no node calls."""
     for node in model.graph.find_nodes(op="call_function", target=_hidden):
         operation = hidden[node.name]
         if operation.module is not None:
@@ -233,7 +224,10 @@ def _show(model: GraphModule, hidden: Mapping[str, _Operation]) -> None:
 
 
 def _clamp_in_order(converted: GraphModule) -> None:
-    """Before each clamp, in place: qnnpack's takes channels_last, in which its convolutions answer, for an order that it is not."""
+    """Makes the input of each clamp contiguous, in place.
+
+    qnnpack's convolutions return channels_last, whose order its clamps misread.
+    """
     for node in list(converted.graph.nodes):
         module = converted.get_submodule(str(node.target)) if node.op == "call_module" else None
         if (node.op.startswith("call_") and node.target in _CLAMPS) or isinstance(

@@ -1,4 +1,4 @@
-"""Which grid each activation of torch.ao's traced model is given: all bits where the kernels allow them, none where nothing reads integers."""
+"""Grids of the activations of torch.ao's traced model: all bits where kernels allow it, none where none is needed."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _CLAMPS: tuple[Any, ...] = (
     *(nn.ReLU, torch.relu, F.relu, "relu", "relu_", nn.ReLU6, F.relu6),
     *(nn.Hardtanh, F.hardtanh),
 )
-_GRIDLESS = (*_MOVES, *_CLAMPS)  # whose kernels take the grid of what they read
-# Kernels that make no sums of products, which could overflow, and give a result on a grid of its own.
+_GRIDLESS = (*_MOVES, *_CLAMPS)  # their kernels keep the grid of their input
+# Kernels without sums of products, which could overflow. Their outputs have a grid of their own.
 _PAIRWISE: tuple[Any, ...] = (
     operator.add,
     operator.iadd,
@@ -43,9 +43,9 @@ _ELEMENTWISE: tuple[Any, ...] = (
 
 
 def float_results(prepared: GraphModule) -> None:
-    """Takes the fake quantization from the result of each Linear that is an output of the model, in place.
+    """Removes the fake quantization of each Linear's output that is an output of the model, in place.
 
-    Through what moves numbers and does not compute, too, such as a reshape.
+    There may be operations in between that only move numbers, such as a reshape.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
     places = {place for group in _places(prepared, modules) for place in group}
@@ -62,11 +62,11 @@ def float_results(prepared: GraphModule) -> None:
 
 
 def saturating_clamps(prepared: GraphModule) -> None:
-    """Takes the fake quantization from between a layer and its ReLU or ReLU6, in place; `clamp_integers` puts another one back.
+    """Removes the fake quantization between a layer and its ReLU or ReLU6, in place; `clamp_integers` adds another one.
 
-    torch.ao gives both sides of a ReLU6 one grid, of what comes before: 2 of 7 bits may then be spent on numbers that it cuts off. On the
-    grid of what comes after it, integers that saturate are the clamp. Not of a layer that is called several times: its converted module
-    has one grid for all its results.
+    torch.ao gives both sides of a ReLU6 the grid of its input: 2 of 7 bits may then be spent on numbers that the ReLU6
+    cuts off. On the grid of its output, saturating integers are the clamp. A layer that is called several times is left
+    alone: its converted module has one grid for all its outputs.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
     places = [place for group in _places(prepared, modules) for place in group]
@@ -86,7 +86,7 @@ def saturating_clamps(prepared: GraphModule) -> None:
 
 
 def clamp_integers(prepared: GraphModule) -> None:
-    """Before conversion: a layer's results are quantized before its clamp, too, on the grid of what comes after, in place."""
+    """Quantizes a layer's outputs before its clamp too, on the clamp's grid, in place. Called before conversion."""
     modules = dict(prepared.named_modules(remove_duplicate=False))
     places = [place for group in _places(prepared, modules) for place in group]
     for place in places:
@@ -99,9 +99,9 @@ def clamp_integers(prepared: GraphModule) -> None:
 
 
 def all_bits(prepared: GraphModule) -> None:
-    """Gives every bit to activations that no product of integers reads, in place: see ActivationFakeQuantize's `range_max`.
+    """Gives all bits to activations that no integer product reads, in place; see ActivationFakeQuantize's `range_max`.
 
-    Not to those of a module that is called several times, as in `saturating_clamps`: a product may read its other results.
+    Activations of a module that is called several times are left alone: a product may read its other outputs.
     """
     modules = dict(prepared.named_modules(remove_duplicate=False))
     calls = _calls(prepared, modules)
@@ -119,7 +119,10 @@ def all_bits(prepared: GraphModule) -> None:
 
 
 def trained_heads(prepared: GraphModule) -> set[str]:
-    """The Linears of `float_results`, by name. After `clamp_integers`: a clamped layer has no fake quantization behind it before."""
+    """Returns the names of the Linears of `float_results`.
+
+    To be called after `clamp_integers`: before it, a clamped layer has no fake quantization behind it either.
+    """
     modules = dict(prepared.named_modules(remove_duplicate=False))
     places = {place for group in _places(prepared, modules) for place in group}
     return {
@@ -130,7 +133,7 @@ def trained_heads(prepared: GraphModule) -> set[str]:
 
 
 def _places(prepared: GraphModule, modules: Mapping[str, nn.Module]) -> Collection[list[Node]]:
-    """The nodes that call each activation's fake quantization: several where what lies between moves numbers and computes nothing."""
+    """Groups the nodes that call each activation's fake quantization: several with only moves of numbers in between."""
     found = dict[nn.Module, list[Node]]()
     for node in prepared.graph.find_nodes(op="call_module"):
         module = modules[node.target]
@@ -140,7 +143,7 @@ def _places(prepared: GraphModule, modules: Mapping[str, nn.Module]) -> Collecti
 
 
 def _calls(prepared: GraphModule, modules: Mapping[str, nn.Module]) -> Counter[nn.Module | None]:
-    """How many nodes call each module."""
+    """Counts the nodes that call each module."""
     return Counter(modules[_target(node)] for node in prepared.graph.find_nodes(op="call_module"))
 
 
@@ -149,19 +152,22 @@ def _target(node: Node) -> str:
 
 
 def _kind(node: Node, modules: Mapping[str, nn.Module]) -> Any:
-    """The module's type, or the function or method; None where nothing is called: an input, say, may be named as a method is."""
+    """Returns the module's type, or the function or method; None for a node that calls nothing.
+
+    An input's target is its name, which may be that of a method.
+    """
     if node.op == "call_module":
         return type(modules[_target(node)])
     return node.target if node.op.startswith("call_") else None
 
 
 def _adds_up_nothing(node: Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether its kernel has no sum of products. That of a sum with a number gives no grid of its own."""
+    """True for a kernel without sums of products and with a grid of its own, which adding a number does not have."""
     kind = _kind(node, modules)
     return kind in (*_ELEMENTWISE, *_CLAMPS) or (kind in _PAIRWISE and len(node.all_input_nodes) > 1)
 
 
 def _in_float(node: Node, prepared: GraphModule) -> bool:
-    """Whether the converted model computes it in floating point, from what is dequantized for it."""
+    """True where the converted model computes the node in floating point, from dequantized inputs."""
     qconfigs = prepared.meta["_observed_graph_module_attrs"].node_name_to_qconfig
     return node.op == "output" or qconfigs.get(node.name, node) is None

@@ -1,4 +1,4 @@
-"""The integer model of the fx and eager backends, and its bytes."""
+"""Integer model of the fx and eager backends, and its serialization."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from dist_train.errors import QuantizationError
 from dist_train.programs.program import Program
 from dist_train.programs.torchscript import integer_kernels, script_bytes, trace
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
+from dist_train.quantization.torch_ao.common import choose_engine
 
 STATE = "state_dict.pt"
 
 
 class IntegerModel(nn.Module):
-    """What torch.ao converted, run with the kernels that its weights are packed for, whatever the process's engine is."""
+    """A model that torch.ao converted, run with the kernels that its weights are packed for."""
 
     def __init__(self, model: nn.Module, engine: str) -> None:
-        """model: on the CPU. engine: see `dist_train.programs.torchscript.integer_kernels`.
+        """
+        Args:
+            model: on the CPU.
+            engine: see `dist_train.programs.torchscript.integer_kernels`.
 
         Raises:
-            QuantizationError: something in the model still trains.
+            QuantizationError: fake quantization is left in the model.
         """
         super().__init__()
         left = [
@@ -36,18 +40,29 @@ class IntegerModel(nn.Module):
         self.engine = engine
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: float32 [B, ...] on the CPU. What the float model returns."""
+        """x: float32 [B, ...] on the CPU. Returns as the float model."""
         with integer_kernels(self.engine):
             outputs: Tensor = self.model(x)
         return outputs
 
 
-def integer_program(converted: nn.Module, example: Tensor) -> Program:
-    """Traced TorchScript, with a state_dict beside it that `torch.load(..., weights_only=True)` reads."""
-    assert isinstance(converted, IntegerModel)
-    state = io.BytesIO()
-    torch.save(converted.model.state_dict(), state)
-    with integer_kernels(converted.engine):
-        script = trace(converted.model, example.cpu())
-        data = script_bytes(script, converted.engine)
-    return Program("torchscript", data, {STATE: state.getvalue()})
+class TorchAOBackend:
+    """Base of the fx and eager backends: the engine, and serialization to TorchScript."""
+
+    def __init__(self, engine: str = "auto") -> None:
+        """engine: as `qat.engine`.
+
+        Raises:
+            QuantizationError: this torch does not have its kernels.
+        """
+        self.engine = choose_engine(engine)
+
+    def serialize(self, converted: nn.Module, example: Tensor) -> Program:
+        """See QuantizationBackend.serialize. A state_dict for `torch.load(..., weights_only=True)` is an extra file."""
+        assert isinstance(converted, IntegerModel)
+        state = io.BytesIO()
+        torch.save(converted.model.state_dict(), state)
+        with integer_kernels(converted.engine):
+            script = trace(converted.model, example.cpu())
+            data = script_bytes(script, converted.engine)
+        return Program("torchscript", data, {STATE: state.getvalue()})

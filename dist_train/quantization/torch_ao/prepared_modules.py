@@ -1,8 +1,8 @@
-"""The prepared model of torch.ao: its modules, fused for training, with our fake quantization inside."""
+"""Prepared models of the fx and eager backends: torch.ao's modules for training, with our fake quantization inside."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch.nn.functional as F
@@ -14,13 +14,21 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dist_train.errors import QuantizationError
 from dist_train.models.batch_norm import batch_moments
+from dist_train.programs.torchscript import integer_kernels
+from dist_train.quantization.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
+from dist_train.quantization.fx_nodes import quantized_weights
+from dist_train.quantization.layer_sqnr import compare_graphs, compare_modules
 from dist_train.quantization.prepared import PreparedModel
+from dist_train.quantization.torch_ao.float_output import FloatOutputLinear
+from dist_train.quantization.torch_ao.fx_grids import clamp_integers
+from dist_train.quantization.torch_ao.integer_model import IntegerModel
 
-_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+_FAKE_QUANTIZERS = (ActivationFakeQuantize, FixedQParamsFakeQuantize)
 
 
 def statistics_names(model: nn.Module) -> dict[int, str]:
-    """The address of each batch norm's running variance, and the batch norm's name. Fusing moves the tensors and keeps them."""
+    """Maps the address of each batch norm's running variance to the batch norm's name. Fusing keeps these tensors."""
     return {
         module.running_var.data_ptr(): name
         for name, module in model.named_modules()
@@ -29,10 +37,14 @@ def statistics_names(model: nn.Module) -> dict[int, str]:
 
 
 class PreparedModules(PreparedModel):
-    """What fx and eager make. Names are those of the fused modules, behind `model.`: `bn1` is `model.conv1.bn`."""
+    """Prepared model of the eager backend. Names are of the fused modules in `model`: `bn1` is `model.conv1.bn`."""
 
     def __init__(self, model: nn.Module, float_names: Mapping[int, str]) -> None:
-        """model: what torch.ao prepared. float_names: `statistics_names` of the float model that it was made of."""
+        """
+        Args:
+            model: prepared by torch.ao.
+            float_names: `statistics_names` of its float model.
+        """
         super().__init__()
         self.model = model
         self._dropout = False
@@ -40,6 +52,7 @@ class PreparedModules(PreparedModel):
 
     @property
     def fixed_fake_quantizers(self) -> list[nn.Module]:
+        """See PreparedModel.fixed_fake_quantizers."""
         return [module for module in self.modules() if isinstance(module, FixedQParamsFakeQuantize)]
 
     def literals(self) -> Iterator[tuple[str, float]]:
@@ -54,19 +67,12 @@ class PreparedModules(PreparedModel):
                 yield f"{name}.p", module.p
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: shaped as the example, with any batch size. What the float model returns."""
+        """x: shaped as the example, with any batch size. Returns as the float model."""
         outputs: Tensor = self.model(x)
         return outputs
 
     def keep_dropout(self) -> None:
-        """See PreparedModel.keep_dropout. Functional dropout in a traced graph is a constant."""
-        if isinstance(self.model, GraphModule):
-            for node in self.model.graph.nodes:
-                if node.target in _FUNCTIONS:
-                    raise QuantizationError(
-                        f"{node.name}: the fx backend traced this functional dropout as one that is off",
-                        "use nn.Dropout in the model, or --qat.backend pt2e, or --qat.dropout false",
-                    )
+        """See PreparedModel.keep_dropout."""
         self._dropout = True
         self.train(self.training)
 
@@ -77,7 +83,7 @@ class PreparedModules(PreparedModel):
             yield
 
     def train(self, mode: bool = True) -> PreparedModules:
-        """As any module's, but dropout stays off unless it is kept, and so do the statistics of batch norms once they are frozen."""
+        """As any module's. Dropout stays off unless it is kept; frozen batch norms stay in eval mode."""
         super().train(mode)
         for module in self.model.modules():
             if isinstance(module, _BatchNorm):
@@ -88,8 +94,67 @@ class PreparedModules(PreparedModel):
                 module.training = False
         return self
 
+    def integer_weights(self) -> Collection[str]:
+        """See PreparedModel.integer_weights."""
+        return [
+            f"{name}.weight"
+            for name, module in self.model.named_modules()
+            if isinstance(getattr(module, "weight_fake_quant", None), WeightFakeQuantize)
+        ]
+
+    def layer_sqnr(self, converted: nn.Module, inputs: Tensor) -> dict[str, float]:
+        """See PreparedModel.layer_sqnr."""
+        if not isinstance(converted, IntegerModel):  # of a backend with a conversion of its own
+            return {}
+        with integer_kernels(converted.engine):
+            return self._compare(converted.model, _heads(converted.model), inputs)
+
+    def _compare(self, integers: nn.Module, heads: Collection[str], inputs: Tensor) -> dict[str, float]:
+        return compare_modules(self.model, integers, heads, inputs, _FAKE_QUANTIZERS)
+
+
+class TracedModules(PreparedModules):
+    """Prepared model of the fx backend, whose `model` is a GraphModule."""
+
+    model: GraphModule
+
+    def keep_dropout(self) -> None:
+        """See PreparedModel.keep_dropout. Functional dropout was traced as switched off."""
+        for node in self.model.graph.nodes:
+            if node.target in _DROPOUTS:
+                raise QuantizationError(
+                    f"{node.name}: the fx backend traced this functional dropout as one that is off",
+                    "use nn.Dropout in the model, or --qat.backend pt2e, or --qat.dropout false",
+                )
+        super().keep_dropout()
+
+    def integer_weights(self) -> Collection[str]:
+        """See PreparedModel.integer_weights. Weights of functional calls are quantized by nodes of the graph."""
+        return [*super().integer_weights(), *quantized_weights(self.model)]
+
+    def _compare(self, integers: nn.Module, heads: Collection[str], inputs: Tensor) -> dict[str, float]:
+        """A node's output is fake-quantized by the node after it, and lies on the grid of that node."""
+        assert isinstance(integers, GraphModule)
+        clamp_integers(self.model)
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        wanted = {
+            user.name: node.name
+            for node in self.model.graph.nodes
+            for user in node.users
+            if user.op == "call_module" and isinstance(modules[str(user.target)], _FAKE_QUANTIZERS)
+        }
+        # Outputs of heads stay in floating point.
+        wanted |= {
+            node.name: node.name for node in self.model.graph.find_nodes(op="call_module") if node.target in heads
+        }
+        return compare_graphs(self.model, wanted, integers, inputs, _FAKE_QUANTIZERS)
+
+
+def _heads(converted: nn.Module) -> set[str]:
+    return {name for name, module in converted.named_modules() if isinstance(module, FloatOutputLinear)}
+
 
 def _may_drop_out(module: nn.Module) -> bool:
-    """Whether its own forward may: a module that is not torch's may call functional dropout, by its own `training`."""
+    """True where the module's own forward may drop out, as a user's module may by functional dropout."""
     drops = isinstance(module, (_DropoutNd, nn.MultiheadAttention, nn.RNNBase))
     return drops or not type(module).__module__.startswith("torch.")

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from dist_train.config.checks.general import contradictions
-from dist_train.config.stages import simulated_bits
 from dist_train.config.tree import Config
 from dist_train.errors import Problem
 
@@ -62,8 +61,13 @@ def test_fewer_bits_than_a_backend_computes_in_say_which_one_simulates_them() ->
     assert problem.hint == "--qat.backend pt2e"
 
 
+def test_the_stages_say_whether_the_run_quantizes() -> None:
+    assert not Config.model_validate({"stages": ["train", "half", "export"]}).quantizes
+    assert all(Config.model_validate({"stages": [stage]}).quantizes for stage in ("ptq", "qat", "convert"))
+
+
 def test_the_widths_that_are_simulated_are_those_below_8() -> None:
     config = Config.model_validate(
         rules({"weight": FOUR}, {"activation": {"bits": 3}, "weight": EIGHT}, {"skip": True})
     )
-    assert simulated_bits(config.qat.rules) == [3, 4]
+    assert config.qat.simulated_bits == [3, 4]

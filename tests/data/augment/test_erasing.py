@@ -12,7 +12,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
 
 def erased(settings: RandomErasing, batch: int = 600, height: int = 40, width: int = 30) -> torch.Tensor:
-    """Where white images were erased: bool [B, H, W]."""
+    """Marks the erased pixels of white images: bool [B, H, W]."""
     images = torch.full((batch, 3, height, width), 255, dtype=torch.uint8)
     result = Augmentation([settings], seed=1, mean=MEAN, std=STD)(images, torch.arange(batch), epoch=2)
     white = (1 - torch.tensor(MEAN)) / torch.tensor(STD)

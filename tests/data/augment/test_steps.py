@@ -10,7 +10,8 @@ from scipy import stats
 from torchvision.transforms.v2 import functional as reference
 
 from dist_train.config.data import AugmentConfig, ColorJitter, RandomCrop, RandomErasing, RandomHorizontalFlip
-from dist_train.data.augment.steps import STEPS, Augmentation, uniform
+from dist_train.data.augment.steps import STEPS, Augmentation, draw_keys
+from dist_train.data.augment.steps import uniform as uniform_of_keys
 
 JITTER = ColorJitter(brightness=0.4, contrast=0.5, saturation=0.6)
 ALL: list[Any] = [RandomCrop(padding=3), RandomHorizontalFlip(), JITTER, RandomErasing(p=0.7)]
@@ -80,6 +81,10 @@ def test_epochs_seeds_and_ids_change_what_happens(step: AugmentConfig) -> None:
     assert not torch.equal(plain([step], seed=1)(images, ids, epoch=0), first)
     assert not torch.equal(plain([step])(images, ids + 64, epoch=0), first)
     assert len(first.unique(dim=0)) > 1
+
+
+def uniform(ids: torch.Tensor, seed: int, epoch: int, salt: str) -> torch.Tensor:
+    return uniform_of_keys(ids, draw_keys(seed, epoch, [salt]))[0]
 
 
 def test_it_leaves_the_global_generator_and_its_input_alone() -> None:
@@ -213,5 +218,6 @@ def test_a_new_step_is_one_class_and_one_line(monkeypatch: pytest.MonkeyPatch) -
             return torch.where((draws[0] < 0.5).view(-1, 1, 1, 1), 255 - images, images)
 
     monkeypatch.setitem(STEPS, "invert", Invert)
-    result = plain([Invert(None)])(torch.zeros(500, 3, 2, 2, dtype=torch.uint8), torch.arange(500), epoch=0)  # type: ignore[list-item]
+    black = torch.zeros(500, 3, 2, 2, dtype=torch.uint8)
+    result = plain([Invert(None)])(black, torch.arange(500), epoch=0)  # type: ignore[list-item]
     assert 200 < int(result[:, 0, 0, 0].sum()) < 300

@@ -1,7 +1,8 @@
-"""CIFAR-10 and CIFAR-100: the binary and the Python version of the files give the same, and no file runs code."""
+"""CIFAR-10 and CIFAR-100: the binary and the Python version of the files give the same, and no other pickle is read."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 from pathlib import Path
@@ -56,15 +57,40 @@ def write_python(root: Path, name: str) -> Path:
     return folder
 
 
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Takes the files that lie in a folder for the published ones: their hashes go into torchvision's tables."""
+
+    def publish(folder: Path, name: str) -> None:
+        reader = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+
+        def listed(parts: list[Any]) -> list[list[str]]:
+            return [[part, hashlib.md5((folder / part).read_bytes()).hexdigest()] for part, _ in parts]
+
+        monkeypatch.setattr(reader, "train_list", listed(reader.train_list))
+        monkeypatch.setattr(reader, "test_list", listed(reader.test_list))
+        (meta,) = listed([[reader.meta["filename"], ""]])
+        monkeypatch.setitem(reader.meta, "md5", meta[1])
+
+    return publish
+
+
 def opened(name: str, root: Path) -> Splits:
     return {"cifar10": cifar10, "cifar100": cifar100}[name](DataConfig(name=name, root=root))
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-@pytest.mark.parametrize("write", [write_binary, write_python])
-def test_both_versions_give_the_images_with_their_classes(tmp_path: Path, name: str, write: Any) -> None:
-    write(tmp_path, name)
-    splits, parts = opened(name, tmp_path), content(name)
+@pytest.mark.parametrize("version", ["binary", "python", "python, the folder itself"])
+def test_both_versions_give_the_images_with_their_classes(
+    tmp_path: Path, name: str, version: str, published: Any
+) -> None:
+    root = tmp_path
+    if version == "binary":
+        write_binary(tmp_path, name)
+    else:
+        published(folder := write_python(tmp_path, name), name)
+        root = folder if version.endswith("itself") else tmp_path
+    splits, parts = opened(name, root), content(name)
     assert registry.datasets.get(name) is {"cifar10": cifar10, "cifar100": cifar100}[name]
     assert splits.input_shape == (3, 32, 32)
     assert [each.replace(" ", "_") for each in splits.classes] == [each.replace(" ", "_") for each in NAMES[name]]
@@ -74,24 +100,31 @@ def test_both_versions_give_the_images_with_their_classes(tmp_path: Path, name: 
         assert split.targets.tolist() == [label for part in chosen for label in parts[part][1]]
 
 
-def test_a_pickle_that_would_run_code_is_refused_and_does_not(tmp_path: Path) -> None:
+def test_a_pickle_that_is_not_the_published_one_is_refused_and_runs_no_code(tmp_path: Path, published: Any) -> None:
     folder = write_python(tmp_path, "cifar10")
+    published(folder, "cifar10")
 
     class Attack:
         def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    (folder / "data_batch_2").write_bytes(pickle.dumps({"data": Attack()}, protocol=2))
-    with pytest.raises(DataError, match=r"data_batch_2 is damaged.*mkdir"):
-        opened("cifar10", tmp_path)
+    for name in ("data_batch_2", "batches.meta"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(pickle.dumps({"data": Attack()}, protocol=2))
+        with pytest.raises(DataError, match=rf"{name} is damaged, or not the published file: its MD5 is") as caught:
+            opened("cifar10", tmp_path)
+        assert "cifar-10-python.tar.gz" in caught.value.hint
+        (folder / name).write_bytes(whole)
     assert not (tmp_path / "ran").exists()
+    assert len(opened("cifar10", tmp_path).classes) == 10
 
 
-def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
+def test_damaged_and_missing_files_are_named(tmp_path: Path, published: Any) -> None:
     folder = write_python(tmp_path / "python", "cifar10")
+    published(folder, "cifar10")
     path = folder / "data_batch_3"
     whole = path.read_bytes()
-    for damaged in (whole[:-200], b"", pickle.dumps([1]), pickle.dumps({"data": 1, "labels": []})):
+    for damaged in (whole[:-200], b"", bytes([whole[0] ^ 1]) + whole[1:]):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match="data_batch_3"):
             opened("cifar10", tmp_path / "python")
@@ -110,15 +143,15 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
 
 
 def test_a_download_goes_to_the_cache_and_its_failure_says_what_to_type(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: Any
 ) -> None:
     def unreachable(*_: Any, **__: Any) -> None:
         raise URLError("no route to host")
 
-    monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", unreachable)
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", unreachable)
     data = DataConfig(name="cifar10", cache_dir=tmp_path)
     with pytest.raises(DataError, match="no route to host") as caught:
         cifar10(data)
     assert "--data.root" in caught.value.hint
-    write_python(tmp_path / "downloads", "cifar10")
+    published(write_python(tmp_path / "downloads", "cifar10"), "cifar10")
     assert len(cifar10(data).classes) == 10, "what was downloaded is not downloaded again"

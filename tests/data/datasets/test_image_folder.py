@@ -64,7 +64,7 @@ def test_items_are_the_files_in_order_with_the_shorter_edge_scaled_and_the_centr
         ("alpha.png", lambda image, path: image.convert("RGBA").save(path)),
         ("palette.png", lambda image, path: image.convert("P").save(path)),
         ("gray.JPG", lambda image, path: image.convert("L").save(path, format="JPEG")),
-        ("deep.png", lambda image, path: Image.fromarray(np.array(image.convert("L")).astype(np.uint16) * 257).save(path)),
+        ("deep.png", lambda image, path: Image.fromarray(np.uint16(image.convert("L")) * np.uint16(257)).save(path)),
         ("modern.webp", lambda image, path: image.save(path)),
     ],
 )  # fmt: skip
@@ -189,7 +189,7 @@ def test_arguments_are_checked() -> None:
 @pytest.mark.parametrize(
     ("name", "augment", "message"),
     [
-        ("digits", [CROP], "is made by the workers that decode image_folder, and not for digits"),
+        ("digits", [CROP], "is applied by the workers of image_folder, and not for digits"),
         ("image_folder", [RandomErasing(), RAND], "rand_augment comes behind random_erasing"),
         ("image_folder", [FLIP, CROP], "can only be the first entry"),
         ("digits", [RandomErasing(scale=(0.5, 0.1))], "the least, 0.5, is above the most, 0.1"),

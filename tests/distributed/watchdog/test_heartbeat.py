@@ -1,4 +1,4 @@
-"""Long work that makes progress is not taken for a stuck rank."""
+"""Long work that makes progress does not count as a stuck rank."""
 
 from __future__ import annotations
 

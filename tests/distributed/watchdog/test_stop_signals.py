@@ -1,4 +1,4 @@
-"""Stop requests by real signals in this process: resuming, later runs, and child processes."""
+"""Stops runs by real signals in this process: where they resume, and how their child processes end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.small_runs import STEPS, Runs
 
 @dist_train.register_task("asks_to_stop")
 class AsksToStop(Classification):
-    """Sends itself SIGTERM in step `at`, and in evaluation puts the file STOP in `late`, or sends it then."""
+    """Sends itself SIGTERM in the loss of step `at`, or in an evaluation, or creates the file `late` there."""
 
     at: int | None = None
     seen = 0
@@ -75,7 +75,7 @@ def test_a_stop_at_the_last_step_of_an_epoch_goes_on_with_its_evaluation(
 def test_what_was_said_to_an_earlier_run_here_is_not_heard_by_this_one(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Attempts are counted from 0 again after all but the logs was removed, and after --fast-dev-run."""
+    """Attempts are counted from 0 again after --fast-dev-run, or if everything but the logs was removed."""
     run_dir = RunDir(runs.folder / "run")
     run_dir.stuck(0).mkdir(parents=True)
     (run_dir.stuck(0) / "rank0.json").write_text("{}")
@@ -124,7 +124,7 @@ def _strike_in_child() -> None:
 
 def test_a_worker_lives_through_a_signal_that_comes_while_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     with listening():
-        os.register_at_fork(after_in_child=_strike_in_child)  # registered after our own hook, so it runs after it
+        os.register_at_fork(after_in_child=_strike_in_child)  # registered after our own hook, so it runs after that one
         monkeypatch.setattr("tests.distributed.watchdog.test_stop_signals._struck", True)
         source = Source(_Rows(), Augmentation([], seed=0, mean=(), std=()), torch.device("cpu"), False, 1, 0)
         batches = list(source.batches(iter([np.arange(4)]), None))

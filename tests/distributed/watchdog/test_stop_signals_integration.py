@@ -1,6 +1,6 @@
-"""Stop requests at any moment, by signal or file, to one rank or all: one checkpoint, `preempted`, exit 75.
+"""Stops runs at any moment, by a signal or a file, on one rank or all.
 
-The resumed run has the result of an undisturbed one.
+The run saves one checkpoint, ends in time as `preempted` with exit code 75, and resumes to the same result.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ stop: {grace: 20}
 trackers: [jsonl, held]
 debug: {ledger: true}
 """
-STEPS = 10  # of an epoch
+STEPS = 10  # per epoch
 
 
 class Case:
-    """A configuration in a folder, and a run of it."""
+    """A configuration in a folder, and its run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.config = folder, folder / "stopped.yaml"
@@ -65,7 +65,7 @@ class Case:
         return read_json(self.run_dir.status)
 
     def finished(self) -> bytes:
-        """Runs to the end on two ranks; returns the weights."""
+        """Finishes the run on two ranks and returns the weights."""
         train_done(2, *self.words)
         assert check(self.run_dir.path).ok
         return (self.run_dir.checkpoints / "train-end" / "tensors.safetensors").read_bytes()
@@ -82,7 +82,7 @@ def case(tmp_path: Path) -> Case:
 
 
 def steps_saved(case: Case) -> list[int]:
-    """Steps of the checkpoints within the stage."""
+    """Returns the steps of the checkpoints saved within the stage."""
     names = CheckpointFolder(case.run_dir.checkpoints).names()
     return [int(name.split("-")[1]) for name in names if not name.endswith("-end")]
 
@@ -112,7 +112,7 @@ def test_under_an_agent_a_rank_that_was_stopped_ends_with_0_so_that_it_is_not_st
 
 @pytest.mark.slow
 def test_a_signal_to_a_rank_that_has_stopped_and_is_about_to_exit_changes_nothing(case: Case) -> None:
-    """Slurm signals all processes, and the agent passes its own signal on."""
+    """Slurm signals all processes, and the agent forwards its own signal, so a rank may get two."""
     case.run_dir.path.mkdir()
     case.run_dir.stop.touch()
     with case.start(1, "exit 0 0 wait") as ranks:
@@ -128,7 +128,7 @@ def test_the_file_stop_ends_the_run_and_is_gone_then(case: Case, undisturbed: by
     with case.start(2, "forward 0 14 wait") as ranks:
         case.reached(ranks)
         case.run_dir.stop.touch()
-        time.sleep(1)  # the file is looked for twice a second, which may be after step 15
+        time.sleep(1)  # the watcher polls for the file twice a second; any step from 15 on will do
         case.go()
         assert ranks.wait() == [75, 75], ranks.printed()
     assert not case.run_dir.stop.exists()
@@ -141,7 +141,7 @@ def test_the_file_stop_ends_the_run_and_is_gone_then(case: Case, undisturbed: by
     "place",
     [
         "set-up 0 0 wait",
-        "data 1 70 wait",  # in a data worker, which gets the signal too
+        "data 1 70 wait",  # in a data worker, which gets the signal, too
         "evaluate 1 1 wait",
         "save 0 1 wait",
     ],
@@ -157,9 +157,9 @@ def test_all_processes_are_told_at_any_moment_and_end_at_the_next_step_as_if_not
         assert ranks.wait() == [75, 75], ranks.printed()
     assert case.status()["state"] == "preempted"
     assert not list(case.run_dir.checkpoints.glob(".*")), "half a checkpoint"
-    if place.startswith("set-up"):  # nothing is saved, nothing is lost
+    if place.startswith("set-up"):  # there is no progress to save yet
         assert not (case.run_dir.checkpoints / "latest.json").exists()
-    if place.startswith("evaluate"):  # the end of the epoch, which is saved anyway
+    if place.startswith("evaluate"):  # the epoch's end is saved in any case
         assert steps_saved(case)[-1] % STEPS == 0
     assert case.finished() == undisturbed
 
@@ -182,7 +182,7 @@ def test_a_step_that_is_longer_than_the_grace_is_given_up_and_the_last_checkpoin
         began = time.monotonic()
         assert set(ranks.wait()) <= codes, ranks.printed()
         assert time.monotonic() - began < 4 + 15
-        assert "was asked to stop and still was in" in ranks.printed()
+        assert "was asked to stop and is still in" in ranks.printed()
     assert (case.status()["state"], case.status()["step"]) == ("preempted", STEPS)
     assert steps_saved(case) == [STEPS]
     if how == "lock":  # the other cases leave the same files
@@ -191,7 +191,7 @@ def test_a_step_that_is_longer_than_the_grace_is_given_up_and_the_last_checkpoin
 
 @pytest.mark.slow
 def test_an_agent_that_starts_ranks_again_does_not_undo_a_stop_of_which_it_knows_nothing(case: Case) -> None:
-    """A rank that had to be killed is a failure to the agent."""
+    """One rank had to be killed, which counts as a failure to the agent."""
     words = [*("launch", "torchrun", "--nproc-per-node", "2", "--restarts", "2"), *case.words[1:], "--stop.grace", "4"]
     with train(1, *words, environ={"HOLD": "forward 1 14 lock", "HOLD_DIR": str(case.folder)}) as launch:
         case.reached(launch)
@@ -207,7 +207,7 @@ WHOLE = ("--stages", "[train, ptq, qat, convert, export]")
 
 
 def deployed(case: Case) -> dict[str, bytes]:
-    """Resumes the run to its end and returns the files of the artifact."""
+    """Resumes the run to its end and returns the artifact's files."""
     with train(2, *case.words, *WHOLE, environ={"PLAIN": "1"}) as ranks:
         assert ranks.wait() == [0, 0], ranks.printed()
     assert check(case.run_dir.path).ok
@@ -241,7 +241,7 @@ def test_what_rank_0_does_alone_is_given_up_and_the_checkpoint_before_it_serves(
 ) -> None:
     with case.start(2, f"{stage} 0 0 wait", *WHOLE, "--stop.grace", "3", PLAIN="1") as ranks:
         case.reached(ranks)
-        os.kill(ranks.processes[1].pid, signal.SIGUSR2)  # not the working rank
+        os.kill(ranks.processes[1].pid, signal.SIGUSR2)  # the waiting rank, not rank 0, which works
         ranks.wait()
     assert case.status() == {"state": "preempted", "stage": stage, "step": 0, "restarts": 0, "error": None}
     assert CheckpointFolder(case.run_dir.checkpoints).latest == before
@@ -256,7 +256,7 @@ def test_where_a_peer_is_dead_a_signal_saves_nothing_and_the_previous_checkpoint
     with case.start(2, "forward 0 14 wait") as ranks:
         case.reached(ranks)
         ranks.kill([1])
-        os.kill(ranks.processes[0].pid, signal.SIGTERM)  # as torchrun's agent does before it starts all again
+        os.kill(ranks.processes[0].pid, signal.SIGTERM)  # as torchrun's agent does before it restarts all ranks
         case.go()
         assert ranks.wait()[0] == 1, ranks.printed()
         assert "the connection to another rank was lost" in ranks.output(0)

@@ -1,4 +1,4 @@
-"""Ranks that are really stuck: the run ends in bounded time and names the rank and its place."""
+"""Ranks that are really stuck: the run ends in bounded time and names each rank's phase."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def case(tmp_path: Path) -> Case:
 
 
 def ends(ranks: Ranks) -> None:
-    """Waits for all ranks: the timeout, the promised 20 s after detection, and a margin for a busy machine."""
+    """Checks that all ranks end within the timeout, the promised 20 s from detection, and a margin."""
     began = time.monotonic()
     codes = ranks.wait(TIMEOUT + 20 + 20)
     assert 0 not in codes
@@ -60,7 +60,7 @@ def test_the_message_names_the_rank_and_the_phase_and_the_stacks_are_kept(
     assert status["state"] == "failed" and said in status["error"]
     stacks = [(case.run_dir.stuck(0) / f"rank{rank}.txt").read_text() for rank in (0, 1)]
     assert all("most recent call first" in text for text in stacks)
-    if "data" not in hold:  # which blocks in a worker
+    if "data" not in hold:  # that one is stuck in a worker
         assert "in hold" in stacks[int(hold.split()[1])], "also where a C call holds the interpreter's lock"
 
 
@@ -84,7 +84,7 @@ def test_a_data_worker_that_is_stuck_does_not_outlive_its_rank(case: Case) -> No
 
 @pytest.mark.slow
 def test_a_job_that_was_suspended_and_goes_on_is_left_alone(case: Case) -> None:
-    """All processes are suspended for longer than the timeout, as by Ctrl-Z or by Slurm's time slicing."""
+    """Ctrl-Z, or Slurm's gang scheduling, stops all processes of a job, here for longer than the timeout."""
     with case.start(1, "forward 0 14 wait", *WATCHED, "--train.epochs", "2") as ranks:
         case.reached(ranks)
         os.killpg(ranks.processes[0].pid, signal.SIGSTOP)
@@ -97,7 +97,7 @@ def test_a_job_that_was_suspended_and_goes_on_is_left_alone(case: Case) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_goes_on_slowly_is_left_alone(case: Case) -> None:
-    """Each step is well within the timeout; all of them together take longer."""
+    """Each step is well within the timeout; all steps together exceed it."""
     with case.start(1, "forward 0 14 wait", *WATCHED, "--train.epochs", "2") as ranks:
         case.reached(ranks)
         time.sleep(TIMEOUT / 2)
@@ -138,12 +138,15 @@ def test_a_rank_that_went_on_for_long_and_then_is_stuck_is_named(case: Case) -> 
     ) as ranks:
         assert ranks.wait(60) == [1, 1], ranks.printed()
         assert "rank 0 is stuck in `evaluate`, rank 1 waits in `collective`" in ranks.printed()
-        assert "no word from" not in ranks.printed()
+        assert "no report from" not in ranks.printed()
     assert all((case.run_dir.stuck(0) / f"rank{rank}.txt").stat().st_size for rank in (0, 1))
 
 
 def main(file: str, folder: str, what: str) -> None:
-    """Rank 1 waits in a collective for rank 0, which beats until it was polled twice, and then joins or never does."""
+    """Runs one rank: rank 1 waits in a collective for rank 0, which beats until two questions were asked.
+
+    Then rank 0 joins the collective, or, with "stays", never does.
+    """
     config = load(
         file, ["--import", "tests.support.blocking_parts", "--run.dir", folder, "--watchdog.timeout", "1"]
     ).config

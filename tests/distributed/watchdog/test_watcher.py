@@ -1,4 +1,4 @@
-"""The watcher process of a rank: at its start, and on systems that lack features."""
+"""Tests the watcher on systems that lack a function, and while it starts."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ def test_a_kernel_without_pidfds_is_no_reason_to_watch_nobody(
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(os, "pidfd_open", refuse)
-    nobody = os.getpid()  # is not the parent of this process, as a rank is of its watcher
+    nobody = os.getpid()  # not the parent of this process, unlike a rank, which is its watcher's parent
     watcher_of(nobody, record, tmp_path).run()
 
 
 def test_a_file_system_that_answers_with_an_error_does_not_end_the_watcher(record: int, tmp_path: Path) -> None:
-    """A name that is too long stands for the stale handles of NFS."""
+    """A name that is too long raises OSError, as a stale NFS handle does."""
     heartbeat = Heartbeat(memoryview(mmap.mmap(record, SIZE)), 60.0)
     heartbeat.enter("forward")
     threading.Timer(0.1, heartbeat.end).start()

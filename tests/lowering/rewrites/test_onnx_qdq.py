@@ -48,7 +48,7 @@ def residual() -> nn.Module:
 
 
 def operators_that_run(data: bytes, folder: Path) -> Counter[str]:
-    """What ONNX Runtime makes of a model."""
+    """Counts the operators of a model after ONNX Runtime's optimizations."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     options.log_severity_level = 3

@@ -1,4 +1,4 @@
-"""What is rewritten for XNNPACK stands for the same real numbers: residual summands, and integers that are moved."""
+"""Programs that are rewritten for XNNPACK represent the same real numbers, in residual sums and in moves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pt2e gives averages a range of their own: on the grid of what is averaged they tie, and each runtime rounds ties its own way."""
+"""pt2e gives averages a range of their own: on their inputs' grid they tie, and runtimes round ties differently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The PT2E backend: a prepared model is the float one, a converted one is the fake-quantized one; what cannot be is refused."""
+"""The PT2E backend: prepared models equal float ones, converted models fake-quantized ones; others are refused."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dist_train.config.stages import RuleConfig
 from dist_train.errors import QuantizationError
 from dist_train.quantization import versions
 from dist_train.quantization.backend import QuantizationBackend
+from dist_train.quantization.fx_nodes import layer_of
 from dist_train.quantization.pt2e import graph_rewrite
 from dist_train.quantization.pt2e.backend import PT2EBackend, export_converted
 from dist_train.quantization.pt2e.prepared_graph import Blueprint, PreparedGraph
@@ -160,7 +161,7 @@ def test_torchvision_models_the_whole_way(name: str) -> None:
 def test_a_skipped_convolution_stays_float_and_is_not_folded(tiny: nn.Module, images: Tensor) -> None:
     prepared = PT2EBackend().prepare(tiny, images, [rule("conv2")])
     graph = prepared.graph_module().graph
-    assert [folded.layer for folded in graph_rewrite.folded_batch_norms(graph)] == ["conv1"]
+    assert [layer_of(folded.convolution) for folded in graph_rewrite.folded_batch_norms(graph)] == ["conv1"]
     assert "quantizers.conv2_weight" not in dict(prepared.named_modules())
     assert float_error(prepared, tiny, images) < BOUND
     calibrate(prepared, images).observe(False)

@@ -1,4 +1,4 @@
-"""The eager backend averages in floating point, as its integer kernels round on a coarser grid than fake quantization simulates."""
+"""The eager backend averages in floating point: its integer kernels round on a coarser grid than fake quantization."""
 
 from __future__ import annotations
 

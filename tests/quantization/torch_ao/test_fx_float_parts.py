@@ -1,4 +1,4 @@
-"""What the fx backend leaves in floating point, as its integer kernels compute something else than fake quantization simulates."""
+"""The fx backend leaves operations in floating point whose integer kernels differ from fake quantization."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
 from dist_train.config.stages import RuleConfig
-from dist_train.quantization.layer_sqnr import layer_noise
+from dist_train.quantization.layer_sqnr import layer_sqnr
 from dist_train.quantization.torch_ao import fx
 from dist_train.quantization.torch_ao.integer_model import IntegerModel
 from tests.support.one_net_all_backends import backend
@@ -47,7 +47,7 @@ def worst(operation: Callable[[Tensor], Tensor], rules: list[RuleConfig] | None 
     converted = backend("fx").convert(prepared)
     assert isinstance(converted, IntegerModel)
     assert any("quantized" in type(module).__module__ for module in converted.modules()), "the rest is integers"
-    return min(layer_noise(prepared, converted, images).values())
+    return min(layer_sqnr(prepared, converted, images).values())
 
 
 OPERATIONS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {

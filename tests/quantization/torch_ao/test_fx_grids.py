@@ -1,4 +1,4 @@
-"""The grids of the fx backend's activations: none for results that nobody reads as integers, and all bits that the kernels allow."""
+"""Grids of the fx backend's activations: none for float outputs, and as many bits as the kernels allow."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.ao.quantization import DeQuantStub, QuantStub
 
 from dist_train.config.stages import RuleConfig
 from dist_train.programs.torchscript import load_script
-from dist_train.quantization.layer_sqnr import layer_noise
+from dist_train.quantization.layer_sqnr import layer_sqnr
 from dist_train.quantization.torch_ao import fx
 from dist_train.quantization.torch_ao.eager import EagerBackend
 from dist_train.quantization.torch_ao.float_output import FloatOutputLinear
 from dist_train.quantization.torch_ao.fx import FXBackend
 from dist_train.quantization.torch_ao.integer_model import IntegerModel
-from dist_train.quantization.torch_ao.prepared_modules import PreparedModules
+from dist_train.quantization.torch_ao.prepared_modules import TracedModules
 from tests.support.tiny_nets import calibrate
 
 ENGINES = [engine for engine in torch.backends.quantized.supported_engines if engine != "none"]
@@ -43,15 +43,15 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3))).flatten(1)
 
 
-def prepared(model: nn.Module, images: Tensor, engine: str, rules: Sequence[RuleConfig] = ()) -> PreparedModules:
+def prepared(model: nn.Module, images: Tensor, engine: str, rules: Sequence[RuleConfig] = ()) -> TracedModules:
     made = FXBackend(engine).prepare(model.eval(), images[:2], rules)
     result = calibrate(made, images).eval()
     result.observe(False)
-    assert isinstance(result, PreparedModules)
+    assert isinstance(result, TracedModules)
     return result
 
 
-def converted(model: PreparedModules, engine: str) -> IntegerModel:
+def converted(model: TracedModules, engine: str) -> IntegerModel:
     result = FXBackend(engine).convert(model)
     assert isinstance(result, IntegerModel)
     return result
@@ -62,7 +62,7 @@ def images(rows: int = 64) -> Tensor:
 
 
 def same_decisions(engine: str) -> float:
-    """The share of samples that int8 classifies as the float model does, beside one whose features all agree: its logit is 768."""
+    """Returns the agreement of int8 with the float model, in a batch with one sample whose logit is 768."""
     generator = torch.Generator().manual_seed(0)
     head = nn.Linear(256, 6, bias=False)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_one_sample_with_large_logits_does_not_spoil_the_others(engine: str, mon
 def test_each_engine_computes_what_is_simulated(engine: str) -> None:
     torch.manual_seed(0)
     model = prepared(Net(), images(), engine)
-    noise = layer_noise(model, converted(model, engine), images())
+    noise = layer_sqnr(model, converted(model, engine), images())
     assert {"stem.0", "branch", "last", "head"} <= set(noise), "clamped layers and the head are compared, too"
     assert min(noise.values()) > LEAST
 
@@ -104,7 +104,7 @@ def test_each_engine_clamps_in_the_order_in_memory_that_its_convolutions_answer_
     torch.manual_seed(0)
     model = prepared(Clamped(), images(), engine)
     integers = converted(model, engine)
-    assert min(layer_noise(model, integers, images()).values()) > LEAST
+    assert min(layer_sqnr(model, integers, images()).values()) > LEAST
     simulated = model(images())
     # Not 50 dB: a rounding in one layer is another sum in the next.
     assert (integers(images()) - simulated).square().mean() < 1e-3 * simulated.square().mean()
@@ -123,7 +123,7 @@ def test_an_input_may_have_the_name_of_a_method() -> None:
     torch.testing.assert_close(converted(model, ENGINES[0])(images())[1], images(), atol=0.1, rtol=0)
 
 
-def grids(model: PreparedModules) -> dict[str, int]:
+def grids(model: TracedModules) -> dict[str, int]:
     """The integer that the top of each activation's range is mapped to."""
     quantizers = model.get_submodule("model.quantizers")
     return {name: module.range_max for name, module in quantizers.named_children() if hasattr(module, "range_max")}
@@ -143,7 +143,7 @@ def test_a_clamp_has_the_grid_of_what_comes_after_it(monkeypatch: pytest.MonkeyP
     model = prepared(net, loud, ENGINES[0])
     # Its ReLU6 leaves 0..6 of some hundreds.
     assert float(model.get_submodule("model.quantizers.branch_input").high) == 6
-    assert min(layer_noise(model, converted(model, ENGINES[0]), loud).values()) > LEAST
+    assert min(layer_sqnr(model, converted(model, ENGINES[0]), loud).values()) > LEAST
     monkeypatch.setattr(fx, "saturating_clamps", lambda _: None)
     other = prepared(net, loud, ENGINES[0])
     assert max(float(module.high) for module in other.fake_quantizers[1:]) > 50
@@ -162,7 +162,7 @@ def test_a_reader_beside_the_clamp_keeps_the_layers_own_grid() -> None:
     torch.manual_seed(0)
     model = prepared(Both(), images(), ENGINES[0])
     assert min(float(module.low) for module in model.fake_quantizers[1:]) < 0
-    assert min(layer_noise(model, converted(model, ENGINES[0]), images()).values()) > LEAST
+    assert min(layer_sqnr(model, converted(model, ENGINES[0]), images()).values()) > LEAST
 
 
 @pytest.mark.parametrize("rules", [[], [{"match": "head", "weight": {"granularity": "tensor"}}]])
@@ -200,7 +200,7 @@ def test_of_linears_only_the_head_gives_floats(shared: bool) -> None:
     integers = converted(model, ENGINES[0])
     heads = [name for name, module in integers.model.named_modules() if isinstance(module, FloatOutputLinear)]
     assert heads == ["hidden" if shared else "head"]
-    assert min(layer_noise(model, integers, images()).values()) > LEAST
+    assert min(layer_sqnr(model, integers, images()).values()) > LEAST
 
 
 def test_two_heads_that_are_one_linear() -> None:
@@ -215,7 +215,7 @@ def test_two_heads_that_are_one_linear() -> None:
 
     torch.manual_seed(0)
     model = prepared(Siamese(), images(), ENGINES[0])
-    assert layer_noise(model, converted(model, ENGINES[0]), images())["head"] > LEAST
+    assert layer_sqnr(model, converted(model, ENGINES[0]), images())["head"] > LEAST
 
 
 def test_a_layer_called_twice_keeps_a_grid_that_suits_all_its_readers() -> None:
@@ -263,4 +263,4 @@ def test_eager_mode_keeps_integers_that_more_than_a_stub_reads(both: bool) -> No
     assert isinstance(integers, IntegerModel)
     heads = {name for name, module in integers.model.named_modules() if isinstance(module, FloatOutputLinear)}
     assert heads == (set() if both else {"first", "second"})
-    assert min(layer_noise(model, integers, images()).values()) > LEAST
+    assert min(layer_sqnr(model, integers, images()).values()) > LEAST

@@ -1,4 +1,4 @@
-"""The fx and eager backends: prepared is float, int8 is fake-quantized, with our ranges; what cannot be prepared is refused."""
+"""The fx and eager backends: prepared models equal float ones, int8 ones fake-quantized ones; others are refused."""
 
 from __future__ import annotations
 
@@ -169,7 +169,10 @@ def test_the_program_answers_as_the_model_for_any_batch_and_its_state_is_int8_wi
 
 @pytest.mark.heavy
 def test_programs_are_equal_in_another_process_whatever_was_traced_before() -> None:
-    code = "import json; from tests.support.one_net_all_backends import digests; print(json.dumps([digests('fx'), digests('eager')]))"
+    code = (
+        "import json; from tests.support.one_net_all_backends import digests; "
+        "print(json.dumps([digests('fx'), digests('eager')]))"
+    )
     answer = fresh_process(code)
     eager, fx = digests("eager"), digests("fx")
     assert json.loads(answer.splitlines()[-1]) == [fx, eager]
@@ -246,7 +249,7 @@ def test_under_fx_a_rule_gives_a_layer_one_scale_and_other_rules_are_refused(net
 
 
 class Twice(nn.Module):
-    """A convolution and an activation that are called twice, functional dropout, a batch norm without weight, a dead channel."""
+    """Has layers that are called twice, functional dropout, a batch norm without weight, and a dead channel."""
 
     def __init__(self) -> None:
         super().__init__()
