@@ -10,7 +10,7 @@ workers on the same cores, in turns; before each round's clock starts, what the 
 The files are made by this script: 500x375, smooth shapes under noise (quality 90, noise 8: about 70 kB).
 Noise makes decoding dearer, and decoding is what both have in common: the ratio falls with it. What decoding alone
 costs is printed beside it: with torchvision's decoder, which cannot decode a part of an image, 2.5, the bar, was not
-reached (README has the figures). Less than the bar exits 1.
+reached (docs/benchmarks.md has the figures). Less than the bar exits 1.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,13 @@ _REQUIRED = (
     "metrics",
 )
 EXPORT_AGAIN = "copy it again from where it was exported, or write it anew: dist-train export RUN_DIR"
+
+
+def _versions() -> dict[str, str]:
+    try:
+        return {"torch": torch.__version__, "torchao": version("torchao")}
+    except PackageNotFoundError:  # only pt2e needs torchao
+        return {"torch": torch.__version__}
 
 
 def _aside(directory: Path) -> Path:
@@ -96,7 +103,7 @@ def write_artifact(directory: Path, files: Mapping[str, bytes], manifest: Mappin
     content = {
         **manifest,
         "format": FORMAT,
-        "versions": {"torch": torch.__version__, "torchao": version("torchao"), **manifest.get("versions", {})},
+        "versions": {**_versions(), **manifest.get("versions", {})},
         "files": {name: {"sha256": _digest(data), "bytes": len(data)} for name, data in files.items()},
     }
     contents = {**files, MANIFEST: _manifest_bytes(content)}

@@ -51,8 +51,8 @@ def reference() -> str:
             intro = f"{intro} The settings of `train`, and these, which are new or have another default:".strip()
         if _optional(info):
             intro = f"{intro} Left out by default.".strip()
-        sections.append(f"#### `{name}`\n\n" + (f"{intro}\n\n" if intro else "") + _HEAD + "".join(map(str, rows)))
-    return "\n".join(["#### At the top\n\n" + _HEAD + "".join(map(str, top)), *sections])
+        sections.append(f"## `{name}`\n\n" + (f"{intro}\n\n" if intro else "") + _HEAD + "".join(map(str, rows)))
+    return "\n".join(["## At the top\n\n" + _HEAD + "".join(map(str, top)), *sections])
 
 
 def _rows(model: type[BaseModel], prefix: str = "") -> Iterator[_Row]:

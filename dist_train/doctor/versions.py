@@ -8,12 +8,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, requires, version
 
-from dist_train.doctor.base import Line, Subject, bad, good, warning
+from dist_train.doctor.base import Line, Subject, bad, good
 from dist_train.errors import first_line
 
-_NEEDED = ("torch", "torchvision", "torchao", "accelerate", "wandb", "pydantic", "safetensors", "torchmetrics")
+_NEEDED = ("torch", "torchvision", "accelerate", "wandb", "pydantic", "safetensors", "torchmetrics")
 # Library -> extra of dist-train that installs it.
 _OPTIONAL = {
+    "torchao": "pt2e",
     "onnx": "onnx",
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
@@ -43,7 +44,6 @@ def check(subject: Subject) -> Iterator[Line]:
     if missing:
         extras = ",".join(dict.fromkeys(_OPTIONAL[name] for name in missing))
         yield good(f"optional, not installed: {', '.join(missing)} (pip install 'dist-train[{extras}]')")
-    yield from _tested(installed)
     declared = {name: requires(name) or [] for name in installed}
     declared["dist-train"] = _own_requirements()
     for owner, requirement, found in unmet(declared, installed):
@@ -80,30 +80,22 @@ def unmet(declared: Mapping[str, list[str]], installed: Mapping[str, str]) -> It
 
     for owner, texts in declared.items():
         seen = set()
-        for text in texts:
-            requirement = Requirement(text)
+        requirements = [Requirement(text) for text in texts]
+        always = {each.name.lower() for each in requirements if "extra" not in str(each.marker)}
+        for requirement in requirements:
             name = requirement.name.lower()
             marker = requirement.marker
-            applies = marker is None or "extra" in str(marker) or marker.evaluate()
-            if not applies or (owner != "dist-train" and marker is not None and "extra" in str(marker)):
+            in_extra = "extra" in str(marker)
+            # An extra that narrows what is always needed, as `pt2e` does, is checked by who needs it.
+            if in_extra and (owner != "dist-train" or name in always):
+                continue
+            if marker is not None and not in_extra and not marker.evaluate():
                 continue
             if name in installed and not requirement.specifier.contains(installed[name], prereleases=True):
                 said = f"{name}{requirement.specifier}"
                 if said not in seen:
                     seen.add(said)
                     yield owner, said, installed[name]
-
-
-def _tested(installed: Mapping[str, str]) -> Iterator[Line]:
-    """Compares torch and torchao with the versions that were tried: quantization uses private parts of both."""
-    if not {"torch", "torchao"} <= installed.keys():
-        return
-    from dist_train.quantization.versions import TESTED
-
-    for name, tested in TESTED.items():
-        if ".".join(installed[name].split(".")[:2]) not in tested:
-            text = f"quantization was tested with {name} {' and '.join(tested)}, not with {installed[name]}"
-            yield warning(text, f"pip install '{name}=={tested[-1]}.*'")
 
 
 def _operators_of_torchvision(installed: Mapping[str, str]) -> Iterator[Line]:

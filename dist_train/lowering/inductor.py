@@ -42,7 +42,10 @@ def lower(
         raise LoweringUnavailable("no C++ compiler for Inductor: install g++, or name one in CXX")
     # Importing it registers the fusion of Q/DQ patterns into oneDNN's int8 kernels. Otherwise int8 is simulated in
     # float.
-    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
+    try:
+        import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
+    except ImportError as error:
+        raise LoweringUnavailable(f"Inductor's int8 kernels need torchao: {error}") from error
 
     module = model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
     if isinstance(module, GraphModule):

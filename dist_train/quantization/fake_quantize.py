@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchao.quantization.pt2e import FakeQuantizeBase
 
 from dist_train.errors import QuantizationError
 from dist_train.quantization.byte_masks import equal_mask
@@ -71,7 +71,19 @@ def symmetric_parameters(low: Tensor, high: Tensor, quant_min: Tensor, quant_max
     return scale, quant_max - steps
 
 
-class ActivationFakeQuantize(FakeQuantizeBase):
+class _FakeQuantize(nn.Module):
+    """Base of both kinds. Each backend registers them with its library's own base, by which the library finds them."""
+
+    is_dynamic = False
+    activation_post_process: Any  # set by torch_ao, whose library reads bounds from it
+
+    @classmethod
+    def with_args(cls, **settings: Any) -> Callable[[], nn.Module]:
+        """Returns a constructor without arguments, which torchao asks for."""
+        return functools.partial(cls, **settings)
+
+
+class ActivationFakeQuantize(_FakeQuantize):
     """Per-tensor uint8 fake quantization, affine or symmetric, with a range from before this step ("delayed ranges").
 
     While `observing`, a forward also records the minimum and maximum of its input in `step_low` and `step_high`. They
@@ -92,7 +104,6 @@ class ActivationFakeQuantize(FakeQuantizeBase):
         step_low, step_high: float32 scalars, not persistent.
     """
 
-    is_dynamic = False
     low: Tensor
     high: Tensor
     scale: Tensor
@@ -110,7 +121,7 @@ class ActivationFakeQuantize(FakeQuantizeBase):
         is_dynamic: bool = False,
         range_max: int | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # the base would register two flags as buffers
+        super().__init__()
         self.dtype, self.qscheme, self.quant_min, self.quant_max = dtype, qscheme, quant_min, quant_max
         self.range_max = quant_max if range_max is None else range_max
         self.observing = True
@@ -160,7 +171,7 @@ class ActivationFakeQuantize(FakeQuantizeBase):
         return f"{self.quant_min}..{self.quant_max}, {state}"
 
 
-class WeightFakeQuantize(FakeQuantizeBase):
+class WeightFakeQuantize(_FakeQuantize):
     """Fake quantization of weights to signed integers, per output channel or per tensor.
 
     The range comes from the weight's present values, so there is no state. Symmetric schemes have the scale
@@ -174,7 +185,6 @@ class WeightFakeQuantize(FakeQuantizeBase):
             then read its parameters.
     """
 
-    is_dynamic = False
     ch_axis = 0
 
     def __init__(
@@ -186,7 +196,7 @@ class WeightFakeQuantize(FakeQuantizeBase):
         is_dynamic: bool = False,
         settle_in_forward: bool = False,
     ) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.dtype, self.qscheme, self.quant_min, self.quant_max = dtype, qscheme, quant_min, quant_max
         self._settle_in_forward = settle_in_forward
         self.enabled = True

@@ -1,57 +1,80 @@
-"""Versions of torch and torchao that were tested, and the private parts of them that this package uses.
+"""Versions of torch and torchao that the pt2e backend was tested with, and the private parts of both that are used.
 
-PT2E is a prototype API: it may change in any release, and a silent change would cost accuracy rather than raise. So an
-untested version is refused. To move to a new one, check the parts listed here, run tests/quantization, and extend
-`TESTED`.
+PT2E is a prototype API: it may change in any release, and a silent change would cost accuracy rather than raise.
+So pt2e refuses an untested version when it is set up. Nothing else looks at versions. To move to a new one, read the
+parts listed here, run tests/quantization, extend `TESTED`, and extend the extra `pt2e` in setup.cfg.
 
-torchao.quantization.pt2e:
+pt2e alone:
 
-- quantize_pt2e: prepare_qat_pt2e and convert_pt2e, for the literals that they rewrite (pt2e/graph_rewrite.py).
-- quantizer.x86_inductor_quantizer: X86InductorQuantizer.annotate, overridden in pt2e/quantizer.py, and its
-  _annotate_with_config.
-- qat_utils._get_aten_graph_module_for_pattern: replaced while preparing (pt2e/pattern_cache.py).
-- FakeQuantizeBase: the base by which convert finds fake-quantize modules, and `calculate_qparams`.
+    torchao.quantization.pt2e.quantize_pt2e     prepare_qat_pt2e, convert_pt2e: the literals that they rewrite
+                                                (see graph_rewrite.py)
+    torchao.quantization.pt2e.quantizer.x86_inductor_quantizer
+                                                X86InductorQuantizer.annotate and _annotate_with_config (quantizer.py)
+    torchao.quantization.pt2e.qat_utils._get_aten_graph_module_for_pattern
+                                                replaced while preparing (pattern_cache.py)
+    torchao.quantization.pt2e.FakeQuantizeBase  the base by which convert finds fake-quantize modules; their
+                                                `with_args` and `calculate_qparams`
+    node.meta["source_fn_stack"]                of a convolution's pad (padding.py)
+    node.meta["quantization_annotation"]        removed where it is empty; its specifications replaced by rules
+    GraphModule.meta["_observed_graph_module_attrs"]
+                                                left by prepare for convert; kept in `prepared_graph.Blueprint.meta`
+    GraphModule.train, .eval                    replaced on the instance by prepare and convert with functions that raise
+    type(GraphModule).forward                   the generated function of a graph, taken unbound by prepared_graph.py
+    torch._export.verifier.SpecViolationError   an error of a strict export
 
-torch.fx and torch.export:
+fx and eager, tested with torch 2.11 to 2.15 (.ci/versions):
 
-- node.meta["source_fn_stack"]: of a convolution's pad (padding.py).
-- node.meta["quantization_annotation"]: removed where it is empty; its specifications are replaced by rules.
-- node.meta["nn_module_stack"]: the module path of a node, for names and messages.
-- GraphModule.meta["_observed_graph_module_attrs"]: passed from prepare to convert; kept in `Blueprint.meta`.
-- GraphModule.train and .eval: replaced on the instance by prepare and convert with functions that raise.
-- type(GraphModule).forward: the generated function of a graph, taken unbound (pt2e/prepared_graph.py).
-- nn.Module._load_from_state_dict: overridden by ActivationFakeQuantize to follow its `initialized` buffer.
-- torch._dynamo.exc: the errors of a strict export.
+    torch.ao.quantization                       deprecated; torch_ao/common.py says so where it is gone
+    torch.ao.quantization.observer._with_args   makes the factories that its qconfigs compare
+    activation_post_process                     of a fake-quantize module: the bounds that torch.ao reads
+    torch.ao.nn.intrinsic.qat                   that fusing keeps the tensors of batch norms (`statistics_names`)
+    ___torch_mangle_<n>, .debug_pkl             removed from an archive by programs/torchscript.py
 
-torch.ao.quantization, which is deprecated (torch_ao/common.py imports it, and raises where it is gone):
+Everything:
 
-- observer._with_args: by which qconfigs are compared; `activation_post_process` of a fake-quantize module.
-- torch.ao.nn.intrinsic.qat: fusing keeps the tensors of batch norms (`statistics_names`).
-- ___torch_mangle_<n>, .debug_pkl: removed from TorchScript archives (programs/torchscript.py).
+    torch.ao.quantization.fx._decomposed        registers the operators of quantized programs (programs/pt2.py)
+    torch._dynamo.exc, torch._dynamo.config     errors of torch.compile and of exports; the limit of recompilations
+    torch._inductor.config                      freezing, for int8 by Inductor (lowering/inductor.py)
+    torch._foreach_copy_, torch._foreach_mul_   copies and scales lists of tensors in one kernel
+    torch.cpu._is_amx_tile_supported, _is_avx512_bf16_supported
+                                                bfloat16 in hardware; there is no public query
+    torch.utils._python_dispatch.TorchDispatchMode
+                                                the operators of a model (models/fingerprint.py)
+    nn.modules.batchnorm._BatchNorm, conv._ConvNd, dropout._DropoutNd
+                                                the common bases of layers
+    node.meta["nn_module_stack"]                the module path of a node, for names and messages
+    nn.Module._load_from_state_dict             overridden by ActivationFakeQuantize to follow its `initialized` buffer
 """
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
 from dist_train.errors import QuantizationError
 
-TESTED: dict[str, tuple[str, ...]] = {"torch": ("2.14", "2.15"), "torchao": ("0.18",)}
+# torchvision is here for the command alone: each of its releases goes with one of torch.
+TESTED = {"torch": ">=2.14,<2.16", "torchvision": ">=0.29,<0.30", "torchao": ">=0.18,<0.19"}
+_CHECKED = ("torch", "torchao")
 
 
 def check_versions() -> None:
-    """Refuses to quantize with versions of torch or torchao that were not tested.
+    """Refuses versions of torch or torchao that pt2e was not tested with.
 
     Raises:
-        QuantizationError: a library is missing or another version is installed; the hint is the pip command.
+        QuantizationError: the hint is the pip command, or another backend.
     """
-    command = "pip install " + " ".join(f"'{name}=={tested[-1]}.*'" for name, tested in TESTED.items())
-    for name, tested in TESTED.items():
+    command = "pip install " + " ".join(f"'{name}{tested}'" for name, tested in TESTED.items())
+    hint = f"{command}, or --qat.backend fx"
+    for name in _CHECKED:
         try:
             installed = version(name)
         except PackageNotFoundError:
-            raise QuantizationError(f"the pt2e backend needs {name}, which is not installed", command) from None
-        if ".".join(installed.split(".")[:2]) not in tested:
+            raise QuantizationError(f"the pt2e backend needs {name}, which is not installed", hint) from None
+        # Builds between releases (2.14.0a0+git1234) count as the release that they lead to.
+        if not SpecifierSet(TESTED[name]).contains(Version(installed).base_version):
             raise QuantizationError(
-                f"the pt2e backend was tested with {name} {' and '.join(tested)}, but {installed} is installed", command
+                f"the pt2e backend was tested with {name}{TESTED[name]}, and {installed} is installed", hint
             )

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dist_train.registry import torchvision_names
 from dist_train.registry.registry import Entry, Registry
 
-_PT2E = {"torchao": "torchao"}
-
-
 models = Registry(
     "model",
     "dist_train.models",
@@ -93,9 +90,9 @@ quantization_backends = Registry(
     "quantization_backend",
     "dist_train.quantization_backends",
     {
-        "pt2e": Entry("dist_train.quantization.pt2e.backend:PT2EBackend", requires=_PT2E),
-        "fx": Entry("dist_train.quantization.torch_ao.fx:FXBackend", requires=_PT2E),
-        "eager": Entry("dist_train.quantization.torch_ao.eager:EagerBackend", requires=_PT2E),
+        "pt2e": Entry("dist_train.quantization.pt2e.backend:PT2EBackend", requires={"torchao": "torchao"}),
+        "fx": Entry("dist_train.quantization.torch_ao.fx:FXBackend"),
+        "eager": Entry("dist_train.quantization.torch_ao.eager:EagerBackend"),
     },
 )
 

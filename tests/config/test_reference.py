@@ -16,8 +16,8 @@ def _tables() -> dict[str, dict[str, list[str]]]:
     """Section -> key -> the other cells."""
     tables: dict[str, dict[str, list[str]]] = {}
     for line in reference().splitlines():
-        if line.startswith("#### "):
-            rows = tables[line.removeprefix("#### ").strip("`")] = {}
+        if line.startswith("## "):
+            rows = tables[line.removeprefix("## ").strip("`")] = {}
         elif line.startswith("| `"):
             key, *cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))]
             assert key.strip("`") not in rows and len(cells) == 4, line

@@ -331,9 +331,9 @@ def test_an_unreadable_image_is_named_and_the_others_are_predicted(
     [
         (["nowhere.png"], 1, "there is no file nowhere.png"),
         (["."], 1, "holds no image"),
-        (["x.png", "--top", "0"], 78, "--top must be a whole number"),
+        (["x.png", "--top", "0"], 78, "--top: 0 is not in the range x>=1"),
         (["x.png", "--format", "xml"], 78, "--format xml is unknown"),
-        ([], 78, "too few arguments"),
+        ([], 78, "predict: missing argument 'IMAGE"),
     ],
 )
 def test_mistakes_of_predict_say_what_to_type(

@@ -1,7 +1,7 @@
-"""Conformance of models and backends: each pair is tried in a whole run, and the outcomes become the README's table.
+"""Conformance of models and backends: each pair is tried in a whole run, and the outcomes become a table of the docs.
 
 `python -m tests.quantization.conformance` tries all pairs (about four minutes). It writes the record beside this file
-and the README's table.
+and the table of docs/which-models-quantize.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.support.ranks import ROOT
 
 BACKENDS = ("pt2e", "fx", "eager")
 RECORD = Path(__file__).with_suffix(".json")
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "which-models-quantize.md"
 INT8 = "int8"
 
 
@@ -144,14 +144,14 @@ def _cell(model: Model, backend: str, outcome: str, notes: list[str]) -> str:
 
 
 def block(text: str) -> str:
-    """Returns the text between the README's marks."""
+    """Returns the text between the page's marks."""
     found = re.search(r"<!-- conformance -->\n(.*?)\n<!-- /conformance -->", text, re.DOTALL)
-    assert found, "README.md has no block <!-- conformance --> ... <!-- /conformance -->"
+    assert found, f"{PAGE.name} has no block <!-- conformance --> ... <!-- /conformance -->"
     return found.group(1)
 
 
 def _try_all(names: Iterable[str]) -> None:
-    """Tries the models named (all by default) and writes record and README."""
+    """Tries the models named (all by default) and writes record and page."""
     torch.set_num_threads(1)
     for model in MODELS:
         if names and model.name not in names:
@@ -165,8 +165,8 @@ def _try_all(names: Iterable[str]) -> None:
         ordered = {each.name: seen[each.name] for each in MODELS if each.name in seen}
         RECORD.write_text(json.dumps(ordered, indent=1) + "\n")
     if {model.name for model in MODELS} == record().keys():
-        text = README.read_text()
-        README.write_text(text.replace(block(text), table(record())))
+        text = PAGE.read_text()
+        PAGE.write_text(text.replace(block(text), table(record())))
 
 
 assert conformance_nets  # its import registers the models

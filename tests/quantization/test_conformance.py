@@ -1,4 +1,4 @@
-"""Every model with every backend: the whole way, or a refusal that says what to do; and README says what was seen."""
+"""Every model with every backend: the whole way, or a refusal that says what to do; and the docs say what was seen."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from tests.quantization import conformance
-from tests.quantization.conformance import BACKENDS, MODELS, README, Model, is_int8
+from tests.quantization.conformance import BACKENDS, MODELS, PAGE, Model, is_int8
 
 
-def test_the_readme_s_table_is_that_of_the_record() -> None:
-    assert conformance.block(README.read_text()) == conformance.table(conformance.record())
+def test_the_pages_table_is_that_of_the_record() -> None:
+    assert conformance.block(PAGE.read_text()) == conformance.table(conformance.record())
 
 
 def test_each_model_of_torchvision_goes_the_whole_way_with_pt2e_and_fx() -> None:

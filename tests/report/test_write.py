@@ -184,9 +184,9 @@ def test_the_command_takes_runs_and_an_output(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out == f"{out / 'report.html'}\n"
     assert main(["report", str(first), "--output", str(out)]) == 0
     for arguments, message in (
-        ([], "report needs a run"),
+        ([], "report: missing argument 'RUN_DIR"),
         ([str(tmp_path)], "has no config.yaml"),
-        ([str(first), "--output"], "--output needs a folder"),
+        ([str(first), "--output"], "--output has no value"),
         ([str(first), "--open"], "report has no option --open"),
     ):
         assert main(["report", *arguments]) == 78

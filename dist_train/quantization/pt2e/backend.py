@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
 
 from dist_train.config.stages import RuleConfig
 from dist_train.errors import QuantizationError
@@ -33,9 +32,9 @@ from dist_train.quantization.pt2e.graph_rewrite import attribute, constant
 from dist_train.quantization.pt2e.pattern_cache import patterns_exported_once
 from dist_train.quantization.pt2e.prepared_graph import PreparedGraph
 from dist_train.quantization.pt2e.quantizer import RuleQuantizer
+from dist_train.quantization.pt2e.torchao_parts import convert_pt2e, prepare_qat_pt2e
 from dist_train.quantization.ranges import Ranges
 from dist_train.quantization.rules import resolve_rules
-from dist_train.quantization.versions import check_versions
 
 
 class PT2EBackend:
@@ -74,7 +73,6 @@ class PT2EBackend:
     def convert(self, prepared: PreparedModel) -> GraphModule:
         """See QuantizationBackend.convert. The state holds only tensors that the graph reads."""
         assert isinstance(prepared, PreparedGraph)
-        check_versions()
         Ranges(prepared).require_known()
         module = copy.deepcopy(prepared).cpu().requires_grad_(False).graph_module()
         graph_rewrite.fold_batch_norms(module)
@@ -105,8 +103,7 @@ class PT2EBackend:
 
 
 def _checked_rules(model: nn.Module, rules: Sequence[RuleConfig]) -> Mapping[str, RuleConfig]:
-    """Checks versions, rules and modules, and returns the resolved rules; see `resolve_rules`."""
-    check_versions()
+    """Checks rules and modules, and returns the resolved rules; see `resolve_rules`."""
     resolved = resolve_rules(model, rules)
     refuse_cumulative_average(model)
     return resolved

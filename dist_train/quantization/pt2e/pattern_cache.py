@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torchao.quantization.pt2e import qat_utils
+
+from dist_train.quantization.pt2e.torchao_parts import qat_utils
 
 _Key = tuple[Any, ...]
 _known: dict[_Key, GraphModule] = {}

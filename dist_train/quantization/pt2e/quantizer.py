@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec
-from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
-    X86InductorQuantizer,
-    get_default_x86_inductor_quantization_config,
-)
 
 from dist_train.config.stages import ActivationQuantizationConfig, RuleConfig, WeightQuantizationConfig
 from dist_train.errors import QuantizationError
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
 from dist_train.quantization.fx_nodes import module_of
+from dist_train.quantization.pt2e.torchao_parts import (
+    QuantizationAnnotation,
+    QuantizationSpec,
+    X86InductorQuantizer,
+    get_default_x86_inductor_quantization_config,
+)
 from dist_train.quantization.rules import idle_skip, shown
 
 _WEIGHT_SCHEMES = {

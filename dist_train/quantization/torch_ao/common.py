@@ -57,7 +57,7 @@ AVERAGES = (
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
 )
 
-# Ours derive from torchao's base class. These flows find fake-quantize modules by torch.ao's base, another class.
+# torch.ao finds fake-quantize modules by this base.
 for ours in (ActivationFakeQuantize, WeightFakeQuantize):
     FakeQuantizeBase.register(ours)
 
