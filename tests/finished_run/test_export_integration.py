@@ -64,10 +64,8 @@ def config(folder: Path, stages: str) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def settings_of_torch() -> Iterator[None]:
     """Restores torch's settings, which the commands set for this process, shared with other tests."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
+    with own_torch_settings():
+        yield
 
 
 @pytest.fixture(scope="module")
