@@ -122,6 +122,12 @@ class QuantizationError(DistTrainError):
     """A model cannot be quantized this way; the hint says what to change."""
 
 
+class BackendVersionError(QuantizationError):
+    """The quantization backend does not go with the installed torch or torchao."""
+
+    exit_code = EXIT_CONFIG
+
+
 class GateError(DistTrainError):
     """A measured value lies outside its gate's bound: the result must not be trusted."""
 

@@ -59,7 +59,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
     """A file that imports a backend which refuses the installed torch or torchao is skipped as a whole."""
     report = yield
-    if report.failed and not REQUIRE_ALL and report.call.excinfo.typename == "QuantizationError":
+    if report.failed and not REQUIRE_ALL and report.call.excinfo.typename == "BackendVersionError":
         report.outcome = "skipped"
         report.longrepr = (str(collector.path), 0, f"Skipped: {report.call.excinfo.value}")
     return report

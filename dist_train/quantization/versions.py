@@ -22,7 +22,7 @@ pt2e alone:
     type(GraphModule).forward                   the generated function of a graph, taken unbound by prepared_graph.py
     torch._export.verifier.SpecViolationError   an error of a strict export
 
-fx and eager, tested with torch 2.11 to 2.15 (.ci/versions):
+fx and eager, whose unit tests ran with torch 2.11, 2.14 and 2.15 (.ci/versions):
 
     torch.ao.quantization                       deprecated; torch_ao/common.py says so where it is gone
     torch.ao.quantization.observer._with_args   makes the factories that its qconfigs compare
@@ -53,7 +53,7 @@ from importlib.metadata import PackageNotFoundError, version
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from dist_train.errors import QuantizationError
+from dist_train.errors import BackendVersionError
 
 # torchvision is here for the command alone: each of its releases goes with one of torch.
 TESTED = {"torch": ">=2.14,<2.16", "torchvision": ">=0.29,<0.30", "torchao": ">=0.18,<0.19"}
@@ -64,7 +64,7 @@ def check_versions() -> None:
     """Refuses versions of torch or torchao that pt2e was not tested with.
 
     Raises:
-        QuantizationError: the hint is the pip command, or another backend.
+        BackendVersionError: the hint is the pip command, or another backend.
     """
     command = "pip install " + " ".join(f"'{name}{tested}'" for name, tested in TESTED.items())
     hint = f"{command}, or --qat.backend fx"
@@ -72,9 +72,9 @@ def check_versions() -> None:
         try:
             installed = version(name)
         except PackageNotFoundError:
-            raise QuantizationError(f"the pt2e backend needs {name}, which is not installed", hint) from None
+            raise BackendVersionError(f"the pt2e backend needs {name}, which is not installed", hint) from None
         # Builds between releases (2.14.0a0+git1234) count as the release that they lead to.
         if not SpecifierSet(TESTED[name]).contains(Version(installed).base_version):
-            raise QuantizationError(
+            raise BackendVersionError(
                 f"the pt2e backend was tested with {name}{TESTED[name]}, and {installed} is installed", hint
             )

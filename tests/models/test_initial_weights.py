@@ -20,6 +20,7 @@ from dist_train.models.weights import digest, load_weights, read_file, read_run
 from dist_train.pipeline.arguments import check_arguments
 from dist_train.run_dir.checkpoint import CheckpointFolder
 from dist_train.run_dir.files import read_json
+from tests.support.versions import NEEDS_PT2E
 
 SMALL = {"name": "small_resnet", "args": {"width": 4, "blocks": 2}}
 
@@ -220,6 +221,7 @@ def test_a_run_starts_from_the_model_of_another(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.heavy
+@NEEDS_PT2E
 def test_quantization_without_training_is_not_resumed_from_other_weights(tmp_path: Path) -> None:
     file = tmp_path / "trained.pt"
     torch.save(small(3, 1).state_dict(), file)

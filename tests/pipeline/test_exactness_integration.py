@@ -110,8 +110,8 @@ def test_killed_at_random_moments_a_run_ends_like_an_undisturbed_one(
                 lambda attempt=attempt: (read_json(RunDir(killed).status) or {}).get("restarts") == attempt
             )
             assert opened, ranks.printed()
-            # Ten kills are spread over the whole run at any speed; every other one kills a single rank.
-            goal = lines(killed) + draw.uniform(0.1, 0.5) * total
+            # Kills follow the run's progress, at any speed; every other one kills a single rank.
+            goal = lines(killed) + draw.uniform(*share) * total
             ranks.until(lambda goal=goal: lines(killed) >= goal)
             time.sleep(draw.uniform(0, 0.2))
             status = read_json(RunDir(killed).status)

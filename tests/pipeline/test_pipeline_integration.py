@@ -194,10 +194,10 @@ def test_other_data_than_before_is_refused(
         "{}",
     ]
     for rows, code, message in (("60", 1, "conv7"), ("80", 1, "the dataset growing has changed")):
-        with train(1, *small, *settings, environ={"GROWING_ROWS": rows}) as ranks:
-            assert ranks.wait() == [code], ranks.printed()
-            assert message in ranks.output(0)
-            assert "Traceback" not in ranks.output(0)
+        monkeypatch.setenv("GROWING_ROWS", rows)
+        assert run_here(*small, *settings) == code
+        printed = capsys.readouterr()
+        assert message in printed.err and "Traceback" not in printed.err + printed.out
 
 
 def test_a_buffer_that_follows_its_rank_s_data_is_named(small: list[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_train.errors import QuantizationError
+from dist_train.errors import BackendVersionError
 from dist_train.quantization.pt2e.prepared_graph import PreparedGraph
 from tests.support.tiny_nets import TinyNet, draw_statistics
 
@@ -27,7 +27,7 @@ def _one_thread_and_a_seed() -> Iterator[None]:
 def _float_and_prepared() -> tuple[nn.Module, PreparedGraph]:
     try:
         from dist_train.quantization.pt2e.backend import PT2EBackend
-    except QuantizationError as error:
+    except BackendVersionError as error:
         pytest.skip(str(error))
     torch.manual_seed(0)
     model = draw_statistics(TinyNet()).eval()

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 
-from dist_train.errors import QuantizationError
+from dist_train.errors import EXIT_CONFIG, BackendVersionError
 from dist_train.quantization import versions
 
 
@@ -40,9 +40,10 @@ def test_other_versions_are_refused_with_the_command(
     monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], message: str
 ) -> None:
     _install(monkeypatch, **installed)
-    with pytest.raises(QuantizationError) as error:
+    with pytest.raises(BackendVersionError) as error:
         versions.check_versions()
     assert message in error.value.message
+    assert error.value.exit_code == EXIT_CONFIG
     assert error.value.hint == (
         "pip install 'torch>=2.14,<2.16' 'torchvision>=0.29,<0.30' 'torchao>=0.18,<0.19', or --qat.backend fx"
     )

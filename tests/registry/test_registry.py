@@ -9,6 +9,7 @@ import pytest
 from dist_train import registry
 from dist_train.errors import SetupError
 from dist_train.registry import Entry, Registry, resolve, torchvision_names
+from tests.support.versions import NEEDS_PT2E
 
 REGISTRIES = [
     *(registry.models, registry.datasets, registry.tasks, registry.strategies, registry.trackers),
@@ -32,7 +33,9 @@ def things() -> Registry:
     )
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target", [pytest.param(each, marks=NEEDS_PT2E) if "PT2EBackend" in each else each for each in TARGETS]
+)
 def test_every_built_in_name_leads_to_something(target: str) -> None:
     assert callable(resolve(target))
 

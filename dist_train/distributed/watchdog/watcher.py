@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dist_train.distributed.polling import attempts
 from dist_train.distributed.watchdog.heartbeat import SIZE, STOP_REASONS, Heartbeat
 from dist_train.distributed.watchdog.rank_side import STACK_SIGNAL
 from dist_train.distributed.watchdog.verdict import Report, verdict, waiting_for_running_rank
@@ -208,7 +209,7 @@ class Watcher:
             os.kill(self._pid, STACK_SIGNAL)
         end = time.monotonic() + _STACKS_SECONDS
         while time.monotonic() < end:
-            time.sleep(0.1)
+            time.sleep(0.1)  # long enough for a file that does not grow to be complete
             now = os.fstat(self._stacks).st_size
             if now > before and now == size:  # the file has stopped growing
                 break
@@ -227,9 +228,9 @@ class Watcher:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             replace_json(folder / f"rank{own.rank}.json", vars(own))
-            end = time.monotonic() + _GATHER_SECONDS
-            while time.monotonic() < end and len(list(folder.glob("rank*.json"))) < self._pulse.world_size:
-                time.sleep(0.1)
+            for _ in attempts(_GATHER_SECONDS):
+                if len(list(folder.glob("rank*.json"))) >= self._pulse.world_size:
+                    break
             return [Report(**read_json(file)) for file in sorted(folder.glob("rank*.json"))]
         except (OSError, DistTrainError) as error:
             self._say(f"rank {own.rank} cannot write its report for the other ranks: {error}")
@@ -249,9 +250,9 @@ class Watcher:
     def _end(self, code: int) -> NoReturn:
         """Tells the rank to exit with `code`; kills it if it cannot run."""
         os.write(self._order, bytes([code]))
-        end = time.monotonic() + _OBEY_SECONDS
-        while self._alive() and time.monotonic() < end:
-            time.sleep(0.02)
+        for _ in attempts(_OBEY_SECONDS, longest_pause=0.02):
+            if not self._alive():
+                break
         if self._alive():
             with suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)

@@ -1,6 +1,6 @@
 """The parts of torchao that pt2e uses, imported after its version and torch's were checked.
 
-Importing this module raises QuantizationError where another version is installed: its parts may be elsewhere or gone.
+Importing this module raises BackendVersionError where another version is installed: its parts may be elsewhere or gone.
 """
 # ruff: noqa: E402
 

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from dist_train.errors import QuantizationError
+from dist_train.errors import BackendVersionError, QuantizationError
 from dist_train.quantization.fake_quantize import SMALLEST_SCALE, ActivationFakeQuantize, WeightFakeQuantize
 from dist_train.quantization.float_checks import (
     keep_invertible,
@@ -32,7 +32,7 @@ try:
     from torch.ao.quantization.quantize import convert, prepare_qat
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
 except ImportError as error:
-    raise QuantizationError(
+    raise BackendVersionError(
         f"the fx and eager backends need torch.ao.quantization, which torch {torch.__version__} no longer has",
         "--qat.backend pt2e",
     ) from error

@@ -26,6 +26,7 @@ from dist_train.registry import torchvision_names
 from tests.support.one_net_all_backends import StubNet, backend, digests
 from tests.support.ranks import ROOT, call
 from tests.support.tiny_nets import calibrate, draw_statistics
+from tests.support.versions import NEEDS_PT2E
 
 BOUND = 1e-4
 BACKENDS = ["fx", "eager"]
@@ -354,6 +355,7 @@ def test_kernels_that_this_torch_lacks_are_refused_with_those_it_has(
 
 
 @pytest.mark.heavy
+@NEEDS_PT2E
 def test_where_torch_dropped_torch_ao_the_error_names_pt2e() -> None:
     printed = fresh_process("""
 import sys, torch
