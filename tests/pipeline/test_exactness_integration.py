@@ -92,19 +92,19 @@ def lines(run_dir: Path) -> int:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("world_size", "kills"),
-    [(2, 2), pytest.param(3, 10, marks=pytest.mark.slow)],
+    ("world_size", "shares"),
+    [(2, [(0.2, 0.3), (0.45, 0.55)]), pytest.param(3, [(0.1, 0.5)] * 10, marks=pytest.mark.slow)],
     ids=["2", "3"],
 )
 def test_killed_at_random_moments_a_run_ends_like_an_undisturbed_one(
-    world_size: int, kills: int, config: Path, tmp_path: Path
+    world_size: int, shares: list[tuple[float, float]], config: Path, tmp_path: Path
 ) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     train_done(world_size, *command(config, undisturbed), cold=True)
     total = lines(undisturbed)
     draw = random.Random(world_size)
     hit = []
-    for attempt in range(kills):
+    for attempt, share in enumerate(shares):
         with train(world_size, *command(config, killed)) as ranks:
             opened = ranks.until(
                 lambda attempt=attempt: (read_json(RunDir(killed).status) or {}).get("restarts") == attempt
