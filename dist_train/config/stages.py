@@ -178,6 +178,9 @@ class QATConfig(FitConfig):
     """Fraction of the steps after which the ranges are frozen."""
     prepare_bound: Annotated[PositiveFloat, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 1e-4
     """Gate: largest relative difference of the prepared model, with fake quantization off, from the float one."""
+    gradient_bound: Annotated[PositiveFloat, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 0.01
+    """Gate: largest relative difference of the prepared model's gradients from the float model's, with fake
+    quantization off."""
     rules: list[RuleConfig] = []
     """Modules that are quantized differently, or left in floating point. The first matching rule counts."""
 

@@ -17,6 +17,7 @@ from dist_train.quantization.range_search import Histograms, least_error_ranges,
 from dist_train.quantization.ranges import Ranges
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
+from dist_train.stages.gradient_gate import gate_gradients
 from dist_train.stages.prepare_gate import gate_prepare
 from dist_train.training.recalibration import estimate_moments
 
@@ -33,6 +34,7 @@ class PTQ(Stage):
     def run(self, context: Context) -> dict[str, Any]:
         prepared = context.prepared()
         gate_prepare(context, prepared)
+        gate_gradients(context, prepared)
         calibrate(context, prepared, self.settings)
         evaluation = context.evaluate_prepared(prepared)
         context.results["models"]["ptq"] = evaluation.metrics

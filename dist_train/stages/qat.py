@@ -16,6 +16,7 @@ from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
+from dist_train.stages.gradient_gate import gate_gradients
 from dist_train.stages.int8_evaluation import convert_on_rank_0, evaluate_int8
 from dist_train.stages.prepare_gate import gate_prepare
 from dist_train.stages.ptq import calibrate, lost_points
@@ -45,6 +46,7 @@ class QAT(Stage):
         learner = QuantizedLearner(context, self.settings, prepared)
         if context.quantized is None:
             gate_prepare(context, prepared)
+            gate_gradients(context, prepared)
             if context.resume is None:
                 calibrate(context, prepared, context.config.ptq)
         if self.settings.dropout:

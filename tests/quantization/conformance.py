@@ -106,7 +106,7 @@ def try_pair(model: Model, backend: str, folder: Path) -> str:
     except DistTrainError as error:
         said = re.sub(r"\s+", " ", f"{error.message} -> {error.hint}").replace(str(folder), "")
         return re.sub(r"(?<=\.py) line \d+", "", said)
-    assert results["gates"].keys() == {"prepare", "convert", "lowered", "artifact"}
+    assert results["gates"].keys() == {"prepare", "gradients", "convert", "lowered", "artifact"}
     assert all(gate["passed"] for gate in results["gates"].values())
     assert results["stages"]["qat"]["steps"] == 2
     return f"{INT8}, {in_percent(results['models']['int8']['weights']['share'])} %"

@@ -67,7 +67,7 @@ def test_two_ranks_go_the_classic_way_to_an_artifact_that_is_verified(config: Pa
     train_done(2, *command(config, run, "eager"))
     results = read_json(RunDir(run).results)
     assert all(gate["passed"] for gate in results["gates"].values())
-    assert results["gates"].keys() == {"prepare", "convert", "lowered", "artifact"}
+    assert results["gates"].keys() == {"prepare", "gradients", "convert", "lowered", "artifact"}
     assert results["models"]["int8"]["count"] == 61
     assert results["models"]["int8"]["runtime"] == results["models"]["fp32"]["runtime"] == "torchscript"
     assert sorted(path.name for path in (run / "export").iterdir()) == ["manifest.json", "model.ts", "state_dict.pt"]
