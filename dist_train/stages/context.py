@@ -147,4 +147,4 @@ class Context:
         if self.world.is_main:
             path = self.run_dir.details(model)
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_json(path, {"model": model, "classes": list(splits.classes or ()), **found})
+            replace_json(path, {"model": model, "classes": list(splits.classes or ()), **found}, compact=True)
