@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from dist_train.cli.main import main
+from dist_train.config.load import load
 from dist_train.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 from dist_train.launchers import accelerate, slurm_script, torchrun
 from dist_train.launchers.job import Job, outcome
@@ -143,6 +144,46 @@ def test_options_of_sbatch_that_we_do_not_know_go_through_and_replace_ours() -> 
     assert "#SBATCH --qos=long" in head and "#SBATCH --exclusive" in head and "#SBATCH --signal=B:USR2@60" in head
     assert not any("requeue" in line for line in head)
     assert len(head) == len({line.partition("=")[0] for line in head})
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("/a/b-%j.out", "/a/b-%j.out"),
+        ("/my jobs/%j.out", '"/my jobs/%j.out"'),
+        ("it's #2", '"it\'s \\#2"'),
+        ('a"b\\c', '"a\\"b\\\\c"'),
+    ],
+)
+def test_a_value_for_sbatch_stays_one_word(given: str, written: str) -> None:
+    script = slurm_script.script(replace(JOB, sbatch=(("output", given),)))
+    assert f"#SBATCH --output={written}" in script.splitlines()
+
+
+@pytest.mark.parametrize("name", ["null", "-a", '"a"', "'a'", "a #b", "~", "it's $HOME 100%"])
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_the_ranks_get_the_run_directory_that_was_typed(
+    launcher: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my #1.yaml").write_text("run: {name: small}\nstages: [train]\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["launch", launcher, "--dry-run", "my #1.yaml", f"--run.dir=./{name}"]) == EXIT_DONE
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    config, *settings = words[words.index("run") + 1 :]
+    assert config == "my #1.yaml"
+    assert load(config, settings, environ={}).config.run.dir == Path(name)
+
+
+def test_a_line_break_in_an_option_stays_out_of_the_batch_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.yaml").write_text("run: {name: small}\nstages: [train]\n")
+    monkeypatch.chdir(tmp_path)
+    words = ["launch", "slurm", "--dry-run", "--sbatch.comment"]
+    assert main([*words, "a", "small.yaml", "--wandb.project", "a\ntouch b"]) == EXIT_DONE
+    assert "\n# touch b'\n" in capsys.readouterr().out
+    assert main([*words, "a\nb", "small.yaml"]) == EXIT_CONFIG
+    assert "--sbatch.comment has a line break" in capsys.readouterr().err
 
 
 def test_words_before_the_configuration_are_the_launcher_s_and_words_after_it_are_settings(
