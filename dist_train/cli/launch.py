@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ import click
 
 from dist_train.cli.launch_options import LAUNCHERS, OPTIONS, options, takers
 from dist_train.cli.verbs import SETTINGS, ConfigVerb, DottedVerb, Verbs, verb_name
-from dist_train.cluster.interfaces import interface_of, interfaces
+from dist_train.cluster.interfaces import interface_of, interfaces, is_own
 from dist_train.cluster.ports import is_free
 from dist_train.errors import EXIT_DONE, SetupError, UsageError, did_you_mean
 from dist_train.launchers import accelerate, sbatch, slurm_script, torchrun
@@ -146,6 +147,9 @@ def _launch(
     _check(launcher, job)
     if launcher == "slurm":
         return _batch(job, dry_run, submit, follow)
+    if launcher == "torchrun" and job.nodes[1] == 1 and not job.local_addr and not is_own(socket.getfqdn()):
+        # The ranks would wait for ever for rank 0 at the host's name, as in a container whose name nobody knows.
+        job = replace(job, local_addr="127.0.0.1")
     if job.local_addr and "GLOO_SOCKET_IFNAME" not in os.environ:
         job = replace(job, interface=_interface(job.local_addr, dry_run))
     command = (torchrun if launcher == "torchrun" else accelerate).command(job)

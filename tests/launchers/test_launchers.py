@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from dist_train.cli.main import main
 from dist_train.config.load import load
@@ -47,6 +48,38 @@ def test_one_node_stands_alone_and_several_meet_at_an_endpoint() -> None:
         assert part in words
     assert "--standalone" not in words
     assert words.endswith("-m dist_train run my config.yaml --run.seed 3 --run.dir runs/a")
+
+
+@pytest.mark.parametrize("host", ["fd00::17", "[fd00::17]", "::1"])
+def test_an_ipv6_endpoint_stands_in_brackets_before_its_port(host: str) -> None:
+    job = replace(JOB, nodes=(2, 2), endpoint=host, port=29511, node_rank=0)
+    bare = host.strip("[]")
+    words = torchrun.command(job).words
+    assert parse_rendezvous_endpoint(words[words.index("--rdzv-endpoint") + 1], 1) == (bare, 29511)
+    words = accelerate.command(job).words
+    assert words[words.index("--main_process_ip") + 1] == f"[{bare}]"
+
+
+def test_one_node_keeps_its_local_address() -> None:
+    assert "--standalone --local-addr 127.0.0.1" in text_of(replace(JOB, local_addr="127.0.0.1"))
+
+
+@pytest.mark.parametrize(
+    ("name", "passed"),
+    [("localhost", False), ("pod-7f9c.invalid", True), ("192.0.2.199", True)],  # 192.0.2.0/24 is nobody's: RFC 5737
+)
+def test_a_host_name_that_leads_elsewhere_or_nowhere_is_not_used_on_one_node(
+    name: str, passed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.yaml").write_text("run: {name: small}\nstages: [train]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr("socket.getfqdn", lambda: name)
+    assert main(["launch", "torchrun", "--dry-run", "small.yaml"]) == EXIT_DONE
+    shown = capsys.readouterr().out
+    assert ("--local-addr 127.0.0.1" in shown) == ("GLOO_SOCKET_IFNAME=lo" in shown) == passed
+    assert main(["launch", "torchrun", "--dry-run", "--local-addr", "127.0.0.2", "small.yaml"]) == EXIT_DONE
+    assert "--standalone --local-addr 127.0.0.2" in capsys.readouterr().out
 
 
 def test_several_nodes_find_rank_0_anew_after_each_restart_by_the_interface_of_their_address() -> None:
