@@ -17,7 +17,8 @@ PROGRAM = "dist-train"
 SETTINGS = """\
 \b
 CONFIG is a YAML file, or the name of a shipped configuration (dist-train config list).
-  --dotted.key VALUE  change a setting; VALUE is YAML: --train.optim.lr 1e-3, --data.augment.0.padding 2
+  --dotted.key VALUE  change a setting: --train.optim.lr 1e-3, --data.augment.0.padding 2; VALUE is the text as typed
+                      for names and paths, and YAML for all else
   --import MODULE     first import a module that registers models, datasets, stages, ...; repeatable
   --fast-dev-run      two batches of every stage, in a run directory of its own"""
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from dist_train.cli.main import main
+from dist_train.config.load import load
 from dist_train.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 from dist_train.launchers import accelerate, slurm_script, torchrun
 from dist_train.launchers.job import Job, outcome
@@ -46,6 +48,38 @@ def test_one_node_stands_alone_and_several_meet_at_an_endpoint() -> None:
         assert part in words
     assert "--standalone" not in words
     assert words.endswith("-m dist_train run my config.yaml --run.seed 3 --run.dir runs/a")
+
+
+@pytest.mark.parametrize("host", ["fd00::17", "[fd00::17]", "::1"])
+def test_an_ipv6_endpoint_stands_in_brackets_before_its_port(host: str) -> None:
+    job = replace(JOB, nodes=(2, 2), endpoint=host, port=29511, node_rank=0)
+    bare = host.strip("[]")
+    words = torchrun.command(job).words
+    assert parse_rendezvous_endpoint(words[words.index("--rdzv-endpoint") + 1], 1) == (bare, 29511)
+    words = accelerate.command(job).words
+    assert words[words.index("--main_process_ip") + 1] == f"[{bare}]"
+
+
+def test_one_node_keeps_its_local_address() -> None:
+    assert "--standalone --local-addr 127.0.0.1" in text_of(replace(JOB, local_addr="127.0.0.1"))
+
+
+@pytest.mark.parametrize(
+    ("name", "passed"),
+    [("localhost", False), ("pod-7f9c.invalid", True), ("192.0.2.199", True)],  # 192.0.2.0/24 is nobody's: RFC 5737
+)
+def test_a_host_name_that_leads_elsewhere_or_nowhere_is_not_used_on_one_node(
+    name: str, passed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.yaml").write_text("run: {name: small}\nstages: [train]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr("socket.getfqdn", lambda: name)
+    assert main(["launch", "torchrun", "--dry-run", "small.yaml"]) == EXIT_DONE
+    shown = capsys.readouterr().out
+    assert ("--local-addr 127.0.0.1" in shown) == ("GLOO_SOCKET_IFNAME=lo" in shown) == passed
+    assert main(["launch", "torchrun", "--dry-run", "--local-addr", "127.0.0.2", "small.yaml"]) == EXIT_DONE
+    assert "--standalone --local-addr 127.0.0.2" in capsys.readouterr().out
 
 
 def test_several_nodes_find_rank_0_anew_after_each_restart_by_the_interface_of_their_address() -> None:
@@ -143,6 +177,46 @@ def test_options_of_sbatch_that_we_do_not_know_go_through_and_replace_ours() -> 
     assert "#SBATCH --qos=long" in head and "#SBATCH --exclusive" in head and "#SBATCH --signal=B:USR2@60" in head
     assert not any("requeue" in line for line in head)
     assert len(head) == len({line.partition("=")[0] for line in head})
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("/a/b-%j.out", "/a/b-%j.out"),
+        ("/my jobs/%j.out", '"/my jobs/%j.out"'),
+        ("it's #2", '"it\'s \\#2"'),
+        ('a"b\\c', '"a\\"b\\\\c"'),
+    ],
+)
+def test_a_value_for_sbatch_stays_one_word(given: str, written: str) -> None:
+    script = slurm_script.script(replace(JOB, sbatch=(("output", given),)))
+    assert f"#SBATCH --output={written}" in script.splitlines()
+
+
+@pytest.mark.parametrize("name", ["null", "-a", '"a"', "'a'", "a #b", "~", "it's $HOME 100%"])
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_the_ranks_get_the_run_directory_that_was_typed(
+    launcher: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my #1.yaml").write_text("run: {name: small}\nstages: [train]\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["launch", launcher, "--dry-run", "my #1.yaml", f"--run.dir=./{name}"]) == EXIT_DONE
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    config, *settings = words[words.index("run") + 1 :]
+    assert config == "my #1.yaml"
+    assert load(config, settings, environ={}).config.run.dir == Path(name)
+
+
+def test_a_line_break_in_an_option_stays_out_of_the_batch_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.yaml").write_text("run: {name: small}\nstages: [train]\n")
+    monkeypatch.chdir(tmp_path)
+    words = ["launch", "slurm", "--dry-run", "--sbatch.comment"]
+    assert main([*words, "a", "small.yaml", "--wandb.project", "a\ntouch b"]) == EXIT_DONE
+    assert "\n# touch b'\n" in capsys.readouterr().out
+    assert main([*words, "a\nb", "small.yaml"]) == EXIT_CONFIG
+    assert "--sbatch.comment has a line break" in capsys.readouterr().err
 
 
 def test_words_before_the_configuration_are_the_launcher_s_and_words_after_it_are_settings(
