@@ -14,16 +14,14 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional
 
 from dist_train.config.data import DataConfig, RandAugment, RandomHorizontalFlip, RandomResizedCrop
 from dist_train.data.datasets.args import read_args
+from dist_train.data.image_file import EXTENSIONS, centre, is_image_name, read_image
 from dist_train.data.splits import Splits
-from dist_train.errors import ConfigError, CorruptSampleError, DataError, Problem, first_line
+from dist_train.errors import ConfigError, DataError, Problem
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 # Mean and std of ImageNet-1k's training images on the scale 0..1; torchvision's weights were trained with them
 # (https://docs.pytorch.org/vision/stable/models.html).
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -89,10 +87,10 @@ class ImageFiles(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         """Returns the image's centre, after scaling its shorter edge to `resize` pixels, and its class."""
-        return self._centre(self._decoded(index)), int(self._targets[index])
+        return self._centre(read_image(self.path(index))), int(self._targets[index])
 
     def augmented(self, index: int, seed: int) -> tuple[torch.Tensor, int]:
-        image = self._decoded(index)
+        image = read_image(self.path(index))
         if self._transform is None or self._cropped:
             image = self._centre(image)
         if self._transform is not None:
@@ -105,26 +103,8 @@ class ImageFiles(Dataset[Any]):
         start = self._ends[index - 1] if index else 0
         return self._folder / os.fsdecode(self._names[start : self._ends[index]].tobytes())
 
-    def _decoded(self, index: int) -> torch.Tensor:
-        path = self.path(index)
-        try:
-            content = np.fromfile(path, np.uint8)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}", "look at the file, or at the disk") from error
-        hint = "repair or remove the file, or leave such files out, counted: --data.on_corrupt skip"
-        if not len(content):
-            raise CorruptSampleError(f"{path} is empty", hint)
-        try:
-            image = decode_image(torch.from_numpy(content), mode=ImageReadMode.RGB)
-        except RuntimeError as error:
-            # torchvision puts a source file and a line before its reason.
-            reason = first_line(error).rpartition(".cpp:")[2].partition(", ")[2] or first_line(error)
-            raise CorruptSampleError(f"{path} cannot be decoded: {reason}", hint) from error
-        return image if image.dtype == torch.uint8 else functional.to_dtype(image, torch.uint8, scale=True)
-
     def _centre(self, image: torch.Tensor) -> torch.Tensor:
-        resized = functional.resize(image, [self._args.resize], antialias=True)
-        return functional.center_crop(resized, [self._args.size, self._args.size])
+        return centre(image, self._args.size, self._args.size, self._args.resize)
 
 
 def _transform(step: Any, size: int) -> v2.Transform:
@@ -240,7 +220,7 @@ def _images(folder: Path) -> tuple[list[tuple[str, int]], Counter[str]]:
                     continue
                 if entry.is_dir():
                     waiting.append(Path(entry.path))
-                elif entry.name.lower().endswith(EXTENSIONS):
+                elif is_image_name(entry.name):
                     files.append((os.path.relpath(entry.path, folder), entry.stat().st_size))
                 else:
                     others[Path(entry.name).suffix or "files without an extension"] += 1
