@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dist_train.artifact.load import load_artifact
 from dist_train.data.augment.steps import Augmentation
-from dist_train.data.image_file import CHANNELS, EXTENSIONS, centre, is_image_name, read_image
+from dist_train.data.image_file import CHANNELS, EXTENSIONS, centre, read_image
+from dist_train.data.image_listing import list_images
 from dist_train.errors import ArtifactError, DataError, UsageError
 
 _BATCH = 32
@@ -50,7 +51,7 @@ def image_files(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            found = sorted(str(path / name) for name in _images(path))
+            found = [str(path / name) for name, _ in list_images(path, path).files]
         elif os.path.lexists(path):
             found = [argument]
         else:
@@ -61,13 +62,6 @@ def image_files(arguments: Sequence[str]) -> list[str]:
             raise DataError(what, "name image files, folders of images, or patterns such as 'photos/*.png'")
         files += found
     return files
-
-
-def _images(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder)
-        if not any(part.startswith(".") for part in name.parts) and is_image_name(path.name) and not path.is_dir():
-            yield name
 
 
 def predict(artifact: Path | str, files: Sequence[str], model: str | None = None) -> Iterator[Prediction]:

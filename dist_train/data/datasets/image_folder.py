@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from dist_train.config.data import DataConfig, RandAugment, RandomHorizontalFlip, RandomResizedCrop
 from dist_train.data.datasets.args import read_args
 from dist_train.data.image_file import EXTENSIONS, centre, is_image_name, read_image
+from dist_train.data.image_listing import leads_back, list_images
 from dist_train.data.splits import Splits
 from dist_train.errors import ConfigError, DataError, Problem
 
@@ -142,7 +143,7 @@ def image_folder(data: DataConfig) -> Splits:
     if missing:
         seen = ", ".join(sorted(entry.name for entry in data.root.iterdir())[:5]) or "nothing"
         raise DataError(f"{data.root} has no folder {' and no folder '.join(missing)}: it holds {seen}", _LAYOUT)
-    found = {name: _list(data.root / name) for name in ("train", "val")}
+    found = {name: _list(data.root / name, data.on_corrupt == "skip") for name in ("train", "val")}
     classes = sorted(found["train"])
     if classes != sorted(found["val"]):
         only = {
@@ -176,20 +177,34 @@ def _files(
     return ImageFiles(folder, names, targets, args, steps, digest.hexdigest()[:32])
 
 
-def _list(split: Path) -> dict[str, list[tuple[str, int]]]:
+def _list(split: Path, skip_dangling: bool) -> dict[str, list[tuple[str, int]]]:
     """Lists each class's image files under its folder, at any depth: path and size in bytes, sorted.
 
     Raises:
-        DataError: no classes, a class without images, or files that are no images.
+        DataError: no classes, a class without images, or files that are no images. Links that lead nowhere, unless
+            they are named like images and are to be skipped; then they are listed, and their items are corrupt.
     """
     found: dict[str, list[tuple[str, int]]] = {}
     others: Counter[str] = Counter()
+    dangling: list[str] = []
     for entry in sorted(split.iterdir()):
-        if entry.name.startswith(".") or not entry.is_dir():
+        if entry.name.startswith("."):
             continue
-        files, seen = _images(entry)
-        others.update(seen)
-        found[entry.name] = files
+        if entry.is_symlink() and not os.path.exists(entry):
+            dangling.append(str(entry))
+        elif leads_back(entry, split):
+            message = f"{entry} is a link to {os.path.realpath(entry)}, whose images are found without it"
+            raise DataError(message, "remove the link")
+        elif entry.is_dir():
+            listing = list_images(entry, split)
+            others.update(listing.others)
+            found[entry.name] = listing.files
+            dangling += [path for path in listing.dangling if not (skip_dangling and is_image_name(Path(path).name))]
+    if dangling:
+        raise DataError(
+            f"{len(dangling)} links in {split} lead nowhere, such as {', '.join(dangling[:3])}",
+            "fetch the files (dvc pull, git annex get), or leave out such images, counted: --data.on_corrupt skip",
+        )
     if len(found) < 2:
         names = ", ".join(found) or "none"
         raise DataError(f"{split} must hold a folder for each of two or more classes; it holds {names}", _LAYOUT)
@@ -206,22 +221,3 @@ def _list(split: Path) -> dict[str, list[tuple[str, int]]]:
             f"{split} has files that are no images: {beside}", f"remove them; images end in {', '.join(EXTENSIONS)}"
         )
     return found
-
-
-def _images(folder: Path) -> tuple[list[tuple[str, int]], Counter[str]]:
-    """Lists image files under a folder, and counts other files by extension; hidden files do not count."""
-    files: list[tuple[str, int]] = []
-    others: Counter[str] = Counter()
-    waiting = [folder]
-    while waiting:
-        with os.scandir(waiting.pop()) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    waiting.append(Path(entry.path))
-                elif is_image_name(entry.name):
-                    files.append((os.path.relpath(entry.path, folder), entry.stat().st_size))
-                else:
-                    others[Path(entry.name).suffix or "files without an extension"] += 1
-    return sorted(files), others

@@ -31,9 +31,9 @@ SIZE, RESIZE = 32, 40
 CROP, FLIP, RAND = RandomResizedCrop(), RandomHorizontalFlip(), RandAugment()
 
 
-def opened(root: Path, augment: list[Any] | None = None) -> Splits:
+def opened(root: Path, augment: list[Any] | None = None, **more: Any) -> Splits:
     args = {"size": SIZE, "resize": RESIZE}
-    return image_folder(DataConfig(name="image_folder", root=root, args=args, augment=augment or []))
+    return image_folder(DataConfig(name="image_folder", root=root, args=args, augment=augment or [], **more))
 
 
 def files(split: Any) -> ImageFiles:
@@ -155,6 +155,62 @@ def test_folders_that_do_not_fit_are_said(tmp_path: Path, spoil: Callable[[Path]
     with pytest.raises(DataError, match=message) as caught:
         opened(tmp_path)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("target", ["../../../nowhere/1a2b.png", "annexed.png"])
+def test_links_that_lead_nowhere_are_named_or_left_out(tmp_path: Path, target: str) -> None:
+    write_folder(tmp_path, train=1, val=1, classes=2)
+    (tmp_path / "train" / "class0" / "annexed.png").symlink_to(target)
+    with pytest.raises(DataError, match=r"1 links in .*train lead nowhere, such as .*class0/annexed\.png") as caught:
+        opened(tmp_path)
+    assert "--data.on_corrupt skip" in caught.value.hint
+    train_files = files(opened(tmp_path, on_corrupt="skip").train)
+    assert [train_files.path(n).name for n in range(len(train_files))] == ["000.jpg", "annexed.png", "000.jpg"]
+    with pytest.raises(CorruptSampleError, match="is a link that leads nowhere"):
+        train_files[1]
+
+
+@pytest.mark.parametrize("place", ["train/class2", "val/class0/more"])
+def test_a_folder_s_link_that_leads_nowhere_is_never_left_out(tmp_path: Path, place: str) -> None:
+    write_folder(tmp_path, train=1, val=1, classes=2)
+    (tmp_path / place).symlink_to("nowhere")
+    with pytest.raises(DataError, match=rf"lead nowhere, such as .*{place}"):
+        opened(tmp_path, on_corrupt="skip")
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../class1", "../../val/class0/../.."])
+def test_links_to_folders_that_are_read_anyway_do_not_multiply_images(tmp_path: Path, target: str) -> None:
+    write_folder(tmp_path, train=2, val=1, classes=2)
+    (tmp_path / "train" / "class0" / "again").symlink_to(target)
+    train_files = files(opened(tmp_path).train)
+    assert [train_files.path(n).parent.name for n in range(len(train_files))] == 2 * ["class0"] + 2 * ["class1"]
+
+
+def test_a_class_that_is_a_link_to_another_class_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path, train=1, val=1, classes=2)
+    for split in ("train", "val"):
+        (tmp_path / split / "class2").symlink_to("class1")
+    with pytest.raises(DataError, match=r"train/class2 is a link to .*class1, whose images are found without it"):
+        opened(tmp_path)
+
+
+def test_links_to_folders_elsewhere_are_followed_once(tmp_path: Path) -> None:
+    write_folder(tmp_path / "pool", train=2, val=1, classes=2)
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        (tmp_path / "data" / split / "a").symlink_to(tmp_path / "pool" / split / "class0")
+        (tmp_path / "data" / split / ".store").mkdir()
+        (tmp_path / "pool" / split / "class1").rename(tmp_path / "data" / split / ".store" / "1")
+        (tmp_path / "data" / split / "b").symlink_to(".store/1")
+    # Two folders elsewhere that lead to each other.
+    for name, other in (("one", "two"), ("two", "one")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "round").symlink_to(tmp_path / other)
+        photo(1, (9, 9, 9)).save(tmp_path / name / f"{name}.png")
+    (tmp_path / "data" / "train" / "a" / "more").symlink_to(tmp_path / "one")
+    train_files = files(opened(tmp_path / "data").train)
+    names = [train_files.path(n).name for n in range(len(train_files))]
+    assert names == ["000.jpg", "001.jpg", "one.png", "two.png", "000.jpg", "001.jpg"]
 
 
 def test_arguments_are_checked() -> None:
