@@ -20,7 +20,7 @@ from dist_train.artifact.load import load_artifact
 from dist_train.data.augment.steps import Augmentation
 from dist_train.data.image_file import CHANNELS, EXTENSIONS, centre, read_image
 from dist_train.data.image_listing import list_images
-from dist_train.errors import ArtifactError, DataError, UsageError
+from dist_train.errors import ArtifactError, DataError, UsageError, escaped
 
 _BATCH = 32
 
@@ -109,17 +109,18 @@ def rows(prediction: Prediction, classes: Sequence[str], top: int) -> list[dict[
 def shown(prediction: Prediction, manifest: Mapping[str, Any], format: str, top: int) -> str:
     """Formats one file's prediction: lines of CSV (file, class, probability), or a JSON object on one line.
 
-    For tasks other than classification it gives the raw outputs, as JSON.
+    For tasks other than classification it gives the raw outputs, as JSON. A name that is no UTF-8 is escaped.
     """
     assert prediction.outputs is not None
+    file = escaped(prediction.file)
     if manifest["task"] != "classification":
-        return json.dumps({"file": prediction.file, "outputs": prediction.outputs.tolist()})
+        return json.dumps({"file": file, "outputs": prediction.outputs.tolist()})
     found = rows(prediction, manifest["classes"], top)
     if format == "json":
-        return json.dumps({"file": prediction.file, "predictions": found})
+        return json.dumps({"file": file, "predictions": found})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([prediction.file, row["class"], f"{row['probability']:.6f}"] for row in found)
+    writer.writerows([file, row["class"], f"{row['probability']:.6f}"] for row in found)
     return text.getvalue().rstrip("\n")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,11 @@ def test_a_comma_in_a_file_s_name_does_not_break_the_csv() -> None:
     manifest = {"task": "classification", "classes": ["cat", "dog"]}
     text = shown(Prediction("a,b.png", torch.tensor([0.0, 1.0])), manifest, "csv", 2)
     assert text == '"a,b.png",dog,0.731059\n"a,b.png",cat,0.268941'
+
+
+def test_names_that_are_no_utf8_are_printed_escaped() -> None:
+    name = os.fsdecode(b"caf\xe9/\xe9t\xe9.png")
+    manifest = {"task": "classification", "classes": ["cat"]}
+    assert shown(Prediction(name, torch.tensor([0.0])), manifest, "csv", 1) == r"caf\xe9/\xe9t\xe9.png,cat,1.000000"
+    found = json.loads(shown(Prediction(name, torch.tensor([0.0])), manifest, "json", 1))
+    assert found["file"] == r"caf\xe9/\xe9t\xe9.png"

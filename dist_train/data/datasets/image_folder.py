@@ -21,7 +21,7 @@ from dist_train.data.datasets.args import read_args
 from dist_train.data.image_file import EXTENSIONS, centre, is_image_name, read_image
 from dist_train.data.image_listing import leads_back, list_images
 from dist_train.data.splits import Splits
-from dist_train.errors import ConfigError, DataError, Problem
+from dist_train.errors import ConfigError, DataError, Problem, escaped
 
 # Mean and std of ImageNet-1k's training images on the scale 0..1; torchvision's weights were trained with them
 # (https://docs.pytorch.org/vision/stable/models.html).
@@ -154,7 +154,8 @@ def image_folder(data: DataConfig) -> Splits:
             f"the classes of {data.root}/train and {data.root}/val differ: {said}", "give both the same folders"
         )
     train, evaluation = (_files(data.root / name, found[name], classes, args, steps) for name in ("train", "val"))
-    return Splits(train, evaluation, len(classes), tuple(classes), _MEAN, _STD, resize=args.resize)
+    names = tuple(escaped(name) for name in classes)
+    return Splits(train, evaluation, len(classes), names, _MEAN, _STD, resize=args.resize)
 
 
 _LAYOUT = "--data.root FOLDER, with images in FOLDER/train/<class>/ and FOLDER/val/<class>/"

@@ -213,6 +213,23 @@ def test_links_to_folders_elsewhere_are_followed_once(tmp_path: Path) -> None:
     assert names == ["000.jpg", "001.jpg", "one.png", "two.png", "000.jpg", "001.jpg"]
 
 
+def test_names_that_are_no_utf8_are_read_and_said_escaped(tmp_path: Path) -> None:
+    write_folder(tmp_path, train=1, val=1, classes=2)
+    latin = os.fsdecode(b"caf\xe9")
+    for split in ("train", "val"):
+        (tmp_path / split / "class0").rename(tmp_path / split / latin)
+    path = tmp_path / "train" / latin / os.fsdecode(b"\xe9t\xe9.jpg")
+    (tmp_path / "train" / latin / "000.jpg").rename(path)
+    splits = opened(tmp_path)
+    assert splits.classes == (r"caf\xe9", "class1")
+    assert files(splits.train).path(0) == path and files(splits.train)[0][1] == 0
+    damage(path)
+    with pytest.raises(CorruptSampleError) as caught:
+        files(splits.train)[0]
+    assert r"train/caf\xe9/\xe9t\xe9.jpg cannot be decoded" in str(caught.value)
+    str(caught.value).encode()
+
+
 def test_arguments_are_checked() -> None:
     with pytest.raises(ConfigError, match="--data.root"):
         image_folder(DataConfig(name="image_folder"))
