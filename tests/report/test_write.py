@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import subprocess
 import sys
@@ -88,6 +89,14 @@ def test_what_comes_from_a_run_is_text_and_not_markup(tmp_path: Path) -> None:
     replace_json(run.status, {"state": "failed", "stage": evil, "step": 1, "restarts": 0, "error": evil})
     shown = Texts(write_report([run.path, finished(tmp_path / "other")], tmp_path / "out").read_text())
     assert shown.tags.count("script") == 1 and evil in shown
+
+
+def test_a_run_of_classes_that_are_no_utf8_has_a_page(tmp_path: Path) -> None:
+    latin = os.fsdecode(b"caf\xe9")
+    run = RunDir(finished(tmp_path / latin, name=latin))
+    replace_json(run.details("fp32"), details([latin, "b", "c"]))
+    page = write_report([run.path], tmp_path / "out")
+    assert r"caf\xe9" in Texts(page.read_text(encoding="utf-8"))
 
 
 def test_what_comes_from_a_run_cannot_leave_an_attribute(tmp_path: Path) -> None:
