@@ -37,6 +37,22 @@ class Valued(click.Option):
         return super().type_cast_value(ctx, value)
 
 
+class Whole(click.ParamType):
+    """A whole number in plain digits, from `least` to `most`."""
+
+    name = "whole number"
+
+    def __init__(self, least: int, most: int | None = None) -> None:
+        self._least, self._most = least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value)
+        if text.isascii() and text.isdecimal() and self._least <= int(text) <= (self._most or int(text)):
+            return int(text)
+        upper = "" if self._most is None else f" and at most {self._most}"
+        self.fail(f"must be a whole number, at least {self._least}{upper}, not {text!r}", param, ctx)
+
+
 def option(name: str, metavar: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
     """Returns the decorator of an option with a value."""
     names = [name, *filter(None, [kwargs.pop("field", "")])]

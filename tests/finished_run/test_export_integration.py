@@ -20,7 +20,7 @@ from dist_train import registry
 from dist_train.artifact.deployable import Deployable
 from dist_train.artifact.load import load_artifact
 from dist_train.artifact.store import verify_artifact
-from dist_train.cli.main import main
+from dist_train.cli import main
 from dist_train.config.data import DataConfig
 from dist_train.config.stages import ExportConfig
 from dist_train.data.arrays import ImageArrays

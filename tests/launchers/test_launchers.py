@@ -13,7 +13,7 @@ import pytest
 import yaml
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-from dist_train.cli.main import main
+from dist_train.cli import main
 from dist_train.config.load import load
 from dist_train.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 from dist_train.launchers import accelerate, slurm_script, torchrun
@@ -356,7 +356,7 @@ def test_a_wrong_configuration_starts_nothing_and_leaves_no_file(tmp_path: Path)
     config = tmp_path / "small.yaml"
     config.write_text("run: {name: small}\nstages: [train]\n")
     program = (
-        "import sys; from dist_train.cli.main import main; code = main(sys.argv[1:]);"
+        "import sys; from dist_train.cli import main; code = main(sys.argv[1:]);"
         "sys.exit(code if 'torch' not in sys.modules else 'torch')"
     )
     command = [sys.executable, "-c", program, "launch", "torchrun", "--nproc-per-node", "2", "small.yaml"]

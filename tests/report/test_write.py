@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dist_train.cli.main import main
+from dist_train.cli import main
 from dist_train.errors import RunDirError
 from dist_train.report.write import write_report
 from dist_train.run_dir.files import replace_json
@@ -257,7 +257,7 @@ def test_the_command_takes_runs_and_an_output(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.heavy
 def test_a_report_does_not_import_torch(tmp_path: Path) -> None:
-    code = "import sys; from dist_train.cli.main import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    code = "import sys; from dist_train.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     answer = subprocess.run(
         [sys.executable, "-c", code, "report", str(finished(tmp_path / "run"))], timeout=100, capture_output=True
     )
