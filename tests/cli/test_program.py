@@ -134,7 +134,7 @@ def test_the_start_costs_little_more_than_its_libraries(config: Path) -> None:
         (["export", "small.yaml", "--format", "onxn"], "--format onxn is unknown", "did you mean onnx?"),
         (["export", "small.yaml", "--model", "int9"], "--model int9 is unknown", "did you mean int8?"),
         (["predict", "out"], "predict: missing argument 'IMAGE", "usage: dist-train predict ARTIFACT IMAGE..."),
-        (["predict", "out", "x.png", "--top", "0"], "--top: 0 is not in the range x>=1", "type --top K"),
+        (["predict", "out", "x.png", "--top", "0"], "--top: must be a whole number, at least 1", "type --top K"),
         (["report"], "report: missing argument 'RUN_DIR", "usage: dist-train report RUN_DIR... [--output DIR]"),
         (["report", "runs/none"], "runs/none does not exist", "runs/NAME"),
         (["doctor", "--onyl", "slurm"], "doctor has no option --onyl", "did you mean --only?"),
