@@ -82,7 +82,7 @@ def digest(state: Mapping[str, Tensor]) -> str:
     for name, value in sorted(state.items()):
         tensor = value.detach().cpu().contiguous()
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

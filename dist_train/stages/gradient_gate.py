@@ -134,8 +134,9 @@ def _pairs(model: nn.Module, prepared: PreparedModel) -> dict[str, str]:
 
 
 def _key(parameter: Tensor) -> object:
-    values = parameter.detach().cpu().contiguous()
-    return tuple(values.shape), hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).digest()
+    # Flat first: with sizes of 1, channels_last counts as contiguous, and its last stride is not 1.
+    values = parameter.detach().cpu().flatten().contiguous()
+    return tuple(parameter.shape), hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).digest()
 
 
 def _differences(

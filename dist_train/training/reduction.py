@@ -126,7 +126,9 @@ def require_same_buffers(world: World, model: nn.Module) -> None:
         )
     kept = {name for name, _ in model.named_buffers()}
     digests = {
-        name: hashlib.sha256(buffer.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        name: hashlib.sha256(
+            buffer.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
         for name, buffer in model.state_dict().items()
         if name in kept and buffer.dim() and not name.endswith("num_batches_tracked")
     }

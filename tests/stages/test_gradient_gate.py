@@ -124,6 +124,22 @@ def test_a_model_that_is_prepared_right_differs_by_rounding(bias: bool, backend:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_convolutions_of_one_pixel_in_channels_last_and_scalars_are_paired(backend: str) -> None:
+    class OnePixel(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixed = nn.Conv2d(6, 6, 1, bias=False)
+            self.scale = nn.Parameter(torch.tensor(0.7))
+
+        def features(self, x: Tensor) -> Tensor:
+            found: Tensor = self.mixed(super().features(x)) * self.scale
+            return found
+
+    model = OnePixel()
+    assert measured(backend, model.to(memory_format=torch.channels_last))[0] < 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_frozen_parameters_stay_frozen_and_dropout_does_not_count(backend: str) -> None:
     model = Net()
     model.head = nn.Sequential(nn.Dropout(0.5), model.head)  # type: ignore[assignment]
