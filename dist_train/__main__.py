@@ -2,7 +2,7 @@
 
 import sys
 
-from dist_train.cli.main import main
+from dist_train.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -35,18 +36,24 @@ def first_line(error: BaseException | str) -> str:
     return next((line for line in lines if line), type(error).__name__)
 
 
+def escaped(name: str) -> str:
+    """Returns a name of a file or folder as UTF-8 can write it: bytes that are no UTF-8 become \\xNN."""
+    bytes_escaped = re.sub("[\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", name)
+    return bytes_escaped.encode(errors="backslashreplace").decode()
+
+
 class DistTrainError(Exception):
     """Base of the errors that are shown without a traceback.
 
-    `message` says what is wrong and where; `hint` says what to type.
+    `message` says what is wrong and where; `hint` says what to type. Names that are no UTF-8 are escaped in both.
     """
 
     exit_code = EXIT_FAILED
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        super().__init__(escaped(message))
+        self.message = escaped(message)
+        self.hint = escaped(hint)
 
     def __str__(self) -> str:
         return f"{self.message}\n  -> {self.hint}" if self.hint else self.message

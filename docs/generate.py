@@ -21,7 +21,8 @@ SETTINGS = """# Settings
 Every setting, with its type, default and meaning. The page is written from the settings' models by
 `python docs/generate.py`. `dist-train config reference` prints the same tables, with the stages of installed packages.
 
-On the command line a setting is `--section.setting VALUE`, as in `--train.optim.lr 0.05`. The value is YAML.
+On the command line a setting is `--section.setting VALUE`, as in `--train.optim.lr 0.05`. The value of a name
+or a path is the text as typed, any other is YAML: see [The command line](command-line.md#values).
 A *fixed* setting determines the result: it cannot change when a run is resumed. The others may.
 
 """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from dist_train.errors import ask_for, did_you_mean, first_line, nearest
+from dist_train.errors import DistTrainError, ask_for, did_you_mean, first_line, nearest
 
 
 def test_the_nearest_names_come_first_and_far_ones_not_at_all() -> None:
@@ -31,3 +33,8 @@ def test_the_question_names_them_with_what_stands_before_each() -> None:
 )
 def test_the_first_line_is_the_first_that_says_something(error: BaseException | str, line: str) -> None:
     assert first_line(error) == line
+
+
+def test_names_that_are_no_utf8_are_escaped_in_errors() -> None:
+    error = DistTrainError(os.fsdecode(b"caf\xe9/\xc3\xa9.png is empty"), "\ud800")
+    assert str(error) == "caf\\xe9/\u00e9.png is empty\n  -> \\ud800"

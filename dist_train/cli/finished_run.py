@@ -8,7 +8,17 @@ from pathlib import Path
 
 import click
 
-from dist_train.cli.verbs import DIRECTORY, DottedVerb, OneOf, Verb, import_user_modules, imports, option, run_dirs
+from dist_train.cli.verbs import (
+    DIRECTORY,
+    DottedVerb,
+    OneOf,
+    Verb,
+    Whole,
+    import_user_modules,
+    imports,
+    option,
+    run_dirs,
+)
 from dist_train.errors import EXIT_DONE, EXIT_FAILED, UsageError
 
 _RUN_DIR = click.argument("run_dir", metavar="RUN_DIR", type=DIRECTORY, callback=run_dirs)
@@ -88,7 +98,7 @@ _ROWS = "csv (the default): file,class,probability; json: an array of objects."
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path())
 @option("--model", "MODEL", "One of the artifact's models; default: its own.")
 @option("--format", "FORMAT", _ROWS, type=OneOf(lambda: ("csv", "json")), default="csv")
-@option("--top", "K", "The K likeliest classes of each image; default: 1.", type=click.IntRange(1), default=1)
+@option("--top", "K", "The K likeliest classes of each image; default: 1.", type=Whole(1), default=1)
 def predict(artifact: Path, images: tuple[str, ...], model: str | None, format: str, top: int) -> int:
     """Classifies image files with an exported model.
 

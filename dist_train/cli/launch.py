@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ import click
 
 from dist_train.cli.launch_options import LAUNCHERS, OPTIONS, options, takers
 from dist_train.cli.verbs import SETTINGS, ConfigVerb, DottedVerb, Verbs, verb_name
-from dist_train.cluster.interfaces import interface_of, interfaces
+from dist_train.cluster.interfaces import interface_of, interfaces, is_own
 from dist_train.cluster.ports import is_free
 from dist_train.errors import EXIT_DONE, SetupError, UsageError, did_you_mean
 from dist_train.launchers import accelerate, sbatch, slurm_script, torchrun
@@ -124,7 +125,7 @@ def _launch(
 
     # This machine's variables are left out: the ranks will have others.
     checked = load(config, settings, environ={}).config
-    base = checked.run.dir or Path("runs") / checked.run.name
+    base = _option_text(checked.run.dir or Path("runs") / checked.run.name)
     grace = math.ceil(checked.stop.grace)
     defaults: dict[str, Any] = {
         "python": sys.executable,
@@ -134,9 +135,9 @@ def _launch(
     }
     words = [word for word in (launcher, *typed) if word not in ("--submit", "--follow")]
     job = Job(
-        arguments=(config, *settings, "--run.dir", str(base)),
-        run_dir=str(base),
-        home=str(checked.run_dir),
+        arguments=(config, *settings, "--run.dir", base),
+        run_dir=base,
+        home=_option_text(checked.run_dir),
         name=checked.run.name,
         environment=env,
         made_by=f"dist-train launch {shlex.join(words)}",
@@ -146,6 +147,9 @@ def _launch(
     _check(launcher, job)
     if launcher == "slurm":
         return _batch(job, dry_run, submit, follow)
+    if launcher == "torchrun" and job.nodes[1] == 1 and not job.local_addr and not is_own(socket.getfqdn()):
+        # The ranks would wait for ever for rank 0 at the host's name, as in a container whose name nobody knows.
+        job = replace(job, local_addr="127.0.0.1")
     if job.local_addr and "GLOO_SOCKET_IFNAME" not in os.environ:
         job = replace(job, interface=_interface(job.local_addr, dry_run))
     command = (torchrun if launcher == "torchrun" else accelerate).command(job)
@@ -155,6 +159,12 @@ def _launch(
     if job.is_host and job.nodes[1] > 1 and not is_free(torchrun.port(job)):
         raise SetupError(f"port {torchrun.port(job)} is taken on this node", "--port PORT, the same on all nodes")
     return start(job, command)
+
+
+def _option_text(path: Path) -> str:
+    """Returns the path as an option's value that reads back as the same path, whatever it begins with."""
+    text = str(path)
+    return f"./{text}" if text == "null" or text[:1] in ("-", "'", '"') else text
 
 
 _HELP = {
@@ -190,6 +200,9 @@ def _interface(address: str, dry_run: bool) -> str:
 
 def _check(launcher: str, job: Job) -> None:
     least, most = job.nodes
+    for name, value in job.sbatch:
+        if "\n" in value:
+            raise UsageError(f"--sbatch.{name} has a line break", "a line of #SBATCH has no place for one")
     if job.task_per_rank and job.restarts:
         raise UsageError("--restarts is for torchrun's agents, and --task-per-rank has none", "leave one of them out")
     if launcher == "accelerate" and least != most:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dist_train.cli.verbs import Valued
+from dist_train.cli.verbs import Valued, Whole
 
 LAUNCHERS = ("torchrun", "accelerate", "slurm")
 _WITH_PORT = re.compile(r"([^:]*|\[.*\]):\d*")  # more colons are an IPv6 address
@@ -35,6 +35,12 @@ def _variable(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _truth(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise click.BadParameter(f"must be true or false, not {text!r}")
+    return text == "true"
+
+
 def _flag(name: str, help: str) -> click.Option:
     return click.Option([name], is_flag=True, help=help)
 
@@ -43,7 +49,7 @@ def _option(name: str, metavar: str, help: str, type: Any = str, multiple: bool 
     return Valued([name], metavar=metavar, type=type, help=help, multiple=multiple)
 
 
-_ONE, _ZERO, _PORT = click.IntRange(1), click.IntRange(0), click.IntRange(1, 65535)
+_ONE, _ZERO, _PORT = Whole(1), Whole(0), Whole(1, 65535)
 OPTIONS = {
     LAUNCHERS: [
         _flag("--dry-run", "Print what would run, and run nothing."),
@@ -61,7 +67,7 @@ OPTIONS = {
     ],
     ("torchrun",): [
         _option("--local-addr", "ADDR", "This node's address, if its name does not resolve to it."),
-        _option("--is-host", "true|false", "Is this node the endpoint? Where names cannot tell.", click.BOOL),
+        _option("--is-host", "true|false", "Is this node the endpoint? Where names cannot tell.", _truth),
     ],
     ("accelerate",): [
         _option("--node-rank", "K", "Several nodes: this one's number, from 0.", _ZERO),

@@ -17,7 +17,8 @@ PROGRAM = "dist-train"
 SETTINGS = """\
 \b
 CONFIG is a YAML file, or the name of a shipped configuration (dist-train config list).
-  --dotted.key VALUE  change a setting; VALUE is YAML: --train.optim.lr 1e-3, --data.augment.0.padding 2
+  --dotted.key VALUE  change a setting: --train.optim.lr 1e-3, --data.augment.0.padding 2; VALUE is the text as typed
+                      for names and paths, and YAML for all else
   --import MODULE     first import a module that registers models, datasets, stages, ...; repeatable
   --fast-dev-run      two batches of every stage, in a run directory of its own"""
 
@@ -34,6 +35,22 @@ class Valued(click.Option):
         if any(str(each).startswith("--") for each in (value if isinstance(value, list | tuple) else [value])):
             raise click.BadOptionUsage(self.opts[0], "requires an argument", ctx)
         return super().type_cast_value(ctx, value)
+
+
+class Whole(click.ParamType):
+    """A whole number in plain digits, from `least` to `most`."""
+
+    name = "whole number"
+
+    def __init__(self, least: int, most: int | None = None) -> None:
+        self._least, self._most = least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value)
+        if text.isascii() and text.isdecimal() and self._least <= int(text) <= (self._most or int(text)):
+            return int(text)
+        upper = "" if self._most is None else f" and at most {self._most}"
+        self.fail(f"must be a whole number, at least {self._least}{upper}, not {text!r}", param, ctx)
 
 
 def option(name: str, metavar: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:

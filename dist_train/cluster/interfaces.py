@@ -84,6 +84,15 @@ def interface_of(host: str) -> str | None:
     return next((each.name for each in interfaces() if address in each.addresses), None)
 
 
+def is_own(host: str) -> bool:
+    """Tells whether `host` resolves to an address of this machine."""
+    try:
+        interface_of(host)
+    except OSError:
+        return False
+    return True
+
+
 def named_interfaces(environ: Mapping[str, str]) -> list[str]:
     """Returns the names in GLOO_SOCKET_IFNAME; none where it is not set or is empty, which is the same to gloo."""
     value = environ.get("GLOO_SOCKET_IFNAME", "")

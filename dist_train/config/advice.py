@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from dist_train.config.stages import FitConfig, QATConfig, steps_in
@@ -40,6 +41,17 @@ def unscaled_rates(config: Config, sources: Mapping[str, str], batch_of_file: An
             )
         hint = f"--{key} {linear:.6g}, or --{section}.optim.base_batch_size {batch_of_file}; to keep it, --{key} {lr:g}"
         yield Problem(key, message, sources[key], hint)
+
+
+def unexpanded_paths(config: Config, sources: Mapping[str, str]) -> Iterator[Problem]:
+    """Warns of paths that begin with ~ or $: they are taken as they are, and no shell has expanded them."""
+    for key in sources:
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name, None)
+        if isinstance(value, Path) and str(value)[:1] in ("~", "$"):
+            message = f"{value} is taken as it is: a folder of that name, here"
+            yield Problem(key, message, sources[key], f'let the shell expand it: --{key} "$HOME/..."')
 
 
 def too_many_workers(workers: int | str, local_ranks: int, cores: int) -> Iterator[Problem]:

@@ -15,12 +15,13 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from dist_train import registry
-from dist_train.config.advice import unscaled_rates
+from dist_train.config.advice import unexpanded_paths, unscaled_rates
 from dist_train.config.checks.general import contradictions
 from dist_train.config.messages import mistakes
 from dist_train.config.shipped import shipped
+from dist_train.config.text_settings import text_type
 from dist_train.config.tree import Config, config_model, leaves
-from dist_train.config.yaml_tree import Place, Tree, dotted, to_yaml
+from dist_train.config.yaml_tree import Place, TextType, Tree, dotted, to_yaml
 from dist_train.errors import ConfigError, Problem, did_you_mean
 
 
@@ -68,7 +69,7 @@ def load(
     options, modules, wrong = split_options(overrides)
     tree.problems += wrong + import_modules(modules)
     for option, text in options:
-        tree.set_option(option, text, _default_at)
+        tree.set_option(option, text, _default_at, _text_type)
     config, bad = _validate(tree)
     if config is not None:
         for problem in contradictions(config, environ, bad):
@@ -77,7 +78,8 @@ def load(
     if config is None or tree.problems:
         raise ConfigError(tree.problems)
     sources = {key: tree.sources_of_leaf(tuple(key.split("."))) for key, _, _ in leaves(config)}
-    return Loaded(config, sources, file, tuple(unscaled_rates(config, sources, batch_of_file)))
+    warnings = (*unscaled_rates(config, sources, batch_of_file), *unexpanded_paths(config, sources))
+    return Loaded(config, sources, file, warnings)
 
 
 def dump(config: BaseModel) -> str:
@@ -123,7 +125,7 @@ def import_modules(names: Sequence[str]) -> list[Problem]:
 
 
 def split_options(overrides: Sequence[str]) -> tuple[list[tuple[str, str]], list[str], list[Problem]]:
-    """Splits the words after CONFIG into options (--dotted.key, YAML text), modules to import, and mistakes."""
+    """Splits the words after CONFIG into options (--dotted.key, text), modules to import, and mistakes."""
     options, modules, problems = [], [], []
     rest = list(overrides)
     while rest:
@@ -207,6 +209,15 @@ def _default_at(place: Place) -> Any:
     """Returns the default of the list at `place`, for an option that changes one item of it, or None."""
     value = _at(Config().model_dump(mode="json"), [str(key) for key in place], None)
     return value if isinstance(value, list) else None
+
+
+def _text_type(place: Place) -> TextType | None:
+    """Returns how an option's text for the setting at `place` is read; None: as YAML."""
+    try:
+        model = config_model([str(place[0])])
+    except (ImportError, AttributeError):  # `_validate` reports it
+        model = Config
+    return text_type(model, place)
 
 
 def _read(path: str | os.PathLike[str], tree: Tree) -> Path:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -75,6 +77,35 @@ def _misfit(container: Any, key: str | int, at: Place) -> str:
     )
 
 
+def _is_quoted(node: yaml.Node | None, text: str) -> TypeGuard[yaml.ScalarNode]:
+    """Tells whether YAML reads the whole text as one text in quotes."""
+    return isinstance(node, yaml.ScalarNode) and text[:1] == node.style == text[-1:] and text[:1] in ("'", '"')
+
+
+def _comment(text: str) -> str:
+    """Returns the first comment in a YAML text, or ""."""
+    end = 0
+    for token in yaml.scan(text):
+        skipped = text[end : token.start_mark.index]  # white space and comments
+        if "#" in skipped:
+            return "#" + skipped.partition("#")[2].partition("\n")[0].rstrip()
+        end = token.end_mark.index
+    return ""
+
+
+@dataclass(frozen=True)
+class TextType:
+    """Type of a setting that is a text or a path.
+
+    Attributes:
+        optional: `null` and the empty text stand for none.
+        or_collection: it may be a section or a list instead, written in YAML.
+    """
+
+    optional: bool = False
+    or_collection: bool = False
+
+
 @dataclass
 class Tree:
     """The given settings, merged in order, with the source of each, and the mistakes found while reading."""
@@ -110,14 +141,28 @@ class Tree:
             return
         self.values = self._construct(node, (), lambda line: f"{name}:{line}", ())
 
-    def set_option(self, option: str, text: str, default: Callable[[Place], Any]) -> None:
-        """Applies `--dotted.key TEXT`; `default(path)` is the default of a list that is not given itself."""
+    def set_option(
+        self,
+        option: str,
+        text: str,
+        default: Callable[[Place], Any],
+        text_type: Callable[[Place], TextType | None] = lambda path: None,
+    ) -> None:
+        """Applies `--dotted.key TEXT`.
+
+        Args:
+            option: "--dotted.key".
+            text: the value as typed.
+            default: path -> default of a list that is not given itself.
+            text_type: path -> type of a setting whose value is the text as typed; None where the value is YAML.
+        """
         keys = option.removeprefix("--").split(".")
         if "" in keys:
             self.problems.append(Problem(option, "is not a dotted key", hint="for example --train.optim.lr 0.1"))
             return
         known = len(self.problems)
-        node = self._compose(text.encode(), ".".join(keys), lambda line: option)
+        place = tuple(int(key) if key.isdecimal() else key for key in keys)
+        value = self._typed(text, place, option, text_type(place))
         if len(self.problems) > known:
             return
         path: Place = ()
@@ -135,7 +180,9 @@ class Tree:
                 container[step] = (default(path) if following.isdecimal() else None) or {}
             container = container[step]
         self._forget(path)
-        container[path[-1]] = None if node is None else self._construct(node, path, lambda line: option, ())
+        if isinstance(value, yaml.Node):
+            value = self._construct(value, path, lambda line: option, ())
+        container[path[-1]] = value
         self.sources[path] = option
 
     def remove(self, path: Place) -> None:
@@ -149,6 +196,40 @@ class Tree:
     def _forget(self, path: Place) -> None:
         for known in [known for known in self.sources if known[: len(path)] == path]:
             del self.sources[known]
+
+    def _typed(self, text: str, place: Place, option: str, kind: TextType | None) -> yaml.Node | str | None:
+        """Returns an option's value: the text as typed, None, or a node of YAML."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            self.problems.append(Problem(dotted(place), f"{text!a} is not UTF-8", option, "rename it"))
+            return None
+        if kind is None:
+            return self._without_comments(text, place, option)
+        if kind.optional and text in ("null", ""):
+            return None
+        try:
+            node = yaml.compose(text, Loader=_Loader)
+        except yaml.YAMLError:
+            return text
+        if kind.or_collection and isinstance(node, yaml.CollectionNode):
+            return self._without_comments(text, place, option)
+        if _is_quoted(node, text):  # '"null"' is a text, and quotes that YAML needed before are none of the text
+            return str(node.value)
+        return text
+
+    def _without_comments(self, text: str, place: Place, option: str) -> yaml.Node | None:
+        node: yaml.Node | None = self._compose(text.encode(), dotted(place), lambda line: option)
+        comment = _comment(text) if node is not None or text.lstrip().startswith("#") else ""
+        if comment:
+            message = f"YAML would drop {comment!r} as a comment"
+            quoted = (
+                ""
+                if isinstance(node, yaml.CollectionNode)
+                else ": " + shlex.quote(json.dumps(text, ensure_ascii=False))
+            )
+            self.problems.append(Problem(dotted(place), message, option, f"leave it out, or quote the text{quoted}"))
+        return node
 
     def _compose(self, text: bytes, place: str, source: Callable[[int], str]) -> Any:
         try:

@@ -9,7 +9,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from dist_train.config.data import DataConfig
+from dist_train.data.datasets.args import cache_folder
 from dist_train.doctor.base import Line, Subject, bad, good, warning
+from dist_train.errors import SetupError
 
 _ROUNDS = 7
 _SLOW_SECONDS = 0.1
@@ -17,6 +20,14 @@ _LITTLE, _FULL = 5 * 2**30, 200 * 2**20  # bytes: a few checkpoints of a ResNet-
 
 
 def check(subject: Subject) -> Iterator[Line]:
+    yield from _of_run(subject)
+    try:
+        cache_folder(DataConfig())
+    except SetupError as error:
+        yield warning(error.message, error.hint)
+
+
+def _of_run(subject: Subject) -> Iterator[Line]:
     run_dir = Path(subject.run_dir).absolute()
     folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
     status = os.statvfs(folder)

@@ -6,6 +6,7 @@ import csv
 import glob
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,16 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2 import functional as transforms
 
 from dist_train.artifact.load import load_artifact
 from dist_train.data.augment.steps import Augmentation
-from dist_train.errors import ArtifactError, DataError, UsageError, first_line
+from dist_train.data.image_file import CHANNELS, EXTENSIONS, centre, read_image
+from dist_train.data.image_listing import list_images
+from dist_train.errors import ArtifactError, DataError, UsageError, escaped
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
-"""Suffixes of the images read from a folder. A file given by name is read with any suffix."""
-_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB, 4: ImageReadMode.RGB_ALPHA}
 _BATCH = 32
 
 
@@ -44,6 +42,8 @@ class Prediction:
 def image_files(arguments: Sequence[str]) -> list[str]:
     """Returns the image files that the arguments name: files, folders (searched recursively) or glob patterns.
 
+    Hidden files and folders inside a folder are left out. A file given by name is taken with any extension.
+
     Raises:
         DataError: a name or pattern matches nothing.
     """
@@ -51,38 +51,17 @@ def image_files(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            found = sorted(str(each) for each in path.rglob("*") if each.suffix.lower() in SUFFIXES)
+            found = [str(path / name) for name, _ in list_images(path, path).files]
+        elif os.path.lexists(path):
+            found = [argument]
         else:
-            found = [argument] if path.exists() else sorted(glob.glob(argument, recursive=True))
+            found = sorted(name for name in glob.glob(argument, recursive=True) if not os.path.isdir(name))
         if not found:
-            what = f"{path} holds no image ({', '.join(SUFFIXES)})" if path.is_dir() else f"there is no file {argument}"
+            kinds = ", ".join(EXTENSIONS)
+            what = f"{path} holds no image ({kinds})" if path.is_dir() else f"there is no file {argument}"
             raise DataError(what, "name image files, folders of images, or patterns such as 'photos/*.png'")
         files += found
     return files
-
-
-def read_image(file: str, shape: Sequence[int], resize: int | None) -> Tensor:
-    """Reads an image as uint8 [C, H, W], turned upright by its EXIF data, in the model's input shape.
-
-    shape: (C, H, W), with C of 1 (gray), 3 (RGB) or 4 (RGB and alpha).
-    resize: length in pixels that the shorter edge is scaled to before the centre crop; None: the image is scaled to
-        H x W, without keeping its aspect ratio.
-
-    Raises:
-        DataError: the file cannot be read or decoded.
-    """
-    channels, height, width = shape
-    try:
-        image = decode_image(file, mode=_MODES[channels], apply_exif_orientation=True)
-    except (RuntimeError, OSError) as error:
-        raise DataError(
-            f"{file} cannot be read as an image: {first_line(error)}", f"give {', '.join(SUFFIXES)} files"
-        ) from error
-    if tuple(image.shape[1:]) == (height, width):
-        return image
-    if resize is None:
-        return transforms.resize(image, [height, width], antialias=True)
-    return transforms.center_crop(transforms.resize(image, [resize], antialias=True), [height, width])
 
 
 def predict(artifact: Path | str, files: Sequence[str], model: str | None = None) -> Iterator[Prediction]:
@@ -96,10 +75,11 @@ def predict(artifact: Path | str, files: Sequence[str], model: str | None = None
     """
     call, manifest = load_artifact(artifact, model)
     shape = manifest["input"]["shape"][1:]
-    if len(shape) != 3 or shape[0] not in _MODES or manifest["normalization"] is None:
+    if len(shape) != 3 or shape[0] not in CHANNELS or manifest["normalization"] is None:
         raise ArtifactError(
             f"the model takes inputs of shape {shape}, not images", "use dist_train.load_artifact in Python"
         )
+    channels, height, width = shape
     statistics = manifest["normalization"]
     normalize = Augmentation([], seed=0, mean=statistics["mean"], std=statistics["std"]).normalize
     remaining = iter(files)
@@ -108,7 +88,7 @@ def predict(artifact: Path | str, files: Sequence[str], model: str | None = None
         errors: dict[int, str] = {}
         for place, file in enumerate(batch):
             try:
-                read[place] = read_image(file, shape, manifest["input"].get("resize"))
+                read[place] = centre(read_image(file, channels), height, width, manifest["input"].get("resize"))
             except DataError as error:
                 errors[place] = error.message
         outputs = dict(zip(read, call(normalize(torch.stack(list(read.values())))), strict=True)) if read else {}
@@ -129,17 +109,18 @@ def rows(prediction: Prediction, classes: Sequence[str], top: int) -> list[dict[
 def shown(prediction: Prediction, manifest: Mapping[str, Any], format: str, top: int) -> str:
     """Formats one file's prediction: lines of CSV (file, class, probability), or a JSON object on one line.
 
-    For tasks other than classification it gives the raw outputs, as JSON.
+    For tasks other than classification it gives the raw outputs, as JSON. A name that is no UTF-8 is escaped.
     """
     assert prediction.outputs is not None
+    file = escaped(prediction.file)
     if manifest["task"] != "classification":
-        return json.dumps({"file": prediction.file, "outputs": prediction.outputs.tolist()})
+        return json.dumps({"file": file, "outputs": prediction.outputs.tolist()})
     found = rows(prediction, manifest["classes"], top)
     if format == "json":
-        return json.dumps({"file": prediction.file, "predictions": found})
+        return json.dumps({"file": file, "predictions": found})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([prediction.file, row["class"], f"{row['probability']:.6f}"] for row in found)
+    writer.writerows([file, row["class"], f"{row['probability']:.6f}"] for row in found)
     return text.getvalue().rstrip("\n")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dist_train.cluster.ports import candidates, ephemeral_range
 from dist_train.cluster.rank_plan import ASKED
 from dist_train.launchers.job import Command, Job, environment
+from dist_train.launchers.torchrun import bracketed
 
 
 def command(job: Job) -> Command:
@@ -21,7 +22,9 @@ def command(job: Job) -> Command:
         *("--log_dir", job.logs, "--tee", "3"),
     ]
     if job.nodes[1] > 1:
-        words += ["--machine_rank", str(job.node_rank), "--main_process_ip", job.endpoint]
+        # For the rendezvous of our config file accelerate joins address and port by a colon.
+        endpoint = job.endpoint if job.config_file else bracketed(job.endpoint)
+        words += ["--machine_rank", str(job.node_rank), "--main_process_ip", endpoint]
     words += ["--main_process_port", str(port(job))]
     # PET_*: torchrun's own variables, as accelerate has no options for these.
     environ = environment(job, PET_LOCAL_RANKS_FILTER="0", PET_SHUTDOWN_TIMEOUT=str(job.shutdown_timeout))

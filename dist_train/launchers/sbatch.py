@@ -73,4 +73,5 @@ def _show(number: str) -> dict[str, str] | None:
     )
     if answer.returncode != 0:
         return None
-    return dict(re.findall(r"(?:^|\s)(JobState|StdOut|ExitCode)=(\S+)", answer.stdout))
+    found = dict(re.findall(r"(?:^|\s)(JobState|ExitCode)=(\S+)", answer.stdout))
+    return found | dict(re.findall(r"^\s*(StdOut)=(.*)$", answer.stdout, re.MULTILINE))  # a path may have spaces

@@ -7,6 +7,7 @@ Tasks of an array are requeued one by one only by ARRAY_TASK names.
 
 from __future__ import annotations
 
+import re
 import shlex
 
 from dist_train.launchers.job import Job
@@ -15,7 +16,9 @@ from dist_train.launchers.torchrun import agent_options
 
 def script(job: Job) -> str:
     """Returns the batch script for `sbatch`."""
-    head = "".join(f"#SBATCH --{name}" + (f"={value}" if value else "") + "\n" for name, value in options(job).items())
+    head = "".join(
+        f"#SBATCH --{name}" + (f"={_quoted(value)}" if value else "") + "\n" for name, value in options(job).items()
+    )
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in job.environment)
     settings = {
         "python": shlex.quote(job.python),
@@ -30,7 +33,7 @@ def script(job: Job) -> str:
         [
             "#!/bin/bash\n",
             head,
-            f"# Made by: {job.made_by}\n" if job.made_by else "",
+            "# Made by: " + job.made_by.replace("\n", "\n# ") + "\n" if job.made_by else "",
             _YOURS,
             exports,
             _SETTINGS,
@@ -67,6 +70,16 @@ def options(job: Job) -> dict[str, str]:
     return {name: "" if value == "true" else value for name, value in merged.items() if value not in ("", "false")}
 
 
+def _quoted(value: str) -> str:
+    """Quotes an option's value for a line of #SBATCH, in which sbatch splits words and drops what follows #.
+
+    Inside double quotes a backslash keeps the next character (Slurm, src/sbatch/opt.c, _get_argument).
+    """
+    if not re.search(r"""[\s"'#\\]""", value):
+        return value
+    return '"' + re.sub(r'(["#\\])', r"\\\1", value) + '"'
+
+
 def _step(job: Job) -> str:
     """Returns the step that trains, in the background."""
     if job.task_per_rank:
@@ -93,7 +106,7 @@ def _step(job: Job) -> str:
             '"${arguments[@]}"',
         ]
     srun = f'srun "${{srun_options[@]}}" --nodes="$SLURM_JOB_NUM_NODES" {layout} --kill-on-bad-exit=1'
-    srun += ' --output="$log-%t.out"'
+    srun += ' --output="${log//%/%%}-%t.out"'
     asked = f"DIST_TRAIN_NUM_PROCESSES=$((SLURM_JOB_NUM_NODES * {job.nproc_per_node}))"
     asked += ' DIST_TRAIN_EXIT_FILE="$home/logs/exit_78"'
     return shown + " \\\n  ".join([asked, srun, *train]) + " &\n"

@@ -36,19 +36,23 @@ def agent_options(job: Job) -> list[str]:
 def meeting_options(job: Job) -> list[str]:
     """Returns the options by which the nodes find each other."""
     least, most = job.nodes
+    local = ["--local-addr", job.local_addr] if job.local_addr else []
     if most == 1:
-        return ["--standalone"]
+        return ["--standalone", *local]
     words = [
         *("--nnodes", str(least) if least == most else f"{least}:{most}"),
         *("--rdzv-backend", "c10d"),
-        *("--rdzv-endpoint", f"{job.endpoint}:{port(job)}"),
+        *("--rdzv-endpoint", f"{bracketed(job.endpoint)}:{port(job)}"),
         *("--rdzv-id", job.rdzv_id),
     ]
     if job.is_host is not None:
         words += ["--rdzv-conf", f"is_host={str(job.is_host).lower()}"]
-    if job.local_addr:
-        words += ["--local-addr", job.local_addr]
-    return words
+    return words + local
+
+
+def bracketed(host: str) -> str:
+    """Returns the host as it stands before `:port`: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def port(job: Job) -> int:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dist_train import registry
 from dist_train.config.data import is_weights_file
@@ -12,7 +16,8 @@ from dist_train.config.stages import FitConfig, QATConfig
 from dist_train.config.tree import Config
 from dist_train.console.progress import check_epoch_format
 from dist_train.data.datasets.builtin import check_args
-from dist_train.errors import ConfigError, Problem
+from dist_train.errors import ConfigError, Problem, SetupError
+from dist_train.lowering import inductor
 from dist_train.models.build import check_model
 from dist_train.quantization.backend import build_backend
 from dist_train.run_dir.checkpoint import CheckpointFolder
@@ -27,6 +32,7 @@ def check_arguments(config: Config) -> None:
 
     Raises:
         ConfigError: lists all mistakes.
+        SetupError: a library or a compiler is missing.
     """
     problems: list[Problem] = []
     checks: list[Callable[[], object]] = [
@@ -45,6 +51,32 @@ def check_arguments(config: Config) -> None:
         raise ConfigError(problems)
     if config.quantizes:
         build_backend(config.qat)  # raises if libraries or integer kernels are missing
+    if config.compile and any(isinstance(getattr(config, stage, None), FitConfig) for stage in config.stages):
+        _require_compiler(on_gpu=config.run.device != "cpu" and torch.cuda.is_available())
+
+
+def _require_compiler(on_gpu: bool) -> None:
+    """Raises SetupError without the compiler that torch.compile would ask for only at the first step.
+
+    Inductor compiles C++ on the CPU; Triton compiles its launchers on GPUs, in C.
+    """
+    if on_gpu:
+        found, variable, package = _c_compiler(), "CC", "gcc"
+    else:
+        found, variable, package = inductor.compiler(), "CXX", "g++"
+    if found is None:
+        named = f": {variable} is {os.environ[variable]}, which is no program" if variable in os.environ else ""
+        raise SetupError(
+            f"compile is true, and torch.compile finds no {'C' if on_gpu else 'C++'} compiler{named}",
+            f"apt-get install {package}, or name one in {variable}, or --compile false",
+        )
+
+
+def _c_compiler() -> str | None:
+    """Returns the path of the C compiler that Triton will use ($CC, gcc or clang), or None."""
+    if "CC" in os.environ:
+        return shutil.which(os.environ["CC"])
+    return shutil.which("gcc") or shutil.which("clang")
 
 
 def _check_metrics_without_data(config: Config) -> None:

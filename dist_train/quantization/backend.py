@@ -15,6 +15,8 @@ from dist_train.errors import EXIT_CONFIG, QuantizationError
 from dist_train.programs.program import Program
 from dist_train.quantization.prepared import PreparedModel
 
+_METHODS = ("check", "prepare", "convert", "serialize")
+
 
 @runtime_checkable
 class QuantizationBackend(Protocol):
@@ -67,9 +69,17 @@ def build_backend(config: QATConfig) -> QuantizationBackend:
     """Builds the backend that a config names, with `engine` where its constructor takes it.
 
     Raises:
-        QuantizationError: this torch or this machine does not have it.
+        QuantizationError: this torch or this machine does not have it, or it lacks a method of `QuantizationBackend`.
     """
     factory = registry.quantization_backends.get(config.backend)
     takes_engine = "engine" in inspect.signature(factory).parameters
     backend: QuantizationBackend = factory(engine=config.engine) if takes_engine else factory()
+    lacking = [name for name in _METHODS if not callable(getattr(backend, name, None))]
+    if lacking:
+        error = QuantizationError(
+            f"the quantization backend {config.backend} has no method {' and no '.join(lacking)}",
+            f"a backend has {', '.join(_METHODS)}: see dist_train/quantization/backend.py",
+        )
+        error.exit_code = EXIT_CONFIG
+        raise error
     return backend

@@ -13,10 +13,11 @@ from dist_train.report.tables import Table
 
 _MOST_CLASSES = 24  # of a confusion matrix that can be read as a table
 _MOST_ROWS = 40
+_MOST_PAIRS = 10  # beside a picture of the matrix
 
 
 def run_details(run: RunRecord) -> dict[str, Any]:
-    """Accuracy per class of all models; of each model the confusion matrix and the worst-classified samples."""
+    """Accuracy per class of all models; of each model the confusion matrix or worst pairs, and the worst samples."""
     per_class, left_out = tables.per_class(run), ""
     if per_class is not None and len(per_class.rows) > _MOST_ROWS:
         left_out = f"The {_MOST_ROWS} worst of {len(per_class.rows)} classes, by {per_class.headers[-1]}."
@@ -31,20 +32,25 @@ def run_details(run: RunRecord) -> dict[str, Any]:
 
 
 def _model(name: str, details: dict[str, Any]) -> dict[str, Any]:
-    found, classes = tables.confusion(details), details["classes"]
-    model = {"name": name, "classes": classes, "wrong": "", "matrix": None, "matrix_image": None}
+    found, matrix, classes = tables.mistakes(details), tables.confusion(details), details["classes"]
+    model = {"name": name, "classes": classes, "wrong": "", "matrix": None, "matrix_image": None, "confused": None}
     if found is not None:
-        count = sum(map(sum, found))
-        wrong = count - sum(row[place] for place, row in enumerate(found))
-        model["wrong"] = f"{wrong:g} of {count:g} wrong"
-        if len(found) <= _MOST_CLASSES:
-            model["matrix"] = [(classes[row], _cells(classes, row, values)) for row, values in enumerate(found)]
+        model["wrong"] = f"{found.wrong:g} of {found.samples:g} wrong"
+        if matrix is not None and len(matrix) <= _MOST_CLASSES:
+            model["matrix"] = [(classes[row], _cells(classes, row, values)) for row, values in enumerate(matrix)]
         else:
-            pairs = tables.confused(found, classes)
-            rows = [[*names, f"{value:g}", f"{share * 100:.1f} %"] for *names, value, share in pairs.rows]
-            model["matrix_image"] = base64.b64encode(confusion_image(found, classes)).decode()
-            model["confused"] = Table(pairs.headers, rows, pairs.texts)
+            model["confused"] = _confused(found, classes, _MOST_ROWS if matrix is None else _MOST_PAIRS)
+    if matrix is not None and len(matrix) > _MOST_CLASSES:
+        model["matrix_image"] = base64.b64encode(confusion_image(matrix, classes)).decode()
     return {**model, "samples": [_sample(sample, details) for sample in details["worst"]]}
+
+
+def _confused(found: tables.Mistakes, classes: Sequence[str], most: int) -> Table:
+    table = tables.confused(found, classes, most)
+    rows = [
+        [*names, f"{value:g}", None if share is None else f"{share * 100:.1f} %"] for *names, value, share in table.rows
+    ]
+    return Table(table.headers, rows, table.texts)
 
 
 def _cells(classes: Sequence[str], row: int, values: Sequence[float]) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_train.errors import RunDirError
+from dist_train.errors import RunDirError, escaped
 from dist_train.run_dir.files import read_json
 from dist_train.run_dir.paths import RunDir, recorded_config
 
@@ -73,23 +73,36 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
 
 
 def _read(run_dir: RunDir, label: str, config: dict[str, Any]) -> RunRecord:
-    found = {path.stem: read_json(path) for path in sorted(run_dir.report.glob("[!.]*.json"))}
+    found = {path.stem: _printable_json(path) for path in sorted(run_dir.report.glob("[!.]*.json"))}
     # A user may keep other JSON files there.
     details = {
         name: each for name, each in found.items() if isinstance(each, dict) and {"metrics", "worst"} <= set(each)
     }
-    results = read_json(run_dir.results) or {}
+    results = _printable_json(run_dir.results) or {}
     order = dict.fromkeys([*results.get("models", {}), *details])
     return RunRecord(
         path=run_dir.path,
-        label=label,
-        config=config,
-        status=read_json(run_dir.status) or {},
-        environment=read_json(run_dir.environment) or {},
+        label=escaped(label),
+        config=_printable(config),
+        status=_printable_json(run_dir.status) or {},
+        environment=_printable_json(run_dir.environment) or {},
         results=results,
         points=join_attempts(read_points(run_dir.metrics)),
         details={name: details[name] for name in order if name in details},
     )
+
+
+def _printable_json(path: Path) -> Any:
+    """Reads JSON, with names that are no UTF-8 escaped, as neither a page nor a plot takes them."""
+    return _printable(read_json(path))
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_printable(key): _printable(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_printable(each) for each in value]
+    return escaped(value) if isinstance(value, str) else value
 
 
 def read_points(path: Path) -> list[Point]:

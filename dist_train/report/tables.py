@@ -9,6 +9,9 @@ from typing import Any
 from dist_train.console.results_table import gate_name, result_table
 from dist_train.report.read import RunRecord
 
+MATRIX_CLASSES = 256
+"""The most classes of a confusion matrix that is drawn or written as a table: a cell has 5 pixels."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -107,11 +110,50 @@ def stages(runs: Sequence[RunRecord]) -> Table:
 
 
 def confusion(details: dict[str, Any]) -> list[list[float]] | None:
-    """Returns a model's confusion matrix, [target][decision]; None where its task has none."""
+    """Returns a model's confusion matrix, [target][decision]; None for a task without one and above MATRIX_CLASSES."""
+    matrix = _matrix(details)
+    return matrix if matrix is not None and len(matrix) <= MATRIX_CLASSES else None
+
+
+def _matrix(details: dict[str, Any]) -> list[list[float]] | None:
     matrix = details["metrics"].get("confusion")
     classes = len(details["classes"])
     square = isinstance(matrix, list) and len(matrix) == classes and all(_has(row, classes) for row in matrix)
     return matrix if square else None
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """The classes that a model takes for each other.
+
+    Attributes:
+        pairs: target, decision, samples, and all samples of the target's class; most samples first.
+        num_pairs: pairs that occur; more than `pairs` where the run listed only the worst.
+    """
+
+    samples: float
+    wrong: float
+    pairs: list[tuple[int, int, float, float]]
+    num_pairs: int
+
+
+def mistakes(details: dict[str, Any]) -> Mistakes | None:
+    """Returns a model's mistakes; None where its task does not decide for one of several classes with names."""
+    metrics, matrix = details["metrics"], _matrix(details)
+    if "confused_pairs" in metrics and details["classes"]:
+        pairs = [(target, decision, value, total) for target, decision, value, total in metrics["confused_pairs"]]
+        return Mistakes(metrics["num_samples"], metrics["num_wrong"], pairs, metrics["num_pairs"])
+    if matrix is None:
+        return None
+    totals = [sum(row) for row in matrix]
+    pairs = [
+        (row, column, value, totals[row])
+        for row, values in enumerate(matrix)
+        for column, value in enumerate(values)
+        if row != column and value
+    ]
+    pairs.sort(key=lambda pair: (-pair[2], pair[:2]))
+    return Mistakes(sum(totals), sum(pair[2] for pair in pairs), pairs, len(pairs))
 
 
 def per_class(run: RunRecord) -> Table | None:
@@ -129,16 +171,15 @@ def per_class(run: RunRecord) -> Table | None:
     return Table(["class", *columns], rows)
 
 
-def confused(matrix: Sequence[Sequence[float]], classes: Sequence[str], most: int = 10) -> Table:
-    """Lists the classes that were most often taken for each other."""
-    pairs = [
-        (value, row, column)
-        for row, values in enumerate(matrix)
-        for column, value in enumerate(values)
-        if row != column and value
+def confused(found: Mistakes, classes: Sequence[str], most: int) -> Table:
+    """Lists the classes that were most often taken for each other; a last row sums up the pairs that are left out."""
+    pairs = found.pairs[:most]
+    rows: list[list[Any]] = [
+        [classes[target], classes[decision], value, value / total] for target, decision, value, total in pairs
     ]
-    pairs.sort(key=lambda pair: (-pair[0], pair[1:]))
-    rows = [[classes[row], classes[column], value, value / sum(matrix[row])] for value, row, column in pairs[:most]]
+    if found.num_pairs > len(pairs):
+        others = f"({found.num_pairs - len(pairs)} other pairs)"
+        rows.append([others, others, found.wrong - sum(pair[2] for pair in pairs), None])
     return Table(["target", "decision", "samples", "of the class"], rows, texts=2)
 
 
@@ -155,7 +196,8 @@ def name_of(value: Any, details: dict[str, Any]) -> str:
     if value is None:
         return "-"
     classes = details["classes"]
-    if isinstance(value, int) and not isinstance(value, bool) and confusion(details) and 0 <= value < len(classes):
+    one_class = "confused_pairs" in details["metrics"] or _matrix(details) is not None
+    if isinstance(value, int) and not isinstance(value, bool) and one_class and 0 <= value < len(classes):
         return str(classes[value])
     if isinstance(value, list):
         return ", ".join(name_of(each, {"classes": [], "metrics": {}}) for each in value)

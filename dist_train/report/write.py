@@ -17,6 +17,7 @@ from dist_train.report.read import RunRecord, read_runs
 from dist_train.run_dir.files import replace_bytes, replace_json
 from dist_train.run_dir.paths import RunDir
 
+_MOST_PAIRS = 1000  # of classes, in a CSV in place of a matrix
 _WRITTEN = ".written.json"  # lists our files: others are not overwritten or removed
 
 
@@ -55,12 +56,13 @@ def _contents(runs: Sequence[RunRecord]) -> dict[str, bytes]:
             contents[f"tables/{prefix}per_class.csv"] = _csv(classes)
         for model, details in run.details.items():
             contents[f"tables/{prefix}worst-{model}.csv"] = _csv(tables.worst(details))
-            matrix = tables.confusion(details)
+            names, matrix, mistakes = details["classes"], tables.confusion(details), tables.mistakes(details)
             if matrix is not None:
-                names = details["classes"]
                 rows = [[name, *row] for name, row in zip(names, matrix, strict=True)]
                 contents[f"tables/{prefix}confusion-{model}.csv"] = _csv(tables.Table(["target", *names], rows))
                 contents[f"plots/{prefix}confusion-{model}.png"] = confusion_image(matrix, names)
+            elif mistakes is not None:
+                contents[f"tables/{prefix}confused-{model}.csv"] = _csv(tables.confused(mistakes, names, _MOST_PAIRS))
     contents["report.html"] = page(runs, [(chart, svg) for chart, svg, _ in drawn]).encode()
     return contents
 

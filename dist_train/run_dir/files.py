@@ -39,8 +39,10 @@ def replace_text(path: Path, text: str) -> None:
     replace_bytes(path, text.encode())
 
 
-def replace_json(path: Path, value: Any) -> None:
-    replace_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+def replace_json(path: Path, value: Any, *, compact: bool = False) -> None:
+    """Replaces a JSON file atomically: indented for people, or `compact`, on one line, for programs."""
+    layout: dict[str, Any] = {"separators": (",", ":")} if compact else {"indent": 2}
+    replace_text(path, json.dumps(value, allow_nan=False, **layout) + "\n")
 
 
 def write_folder(path: Path, contents: Mapping[str, bytes]) -> None:

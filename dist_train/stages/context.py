@@ -12,7 +12,7 @@ from torch import nn
 from dist_train.config.tree import Config
 from dist_train.console.progress import Progress
 from dist_train.distributed.world import World
-from dist_train.errors import DataError
+from dist_train.errors import DataError, QuantizationError
 from dist_train.models.fingerprint import PREPARED, SameModel
 from dist_train.quantization.backend import QuantizationBackend, as_configuration, build_backend
 from dist_train.quantization.prepared import PreparedModel
@@ -88,11 +88,20 @@ class Context:
             if self.config.model.channels_last:
                 example = example.contiguous(memory_format=torch.channels_last)
             with as_configuration():
-                self._prepared = self.backend.prepare(self.model, example, self.config.qat.rules)
+                self._prepared = self._prepare(example)
             self.same_model.require(PREPARED, self._prepared, example)
             if self.quantized is not None:
                 self._prepared.load_state_dict(self.quantized)
         return self._prepared
+
+    def _prepare(self, example: torch.Tensor) -> PreparedModel:
+        prepared: object = self.backend.prepare(self.model, example, self.config.qat.rules)
+        if not isinstance(prepared, PreparedModel):
+            raise QuantizationError(
+                f"prepare() of the backend {self.config.qat.backend} returned {type(prepared).__name__}",
+                "return a dist_train.quantization.prepared.PreparedModel",
+            )
+        return prepared
 
     def set_quantized(self, state: dict[str, Any]) -> None:
         """Sets the state of the prepared model."""
@@ -138,4 +147,4 @@ class Context:
         if self.world.is_main:
             path = self.run_dir.details(model)
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_json(path, {"model": model, "classes": list(splits.classes or ()), **found})
+            replace_json(path, {"model": model, "classes": list(splits.classes or ()), **found}, compact=True)

@@ -51,7 +51,7 @@ class PTQ(Stage):
         verb = "loses" if lost >= 0 else "gains"
         line = f"{self.name}: {verb} {abs(lost):.2f} points of {context.task.headline} against fp32"
         if "qat" in config.stages and lost <= _LITTLE:
-            line += f"; if that is acceptable, --qat.budget {_LITTLE:g} skips qat"
+            line += f"; {'if that is acceptable, ' if lost > 0 else ''}--qat.budget {_LITTLE:g} skips qat"
         context.progress.say(line)
 
     def restore(self, context: Context, product: dict[str, Any]) -> None:

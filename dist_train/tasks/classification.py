@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from pydantic import Field
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+from torchmetrics.classification import MulticlassAccuracy
 
 from dist_train.config.base import Settings
 from dist_train.errors import DataError
 from dist_train.tasks.base import Task, require_classes, task_args, wrong_targets
+from dist_train.tasks.counts import ClassAccuracy, TopK, confusion
 
 
 class _Args(Settings):
@@ -55,15 +56,14 @@ class Classification(Task):
             "top1": MulticlassAccuracy(self._num_classes, average="micro")
         }
         if self._num_classes > 5:
-            chosen["top5"] = MulticlassAccuracy(self._num_classes, top_k=5, average="micro")
+            chosen["top5"] = TopK(self._num_classes, 5)
         return torchmetrics.MetricCollection(chosen, compute_groups=False)
 
     def details(self) -> torchmetrics.MetricCollection:
-        """Makes `confusion`, int64 [classes, classes], rows are true classes, and `per_class`, accuracies [classes]."""
+        """Makes `confusion`, int64 [classes, classes], rows are true classes, and `per_class`, accuracies [classes].
+
+        Above `DENSE_CLASSES` classes, the results of `ConfusedPairs` stand in place of `confusion`.
+        """
         return torchmetrics.MetricCollection(
-            {
-                "confusion": MulticlassConfusionMatrix(self._num_classes),
-                "per_class": MulticlassAccuracy(self._num_classes, average="none"),
-            },
-            compute_groups=False,
+            {**confusion(self._num_classes), "per_class": ClassAccuracy(self._num_classes)}, compute_groups=False
         )

@@ -8,17 +8,13 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from pydantic import Field
-from torchmetrics.classification import (
-    MultilabelAveragePrecision,
-    MultilabelConfusionMatrix,
-    MultilabelExactMatch,
-    MultilabelF1Score,
-)
+from torchmetrics.classification import MultilabelExactMatch, MultilabelF1Score
 from torchmetrics.wrappers import LambdaInputTransformer
 
 from dist_train.config.base import Settings
 from dist_train.errors import DataError
 from dist_train.tasks.base import Task, task_args, wrong_targets
+from dist_train.tasks.counts import LabelConfusion, LabelPrecision
 
 # With fixed thresholds, average precision needs only counts: ranks add up, and no scores are kept.
 _THRESHOLDS = 201
@@ -77,7 +73,7 @@ class Multilabel(Task):
         # torchmetrics applies a sigmoid only to batches with a value outside 0..1, so it never gets logits.
         chosen: dict[str, torchmetrics.Metric | torchmetrics.MetricCollection] = {
             "map": LambdaInputTransformer(
-                MultilabelAveragePrecision(self._num_labels, thresholds=_THRESHOLDS), torch.sigmoid, _integers
+                LabelPrecision(self._num_labels, thresholds=_THRESHOLDS), torch.sigmoid, _integers
             ),
             "f1": LambdaInputTransformer(MultilabelF1Score(self._num_labels, average="macro"), _decided, _integers),
             "exact_match": LambdaInputTransformer(MultilabelExactMatch(self._num_labels), _decided, _integers),
@@ -88,9 +84,7 @@ class Multilabel(Task):
         """Makes `label_confusion`, int64 [labels, 2, 2], rows are the truth, and `label_f1`, float [labels]."""
         return torchmetrics.MetricCollection(
             {
-                "label_confusion": LambdaInputTransformer(
-                    MultilabelConfusionMatrix(self._num_labels), _decided, _integers
-                ),
+                "label_confusion": LambdaInputTransformer(LabelConfusion(self._num_labels), _decided, _integers),
                 "label_f1": LambdaInputTransformer(
                     MultilabelF1Score(self._num_labels, average="none"), _decided, _integers
                 ),

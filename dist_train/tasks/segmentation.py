@@ -7,11 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassJaccardIndex
+from torchmetrics.classification import MulticlassAccuracy
 
 from dist_train.config.base import Settings
 from dist_train.errors import DataError
 from dist_train.tasks.base import Task, require_classes, task_args, wrong_targets
+from dist_train.tasks.counts import ClassIoU, MeanIoU, confusion
 
 
 class _Args(Settings):
@@ -67,18 +68,18 @@ class Segmentation(Task):
 
     def metrics(self) -> torchmetrics.MetricCollection:
         chosen: dict[str, torchmetrics.Metric | torchmetrics.MetricCollection] = {
-            "mean_iou": MulticlassJaccardIndex(self._num_classes, average="macro", ignore_index=self._ignore_index),
+            "mean_iou": MeanIoU(self._num_classes, self._ignore_index),
             "pixel_accuracy": MulticlassAccuracy(self._num_classes, average="micro", ignore_index=self._ignore_index),
         }
         return torchmetrics.MetricCollection(chosen, compute_groups=False)
 
     def details(self) -> torchmetrics.MetricCollection:
-        """Makes `confusion` of pixels, int64 [classes, classes], rows are true classes, and `per_class`, IoUs."""
+        """Makes `confusion` of pixels, int64 [classes, classes], rows are true classes, and `per_class`, IoUs.
+
+        Above `DENSE_CLASSES` classes, the results of `ConfusedPairs` stand in place of `confusion`.
+        """
         ignored = self._ignore_index
         return torchmetrics.MetricCollection(
-            {
-                "confusion": MulticlassConfusionMatrix(self._num_classes, ignore_index=ignored),
-                "per_class": MulticlassJaccardIndex(self._num_classes, average="none", ignore_index=ignored),
-            },
+            {**confusion(self._num_classes, ignored), "per_class": ClassIoU(self._num_classes, ignored)},
             compute_groups=False,
         )

@@ -95,8 +95,9 @@ def possible_mode() -> Literal["online", "offline"]:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return "online"
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    file = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")  # Path.home() raises for a user without a home
     try:
-        known = netrc.netrc(os.environ.get("NETRC", Path.home() / ".netrc")).authenticators(host)
+        known = netrc.netrc(file).authenticators(host)
     except (OSError, netrc.NetrcParseError):
         known = None
     return "online" if known else "offline"

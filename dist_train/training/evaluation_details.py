@@ -1,4 +1,4 @@
-"""Collects an evaluation's details: confusion matrix, per-class accuracy, the samples of highest loss.
+"""Collects an evaluation's details: confusion matrix or worst pairs, per-class accuracy, samples of highest loss.
 
 They are collected during the evaluation, without a second pass. Each rank keeps a few candidate samples, so the ranks
 exchange little at the end. report/<model>.json holds the result.
@@ -76,7 +76,7 @@ class Details:
         with warnings.catch_warnings():
             # As in `evaluate`: a rank without samples adds nothing, which is correct.
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
-            metrics = {name: _numbers(value, math.inf) for name, value in self._metrics.compute().items()}
+            metrics = {name: _numbers(_short(value), math.inf) for name, value in self._metrics.compute().items()}
         # The worst samples over all ranks are agreed first, so that only their images are sent.
         ranks = world.gather([_rank(sample) for sample in self._samples])
         chosen = set(sorted(key for keys in ranks for key in keys)[:WORST])
@@ -100,6 +100,15 @@ def _numbers(values: torch.Tensor, limit: float = _CAPTION_NUMBERS) -> Any:
     Elements that are not finite become None, as JSON has no NaN.
     """
     return _finite(values.tolist()) if values.numel() <= limit else None
+
+
+def _short(values: torch.Tensor) -> torch.Tensor:
+    """Returns float32 as the float64 of the fewest digits that stand for it: 0.6, not 0.6000000238418579."""
+    if values.dtype != torch.float32:
+        return values
+    return torch.tensor([float(str(each)) for each in values.cpu().numpy().flat], dtype=torch.float64).view(
+        values.shape
+    )
 
 
 def _finite(value: Any) -> Any:

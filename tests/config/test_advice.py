@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dist_train.cli.main import main
+from dist_train.cli import main
 from dist_train.config.advice import clipping_undone, idle_settings, too_many_workers
 from dist_train.config.load import load
 from dist_train.config.tree import Config

@@ -70,7 +70,7 @@ def test_every_setting_has_a_source(quick: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_annotated_yaml_reads_back_as_the_same_configuration(quick: Path, tmp_path: Path) -> None:
-    loaded = load(quick, ["--model.args.note", "a # b: 'c'"], {})
+    loaded = load(quick, ["--model.args.note", '"a # b: it\'s"'], {})
     text = annotated(loaded)
     assert "--model.args.note" in text and f"{quick}:9" in text
     (tmp_path / "again.yaml").write_text(text)
@@ -104,6 +104,57 @@ def test_options_are_yaml_1_2_values(quick: Path, options: list[str], key: str, 
     assert found[key] == (value, type(value))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sweep #2", "#2", "a: b", "007", "1e3", "yes", "true", "~", "Null", "0x10", "[a]", "{a: b}", "*a", "&a b",
+        "!!int 5", "| a", " a ", "it's", '"a" and "b"', "$HOME", "a\tb", "naïve ü", "2020-01-01", "a\\b", "%41", "-",
+    ],
+)  # fmt: skip
+def test_a_path_or_a_name_is_the_text_as_typed(quick: Path, text: str) -> None:
+    options = [f"--run.dir={text}", f"--wandb.project={text}", f"--wandb.entity={text}", f"--log.epoch_format={text}"]
+    config = load(quick, [*options, "--wandb.tags", "[a, b]", f"--wandb.tags.1={text}"], {}).config
+    assert config.run.dir == Path(text)
+    assert [config.wandb.project, config.wandb.entity, config.log.epoch_format] == [text] * 3
+    assert config.wandb.tags == ["a", text]
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "value"),
+    [
+        (["--run.dir", "null"], "run.dir", None),
+        (["--run.dir", ""], "run.dir", None),
+        (["--run.dir", '"null"'], "run.dir", "null"),
+        (["--run.name", "null"], "run.name", "null"),
+        (["--wandb.project", "''"], "wandb.project", ""),
+        (["--log.epoch_format", "'{epoch}: it''s'"], "log.epoch_format", "{epoch}: it's"),
+        (["--log.epoch_format", "Epoch: {top1:.1%} #"], "log.epoch_format", "Epoch: {top1:.1%} #"),
+        (["--run.threads_per_rank", "2"], "run.threads_per_rank", 2),
+        (["--run.threads_per_rank", "auto"], "run.threads_per_rank", "auto"),
+        (["--data.args.text", "'a # b'"], "data.args", {"text": "a # b"}),
+        (["--data.args.text", "a#b"], "data.args", {"text": "a#b"}),
+        (["--export.models", "null"], "export.models", None),
+    ],
+)
+def test_null_and_quotes_keep_their_meaning(quick: Path, options: list[str], key: str, value: object) -> None:
+    assert {name: given for name, given, _ in leaves(load(quick, options, {}).config)}[key] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [("*.conv #2", "*.conv #2"), ("null", "null"), ("{type: Conv2d}", {"type": "Conv2d"}), ("type: A", {"type": "A"})],
+)
+def test_a_text_or_a_section_is_a_section_only_where_yaml_reads_one(quick: Path, text: str, match: object) -> None:
+    options = ["--qat.rules", "[{match: a, skip: true}]", "--qat.rules.0.match", text]
+    assert load(quick, options, {}).config.model_dump()["qat"]["rules"][0]["match"] == match
+
+
+def test_a_path_that_no_shell_expanded_is_warned_of(quick: Path) -> None:
+    warned = {warning.place for warning in load(quick, ["--run.dir=~/a", "--data.cache_dir=$SCRATCH/b"], {}).warnings}
+    assert warned == {"run.dir", "data.cache_dir"}
+    assert load(quick, ["--run.dir=a~/$b"], {}).warnings == ()
+
+
 def test_an_item_of_a_list_is_addressed_by_its_number(quick: Path) -> None:
     config = load(quick, ["--data.augment.1.p", "0.25"], {}).config
     assert config.model_dump()["data"]["augment"] == [
@@ -130,7 +181,7 @@ def test_the_python_api_loads_the_same(quick: Path) -> None:
 def test_user_code_comes_in_through_import(quick: Path, user_code: Path) -> None:
     (user_code / "user_parts.py").write_text(
         "import dist_train\nfrom dist_train.config.base import Settings\n"
-        "class Pause(Settings):\n    seconds: float\n    often: int = 1\n"
+        "class Pause(Settings):\n    seconds: float\n    often: int = 1\n    note: str = ''\n"
         "@dist_train.register_model('user_net')\ndef net(num_classes): ...\n"
         "@dist_train.register_stage('user_pause', settings=Pause)\nclass PauseStage: ...\n"
     )
@@ -145,6 +196,8 @@ def test_user_code_comes_in_through_import(quick: Path, user_code: Path) -> None
         load(quick, ["--import", "user_parts", *options, "--user_pause", "{seconds: 1, oftn: 2}"], {})
     loaded = load(quick, ["--import", "user_parts", *options, "--user_pause.seconds", "2"], {})
     assert loaded.sources["user_pause.seconds"] == "--user_pause.seconds"
+    options += ["--user_pause.seconds", "2", "--user_pause.note", "1 #2"]
+    assert load(quick, ["--import", "user_parts", *options], {}).config.model_dump()["user_pause"]["note"] == "1 #2"
     again = user_code / "again.yaml"
     again.write_text(dump(loaded.config))
     assert load(again, environ={}).config.model_dump() == loaded.config.model_dump()

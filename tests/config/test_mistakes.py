@@ -121,6 +121,12 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, text: str, message: 
         (["--data.augment.1.p", "1"], "data.augment.1.p", "data.augment has 1 item", "--data.augment.1.p"),
         (["--data.augment.p", "1"], "data.augment.p", "name an item by its number", "--data.augment.p"),
         (["--stages.9", "train"], "stages.9", "stages has 5 items", "--stages.9"),
+        (["--run.seed", "7 # lucky"], "run.seed", "would drop '# lucky' as a comment", "--run.seed"),
+        (["--data.args.root", "/a/run #2"], "data.args.root", "would drop '#2' as a comment", "--data.args.root"),
+        (["--data.args.root", "#2"], "data.args.root", "would drop '#2' as a comment", "--data.args.root"),
+        (["--data.args.a", "b: 1 # c\nd: 2"], "data.args.a", "would drop '# c' as a comment", "--data.args.a"),
+        (["--stages", "[train] #, qat]"], "stages", "would drop '#, qat]' as a comment", "--stages"),
+        (["--run.dir", "a\udcff"], "run.dir", r"'a\udcff' is not UTF-8", "--run.dir"),
     ],
 )
 def test_a_mistake_in_an_option_is_named(

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from dist_train.cli.main import main
+from dist_train.cli import main
 from dist_train.config.base import Settings
 from dist_train.config.reference import reference
 from dist_train.config.tree import Config, leaves

@@ -84,7 +84,7 @@ def test_a_configuration_with_mistakes_is_bad_and_the_rest_is_still_looked_at(tm
 
 def test_it_starts_without_torch_and_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     code = (
-        "import sys; from dist_train.cli.main import main; code = main(['doctor', '--only', 'ranks']);"
+        "import sys; from dist_train.cli import main; code = main(['doctor', '--only', 'ranks']);"
         "sys.exit(code or ' '.join({'torch', 'numpy', 'rich'} & set(sys.modules)) or 0)"
     )
     environ = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -10,15 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.io import write_png
 
 from dist_train import registry
 from dist_train.artifact.deployable import Deployable
 from dist_train.artifact.load import load_artifact
 from dist_train.artifact.store import verify_artifact
-from dist_train.cli.main import main
+from dist_train.cli import main
 from dist_train.config.data import DataConfig
 from dist_train.config.stages import ExportConfig
 from dist_train.data.arrays import ImageArrays
@@ -323,7 +325,28 @@ def test_an_unreadable_image_is_named_and_the_others_are_predicted(
     assert main(["predict", str(run), str(pictures / "0.png"), str(broken), str(pictures / "1.png")]) == 1
     printed = capsys.readouterr()
     assert [line.split(",")[0][-5:] for line in printed.out.splitlines()[1:]] == ["0.png", "1.png"]
-    assert f"{broken} cannot be read as an image" in printed.err
+    assert f"{broken} cannot be decoded" in printed.err
+
+
+def test_odd_images_cost_their_own_rows_at_most(
+    run: Path, pictures: Path, splits: Splits, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert isinstance(splits.eval, ImageArrays)
+    plain = Image.fromarray(splits.eval.images[0, 0].numpy())
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    plain.save(tmp_path / "plain.png")
+    plain.rotate(90, expand=True).save(tmp_path / "turned.png", exif=turned)
+    Image.fromarray(np.asarray(plain).astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    plain.save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("L", plain.size)])
+    (tmp_path / "link.png").symlink_to("nowhere.png")
+    (tmp_path / "text.jpg").write_text("no image")
+    assert main(["predict", str(run), str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    rows = list(csv.reader(io.StringIO(printed.out)))[1:]
+    assert [Path(row[0]).name for row in rows] == ["deep.png", "moving.gif", "plain.png", "turned.png"]
+    assert len({tuple(row[1:]) for row in rows}) == 1, "they show the same pixels"
+    assert "link.png is a link that leads nowhere" in printed.err and "text.jpg cannot be decoded" in printed.err
 
 
 @pytest.mark.parametrize(

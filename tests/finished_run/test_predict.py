@@ -1,21 +1,16 @@
-"""Tests finding and decoding images, and their conversion to a model's size and channels."""
+"""Tests finding images, and printing what was predicted for them."""
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from torchvision.io import write_jpeg, write_png
-from torchvision.transforms.v2 import functional as transforms
 
 from dist_train.errors import DataError, UsageError
-from dist_train.finished_run.predict import Prediction, image_files, read_image, require_format, shown
-
-
-def picture(height: int, width: int, channels: int = 3) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(height * width)
-    return torch.randint(0, 256, (channels, height, width), dtype=torch.uint8, generator=generator)
+from dist_train.finished_run.predict import Prediction, image_files, require_format, shown
 
 
 def test_folders_and_patterns_are_expanded_in_order_and_other_files_left_out(tmp_path: Path) -> None:
@@ -29,36 +24,20 @@ def test_folders_and_patterns_are_expanded_in_order_and_other_files_left_out(tmp
         image_files([str(tmp_path / "*.gif")])
 
 
-def test_an_image_of_the_model_s_size_is_left_as_it_is(tmp_path: Path) -> None:
-    write_png(picture(8, 6), str(tmp_path / "a.png"))
-    assert torch.equal(read_image(str(tmp_path / "a.png"), (3, 8, 6), None), picture(8, 6))
+def test_hidden_files_and_folders_are_left_out_of_a_folder(tmp_path: Path) -> None:
+    for name in ("a.png", "._a.png", ".cache/b.png", "album.png/c.png", ".photos/d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    found = [str(tmp_path / name) for name in ("a.png", "album.png/c.png")]
+    assert image_files([str(tmp_path)]) == found
+    assert image_files([str(tmp_path / "**" / "*.png")]) == found, "album.png is a folder"
+    named = str(tmp_path / ".photos")
+    assert image_files([named]) == [f"{named}/d.png"], "a hidden folder that was named is read"
 
 
-def test_gray_and_colour_become_what_the_model_takes(tmp_path: Path) -> None:
-    write_png(picture(8, 8, 1), str(tmp_path / "gray.png"))
-    write_png(picture(8, 8, 3), str(tmp_path / "colour.png"))
-    assert torch.equal(read_image(str(tmp_path / "gray.png"), (3, 8, 8), None), picture(8, 8, 1).expand(3, -1, -1))
-    gray = read_image(str(tmp_path / "colour.png"), (1, 8, 8), None)
-    expected = transforms.rgb_to_grayscale(picture(8, 8, 3))
-    assert (gray.int() - expected.int()).abs().max() <= 1  # the decoder rounds differently
-
-
-def test_resize_is_of_the_shorter_edge_and_then_the_centre_is_cut_out(tmp_path: Path) -> None:
-    write_png(picture(20, 40), str(tmp_path / "wide.png"))
-    got = read_image(str(tmp_path / "wide.png"), (3, 8, 8), 10)
-    small = transforms.resize(picture(20, 40), [10, 20], antialias=True)
-    assert torch.equal(got, small[:, 1:9, 6:14])
-    squeezed = read_image(str(tmp_path / "wide.png"), (3, 8, 8), None)
-    assert torch.equal(squeezed, transforms.resize(picture(20, 40), [8, 8], antialias=True))
-
-
-def test_a_cut_jpeg_and_a_text_are_errors_that_name_the_file(tmp_path: Path) -> None:
-    write_jpeg(picture(32, 32), str(tmp_path / "whole.jpg"))
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:200])
-    (tmp_path / "text.png").write_text("no image")
-    for name in ("cut.jpg", "text.png"):
-        with pytest.raises(DataError, match=rf"{name} cannot be read as an image"):
-            read_image(str(tmp_path / name), (3, 32, 32), None)
+def test_a_link_that_leads_nowhere_costs_its_own_row(tmp_path: Path) -> None:
+    (tmp_path / "a.png").symlink_to(tmp_path / "nowhere")
+    assert image_files([str(tmp_path / "a.png")]) == image_files([str(tmp_path)]) == [str(tmp_path / "a.png")]
 
 
 def test_other_tasks_give_their_raw_outputs_and_only_as_json() -> None:
@@ -73,3 +52,11 @@ def test_a_comma_in_a_file_s_name_does_not_break_the_csv() -> None:
     manifest = {"task": "classification", "classes": ["cat", "dog"]}
     text = shown(Prediction("a,b.png", torch.tensor([0.0, 1.0])), manifest, "csv", 2)
     assert text == '"a,b.png",dog,0.731059\n"a,b.png",cat,0.268941'
+
+
+def test_names_that_are_no_utf8_are_printed_escaped() -> None:
+    name = os.fsdecode(b"caf\xe9/\xe9t\xe9.png")
+    manifest = {"task": "classification", "classes": ["cat"]}
+    assert shown(Prediction(name, torch.tensor([0.0])), manifest, "csv", 1) == r"caf\xe9/\xe9t\xe9.png,cat,1.000000"
+    found = json.loads(shown(Prediction(name, torch.tensor([0.0])), manifest, "json", 1))
+    assert found["file"] == r"caf\xe9/\xe9t\xe9.png"

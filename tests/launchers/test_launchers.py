@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-from dist_train.cli.main import main
+from dist_train.cli import main
+from dist_train.config.load import load
 from dist_train.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 from dist_train.launchers import accelerate, slurm_script, torchrun
 from dist_train.launchers.job import Job, outcome
@@ -46,6 +48,38 @@ def test_one_node_stands_alone_and_several_meet_at_an_endpoint() -> None:
         assert part in words
     assert "--standalone" not in words
     assert words.endswith("-m dist_train run my config.yaml --run.seed 3 --run.dir runs/a")
+
+
+@pytest.mark.parametrize("host", ["fd00::17", "[fd00::17]", "::1"])
+def test_an_ipv6_endpoint_stands_in_brackets_before_its_port(host: str) -> None:
+    job = replace(JOB, nodes=(2, 2), endpoint=host, port=29511, node_rank=0)
+    bare = host.strip("[]")
+    words = torchrun.command(job).words
+    assert parse_rendezvous_endpoint(words[words.index("--rdzv-endpoint") + 1], 1) == (bare, 29511)
+    words = accelerate.command(job).words
+    assert words[words.index("--main_process_ip") + 1] == f"[{bare}]"
+
+
+def test_one_node_keeps_its_local_address() -> None:
+    assert "--standalone --local-addr 127.0.0.1" in text_of(replace(JOB, local_addr="127.0.0.1"))
+
+
+@pytest.mark.parametrize(
+    ("name", "passed"),
+    [("localhost", False), ("pod-7f9c.invalid", True), ("192.0.2.199", True)],  # 192.0.2.0/24 is nobody's: RFC 5737
+)
+def test_a_host_name_that_leads_elsewhere_or_nowhere_is_not_used_on_one_node(
+    name: str, passed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.yaml").write_text("run: {name: small}\nstages: [train]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr("socket.getfqdn", lambda: name)
+    assert main(["launch", "torchrun", "--dry-run", "small.yaml"]) == EXIT_DONE
+    shown = capsys.readouterr().out
+    assert ("--local-addr 127.0.0.1" in shown) == ("GLOO_SOCKET_IFNAME=lo" in shown) == passed
+    assert main(["launch", "torchrun", "--dry-run", "--local-addr", "127.0.0.2", "small.yaml"]) == EXIT_DONE
+    assert "--standalone --local-addr 127.0.0.2" in capsys.readouterr().out
 
 
 def test_several_nodes_find_rank_0_anew_after_each_restart_by_the_interface_of_their_address() -> None:
@@ -145,6 +179,46 @@ def test_options_of_sbatch_that_we_do_not_know_go_through_and_replace_ours() -> 
     assert len(head) == len({line.partition("=")[0] for line in head})
 
 
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("/a/b-%j.out", "/a/b-%j.out"),
+        ("/my jobs/%j.out", '"/my jobs/%j.out"'),
+        ("it's #2", '"it\'s \\#2"'),
+        ('a"b\\c', '"a\\"b\\\\c"'),
+    ],
+)
+def test_a_value_for_sbatch_stays_one_word(given: str, written: str) -> None:
+    script = slurm_script.script(replace(JOB, sbatch=(("output", given),)))
+    assert f"#SBATCH --output={written}" in script.splitlines()
+
+
+@pytest.mark.parametrize("name", ["null", "-a", '"a"', "'a'", "a #b", "~", "it's $HOME 100%"])
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_the_ranks_get_the_run_directory_that_was_typed(
+    launcher: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my #1.yaml").write_text("run: {name: small}\nstages: [train]\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["launch", launcher, "--dry-run", "my #1.yaml", f"--run.dir=./{name}"]) == EXIT_DONE
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    config, *settings = words[words.index("run") + 1 :]
+    assert config == "my #1.yaml"
+    assert load(config, settings, environ={}).config.run.dir == Path(name)
+
+
+def test_a_line_break_in_an_option_stays_out_of_the_batch_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.yaml").write_text("run: {name: small}\nstages: [train]\n")
+    monkeypatch.chdir(tmp_path)
+    words = ["launch", "slurm", "--dry-run", "--sbatch.comment"]
+    assert main([*words, "a", "small.yaml", "--wandb.project", "a\ntouch b"]) == EXIT_DONE
+    assert "\n# touch b'\n" in capsys.readouterr().out
+    assert main([*words, "a\nb", "small.yaml"]) == EXIT_CONFIG
+    assert "--sbatch.comment has a line break" in capsys.readouterr().err
+
+
 def test_words_before_the_configuration_are_the_launcher_s_and_words_after_it_are_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,9 +314,13 @@ def test_the_ready_config_files_of_accelerate_are_those_that_launch_writes(
         (["torchrun", "--nproc-per-nod", "2", "small.yaml"], "no option --nproc-per-nod", "--nproc-per-node"),
         (["torchrun", "--train.epochs", "2", "small.yaml"], "no option --train.epochs", "come after it"),
         (["torchrun", "--submit", "small.yaml"], "--submit is not for torchrun", "slurm"),
-        (["torchrun", "--nproc-per-node", "0", "small.yaml"], "not in the range x>=1", "--nproc-per-node P"),
+        (
+            ["torchrun", "--nproc-per-node", "0", "small.yaml"],
+            "must be a whole number, at least 1",
+            "--nproc-per-node P",
+        ),
         (["torchrun", "--nodes", "3:2", "small.yaml"], "MIN:MAX", "--nodes N"),
-        (["torchrun", "--port", "70000", "small.yaml"], "range 1<=x<=65535", "--port PORT"),
+        (["torchrun", "--port", "70000", "small.yaml"], "at most 65535", "--port PORT"),
         (["slurm", "--array", "0-1", "small.yaml"], "no option --array", "--sbatch.array 0-1"),
         (["torchrun", "--endpoint", "h:70000", "small.yaml"], "a host alone", "--endpoint HOST"),
         (["accelerate", "--endpoint", "[::1]:29500", "small.yaml"], "--endpoint [::1] --port PORT", "--endpoint HOST"),
@@ -282,7 +360,7 @@ def test_a_wrong_configuration_starts_nothing_and_leaves_no_file(tmp_path: Path)
     config = tmp_path / "small.yaml"
     config.write_text("run: {name: small}\nstages: [train]\n")
     program = (
-        "import sys; from dist_train.cli.main import main; code = main(sys.argv[1:]);"
+        "import sys; from dist_train.cli import main; code = main(sys.argv[1:]);"
         "sys.exit(code if 'torch' not in sys.modules else 'torch')"
     )
     command = [sys.executable, "-c", program, "launch", "torchrun", "--nproc-per-node", "2", "small.yaml"]

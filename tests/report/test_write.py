@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from dist_train.cli.main import main
+from dist_train.cli import main
 from dist_train.errors import RunDirError
 from dist_train.report.write import write_report
 from dist_train.run_dir.files import replace_json
@@ -89,6 +91,14 @@ def test_what_comes_from_a_run_is_text_and_not_markup(tmp_path: Path) -> None:
     assert shown.tags.count("script") == 1 and evil in shown
 
 
+def test_a_run_of_classes_that_are_no_utf8_has_a_page(tmp_path: Path) -> None:
+    latin = os.fsdecode(b"caf\xe9")
+    run = RunDir(finished(tmp_path / latin, name=latin))
+    replace_json(run.details("fp32"), details([latin, "b", "c"]))
+    page = write_report([run.path], tmp_path / "out")
+    assert r"caf\xe9" in Texts(page.read_text(encoding="utf-8"))
+
+
 def test_what_comes_from_a_run_cannot_leave_an_attribute(tmp_path: Path) -> None:
     evil = """x" onclick="alert(1)' onclick='alert(2)"""
     run = RunDir(finished(tmp_path / "run", name=evil, lines=[line("train", 0, loss=1.0, **{evil: 1.0})]))
@@ -145,6 +155,58 @@ def test_many_classes_are_an_image_and_the_pairs_most_confused(tmp_path: Path) -
     assert "of the class" in shown
 
 
+def thousand(wrong: int = 1_500) -> dict[str, Any]:
+    """Returns the details of a model with 1,000 classes, which lists 1,000 of its pairs, `wrong` of them all."""
+    pairs = [[number, (number + 1) % 1000, 3 if number == 7 else 1, 50] for number in (7, *range(7), *range(8, 1000))]
+    found = details([f"class {number}" for number in range(1000)])
+    counts = {"num_pairs": wrong - 2, "num_wrong": wrong, "num_samples": 50_000}
+    return {**found, "metrics": {"confused_pairs": pairs, **counts, "per_class": [0.98] * 1000}}
+
+
+def test_a_thousand_classes_are_the_worst_pairs_and_what_is_left_out_is_said(tmp_path: Path) -> None:
+    run = RunDir(finished(tmp_path / "run"))
+    run.details("int8").unlink()
+    replace_json(run.details("fp32"), thousand())
+    page = write_report([run.path])
+    shown = Texts(page.read_text())
+    for text in ("1500 of 50000 wrong", "6.0 %", "(1458 other pairs)", "No confusion matrix of 1000 classes"):
+        assert text in shown, text
+    assert "The 40 worst of 1000 classes, by fp32." in shown
+    assert "class 0" in shown and "class 999" in shown, "a sample's target and decision go by their names"
+    assert "Confusion matrix" not in shown and not list(page.parent.glob("plots/confusion-*"))
+    written = rows(page.parent / "tables" / "confused-fp32.csv")
+    assert written[:3] == [
+        ["target", "decision", "samples", "of the class"],
+        ["class 7", "class 8", "3", "0.06"],
+        ["class 0", "class 1", "1", "0.02"],
+    ]
+    assert written[-1] == ["(498 other pairs)", "(498 other pairs)", "498", ""]
+    assert len(written) == 1002 and sum(int(row[2]) for row in written[1:]) == 1500
+    assert not (page.parent / "tables" / "confusion-fp32.csv").exists()
+    assert page.stat().st_size < 200_000
+
+
+def test_a_whole_matrix_of_many_classes_is_shown_by_its_worst_pairs_too(tmp_path: Path) -> None:
+    run = RunDir(finished(tmp_path / "run"))
+    run.details("int8").unlink()
+    replace_json(run.details("fp32"), details([f"class {number}" for number in range(300)]))
+    page = write_report([run.path])
+    shown = Texts(page.read_text())
+    assert "299 of 2999 wrong" in shown and "(259 other pairs)" in shown and "Confusion matrix" not in shown
+    assert [path.name for path in page.parent.glob("*/conf*")] == ["confused-fp32.csv"]
+    assert len(rows(page.parent / "tables" / "confused-fp32.csv")) == 300
+
+
+def test_a_model_of_many_classes_without_mistakes_has_no_pairs(tmp_path: Path) -> None:
+    run = RunDir(finished(tmp_path / "run"))
+    perfect = thousand(wrong=2)
+    replace_json(
+        run.details("fp32"), {**perfect, "metrics": {**perfect["metrics"], "confused_pairs": [], "num_wrong": 0}}
+    )
+    shown = Texts(write_report([run.path]).read_text())
+    assert "0 of 50000 wrong" in shown and "of the class" not in shown
+
+
 def test_a_task_without_classes_has_no_confusion(tmp_path: Path) -> None:
     run = RunDir(finished(tmp_path / "run"))
     for model in ("fp32", "int8"):
@@ -195,7 +257,7 @@ def test_the_command_takes_runs_and_an_output(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.heavy
 def test_a_report_does_not_import_torch(tmp_path: Path) -> None:
-    code = "import sys; from dist_train.cli.main import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    code = "import sys; from dist_train.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     answer = subprocess.run(
         [sys.executable, "-c", code, "report", str(finished(tmp_path / "run"))], timeout=100, capture_output=True
     )

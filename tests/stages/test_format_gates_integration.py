@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dist_train import registry
 from dist_train.artifact.store import verify_artifact
-from dist_train.cli.main import main
+from dist_train.cli import main
 from dist_train.errors import DataError
 from dist_train.lowering import onnx, openvino
 from dist_train.lowering.agreement import Decisions

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import dist_train
 from dist_train.artifact.store import verify_artifact
-from dist_train.cli.main import main
+from dist_train.cli import main
 from tests.support.small_runs import Runs
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dist_train.artifact.load import load_artifact
-from dist_train.cli.main import main
+from dist_train.cli import main
 from dist_train.run_dir.files import read_json
 from tests.support.ranks import train_done
 from tests.support.small_runs import Runs

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import dist_train
-from dist_train.cli.main import main
+from dist_train.cli import main
 from dist_train.run_dir import state_codec as codec
 from dist_train.run_dir.checkpoint import CheckpointFolder
 from dist_train.run_dir.files import read_json

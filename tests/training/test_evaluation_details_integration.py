@@ -80,6 +80,16 @@ def test_confusion_and_accuracy_of_classes_are_those_of_all_samples(size: int, a
         assert metrics["per_class"] == pytest.approx(accuracy.tolist())
 
 
+def test_a_class_s_accuracy_has_the_digits_of_its_precision_and_no_more() -> None:
+    details = Details(Classification(3, {}), torch.device("cpu"))
+    targets = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
+    outputs = F.one_hot(torch.tensor([0, 0, 0, 1, 1, 1, 1, 2]), 3).float()
+    details.update(Batch(torch.arange(8), torch.zeros(8, 5), targets), outputs, torch.zeros(8), outputs.argmax(1))
+    accuracies = details.gather(World(), (), ())["metrics"]["per_class"]
+    assert accuracies == [0.6, 0.6666667, 0.0]
+    assert torch.equal(torch.tensor(accuracies), torch.tensor([3 / 5, 2 / 3, 0]))
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_the_worst_samples_are_those_of_the_whole_set_with_their_own_images(
     size: int, answers: list[dict[str, Any]]

@@ -7,7 +7,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dist_train.config.data import DataConfig
-from dist_train.errors import ConfigError, Problem
+from dist_train.errors import ConfigError, Problem, SetupError
 
 Args = TypeVar("Args", bound=BaseModel)
 
@@ -19,10 +19,22 @@ class NoArgs(BaseModel):
 
 
 def cache_folder(data: DataConfig) -> Path:
-    """Node-local folder for downloads and memory-mapped arrays: data.cache_dir, or dist_train in the user's cache."""
+    """Node-local folder for downloads and memory-mapped arrays: data.cache_dir, or dist_train in the user's cache.
+
+    Raises:
+        SetupError: there is no cache_dir, and the user has no home folder.
+    """
     if data.cache_dir is not None:
         return data.cache_dir
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_train"
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "dist_train"
+    try:
+        return Path.home() / ".cache" / "dist_train"
+    except RuntimeError:  # no HOME, and a user id without a name, as in some containers
+        raise SetupError(
+            f"there is no place for the arrays of datasets: user {os.getuid()} has no home folder, and HOME is not set",
+            "--data.cache_dir FOLDER, one with room on each node, or set HOME",
+        ) from None
 
 
 def read_args(data: DataConfig, model: type[Args]) -> Args:

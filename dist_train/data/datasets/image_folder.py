@@ -14,16 +14,15 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional
 
 from dist_train.config.data import DataConfig, RandAugment, RandomHorizontalFlip, RandomResizedCrop
 from dist_train.data.datasets.args import read_args
+from dist_train.data.image_file import EXTENSIONS, centre, is_image_name, read_image
+from dist_train.data.image_listing import leads_back, list_images
 from dist_train.data.splits import Splits
-from dist_train.errors import ConfigError, CorruptSampleError, DataError, Problem, first_line
+from dist_train.errors import ConfigError, DataError, Problem, escaped
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 # Mean and std of ImageNet-1k's training images on the scale 0..1; torchvision's weights were trained with them
 # (https://docs.pytorch.org/vision/stable/models.html).
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -89,10 +88,10 @@ class ImageFiles(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         """Returns the image's centre, after scaling its shorter edge to `resize` pixels, and its class."""
-        return self._centre(self._decoded(index)), int(self._targets[index])
+        return self._centre(read_image(self.path(index))), int(self._targets[index])
 
     def augmented(self, index: int, seed: int) -> tuple[torch.Tensor, int]:
-        image = self._decoded(index)
+        image = read_image(self.path(index))
         if self._transform is None or self._cropped:
             image = self._centre(image)
         if self._transform is not None:
@@ -105,26 +104,8 @@ class ImageFiles(Dataset[Any]):
         start = self._ends[index - 1] if index else 0
         return self._folder / os.fsdecode(self._names[start : self._ends[index]].tobytes())
 
-    def _decoded(self, index: int) -> torch.Tensor:
-        path = self.path(index)
-        try:
-            content = np.fromfile(path, np.uint8)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}", "look at the file, or at the disk") from error
-        hint = "repair or remove the file, or leave such files out, counted: --data.on_corrupt skip"
-        if not len(content):
-            raise CorruptSampleError(f"{path} is empty", hint)
-        try:
-            image = decode_image(torch.from_numpy(content), mode=ImageReadMode.RGB)
-        except RuntimeError as error:
-            # torchvision puts a source file and a line before its reason.
-            reason = first_line(error).rpartition(".cpp:")[2].partition(", ")[2] or first_line(error)
-            raise CorruptSampleError(f"{path} cannot be decoded: {reason}", hint) from error
-        return image if image.dtype == torch.uint8 else functional.to_dtype(image, torch.uint8, scale=True)
-
     def _centre(self, image: torch.Tensor) -> torch.Tensor:
-        resized = functional.resize(image, [self._args.resize], antialias=True)
-        return functional.center_crop(resized, [self._args.size, self._args.size])
+        return centre(image, self._args.size, self._args.size, self._args.resize)
 
 
 def _transform(step: Any, size: int) -> v2.Transform:
@@ -162,7 +143,7 @@ def image_folder(data: DataConfig) -> Splits:
     if missing:
         seen = ", ".join(sorted(entry.name for entry in data.root.iterdir())[:5]) or "nothing"
         raise DataError(f"{data.root} has no folder {' and no folder '.join(missing)}: it holds {seen}", _LAYOUT)
-    found = {name: _list(data.root / name) for name in ("train", "val")}
+    found = {name: _list(data.root / name, data.on_corrupt == "skip") for name in ("train", "val")}
     classes = sorted(found["train"])
     if classes != sorted(found["val"]):
         only = {
@@ -173,7 +154,8 @@ def image_folder(data: DataConfig) -> Splits:
             f"the classes of {data.root}/train and {data.root}/val differ: {said}", "give both the same folders"
         )
     train, evaluation = (_files(data.root / name, found[name], classes, args, steps) for name in ("train", "val"))
-    return Splits(train, evaluation, len(classes), tuple(classes), _MEAN, _STD, resize=args.resize)
+    names = tuple(escaped(name) for name in classes)
+    return Splits(train, evaluation, len(classes), names, _MEAN, _STD, resize=args.resize)
 
 
 _LAYOUT = "--data.root FOLDER, with images in FOLDER/train/<class>/ and FOLDER/val/<class>/"
@@ -196,20 +178,34 @@ def _files(
     return ImageFiles(folder, names, targets, args, steps, digest.hexdigest()[:32])
 
 
-def _list(split: Path) -> dict[str, list[tuple[str, int]]]:
+def _list(split: Path, skip_dangling: bool) -> dict[str, list[tuple[str, int]]]:
     """Lists each class's image files under its folder, at any depth: path and size in bytes, sorted.
 
     Raises:
-        DataError: no classes, a class without images, or files that are no images.
+        DataError: no classes, a class without images, or files that are no images. Links that lead nowhere, unless
+            they are named like images and are to be skipped; then they are listed, and their items are corrupt.
     """
     found: dict[str, list[tuple[str, int]]] = {}
     others: Counter[str] = Counter()
+    dangling: list[str] = []
     for entry in sorted(split.iterdir()):
-        if entry.name.startswith(".") or not entry.is_dir():
+        if entry.name.startswith("."):
             continue
-        files, seen = _images(entry)
-        others.update(seen)
-        found[entry.name] = files
+        if entry.is_symlink() and not os.path.exists(entry):
+            dangling.append(str(entry))
+        elif leads_back(entry, split):
+            message = f"{entry} is a link to {os.path.realpath(entry)}, whose images are found without it"
+            raise DataError(message, "remove the link")
+        elif entry.is_dir():
+            listing = list_images(entry, split)
+            others.update(listing.others)
+            found[entry.name] = listing.files
+            dangling += [path for path in listing.dangling if not (skip_dangling and is_image_name(Path(path).name))]
+    if dangling:
+        raise DataError(
+            f"{len(dangling)} links in {split} lead nowhere, such as {', '.join(dangling[:3])}",
+            "fetch the files (dvc pull, git annex get), or leave out such images, counted: --data.on_corrupt skip",
+        )
     if len(found) < 2:
         names = ", ".join(found) or "none"
         raise DataError(f"{split} must hold a folder for each of two or more classes; it holds {names}", _LAYOUT)
@@ -226,22 +222,3 @@ def _list(split: Path) -> dict[str, list[tuple[str, int]]]:
             f"{split} has files that are no images: {beside}", f"remove them; images end in {', '.join(EXTENSIONS)}"
         )
     return found
-
-
-def _images(folder: Path) -> tuple[list[tuple[str, int]], Counter[str]]:
-    """Lists image files under a folder, and counts other files by extension; hidden files do not count."""
-    files: list[tuple[str, int]] = []
-    others: Counter[str] = Counter()
-    waiting = [folder]
-    while waiting:
-        with os.scandir(waiting.pop()) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    waiting.append(Path(entry.path))
-                elif entry.name.lower().endswith(EXTENSIONS):
-                    files.append((os.path.relpath(entry.path, folder), entry.stat().st_size))
-                else:
-                    others[Path(entry.name).suffix or "files without an extension"] += 1
-    return sorted(files), others

@@ -2,6 +2,10 @@
 
 import gzip
 import hashlib
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -179,6 +183,27 @@ def test_the_cache_folder_follows_the_config_then_the_user(tmp_path: Path, monke
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder(DataConfig()) == tmp_path / ".cache" / "dist_train"
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="unshare makes the user without a name")
+def test_a_user_without_a_name_or_home_is_told_what_to_give(tmp_path: Path) -> None:
+    program = (
+        "from dist_train.config.data import DataConfig; from dist_train.data.datasets.args import cache_folder\n"
+        "from dist_train.errors import SetupError; from dist_train.trackers.wandb import possible_mode\n"
+        "from dist_train.doctor import disk; from dist_train.doctor.base import Subject\n"
+        "assert possible_mode() == 'offline'\n"
+        f"assert 'cache_dir' in list(disk.check(Subject({str(tmp_path)!r})))[-1].hint\n"
+        "try: cache_folder(DataConfig())\n"
+        "except SetupError as error: print(error)\n"
+    )
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[3])}
+    words = ["unshare", "--user", "--map-user=54321", "--map-group=54321"]
+    if subprocess.run([*words, "true"], capture_output=True, timeout=60).returncode != 0:
+        pytest.skip("no right to make a user namespace")
+    done = subprocess.run(
+        [*words, sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=120
+    )
+    assert "user 54321 has no home folder" in done.stdout and "--data.cache_dir FOLDER" in done.stdout, done.stderr
 
 
 def test_fake_images_are_deterministic_and_of_the_sizes_asked_for() -> None:

@@ -31,9 +31,9 @@ SIZE, RESIZE = 32, 40
 CROP, FLIP, RAND = RandomResizedCrop(), RandomHorizontalFlip(), RandAugment()
 
 
-def opened(root: Path, augment: list[Any] | None = None) -> Splits:
+def opened(root: Path, augment: list[Any] | None = None, **more: Any) -> Splits:
     args = {"size": SIZE, "resize": RESIZE}
-    return image_folder(DataConfig(name="image_folder", root=root, args=args, augment=augment or []))
+    return image_folder(DataConfig(name="image_folder", root=root, args=args, augment=augment or [], **more))
 
 
 def files(split: Any) -> ImageFiles:
@@ -55,29 +55,6 @@ def test_items_are_the_files_in_order_with_the_shorter_edge_scaled_and_the_centr
         assert torch.equal(image, reference(decode_image(str(path)))) and image.dtype == torch.uint8
         assert target == index // 3
         assert torch.equal(image, train_files.augmented(index, seed=1)[0]), "no augmentation unless it is asked for"
-
-
-@pytest.mark.parametrize(
-    ("name", "save"),
-    [
-        ("gray.png", lambda image, path: image.convert("L").save(path)),
-        ("alpha.png", lambda image, path: image.convert("RGBA").save(path)),
-        ("palette.png", lambda image, path: image.convert("P").save(path)),
-        ("gray.JPG", lambda image, path: image.convert("L").save(path, format="JPEG")),
-        ("deep.png", lambda image, path: Image.fromarray(np.uint16(image.convert("L")) * np.uint16(257)).save(path)),
-        ("modern.webp", lambda image, path: image.save(path)),
-    ],
-)  # fmt: skip
-def test_formats_and_colours_become_rgb_bytes(
-    tmp_path: Path, name: str, save: Callable[[Image.Image, Path], None]
-) -> None:
-    write_folder(tmp_path, train=1, val=1, classes=2)
-    save(photo(1, (200, 100, 50)), tmp_path / "train" / "class0" / name)
-    (row,) = [n for n in range(3) if files(opened(tmp_path).train).path(n).name == name]
-    image, _ = files(opened(tmp_path).train)[row]
-    assert image.dtype == torch.uint8 and image.shape == (3, SIZE, SIZE)
-    assert 40 < float(image.float().mean()) < 180
-    assert ("gray" in name or "deep" in name) == bool((image[0] == image[2]).all())
 
 
 def batches(split: Any, workers: int, epochs: list[int], augment: list[Any], seed: int = 5) -> list[dict[int, Any]]:
@@ -120,24 +97,25 @@ def test_the_random_crop_is_torchvisions(tmp_path: Path) -> None:
     assert torch.equal(image, v2.RandomResizedCrop(SIZE, scale=CROP.scale, ratio=CROP.ratio)(whole))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"), [(None, "cannot be decoded"), (b"", "is empty"), (b"<html>", "cannot be decoded")]
-)
-def test_a_corrupt_file_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_a_corrupt_file_is_named(tmp_path: Path) -> None:
     train_files = files(opened(write_folder(tmp_path, train=2, val=1, classes=2)).train)
-    path = train_files.path(1)
-    damage(path) if content is None else path.write_bytes(content)
-    with pytest.raises(CorruptSampleError, match=rf"train/class0/001\.jpg {message}") as caught:
-        train_files[1]
-    assert "--data.on_corrupt skip" in caught.value.hint and "cpp" not in caught.value.message
+    damage(train_files.path(1))
+    for read in (train_files.__getitem__, lambda index: train_files.augmented(index, seed=1)):
+        with pytest.raises(CorruptSampleError, match=r"train/class0/001\.jpg cannot be decoded"):
+            read(1)
 
 
-def test_a_file_that_went_away_is_no_corrupt_one(tmp_path: Path) -> None:
-    train_files = files(opened(write_folder(tmp_path, train=2, val=1, classes=2)).train)
-    train_files.path(0).unlink()
-    with pytest.raises(DataError, match=r"000\.jpg cannot be read: No such file") as caught:
-        train_files[0]
-    assert not isinstance(caught.value, CorruptSampleError), "nobody wants a disk that fails to be skipped"
+def test_phones_pictures_are_trained_on_and_evaluated_upright(tmp_path: Path) -> None:
+    write_folder(tmp_path, train=1, val=1, classes=2)
+    image, exif = photo(1, (200, 100, 50), 60, 60), Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "val" / "class0" / "000.jpg", quality=95)
+    image.save(tmp_path / "train" / "class0" / "000.jpg", quality=95, exif=exif)
+    splits = opened(tmp_path)
+    upright = v2.CenterCrop(SIZE)(v2.Resize(RESIZE)(decode_image(str(files(splits.train).path(0))).rot90(-1, (1, 2))))
+    assert torch.equal(files(splits.train)[0][0], upright)
+    assert torch.equal(files(splits.train).augmented(0, seed=1)[0], upright)
+    assert not torch.equal(files(splits.eval)[0][0], upright)
 
 
 def test_the_fingerprint_follows_names_and_sizes(tmp_path: Path) -> None:
@@ -177,6 +155,79 @@ def test_folders_that_do_not_fit_are_said(tmp_path: Path, spoil: Callable[[Path]
     with pytest.raises(DataError, match=message) as caught:
         opened(tmp_path)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("target", ["../../../nowhere/1a2b.png", "annexed.png"])
+def test_links_that_lead_nowhere_are_named_or_left_out(tmp_path: Path, target: str) -> None:
+    write_folder(tmp_path, train=1, val=1, classes=2)
+    (tmp_path / "train" / "class0" / "annexed.png").symlink_to(target)
+    with pytest.raises(DataError, match=r"1 links in .*train lead nowhere, such as .*class0/annexed\.png") as caught:
+        opened(tmp_path)
+    assert "--data.on_corrupt skip" in caught.value.hint
+    train_files = files(opened(tmp_path, on_corrupt="skip").train)
+    assert [train_files.path(n).name for n in range(len(train_files))] == ["000.jpg", "annexed.png", "000.jpg"]
+    with pytest.raises(CorruptSampleError, match="is a link that leads nowhere"):
+        train_files[1]
+
+
+@pytest.mark.parametrize("place", ["train/class2", "val/class0/more"])
+def test_a_folder_s_link_that_leads_nowhere_is_never_left_out(tmp_path: Path, place: str) -> None:
+    write_folder(tmp_path, train=1, val=1, classes=2)
+    (tmp_path / place).symlink_to("nowhere")
+    with pytest.raises(DataError, match=rf"lead nowhere, such as .*{place}"):
+        opened(tmp_path, on_corrupt="skip")
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../class1", "../../val/class0/../.."])
+def test_links_to_folders_that_are_read_anyway_do_not_multiply_images(tmp_path: Path, target: str) -> None:
+    write_folder(tmp_path, train=2, val=1, classes=2)
+    (tmp_path / "train" / "class0" / "again").symlink_to(target)
+    train_files = files(opened(tmp_path).train)
+    assert [train_files.path(n).parent.name for n in range(len(train_files))] == 2 * ["class0"] + 2 * ["class1"]
+
+
+def test_a_class_that_is_a_link_to_another_class_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path, train=1, val=1, classes=2)
+    for split in ("train", "val"):
+        (tmp_path / split / "class2").symlink_to("class1")
+    with pytest.raises(DataError, match=r"train/class2 is a link to .*class1, whose images are found without it"):
+        opened(tmp_path)
+
+
+def test_links_to_folders_elsewhere_are_followed_once(tmp_path: Path) -> None:
+    write_folder(tmp_path / "pool", train=2, val=1, classes=2)
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        (tmp_path / "data" / split / "a").symlink_to(tmp_path / "pool" / split / "class0")
+        (tmp_path / "data" / split / ".store").mkdir()
+        (tmp_path / "pool" / split / "class1").rename(tmp_path / "data" / split / ".store" / "1")
+        (tmp_path / "data" / split / "b").symlink_to(".store/1")
+    # Two folders elsewhere that lead to each other.
+    for name, other in (("one", "two"), ("two", "one")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "round").symlink_to(tmp_path / other)
+        photo(1, (9, 9, 9)).save(tmp_path / name / f"{name}.png")
+    (tmp_path / "data" / "train" / "a" / "more").symlink_to(tmp_path / "one")
+    train_files = files(opened(tmp_path / "data").train)
+    names = [train_files.path(n).name for n in range(len(train_files))]
+    assert names == ["000.jpg", "001.jpg", "one.png", "two.png", "000.jpg", "001.jpg"]
+
+
+def test_names_that_are_no_utf8_are_read_and_said_escaped(tmp_path: Path) -> None:
+    write_folder(tmp_path, train=1, val=1, classes=2)
+    latin = os.fsdecode(b"caf\xe9")
+    for split in ("train", "val"):
+        (tmp_path / split / "class0").rename(tmp_path / split / latin)
+    path = tmp_path / "train" / latin / os.fsdecode(b"\xe9t\xe9.jpg")
+    (tmp_path / "train" / latin / "000.jpg").rename(path)
+    splits = opened(tmp_path)
+    assert splits.classes == (r"caf\xe9", "class1")
+    assert files(splits.train).path(0) == path and files(splits.train)[0][1] == 0
+    damage(path)
+    with pytest.raises(CorruptSampleError) as caught:
+        files(splits.train)[0]
+    assert r"train/caf\xe9/\xe9t\xe9.jpg cannot be decoded" in str(caught.value)
+    str(caught.value).encode()
 
 
 def test_arguments_are_checked() -> None:

@@ -56,7 +56,7 @@ def config(tmp_path: Path) -> Path:
 )
 def test_looking_at_things_does_not_import_torch(arguments: list[str], config: Path) -> None:
     code = (
-        "import sys; from dist_train.cli.main import main; code = main(sys.argv[1:]);"
+        "import sys; from dist_train.cli import main; code = main(sys.argv[1:]);"
         "heavy = {'torch', 'numpy', 'torchvision', 'rich'} & set(sys.modules); sys.exit(code or ' '.join(heavy) or 0)"
     )
     command = [sys.executable, "-c", code, *arguments]
@@ -68,7 +68,7 @@ def test_looking_at_things_does_not_import_torch(arguments: list[str], config: P
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "-h"], ["config", "list"], ["launch", "-h"]])
 def test_the_first_look_does_not_import_pydantic(arguments: list[str], tmp_path: Path) -> None:
     code = (
-        "import sys; from dist_train.cli.main import main; code = main(sys.argv[1:]);"
+        "import sys; from dist_train.cli import main; code = main(sys.argv[1:]);"
         "sys.exit(code or ('pydantic' if 'pydantic' in sys.modules else 0))"
     )
     command = [sys.executable, "-c", code, *arguments]
@@ -134,7 +134,7 @@ def test_the_start_costs_little_more_than_its_libraries(config: Path) -> None:
         (["export", "small.yaml", "--format", "onxn"], "--format onxn is unknown", "did you mean onnx?"),
         (["export", "small.yaml", "--model", "int9"], "--model int9 is unknown", "did you mean int8?"),
         (["predict", "out"], "predict: missing argument 'IMAGE", "usage: dist-train predict ARTIFACT IMAGE..."),
-        (["predict", "out", "x.png", "--top", "0"], "--top: 0 is not in the range x>=1", "type --top K"),
+        (["predict", "out", "x.png", "--top", "0"], "--top: must be a whole number, at least 1", "type --top K"),
         (["report"], "report: missing argument 'RUN_DIR", "usage: dist-train report RUN_DIR... [--output DIR]"),
         (["report", "runs/none"], "runs/none does not exist", "runs/NAME"),
         (["doctor", "--onyl", "slurm"], "doctor has no option --onyl", "did you mean --only?"),
@@ -250,7 +250,7 @@ def test_shipped_configurations_are_right_point_to_the_schema_and_are_listed(tmp
 
 
 def test_config_copy_never_overwrites_and_keeps_the_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dist_train.cli.main import main
+    from dist_train.cli import main
 
     (tmp_path / "shipped").mkdir()
     (tmp_path / "mine").mkdir()
@@ -273,7 +273,7 @@ def test_config_copy_never_overwrites_and_keeps_the_schema(tmp_path: Path, monke
 def test_config_list_shows_the_first_line_of_each_head(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dist_train.cli.main import main
+    from dist_train.cli import main
 
     (tmp_path / "a.yaml").write_text(
         "# yaml-language-server: $schema=schema.json\n#\n# The first one\n# more\nrun: {}\n"

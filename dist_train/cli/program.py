@@ -56,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with suppress(OSError):
                 Path(os.environ[EXIT_FILE]).touch()
         return error.exit_code
+    except click.UsageError as error:  # such as `--` alone
+        print(f"dist-train: {error.format_message().rstrip('.').lower()}\n  -> {PROGRAM} --help", file=sys.stderr)
+        return EXIT_CONFIG
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its exit
         return EXIT_FAILED
