@@ -92,7 +92,7 @@ def int8_share(model: nn.Module, prepared: PreparedModel) -> Int8Share | None:
 def advise(model: nn.Module, example: Tensor, settings: QATConfig, found: Int8Share) -> str:
     """Explains why weights stay in floating point: by rules of the config, or because the backend does not take them.
 
-    Other backends are tried, to name one that takes more.
+    Other backends are tried, to name one that quantizes more.
 
     Args:
         model: the float model on the CPU; it is not changed.
@@ -104,9 +104,9 @@ def advise(model: nn.Module, example: Tensor, settings: QATConfig, found: Int8Sh
     shares = {name: _share_of(model, example, settings, name) for name in _ALTERNATIVES if name != settings.backend}
     best = max(shares, key=lambda name: shares[name])
     if shares[best] > found.share + 0.01:
-        parts.append(f"--qat.backend {best} takes {in_percent(shares[best])} %")
+        parts.append(f"--qat.backend {best} quantizes {in_percent(shares[best])} %")
     elif not by_rules:
-        parts.append("no other backend takes more, so that the file is smaller and the model faster in that part only")
+        parts.append("no other backend quantizes more, so only the quantized part gets smaller and faster")
     return "; ".join(parts)
 
 

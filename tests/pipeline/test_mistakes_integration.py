@@ -51,10 +51,6 @@ def runs(tmp_path: Path) -> Runs:
             ["2 mistakes", "log.epoch_format: has no field 'acc'", "stage, epoch, epochs, top1", "no metric 'top2'"],
         ),
         (["--log.epoch_format", "'{stage:.2f}'"], ["log.epoch_format: cannot be formatted"]),
-        (
-            ["--log.epoch_format", "Acc: {top1}"],
-            ["log.epoch_format", "must be a text", "quote a text that looks like YAML"],
-        ),
         (["--profile.steps", "[5, 5]"], ["profile.steps", "[5, 5) holds no step", "--profile.steps '[5, 6]'"]),
         (["--profile.steps", "[20, 10]"], ["[20, 10) holds no step", "--profile.steps '[10, 20]'"]),
     ],

@@ -52,6 +52,6 @@ def test_its_statistics_are_estimated_before_its_ranges(
     runs = Runs(tmp_path)
     estimated = first_gradient(runs, "run", backend)
     assert capsys.readouterr().out.count("batch norms have no statistics yet") == 1
-    monkeypatch.setattr(ptq, "_knows_no_data", lambda model: False)
+    monkeypatch.setattr(ptq, "_has_initial_statistics", lambda model: False)
     faded = first_gradient(runs, "without", backend)
     assert faded < 0.1 * estimated, "ranges of faded activations clip them, and their gradients"
