@@ -354,7 +354,7 @@ def test_odd_images_cost_their_own_rows_at_most(
     [
         (["nowhere.png"], 1, "there is no file nowhere.png"),
         (["."], 1, "holds no image"),
-        (["x.png", "--top", "0"], 78, "--top: 0 is not in the range x>=1"),
+        (["x.png", "--top", "0"], 78, "--top: must be a whole number, at least 1"),
         (["x.png", "--format", "xml"], 78, "--format xml is unknown"),
         ([], 78, "predict: missing argument 'IMAGE"),
     ],
