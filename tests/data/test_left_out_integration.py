@@ -81,7 +81,7 @@ def _by_hand(damaged: list[int]) -> list[float]:
     """Plain SGD on the mean over those of each global batch that can be decoded."""
     model, data = mlp(), arrays(SIZE)
     run = make(World(), model, size=SIZE, batch=BATCH, epochs=EPOCHS).run
-    optimizer = build_optimizer(model, run.config.optim)
+    optimizer = build_optimizer(model, run.settings.optim)
     rates = build_schedule(optimizer, run.config.schedule, run.total_steps, run.steps_per_epoch)
     sampler = ElasticDistributedSampler(data, 1, 0, seed=5, global_batch_size=BATCH)
     for epoch in range(EPOCHS):
@@ -110,7 +110,7 @@ def _statistics(world: World, damaged: list[int]) -> dict[str, Any]:
     model = normed()
     run = make(world, model, size=6, batch=6, dataset=Damaged(6, damaged)).run
     (batch,) = run.loader.epoch(0, 0, 1)
-    run.reduction(train_step(run.strategy.wrap(model.train()), batch, run.task, run.strategy), 0).means()
+    run.learner.reduction(train_step(run.strategy.wrap(model.train()), batch, run.task, run.strategy), 0).means()
     return {"mean": model[1].running_mean.tolist(), "ids": batch.ids, "left out": list(batch.left_out)}
 
 

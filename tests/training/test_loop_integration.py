@@ -31,7 +31,7 @@ def _gradients(world: World, rows: int, micro: int | None) -> dict[str, Any]:
     (batch,) = run.loader.epoch(0, 0, 1)
     wrapped = run.strategy.wrap(model)
     run.strategy.warm_up_buckets(wrapped, batch.micro_batches[0].inputs)
-    means = run.reduction(train_step(wrapped, batch, run.task, run.strategy), 0).means()
+    means = run.learner.reduction(train_step(wrapped, batch, run.task, run.strategy), 0).means()
     gradients = [parameter.grad for parameter in model.parameters()]
     return {
         "own": batch.rows,
@@ -118,7 +118,7 @@ def _first_statistics(world: World) -> list[float]:
     model = normed()
     run = make(world, model, size=5, batch=5).run
     (batch,) = run.loader.epoch(0, 0, 1)
-    run.reduction(train_step(run.strategy.wrap(model.train()), batch, run.task, run.strategy), 0)
+    run.learner.reduction(train_step(run.strategy.wrap(model.train()), batch, run.task, run.strategy), 0)
     mean: list[float] = model.get_buffer("1.running_mean").tolist()
     return mean
 
