@@ -44,14 +44,14 @@ def ranges(runs: Runs, name: str, stage: str = "ptq") -> dict[str, Tensor]:
 
 
 def read_for_ranges(folder: Path, world_size: int) -> list[list[int]]:
-    """The samples that each rank read behind the first 16, which the gate `prepare` asks for."""
+    """The samples that each rank read behind the first 16, which the gates `prepare` and `gradients` ask for."""
     found = []
     for rank in range(world_size):
         ids = [int(line) for line in ids_file(folder, rank).read_text().splitlines()]
         first = next(place for place in range(len(ids)) if ids[place : place + 16] == list(range(16)))
         if ids[-1] == 0:  # by its first sample rank 0 describes the data in each checkpoint
             ids.pop()
-        found.append(ids[first + 16 :])
+        found.append(ids[first + 32 :] if ids[first + 16 : first + 32] == list(range(16)) else ids[first + 16 :])
     return found
 
 
