@@ -82,7 +82,7 @@ def _by_hand(damaged: list[int]) -> list[float]:
     model, data = mlp(), arrays(SIZE)
     run = make(World(), model, size=SIZE, batch=BATCH, epochs=EPOCHS).run
     optimizer = build_optimizer(model, run.settings.optim)
-    rates = build_schedule(optimizer, run.config.schedule, run.total_steps, run.steps_per_epoch)
+    rates = build_schedule(optimizer, run.settings.schedule, run.total_steps, run.steps_per_epoch)
     sampler = ElasticDistributedSampler(data, 1, 0, seed=5, global_batch_size=BATCH)
     for epoch in range(EPOCHS):
         sampler.set_epoch(epoch)
