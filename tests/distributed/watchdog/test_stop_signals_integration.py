@@ -199,7 +199,7 @@ def test_an_agent_that_starts_ranks_again_does_not_undo_a_stop_of_which_it_knows
         rank_0 = [each for each in family if "dist_train" in each.cmdline() and each.environ().get("RANK") == "0"]
         rank_0[0].send_signal(signal.SIGTERM)
         assert launch.wait(60) == [75], launch.printed()
-        assert "it was asked to stop, and so does not go on" in launch.printed()
+        assert "the run was asked to stop, so it does not resume" in launch.printed()
     assert case.status() == {"state": "preempted", "stage": "train", "step": STEPS, "restarts": 0, "error": None}
 
 
