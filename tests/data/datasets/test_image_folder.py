@@ -277,7 +277,7 @@ def test_a_folder_trains_on_two_ranks_without_its_corrupt_files_and_says_so(tmp_
         assert "val/class0/001.jpg cannot be decoded" in ranks.output(0) or "003.jpg cannot" in ranks.output(0)
     skip = ["--data.on_corrupt", "skip", "--data.mix.mixup", "0.2", "--data.mix.cutmix", "1.0"]
     printed = train_done(2, *_options(root, tmp_path / "run", *skip))
-    assert "epoch 1/2: samples left out because they cannot be decoded: 1" in printed
+    assert "epoch 1/2: left out 1 samples that cannot be decoded" in printed
     assert "on 8 samples, without 1 that cannot be decoded" in printed
     assert '"skipped_samples":1' in (tmp_path / "run" / "metrics.jsonl").read_text()
     with train(1, "ledger", str(tmp_path / "run")) as ranks:
