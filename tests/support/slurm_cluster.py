@@ -161,6 +161,7 @@ class Cluster:
                 except subprocess.TimeoutExpired:
                     daemon.kill()
                     daemon.wait(20)
+            os.write(self._alive, b".")  # closing alone ends nothing: forked data workers hold the pipe, too
             os.close(self._alive)
             self._survivor.wait(60)  # it does the clean-up
 

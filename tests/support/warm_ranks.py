@@ -120,6 +120,8 @@ class Origin:
         select.select([self._socket], [], [], timeout)
 
     def close(self) -> None:
+        # Closing alone ends nothing: forked data workers of these tests hold the socket, too.
+        self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         self._process.wait(30)
 
