@@ -1,4 +1,4 @@
-"""The rank of this process, read from torchrun's variables, else from a Slurm step's; else it is the only process.
+"""The rank of this process, read from torchrun's variables, else from MPI's or a Slurm step's; else it is the only one.
 
 SLURM_JOB_ID alone proves nothing: the shell of a batch job has it too, and is no rank.
 """
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
+from dist_train.cluster.contradictions import mpi_problems, single_problems, slurm_problems, torchrun_problems
+from dist_train.cluster.mpi import mpi_names
 from dist_train.cluster.ports import candidates, ephemeral_range, is_free
 from dist_train.cluster.slurm_lists import parse_hostlist, parse_tasks_per_node
 from dist_train.errors import EXIT_DONE, EXIT_PREEMPTED, Problem, SetupError
@@ -19,9 +21,8 @@ ASKED = "DIST_TRAIN_NUM_PROCESSES"  # the number of processes asked for, N or MI
 EXIT_FILE = "DIST_TRAIN_EXIT_FILE"  # a rank that exits with 78 makes this file, as agents turn 78 into 1
 _SPECIAL_STEPS = 0xFFFFFFF0  # Slurm's slurm.h: batch, interactive and extern steps have numbers above
 _TORCHRUN = "torchrun --nproc_per_node N -m dist_train run CONFIG"
-_SRUN = "start ranks with srun, one task each, and let it set SLURM_*"
 
-Source = Literal["torchrun", "slurm", "single"]
+Source = Literal["torchrun", "slurm", "mpi", "single"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class RankPlan:
     master_port: int = 0
 
     def variables(self) -> dict[str, str]:
-        """Returns torchrun's variables for a Slurm task, as libraries know only these; {} where they are set."""
-        if self.source != "slurm" or self.world_size == 1:
+        """Returns torchrun's variables for a rank of Slurm or MPI, which libraries look for; {} where they are set."""
+        if self.source not in ("slurm", "mpi") or self.world_size == 1:
             return {}
         return {
             "RANK": str(self.rank),
@@ -55,12 +56,12 @@ class RankPlan:
         }
 
     def require_free_port(self) -> None:
-        """Checks, on the rank that will listen, the port that was derived from the Slurm step.
+        """Checks, on the rank that will listen, the port that may have been derived from a job's number.
 
         Raises:
             SetupError: the port is taken.
         """
-        if self.source == "slurm" and self.rank == 0 and self.world_size > 1 and not is_free(self.master_port):
+        if self.source in ("slurm", "mpi") and self.rank == 0 and self.world_size > 1 and not is_free(self.master_port):
             raise self.port_taken()
 
     def port_taken(self) -> SetupError:
@@ -91,7 +92,20 @@ def detect(environ: Mapping[str, str], expand: Callable[[str], list[str]] = pars
     if plan.source == "slurm":
         address = address or expand(environ["SLURM_STEP_NODELIST"])[0]
         port = port or str(step_port(environ))
+    mpi = mpi_names(environ) if plan.source == "mpi" else None
+    if mpi is not None:
+        if plan.world_size == plan.local_world_size:
+            address = address or "127.0.0.1"
+        if job := mpi.job_of(environ):
+            port = port or str(_port_of(job))
     missing = [name for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if not value]
+    if missing and mpi is not None:
+        values = {"MASTER_ADDR": "RANK_0S_NODE", "MASTER_PORT": "29500"}
+        options = " ".join(mpi.passing.format(name=name, value=values[name]) for name in missing)
+        raise SetupError(
+            f"{mpi.launcher} started {plan.world_size} ranks, but {' and '.join(missing)}, where they meet, is not set",
+            f"mpirun {options} ...",
+        )
     if missing:
         raise SetupError(
             f"WORLD_SIZE is {plan.world_size}, but {', '.join(missing)} is not set",
@@ -104,7 +118,10 @@ def detect(environ: Mapping[str, str], expand: Callable[[str], list[str]] = pars
 
 def step_port(environ: Mapping[str, str]) -> int:
     """Returns the port of a Slurm step: the same on all its tasks, another one for another step."""
-    key = f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"
+    return _port_of(f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}")
+
+
+def _port_of(key: str) -> int:
     return next(islice(candidates(key, ephemeral_range()), 1))
 
 
@@ -112,6 +129,8 @@ def source_of(environ: Mapping[str, str]) -> Source:
     """Returns the launcher whose variables count."""
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return "torchrun"
+    if mpi_names(environ) is not None:  # before Slurm: mpirun starts its daemons by srun, whose variables ranks inherit
+        return "mpi"
     step = environ.get("SLURM_STEP_ID", "")
     tasks = "SLURM_STEP_NUM_TASKS" in environ or "SLURM_NTASKS" in environ
     if step.isdecimal() and int(step) < _SPECIAL_STEPS and "SLURM_PROCID" in environ and tasks:
@@ -121,7 +140,12 @@ def source_of(environ: Mapping[str, str]) -> Source:
 
 def rank_problems(environ: Mapping[str, str]) -> list[Problem]:
     """Returns every contradiction among the launcher's variables, and with the number of processes asked for."""
-    find = {"torchrun": _torchrun_problems, "slurm": _slurm_problems, "single": _accelerate_problems}
+    find = {
+        "torchrun": torchrun_problems,
+        "slurm": slurm_problems,
+        "mpi": mpi_problems,
+        "single": single_problems,
+    }
     problems = list(find[source_of(environ)](environ))
     return problems or list(_asked_problems(environ, _plan(environ).world_size))
 
@@ -133,6 +157,11 @@ def _plan(environ: Mapping[str, str]) -> RankPlan:
         rank, world_size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
         local_rank, local_size = environ.get("LOCAL_RANK", rank), environ.get("LOCAL_WORLD_SIZE", world_size)
         return RankPlan(source, rank, int(local_rank), world_size, int(local_size))
+    if source == "mpi":
+        names = mpi_names(environ)
+        assert names is not None
+        rank, world_size, local_rank, local_size = (int(environ[name]) for name in names.all())
+        return RankPlan(source, rank, local_rank, world_size, local_size)
     if source == "slurm":
         world_size = int(environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"])
         if world_size == 1:
@@ -140,110 +169,6 @@ def _plan(environ: Mapping[str, str]) -> RankPlan:
         local_size = parse_tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])[int(environ["SLURM_NODEID"])]
         return RankPlan(source, int(environ["SLURM_PROCID"]), int(environ["SLURM_LOCALID"]), world_size, local_size)
     return RankPlan()
-
-
-def _numbers(environ: Mapping[str, str], leasts: Mapping[str, int], hint: str) -> tuple[dict[str, int], list[Problem]]:
-    """Returns the variables that are whole numbers of at least `leasts`, and the mistakes of the others."""
-    numbers, problems = {}, []
-    for name, least in leasts.items():
-        text = environ.get(name, "")
-        if text.isascii() and text.isdecimal() and int(text) >= least:
-            numbers[name] = int(text)
-        elif name in environ:
-            message = f"must be a whole number, at least {least}, not {text!r}"
-            problems.append(Problem(name, message, "environment", hint))
-    return numbers, problems
-
-
-def _below(numbers: Mapping[str, int], rank: str, size: str, hint: str) -> Iterator[Problem]:
-    if rank in numbers and numbers[rank] >= numbers.get(size, numbers[rank] + 1):
-        message = f"is {numbers[rank]}, but {size} is {numbers[size]}: ranks are counted from 0"
-        yield Problem(rank, message, "environment", hint)
-
-
-def _torchrun_problems(environ: Mapping[str, str]) -> Iterator[Problem]:
-    hint = "start ranks with torchrun, which sets RANK, WORLD_SIZE, LOCAL_RANK; or unset these for one process"
-    leasts = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-    numbers, problems = _numbers(environ, leasts, hint)
-    yield from problems
-    yield from _below(numbers, "RANK", "WORLD_SIZE", hint)
-    yield from _below(
-        numbers, "LOCAL_RANK", "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environ else "WORLD_SIZE", hint
-    )
-    if numbers.get("LOCAL_WORLD_SIZE", 1) > numbers.get("WORLD_SIZE", numbers.get("LOCAL_WORLD_SIZE", 1)):
-        message = f"is {numbers['LOCAL_WORLD_SIZE']}, more than WORLD_SIZE, {numbers['WORLD_SIZE']}"
-        yield Problem("LOCAL_WORLD_SIZE", message, "environment", hint)
-    if "RANK" in environ and "WORLD_SIZE" not in environ:
-        yield Problem("RANK", "is set, but WORLD_SIZE is not", "environment", hint)
-    if "RANK" not in environ and numbers.get("WORLD_SIZE", 1) > 1:
-        yield Problem("WORLD_SIZE", f"is {numbers['WORLD_SIZE']}, but RANK is not set", "environment", hint)
-
-
-def _slurm_problems(environ: Mapping[str, str]) -> Iterator[Problem]:
-    leasts = {"SLURM_STEP_NUM_TASKS": 1, "SLURM_NTASKS": 1, "SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_NODEID": 0}
-    numbers, problems = _numbers(environ, leasts, _SRUN)
-    yield from problems
-    if problems:
-        return
-    sizes = {name: numbers[name] for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if name in numbers}
-    if len(set(sizes.values())) > 1:
-        first, second = sizes
-        yield Problem(first, f"is {sizes[first]}, but {second} is {sizes[second]}", "environment", _SRUN)
-        return
-    name, size = next(iter(sizes.items()))
-    if numbers["SLURM_PROCID"] >= size:
-        yield from _below(numbers, "SLURM_PROCID", name, _SRUN)
-        return
-    if size == 1:
-        return
-    needed = ("SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
-    missing = [name for name in needed if name not in environ]
-    if missing:
-        yield Problem(name, f"is {size}, but {', '.join(missing)} is not set", "environment", _SRUN)
-        return
-    yield from _layout_problems(environ, numbers, name, size)
-
-
-def _layout_problems(
-    environ: Mapping[str, str], numbers: Mapping[str, int], size_name: str, size: int
-) -> Iterator[Problem]:
-    """Checks that a step's tasks are numbered node by node: local ranks and shares of data rest on it."""
-    text = environ["SLURM_STEP_TASKS_PER_NODE"]
-    try:
-        tasks, hosts = parse_tasks_per_node(text), parse_hostlist(environ["SLURM_STEP_NODELIST"])
-    except ValueError as error:
-        yield Problem("SLURM_STEP_TASKS_PER_NODE", f"or SLURM_STEP_NODELIST: {error}", "environment", _SRUN)
-        return
-    rank, local_rank, node = (numbers[f"SLURM_{name}"] for name in ("PROCID", "LOCALID", "NODEID"))
-    if sum(tasks) != size:
-        message = f"is {text}, {sum(tasks)} tasks, but {size_name} is {size}"
-        yield Problem("SLURM_STEP_TASKS_PER_NODE", message, "environment", _SRUN)
-    elif len(hosts) != len(tasks):
-        message = f"is {environ['SLURM_STEP_NODELIST']}, {len(hosts)} nodes, but SLURM_STEP_TASKS_PER_NODE is {text}"
-        yield Problem("SLURM_STEP_NODELIST", message, "environment", _SRUN)
-    elif node >= len(tasks) or local_rank >= tasks[node]:
-        name = "SLURM_NODEID" if node >= len(tasks) else "SLURM_LOCALID"
-        message = f"is {environ[name]}, but SLURM_STEP_TASKS_PER_NODE is {text}"
-        yield Problem(name, message, "environment", _SRUN)
-    else:
-        first = sum(tasks[:node])
-        here = ",".join(str(one) for one in range(first, first + tasks[node]))
-        if rank != first + local_rank or environ.get("SLURM_GTIDS", here) != here:
-            message = f"is {rank}, but with ranks numbered node by node, node {node} has {here}"
-            yield Problem("SLURM_PROCID", message, "environment", "srun --distribution=block")
-
-
-def _accelerate_problems(environ: Mapping[str, str]) -> Iterator[Problem]:
-    # accelerate sets MASTER_PORT for several processes, even where it then starts one (1.15, utils/launch.py).
-    if "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_PORT" in environ:
-        message = (
-            "is not set, but MASTER_PORT is: accelerate was asked for several processes and started this one alone"
-        )
-        hint = (
-            "on CPUs it starts several only with distributed_type: MULTI_GPU and use_cpu: true in its config file: "
-            "dist-train launch accelerate --nproc-per-node N CONFIG; for one process unset MASTER_PORT"
-        )
-        yield Problem("WORLD_SIZE", message, "environment", hint)
 
 
 def _asked_problems(environ: Mapping[str, str], world_size: int) -> Iterator[Problem]:

@@ -20,7 +20,9 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from dist_train.cluster.rank_plan import RankPlan, detect
 from dist_train.cluster.slurm_lists import show_hostnames
 from dist_train.config.tree import RunConfig
-from dist_train.distributed.preflight import check_addresses, check_interfaces, find_rank_0, hosts_store, rank_address
+from dist_train.distributed.devices import choose_device, gpu_identity
+from dist_train.distributed.preflight import check_interfaces, find_rank_0, hosts_store
+from dist_train.distributed.rank_addresses import check_addresses, rank_address
 from dist_train.distributed.world import FAREWELL_SECONDS, World
 from dist_train.errors import PeerError, Preempted, SetupError, first_line
 
@@ -118,18 +120,6 @@ def _echo_of_peer(world: World, error: BaseException) -> PeerError | None:
     return None
 
 
-def _device(requested: str, local_rank: int, local_world_size: int) -> torch.device:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if requested == "cuda" and count < local_world_size:
-        raise SetupError(
-            f"run.device is cuda, but this node has {count} CUDA devices for {local_world_size} ranks",
-            "--run.device auto, or fewer ranks: torchrun --nproc_per_node ...",
-        )
-    if requested == "cpu" or count < local_world_size:
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank)
-
-
 def _require_store(plan: RankPlan) -> None:
     """Checks that the listener at MASTER_PORT is a torch store.
 
@@ -152,18 +142,30 @@ def _require_store(plan: RankPlan) -> None:
         raise plan.port_taken()
 
 
+def _without_own_gpu(requested: str, shared: str, rank: int) -> torch.device:
+    """Returns the CPU, for all ranks, as two of them would share a GPU.
+
+    Raises:
+        SetupError: CUDA is requested.
+    """
+    if requested == "cuda":
+        raise SetupError(shared, "a rank for each GPU: torchrun --nproc_per_node GPUS, srun --gpus-per-task=1")
+    if rank == 0:
+        print(f"dist-train: {shared}; all ranks use the CPU", file=sys.stderr, flush=True)
+    return torch.device("cpu")
+
+
 def _form(run: RunConfig) -> World:
     plan = detect(os.environ, show_hostnames)
     os.environ.update(plan.variables())
     plan.require_free_port()
     rank, local_rank = plan.rank, plan.local_rank
     world_size, local_world_size = plan.world_size, plan.local_world_size
-    device = _device(run.device, local_rank, local_world_size)
+    device = choose_device(run.device, local_rank, local_world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    world = World(rank, local_rank, world_size, local_world_size, device, run.timeout)
     if world_size == 1:
-        return world
+        return World(rank, local_rank, world_size, local_world_size, device, run.timeout)
     check_interfaces(os.environ, device.type == "cuda")
     find_rank_0(plan, os.environ, lambda sentence: print(f"dist-train: {sentence}", file=sys.stderr, flush=True))
     if not hosts_store(plan, os.environ):
@@ -171,11 +173,14 @@ def _form(run: RunConfig) -> World:
     timeout = timedelta(seconds=run.timeout)
     # The store is created first because ranks wait on it while rank 0 works alone. Under torchrun on one node, the
     # agent hosts it.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=_FORMING_SECONDS)))
         store.set_timeout(timeout)
-        check_addresses(store, rank_address(plan, os.environ), world_size, _FORMING_SECONDS)
+        mine = rank_address(plan, os.environ, gpu_identity(device))
+        shared = check_addresses(store, mine, world_size, _FORMING_SECONDS)
+        if shared:
+            device = _without_own_gpu(run.device, shared, rank)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, store=dist.PrefixStore("dist_train", store), rank=rank, world_size=world_size, timeout=timeout
         )
@@ -188,6 +193,7 @@ def _form(run: RunConfig) -> World:
             f"the {world_size} ranks did not meet at {where}: {reason}",
             "start all ranks, on nodes that reach each other; to use another port, set MASTER_PORT",
         ) from error
+    world = World(rank, local_rank, world_size, local_world_size, device, run.timeout)
     world.store = store
     world.nonce = "".join(world.gather(uuid.uuid4().hex)[:1])
     kinds = world.gather(device.type)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 
 from dist_train.cluster.interfaces import is_loopback, resolve
+from dist_train.cluster.mpi import mpi_names
 from dist_train.cluster.ports import is_free
 from dist_train.cluster.rank_plan import ASKED, RankPlan, detect, rank_problems, source_of
 from dist_train.cluster.slurm_lists import show_hostnames
@@ -29,6 +30,7 @@ _DECISIVE = {
         "MASTER_ADDR",
         "MASTER_PORT",
     ),
+    "mpi": ("MASTER_ADDR", "MASTER_PORT"),
     "single": (),
 }
 
@@ -53,7 +55,9 @@ def check(subject: Subject) -> Iterator[Line]:
 
 
 def _decisive(environ: Mapping[str, str], source: str) -> Iterator[Line]:
-    found = [f"{name}={environ[name]}" for name in (*_DECISIVE[source], ASKED) if name in environ]
+    mpi = mpi_names(environ) if source == "mpi" else None
+    names = (*(mpi.all() if mpi else ()), *_DECISIVE[source], ASKED)
+    found = [f"{name}={environ[name]}" for name in names if name in environ]
     if found:
         yield good(f"decided by {', '.join(found)}")
     if source == "single" and "SLURM_JOB_ID" in environ:

@@ -8,17 +8,15 @@ import socket
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch.distributed as dist
 
 from dist_train.cluster.interfaces import Interface, gloo_address, interfaces
 from dist_train.cluster.rank_plan import RankPlan
 from dist_train.config.tree import RunConfig
 from dist_train.distributed import preflight
 from dist_train.distributed import process_group as forming
-from dist_train.distributed.preflight import RankAddress, check_addresses, find_rank_0, interface_problems, unreachable
+from dist_train.distributed.preflight import find_rank_0, interface_problems
 from dist_train.distributed.process_group import join
 from dist_train.errors import EXIT_CONFIG, DistTrainError, SetupError
 from tests.support.ranks import Ranks, free_port
@@ -70,66 +68,6 @@ def test_gloos_address_is_that_of_the_first_named_interface_else_one_of_the_host
     assert gloo_address({"GLOO_SOCKET_IFNAME": "eth0,lo"}, PRESENT) == "10.0.0.5"
     own = [address for each in interfaces() for address in each.addresses]
     assert gloo_address({}, PRESENT) in own or gloo_address({}, PRESENT).startswith("127.")
-
-
-def rank(number: int, machine: str, address: str, named: str = "") -> RankAddress:
-    return RankAddress(number, f"host-{machine}", machine, address, named, ("eth0",))
-
-
-@pytest.mark.parametrize(
-    ("ranks", "named"),
-    [
-        ([rank(0, "a", "127.0.1.1"), rank(1, "a", "127.0.1.1")], None),  # a laptop, a container, Slurm on one machine
-        ([rank(0, "a", "192.168.0.1"), rank(1, "b", "192.168.0.2")], None),
-        ([rank(0, "a", "127.0.1.1"), rank(1, "b", "127.0.1.1")], "host-a, resolves to 127.0.1.1"),
-        (
-            [rank(0, "a", "192.168.0.1"), rank(1, "b", "127.0.1.1")],
-            "rank 1 its host name, host-b, resolves to 127.0.1.1",
-        ),
-        ([rank(0, "a", "10.0.0.1"), rank(1, "b", "127.0.1.1")], None),  # rank 0 connects, and can
-        ([rank(0, "a", "10.0.0.1"), rank(1, "b", "127.0.0.1"), rank(2, "c", "127.0.0.1")], "host-b"),
-        ([rank(0, "a", "127.0.0.1", "lo"), rank(1, "b", "127.0.0.1", "lo")], "GLOO_SOCKET_IFNAME is lo on host-a"),
-        ([rank(0, "a", ""), rank(1, "b", "")], None),  # addresses unknown
-    ],
-)
-def test_a_loopback_address_is_an_error_only_where_another_machine_would_connect_to_it(
-    ranks: list[RankAddress], named: str | None
-) -> None:
-    error = unreachable(ranks)
-    assert (error is None) == (named is None)
-    if error is not None and named is not None:
-        assert named in error.message and "GLOO_SOCKET_IFNAME" in error.hint and error.exit_code == EXIT_CONFIG
-
-
-def all_check(store: dist.Store, ranks: list[RankAddress]) -> list[str]:
-    """Runs the check in one thread per rank; returns each rank's error, "" for none."""
-
-    def check(mine: RankAddress) -> str:
-        try:
-            check_addresses(store, mine, len(ranks), 20.0)
-        except SetupError as error:
-            return error.message
-        return ""
-
-    with ThreadPoolExecutor(len(ranks)) as pool:
-        return list(pool.map(check, ranks))
-
-
-def test_all_ranks_are_told_the_same_and_what_an_earlier_attempt_left_in_the_store_does_not_count() -> None:
-    store = dist.HashStore()
-    wrong = [rank(0, "a", "192.168.0.1"), rank(1, "a", "192.168.0.1"), rank(2, "b", "127.0.1.1")]
-    told = all_check(store, wrong)
-    assert len(set(told)) == 1 and "host-b" in told[0]
-    right = [*wrong[:2], rank(2, "b", "192.168.0.2")]
-    assert all_check(store, right) == ["", "", ""]
-    assert all_check(store, wrong) == told
-
-
-def test_ranks_that_do_not_come_are_named() -> None:
-    with pytest.raises(SetupError, match=r"ranks \[1, 2\] did not connect within 0.2 s"):
-        check_addresses(dist.HashStore(), rank(0, "a", "10.0.0.1"), 3, 0.2)
-    with pytest.raises(SetupError, match="rank 0 did not answer within 0.2 s"):
-        check_addresses(dist.HashStore(), rank(1, "a", "10.0.0.1"), 3, 0.2)
 
 
 def second_rank(address: str, port: int, local_world_size: int = 2) -> RankPlan:

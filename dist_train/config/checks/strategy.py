@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
+from dist_train.cluster.mpi import mpi_names
 from dist_train.cluster.rank_plan import source_of
 from dist_train.config.tree import Config
 from dist_train.errors import Problem
@@ -28,7 +29,7 @@ def accelerate_precision(environ: Mapping[str, str]) -> Precision | None:
 
 def strategy_problems(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     """Yields contradictions of `strategy` with `precision`, `compile`, the ranks, and accelerate's variables."""
-    name = {"torchrun": "WORLD_SIZE", "slurm": "SLURM_STEP_NUM_TASKS", "single": ""}[source_of(environ)]
+    name = _size_name(environ)
     ranks = environ.get(name, "1")
     several = ranks.isdecimal() and int(ranks) > 1
     if config.strategy == "single" and several:
@@ -43,6 +44,13 @@ def strategy_problems(config: Config, environ: Mapping[str, str]) -> Iterator[Pr
             yield Problem("strategy", message, hint="--compile false, or a rank for each GPU with --strategy ddp")
     if config.strategy == "accelerate":
         yield from _accelerate_problems(config, environ)
+
+
+def _size_name(environ: Mapping[str, str]) -> str:
+    """Returns the name of the launcher's variable that holds the number of ranks."""
+    mpi = mpi_names(environ)
+    names = {"torchrun": "WORLD_SIZE", "slurm": "SLURM_STEP_NUM_TASKS", "mpi": mpi.world_size if mpi else ""}
+    return names.get(source_of(environ), "")
 
 
 def _accelerate_problems(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
