@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import re
+import sys
+import sysconfig
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
+EXIT_INTERRUPTED = 130  # what a shell reports for SIGINT
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: running it again will not help
 
+# Packages whose frames say less about a user's error than the frame that called them.
+_LIBRARIES = frozenset({"accelerate", "numpy", "PIL", "safetensors", "torch", "torchao", "torchmetrics", "torchvision"})
 _ALIKE = 0.5  # difflib's ratio from which a name is taken for a misspelling of another
 
 
@@ -30,9 +38,17 @@ def ask_for(names: Sequence[str]) -> str:
     return f"did you mean {' or '.join(names)}?" if names else ""
 
 
+def text_of(error: BaseException | str) -> str:
+    """Returns an error's text; "" for an exception of other code whose `__str__` fails."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
+
+
 def first_line(error: BaseException | str) -> str:
     """Returns the first line of an error's text that is not empty, or the name of its type if there is no text."""
-    lines = (line.strip() for line in str(error).splitlines())
+    lines = (line.strip() for line in text_of(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)
 
 
@@ -46,9 +62,11 @@ class DistTrainError(Exception):
     """Base of the errors that are shown without a traceback.
 
     `message` says what is wrong and where; `hint` says what to type. Names that are no UTF-8 are escaped in both.
+    `kept` is the file that holds the traceback, if one was written.
     """
 
     exit_code = EXIT_FAILED
+    kept = ""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(escaped(message))
@@ -155,3 +173,84 @@ class Preempted(DistTrainError):
 
 class PeerError(DistTrainError):
     """Another rank failed, or did not answer in time. It is never the cause itself."""
+
+
+class ForeignError(DistTrainError):
+    """An error of code that is not ours, or a fault of ours: `message` has its type, text and place.
+
+    The error itself is the `__cause__`.
+    """
+
+
+def in_words(error: BaseException) -> BaseException:
+    """Returns the ForeignError that stands for an error of other code, with that error as its cause.
+
+    Our own errors, KeyboardInterrupt and its like are returned as they are.
+    """
+    if isinstance(error, DistTrainError) or not isinstance(error, (Exception, SystemExit)):
+        return error
+    name = type(error).__name__
+    said = "the program was told to exit" if isinstance(error, SystemExit) else first_line(error)
+    message = f"{name}: {said}" if said != name else name
+    place, own = _place(error)
+    found = ForeignError(message + (f", in {place}" if place else ""), _advice(error, own))
+    found.__cause__ = error
+    return found
+
+
+def keep_traceback(error: BaseException, path: str | os.PathLike[str]) -> None:
+    """Writes the traceback of an error and its causes to `path` and notes the path in the error.
+
+    Writes nothing for an error of ours without a cause, whose message says all, and where the disk takes nothing.
+    """
+    if not isinstance(error, DistTrainError) or error.__cause__ is None:
+        return
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(traceback.format_exception(error))
+    except OSError:
+        return
+    error.kept = os.fspath(path)
+
+
+def _place(error: BaseException) -> tuple[str, bool]:
+    """Returns file, line and function of the innermost frame of the user's code, else of ours, and if it is ours."""
+    frames = [(_owner(each.filename), each) for each in traceback.extract_tb(error.__traceback__)]
+    for owner in ("user", "dist_train"):
+        for found, frame in reversed(frames):
+            if found == owner:
+                return f"{frame.filename}:{frame.lineno} ({frame.name})", owner == "dist_train"
+    return "", True
+
+
+def _owner(filename: str) -> str:
+    """Returns "dist_train", "library" or "user" (a package of site-packages that is not among `_LIBRARIES`, too)."""
+    path = os.path.abspath(filename)
+    if filename.startswith("<") or path.startswith(os.path.dirname(sys.executable) + os.sep):
+        return "library"
+    if path.startswith(os.path.dirname(os.path.abspath(__file__)) + os.sep):
+        return "dist_train"
+    for name in ("purelib", "platlib", "stdlib", "platstdlib"):  # site-packages lie in the standard library's folder
+        folder = sysconfig.get_path(name) + os.sep
+        if path.startswith(folder):
+            package = path[len(folder) :].partition(os.sep)[0]
+            return "library" if name.endswith("stdlib") or package in _LIBRARIES else "user"
+    return "user"
+
+
+def _advice(error: BaseException, own: bool) -> str:
+    """Returns what to do about an error of other code; "" if only its author knows."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "less memory: --data.micro_batch_size SMALLER, --data.workers 0; the same command goes on"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "make room on that disk; the same command goes on from the last checkpoint"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "write to a folder of your own: --run.dir DIR, --data.cache_dir DIR"
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        return "raise the limit of open files: ulimit -n 65536"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"pip install {error.name.partition('.')[0]}, or whatever package has that module"
+    if own and not isinstance(error, OSError):
+        return "this may be a fault of dist_train: please report it, with the traceback"
+    return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,17 @@ from dist_train.cli.finished_run import evaluate, export, predict
 from dist_train.cli.launch import launch
 from dist_train.cli.verbs import DIRECTORY, PROGRAM, SETTINGS, ConfigVerb, Verb, Verbs, known_run_dir, option, run_dirs
 from dist_train.cluster.rank_plan import EXIT_FILE, exit_code_when_preempted
-from dist_train.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, DistTrainError, Preempted
+from dist_train.errors import (
+    EXIT_CONFIG,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    ConfigError,
+    DistTrainError,
+    Preempted,
+    in_words,
+    keep_traceback,
+)
 
 _COMPLETE = "_DIST_TRAIN_COMPLETE"  # set by a shell that completes; `bash_source` prints what bash needs
 _EPILOG = f"""\
@@ -50,18 +61,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"dist-train: {stop}", file=sys.stderr)
         return exit_code_when_preempted(os.environ)
     except DistTrainError as error:
-        if not (isinstance(error, ConfigError) and _another_rank_shows_it(os.environ)):
-            print(f"dist-train: {error}", file=sys.stderr)
-        if error.exit_code == EXIT_CONFIG and EXIT_FILE in os.environ:
-            with suppress(OSError):
-                Path(os.environ[EXIT_FILE]).touch()
-        return error.exit_code
+        return _show(error)
     except click.UsageError as error:  # such as `--` alone
         print(f"dist-train: {error.format_message().rstrip('.').lower()}\n  -> {PROGRAM} --help", file=sys.stderr)
         return EXIT_CONFIG
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its exit
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("dist-train: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (Exception, SystemExit) as error:  # of other code, or a fault of ours
+        found = in_words(error)
+        assert isinstance(found, DistTrainError)
+        keep_traceback(found, os.path.join(tempfile.gettempdir(), f"dist-train-error-{os.getpid()}.txt"))
+        return _show(found)
+
+
+def _show(error: DistTrainError) -> int:
+    """Prints an error, and the path of its traceback; returns the exit code."""
+    if not (isinstance(error, ConfigError) and _another_rank_shows_it(os.environ)):
+        print(f"dist-train: {error}", file=sys.stderr)
+        if error.kept:
+            print(f"  the traceback is in {error.kept}", file=sys.stderr)
+    if error.exit_code == EXIT_CONFIG and EXIT_FILE in os.environ:
+        with suppress(OSError):
+            Path(os.environ[EXIT_FILE]).touch()
+    return error.exit_code
 
 
 def _another_rank_shows_it(environ: Mapping[str, str]) -> bool:

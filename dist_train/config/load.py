@@ -115,7 +115,7 @@ def import_modules(names: Sequence[str]) -> list[Problem]:
     for name in names:
         try:
             importlib.import_module(name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
             where = "" if at.filename.startswith("<frozen") else f" ({at.filename}:{at.lineno})"
             reason = f"cannot be imported: {type(error).__name__}: {error}{where}"

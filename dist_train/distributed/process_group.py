@@ -24,7 +24,7 @@ from dist_train.distributed.devices import choose_device, gpu_identity
 from dist_train.distributed.preflight import check_interfaces, find_rank_0, hosts_store
 from dist_train.distributed.rank_addresses import check_addresses, rank_address
 from dist_train.distributed.world import FAREWELL_SECONDS, World
-from dist_train.errors import PeerError, Preempted, SetupError, first_line
+from dist_train.errors import PeerError, Preempted, SetupError, first_line, in_words
 
 T = TypeVar("T")
 _FORMING_SECONDS = 300.0
@@ -37,7 +37,7 @@ def join(run: RunConfig, check_collectives: bool = False) -> Iterator[World]:
     """Forms the process group, yields the world, and closes the group.
 
     An error in the body is reported to the other ranks. If it is only the consequence of another rank's failure, a
-    PeerError that names that rank is raised instead.
+    PeerError that names that rank is raised instead. An error of other code is raised as a ForeignError.
 
     Args:
         check_collectives: compares operation, shape and dtype of each collective over the ranks, which is slow. If they
@@ -60,7 +60,7 @@ def join(run: RunConfig, check_collectives: bool = False) -> Iterator[World]:
         _end(world)
         raise
     except BaseException as error:
-        raised = _echo_of_peer(world, error) or error
+        raised = _echo_of_peer(world, error) or in_words(error)
         _end_in_failure(world, raised)
         if raised is not error:
             raise raised from error

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from dist_train.distributed.polling import attempts
 from dist_train.distributed.watchdog.heartbeat import Heartbeat, Phase
 from dist_train.distributed.watchdog.stop_signals import StopRequest
-from dist_train.errors import PeerError
+from dist_train.errors import ForeignError, PeerError
 
 T = TypeVar("T")
 _WATCHDOG_SECONDS = 20.0  # upper bound from detecting a stuck rank to the end of the run
@@ -266,6 +266,8 @@ def _outcome(question: Callable[[], T]) -> Future[T]:
 def _in_a_line(error: BaseException) -> str:
     if isinstance(error, PeerError):
         return str(error)
+    if isinstance(error, ForeignError):
+        return error.message
     return "".join(traceback.format_exception_only(error)).strip()
 
 

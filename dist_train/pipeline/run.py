@@ -21,7 +21,7 @@ from dist_train.distributed.process_group import join
 from dist_train.distributed.watchdog.rank_side import watched
 from dist_train.distributed.watchdog.stop_signals import listening
 from dist_train.distributed.world import World
-from dist_train.errors import ConfigError, PeerError, Preempted, Problem, RunDirError, SetupError
+from dist_train.errors import ConfigError, PeerError, Preempted, Problem, RunDirError, SetupError, keep_traceback
 from dist_train.pipeline.arguments import check_arguments
 from dist_train.pipeline.environment import describe
 from dist_train.pipeline.set_up import advise, open_session
@@ -77,6 +77,8 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
             return _run(config, run_dir, world, attempt, warnings)
     except BaseException as error:
         if attempt is not None and not isinstance(error, Preempted):
+            if not isinstance(error, PeerError):
+                keep_traceback(error, run_dir.traceback_of(attempt, detect(os.environ).rank))
             with suppress(OSError):  # a full disk must not hide the original error
                 fail(run_dir, attempt, error)
             if isinstance(error, PeerError) and was_preempted(run_dir, attempt):

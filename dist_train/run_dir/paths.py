@@ -60,6 +60,10 @@ class RunDir:
     def logs(self) -> Path:
         return self.path / "logs"
 
+    def traceback_of(self, attempt: int, rank: int) -> Path:
+        """Path of the traceback with which a rank failed."""
+        return self.logs / f"error-attempt{attempt}-rank{rank}.txt"
+
     @property
     def stop(self) -> Path:
         """Stops the run when somebody creates it."""

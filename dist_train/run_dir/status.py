@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from dist_train.errors import PeerError
+from dist_train.errors import ForeignError, PeerError
 from dist_train.run_dir.files import read_json, replace_json
 from dist_train.run_dir.paths import RunDir
 
@@ -26,7 +26,7 @@ def fail(run_dir: RunDir, attempt: int, error: BaseException) -> None:
     if ours and (fields.get("state") == "done" or (echo and fields.get("state") == "preempted")):
         return
     if not (ours and fields.get("state") == "failed") or (_is_echo(fields["error"]) and not echo):
-        text = f"{type(error).__name__}: {error}"
+        text = error.message if isinstance(error, ForeignError) else f"{type(error).__name__}: {error}"
         replace_json(run_dir.status, {**fields, "state": "failed", "restarts": attempt, "error": text})
 
 

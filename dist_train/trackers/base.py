@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from dist_train.errors import text_of
 from dist_train.run_dir.paths import RunDir
 
 if TYPE_CHECKING:
@@ -84,4 +85,4 @@ class Trackers:
 
 
 def _in_a_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return " ".join(f"{type(error).__name__}: {text_of(error)}".split())

@@ -35,7 +35,7 @@ log: {every_steps: 1}
 """
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """Ends a run as a kill of the process would."""
 
 
