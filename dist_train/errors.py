@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+import sysconfig
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -32,8 +36,31 @@ def ask_for(names: Sequence[str]) -> str:
 
 def first_line(error: BaseException | str) -> str:
     """Returns the first line of an error's text that is not empty, or the name of its type if there is no text."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)
+    try:
+        lines = str(error).splitlines()
+    except Exception:  # another's error may fail at this, too
+        lines = []
+    return next((line.strip() for line in lines if line.strip()), type(error).__name__)
+
+
+def told(error: BaseException) -> str:
+    """Returns another's error in a line: its type, the first line of its text, and the line of code that led to it."""
+    kind, text, place = type(error).__name__, first_line(error), _raised_at(error)
+    return (kind if text == kind else f"{kind}: {text}") + (f" ({place})" if place else "")
+
+
+def _raised_at(error: BaseException) -> str:
+    """Returns "file:line" of the innermost code that is neither ours nor installed, else of the innermost code."""
+    frames = [(code.co_filename, line) for code, line in _lines_of(error) if not code.co_filename.startswith("<")]
+    folders = (str(Path(__file__).parent), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
+    own = [frame for frame in frames if not frame[0].startswith(folders)]
+    ours = [frame for frame in frames if not frame[0].startswith(folders[0])]
+    file, line = (own or ours or [("", 0)])[-1]
+    return f"{file}:{line}" if file else ""
+
+
+def _lines_of(error: BaseException) -> list[tuple[CodeType, int]]:
+    return [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
 
 
 def escaped(name: str) -> str:
@@ -46,9 +73,13 @@ class DistTrainError(Exception):
     """Base of the errors that are shown without a traceback.
 
     `message` says what is wrong and where; `hint` says what to type. Names that are no UTF-8 are escaped in both.
+
+    Attributes:
+        kept_in: file with the traceback of the first cause; "" for none.
     """
 
     exit_code = EXIT_FAILED
+    kept_in: str = ""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(escaped(message))
@@ -56,7 +87,10 @@ class DistTrainError(Exception):
         self.hint = escaped(hint)
 
     def __str__(self) -> str:
-        return f"{self.message}\n  -> {self.hint}" if self.hint else self.message
+        lines = [self.message]
+        lines += [f"  -> {self.hint}"] if self.hint else []
+        lines += [f"  traceback: {self.kept_in}"] if self.kept_in else []
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from dist_train.pipeline.set_up import advise, open_session
 from dist_train.run_dir.files import read_json, replace_json, replace_text
 from dist_train.run_dir.ledger import Ledger, NoLedger, record_expectation
 from dist_train.run_dir.paths import RunDir, recorded_config, refuse_foreign
-from dist_train.run_dir.status import fail, stopped_under_this_agent, was_preempted
+from dist_train.run_dir.status import fail, keep_traceback, stopped_under_this_agent, was_preempted
 from dist_train.stages.base import Stage, Stopwatch
 from dist_train.stages.context import Context
 from dist_train.trackers.base import Trackers
@@ -79,6 +79,7 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
         if attempt is not None and not isinstance(error, Preempted):
             with suppress(OSError):  # a full disk must not hide the original error
                 fail(run_dir, attempt, error)
+                keep_traceback(run_dir, attempt, detect(os.environ).rank, error)
             if isinstance(error, PeerError) and was_preempted(run_dir, attempt):
                 reason = "another rank was asked to stop and did not stop in time; the last checkpoint is kept"
                 raise Preempted(reason) from error

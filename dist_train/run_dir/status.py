@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
 import psutil
 
-from dist_train.errors import PeerError
+from dist_train.errors import DistTrainError, PeerError
 from dist_train.run_dir.files import read_json, replace_json
 from dist_train.run_dir.paths import RunDir
 
@@ -28,6 +29,20 @@ def fail(run_dir: RunDir, attempt: int, error: BaseException) -> None:
     if not (ours and fields.get("state") == "failed") or (_is_echo(fields["error"]) and not echo):
         text = f"{type(error).__name__}: {error}"
         replace_json(run_dir.status, {**fields, "state": "failed", "restarts": attempt, "error": text})
+
+
+def keep_traceback(run_dir: RunDir, attempt: int, rank: int, error: BaseException) -> None:
+    """Writes the traceback of an error with its causes to logs/, if code that is not ours may have a part in it.
+
+    An error for users names the file then.
+    """
+    if isinstance(error, PeerError) or (isinstance(error, DistTrainError) and error.__cause__ is None):
+        return
+    path = run_dir.failure(attempt, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="backslashreplace")
+    if isinstance(error, DistTrainError):
+        error.kept_in = str(path)
 
 
 def preempt(run_dir: RunDir, attempt: int) -> None:
