@@ -52,6 +52,12 @@ def first_line(error: BaseException | str) -> str:
     return next((line for line in lines if line), type(error).__name__)
 
 
+def told(error: BaseException) -> str:
+    """Returns an error of other code in a line: its type, the first line of its text, and the line that raised it."""
+    kind, text, place = type(error).__name__, first_line(error), _place(error)[0]
+    return (kind if text == kind else f"{kind}: {text}") + (f" ({place})" if place else "")
+
+
 def escaped(name: str) -> str:
     """Returns a name of a file or folder as UTF-8 can write it: bytes that are no UTF-8 become \\xNN."""
     bytes_escaped = re.sub("[\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", name)
@@ -62,11 +68,13 @@ class DistTrainError(Exception):
     """Base of the errors that are shown without a traceback.
 
     `message` says what is wrong and where; `hint` says what to type. Names that are no UTF-8 are escaped in both.
-    `kept` is the file that holds the traceback, if one was written.
+
+    Attributes:
+        kept_in: file with the traceback of the error and its causes; "" for none.
     """
 
     exit_code = EXIT_FAILED
-    kept = ""
+    kept_in = ""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(escaped(message))
@@ -74,7 +82,10 @@ class DistTrainError(Exception):
         self.hint = escaped(hint)
 
     def __str__(self) -> str:
-        return f"{self.message}\n  -> {self.hint}" if self.hint else self.message
+        lines = [self.message]
+        lines += [f"  -> {self.hint}"] if self.hint else []
+        lines += [f"  traceback: {self.kept_in}"] if self.kept_in else []
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -189,11 +200,8 @@ def in_words(error: BaseException) -> BaseException:
     """
     if isinstance(error, DistTrainError) or not isinstance(error, (Exception, SystemExit)):
         return error
-    name = type(error).__name__
-    said = "the program was told to exit" if isinstance(error, SystemExit) else first_line(error)
-    message = f"{name}: {said}" if said != name else name
-    place, own = _place(error)
-    found = ForeignError(message + (f", in {place}" if place else ""), _advice(error, own))
+    said = "SystemExit: the program was told to exit" if isinstance(error, SystemExit) else told(error)
+    found = ForeignError(said, _advice(error, _place(error)[1]))
     found.__cause__ = error
     return found
 
@@ -211,16 +219,16 @@ def keep_traceback(error: BaseException, path: str | os.PathLike[str]) -> None:
             file.writelines(traceback.format_exception(error))
     except OSError:
         return
-    error.kept = os.fspath(path)
+    error.kept_in = os.fspath(path)
 
 
 def _place(error: BaseException) -> tuple[str, bool]:
-    """Returns file, line and function of the innermost frame of the user's code, else of ours, and if it is ours."""
+    """Returns file and line of the innermost frame of the user's code, else of ours; True if the user's is in none."""
     frames = [(_owner(each.filename), each) for each in traceback.extract_tb(error.__traceback__)]
     for owner in ("user", "dist_train"):
         for found, frame in reversed(frames):
             if found == owner:
-                return f"{frame.filename}:{frame.lineno} ({frame.name})", owner == "dist_train"
+                return f"{frame.filename}:{frame.lineno}", owner == "dist_train"
     return "", True
 
 

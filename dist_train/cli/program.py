@@ -79,11 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show(error: DistTrainError) -> int:
-    """Prints an error, and the path of its traceback; returns the exit code."""
+    """Prints an error and returns the exit code."""
     if not (isinstance(error, ConfigError) and _another_rank_shows_it(os.environ)):
         print(f"dist-train: {error}", file=sys.stderr)
-        if error.kept:
-            print(f"  the traceback is in {error.kept}", file=sys.stderr)
     if error.exit_code == EXIT_CONFIG and EXIT_FILE in os.environ:
         with suppress(OSError):
             Path(os.environ[EXIT_FILE]).touch()

@@ -63,6 +63,21 @@ def too_many_workers(workers: int | str, local_ranks: int, cores: int) -> Iterat
         yield Problem("data.workers", message, hint=f"--data.workers {max(1, cores // local_ranks)}, or auto")
 
 
+def little_shared_memory(workers: int, prefetched: int, free: int) -> Iterator[Problem]:
+    """Warns of worker processes whose batches may not fit into shared memory.
+
+    workers: of this node.
+    prefetched: bytes that their batches take at most.
+    free: free bytes of shared memory.
+    """
+    if prefetched > free:
+        message = (
+            f"the batches of {workers} worker processes may take {prefetched / 2**20:.0f} MiB of shared memory, and "
+            f"/dev/shm has {free / 2**20:.0f} MiB free"
+        )
+        yield Problem("data.workers", message, hint="docker run --shm-size=8g (or --ipc=host); or fewer --data.workers")
+
+
 def clipping_undone(config: Config) -> Iterator[Problem]:
     """Warns of ranges that ptq clips, and that qat's observer moves back to the extremes of its steps."""
     if config.ptq.ranges != "min_max" and config.qat.freeze_ranges > 0:

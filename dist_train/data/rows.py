@@ -11,12 +11,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from dist_train.data.arrays import Batch, ImageArrays
 from dist_train.data.augment.steps import Augmentation
+from dist_train.data.items import Failure, name_of, rows_in
+from dist_train.data.shared_memory import PREFETCH
+from dist_train.data.stack import CheckTargets, Stack
 from dist_train.data.stream import read_stream
-from dist_train.data.workers import EVALUATION, Failure, Keyed, Keys, stacked
-from dist_train.distributed.watchdog.stop_signals import ignore_in_worker, starting_workers
-from dist_train.errors import CorruptSampleError, DataError
-
-_PREFETCH = 4  # batches that each worker makes ahead
+from dist_train.data.workers import EVALUATION, Keyed, Keys, received
+from dist_train.distributed.watchdog.stop_signals import ignore_in_worker
+from dist_train.errors import DataError
 
 
 class Source:
@@ -28,6 +29,7 @@ class Source:
         workers: worker processes for a map-style dataset; 0: none. An iterable dataset always has one.
         skip_corrupt: leave out items for which the dataset raises CorruptSampleError, instead of raising it here.
         size: rows of an iterable dataset, which has no length.
+        check_targets: raises DataError for targets [N, ...] that do not suit the task. Image arrays are checked before.
     """
 
     def __init__(
@@ -41,8 +43,11 @@ class Source:
         *,
         skip_corrupt: bool = False,
         size: int | None = None,
+        check_targets: CheckTargets | None = None,
     ) -> None:
         self._dataset = dataset
+        self._stack = Stack(name_of(dataset), check_targets)
+        self._first: tuple[int, torch.dtype] | None = None  # id and dtype of the first input
         self._augmentation = augmentation
         self._device = device
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -55,7 +60,7 @@ class Source:
 
     def __len__(self) -> int:
         """Rows of the dataset; `size` for an iterable one."""
-        return len(self._dataset) if self._size is None else self._size  # type: ignore[arg-type]
+        return rows_in(self._dataset) if self._size is None else self._size
 
     def batches(self, rows: Iterator[np.ndarray], epoch: int | None) -> Iterator[Batch]:
         """Yields a batch on the device for each array of ids, augmented for `epoch`; None: only normalized.
@@ -69,8 +74,9 @@ class Source:
         if isinstance(self._dataset, ImageArrays):
             fetched = (self._dataset.gather(ids) for ids in rows)
         elif isinstance(self._dataset, IterableDataset):
-            stream = read_stream(self._dataset, list(rows), self._seed, EVALUATION if epoch is None else epoch)
-            fetched = (_checked(batch, failures, False) for batch, failures in stream)
+            place = EVALUATION if epoch is None else epoch
+            stream = read_stream(self._dataset, list(rows), self._seed, place, self._stack)
+            fetched = (self._checked(batch, failures) for batch, failures in stream)
         else:
             fetched = self._from_workers(self._dataset, rows, EVALUATION if epoch is None else epoch)
         for batch in fetched:
@@ -83,25 +89,30 @@ class Source:
                 batch_sampler=self._keys,
                 worker_init_fn=ignore_in_worker,
                 num_workers=self._workers,
-                collate_fn=stacked,
+                collate_fn=self._stack,
                 # Without a generator of its own, a DataLoader draws its base seed from the global one.
                 generator=torch.Generator().manual_seed(self._seed),
                 persistent_workers=self._workers > 0,
-                prefetch_factor=_PREFETCH if self._workers else None,
+                prefetch_factor=PREFETCH if self._workers else None,
             )
         self._keys.set(epoch, rows)
-        try:
-            with starting_workers():
-                fetched = iter(self._loader)
-            for batch, failures in fetched:
-                yield _checked(batch, failures, self.skips_corrupt)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise DataError(
-                f"a worker process that reads the data ended: {error}",
-                "if memory ran out, use fewer: --data.workers 1; 0 reads in the rank's own process",
-            ) from error
+        loader = self._loader
+        for batch, failures in received(lambda: iter(loader)):
+            yield self._checked(batch, failures)
+
+    def _checked(self, batch: Batch, failures: list[Failure]) -> Batch:
+        for failure in failures:
+            if not (self.skips_corrupt and failure.corrupt):
+                failure.throw()
+        if len(batch.ids):
+            number, dtype = self._first = self._first or (int(batch.ids[0]), batch.inputs.dtype)
+            if dtype != batch.inputs.dtype:
+                raise DataError(
+                    f"items {number} and {int(batch.ids[0])} of {name_of(self._dataset)} are not alike: "
+                    f"their inputs are {dtype} and {batch.inputs.dtype}",
+                    "give all items one dtype: uint8 images, which are normalized here, or finished floats",
+                )
+        return batch
 
     def _on_device(self, batch: Batch, epoch: int | None) -> Batch:
         ids, inputs, targets = (
@@ -135,10 +146,3 @@ class Source:
                 "--data.on_corrupt error names the first; or give the dataset that attribute, such as (3, 224, 224)",
             )
         return torch.zeros(rows, *shape, device=self._device)
-
-
-def _checked(batch: Batch, failures: list[Failure], skip_corrupt: bool) -> Batch:
-    for failure in failures:
-        if not (skip_corrupt and issubclass(failure.kind, CorruptSampleError)):
-            raise failure.kind(failure.message, failure.hint)
-    return batch

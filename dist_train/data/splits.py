@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from dist_train.data.arrays import ImageArrays
+from dist_train.data.items import name_of, reading, rows_in
+from dist_train.data.stack import first_batch
 from dist_train.distributed.world import World
 from dist_train.errors import DataError
 
@@ -90,22 +92,31 @@ class Splits:
         """(C, H, W), from the training dataset's `input_shape` or its first item.
 
         Raises:
-            DataError: the first item is not (tensor, target).
+            DataError: the first item cannot be read, or is not (tensor, target).
         """
         if isinstance(self.train, ImageArrays):
             return tuple(self.train.images.shape[1:])
         stated = getattr(self.train, "input_shape", None)
         if stated is not None:
             return tuple(stated)
-        sample = next(iter(self.train)) if isinstance(self.train, IterableDataset) else self.train[0]
-        if not isinstance(sample, (tuple, list)) or not isinstance(sample[0], Tensor):
-            hint = "end its transforms with torchvision.transforms.v2.ToImage()"
-            raise DataError(f"{type(self.train).__name__}[0] must be (tensor, target), not {type(sample)}", hint)
-        return tuple(sample[0].shape)
+        first = first_batch(self.train)
+        if first is None:
+            raise DataError(
+                f"none of the first items of {name_of(self.train)} can be decoded, and it has no `input_shape`",
+                "give the dataset that attribute, such as (3, 224, 224)",
+            )
+        return tuple(first.inputs.shape[1:])
 
 
 def _check_lengths(splits: Splits) -> None:
-    """Raises DataError where a split is empty, or its length is not known."""
+    """Raises DataError where a split is empty, is no dataset, or its length is not known."""
+    for name in ("train", "eval"):
+        split = getattr(splits, name)
+        if not isinstance(split, (ImageArrays, IterableDataset)) and not hasattr(split, "__getitem__"):
+            raise DataError(
+                f"Splits.{name} is a {type(split).__name__}, not a dataset",
+                "give ImageArrays or a torch.utils.data.Dataset, without a DataLoader around it",
+            )
     streamed = isinstance(splits.train, IterableDataset)
     if isinstance(splits.eval, IterableDataset):
         raise DataError(
@@ -119,11 +130,11 @@ def _check_lengths(splits: Splits) -> None:
         )
     for name, what in (("train", "train on"), ("eval", "evaluate")):
         split = getattr(splits, name)
-        if not isinstance(split, IterableDataset) and len(split) == 0:
+        if not isinstance(split, IterableDataset) and rows_in(split) == 0:
             raise DataError(f"the dataset has nothing to {what}: Splits.{name} is empty", "give it at least one sample")
 
 
-def open_splits(make: Callable[[], Splits], directory: Path, world: World) -> Splits:
+def open_splits(make: Callable[[], Splits], directory: Path, world: World, name: str = "data") -> Splits:
     """Opens the dataset on every rank, its image arrays memory-mapped from one copy per node.
 
     The first rank of each node calls `make` and writes the arrays; the others map them. Where a split is not made of
@@ -134,6 +145,7 @@ def open_splits(make: Callable[[], Splits], directory: Path, world: World) -> Sp
         make: loads the dataset.
         directory: a folder of the node.
         world: the ranks of this run.
+        name: of the dataset, for messages.
 
     Raises:
         DataError: the dataset cannot be loaded or stored; the other ranks raise PeerError.
@@ -141,7 +153,7 @@ def open_splits(make: Callable[[], Splits], directory: Path, world: World) -> Sp
     made: list[Splits] = []
 
     def write() -> dict[str, Any] | None:
-        splits = make()
+        splits = _made(make, name)
         if not isinstance(splits.train, ImageArrays) or not isinstance(splits.eval, ImageArrays):
             made.append(splits)
             return None
@@ -158,7 +170,7 @@ def open_splits(make: Callable[[], Splits], directory: Path, world: World) -> Sp
 
     stored = world.first_on_node(write, "loading the dataset")
     if stored is None:
-        splits = made[0] if made else make()
+        splits = made[0] if made else _made(make, name)
         return replace(splits, fingerprint=" ".join(_fingerprint(split) for split in (splits.train, splits.eval)))
     return Splits(
         train=ImageArrays.open(directory / stored["train"]),
@@ -173,9 +185,20 @@ def open_splits(make: Callable[[], Splits], directory: Path, world: World) -> Sp
     )
 
 
+def _made(make: Callable[[], Splits], name: str) -> Splits:
+    with reading(f"the dataset {name}"):
+        splits: object = make()
+    if not isinstance(splits, Splits):
+        raise DataError(
+            f"the function of the dataset {name} returned a {type(splits).__name__}, not Splits",
+            "return dist_train.Splits(train, eval, num_classes)",
+        )
+    return splits
+
+
 def _fingerprint(split: ImageArrays | Dataset[Any]) -> str:
     """Returns a dataset's attribute `fingerprint`, else its length; "stream" for an iterable one."""
     stated = getattr(split, "fingerprint", None)
     if stated is not None:
         return str(stated)
-    return "stream" if isinstance(split, IterableDataset) else str(len(cast(Sized, split)))
+    return "stream" if isinstance(split, IterableDataset) else str(rows_in(split))

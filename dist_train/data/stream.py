@@ -12,16 +12,19 @@ because an item's index in a stream does not tell which sample it was.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from dist_train.data.arrays import Batch
+from dist_train.data.items import LEAVE_OUT, Failure, Item, item_of, name_of, reading
 from dist_train.data.permutation import derive_key
-from dist_train.data.workers import EVALUATION, Failure, seed_everything, stacked, triple
-from dist_train.distributed.watchdog.stop_signals import ignore_in_worker, starting_workers
-from dist_train.errors import DataError
+from dist_train.data.stack import Stack
+from dist_train.data.workers import EVALUATION, received, seed_everything
+from dist_train.distributed.watchdog.stop_signals import ignore_in_worker
+from dist_train.errors import DataError, DistTrainError
 
 PROMISE = (
     "the training data is a stream, in its own order, and every rank reads all of it. If it yields the same items each "
@@ -30,7 +33,7 @@ PROMISE = (
 
 
 def read_stream(
-    dataset: IterableDataset[Any], rows: list[np.ndarray], seed: int, epoch: int
+    dataset: IterableDataset[Any], rows: list[np.ndarray], seed: int, epoch: int, stack: Stack
 ) -> Iterator[tuple[Batch, list[Failure]]]:
     """Yields a batch for each array of stream indices, read by a worker process.
 
@@ -40,40 +43,54 @@ def read_stream(
     """
     # No batch size: the dataset makes the batches itself.
     loader = DataLoader(
-        _Batches(dataset, rows, seed, epoch), batch_size=None, num_workers=1, worker_init_fn=ignore_in_worker
+        _Batches(dataset, rows, seed, epoch, stack), batch_size=None, num_workers=1, worker_init_fn=ignore_in_worker
     )
-    with starting_workers():
-        return iter(loader)
+    return received(lambda: iter(loader))
 
 
 class _Batches(IterableDataset[Any]):
-    def __init__(self, dataset: IterableDataset[Any], rows: list[np.ndarray], seed: int, epoch: int) -> None:
+    def __init__(
+        self, dataset: IterableDataset[Any], rows: list[np.ndarray], seed: int, epoch: int, stack: Stack
+    ) -> None:
         self._dataset = dataset
         self._rows = rows
         self._seed = seed
         self._epoch = epoch
+        self._stack = stack
 
     def __iter__(self) -> Iterator[tuple[Batch, list[Failure]]]:
-        seed_everything(derive_key("stream", self._seed, self._epoch))
-        if self._epoch != EVALUATION and hasattr(self._dataset, "set_epoch"):
-            self._dataset.set_epoch(self._epoch)
-        stream = enumerate(self._dataset)
+        try:
+            yield from self._batches()
+        except DistTrainError as error:
+            yield self._stack([Failure(error)])
+
+    def _batches(self) -> Iterator[tuple[Batch, list[Failure]]]:
+        stream = self._items()
         for places in self._rows:
             wanted, last = set(places.tolist()), int(places.max())
-            found: dict[int, Any] = {}
-            for place, item in stream:
+            found: dict[int, Item] = {}
+            for place, given in stream:
                 if place in wanted:
-                    found[place] = triple(place, item, self._dataset)
+                    found[place] = item_of(place, given, self._dataset)
                 if place == last:
                     break
             else:
-                yield self._too_short(last)
-                return
-            yield stacked([found[place] for place in places.tolist()])
+                raise DataError(
+                    f"the stream of {name_of(self._dataset)} ended before item {last}, which an epoch needs",
+                    "lower Splits.steps_per_epoch, or let __iter__ begin again",
+                )
+            yield self._stack([found[place] for place in places.tolist()])
 
-    def _too_short(self, last: int) -> tuple[Batch, list[Failure]]:
-        error = DataError(
-            f"the stream of {type(self._dataset).__name__} ended before item {last}, which an epoch needs",
-            "lower Splits.steps_per_epoch, or let __iter__ begin again",
-        )
-        return stacked([Failure(error)])
+    def _items(self) -> Iterator[tuple[int, Any]]:
+        name, end = name_of(self._dataset), object()
+        seed_everything(derive_key("stream", self._seed, self._epoch))
+        with reading(f"the stream of {name}"):
+            if self._epoch != EVALUATION and hasattr(self._dataset, "set_epoch"):
+                self._dataset.set_epoch(self._epoch)
+            stream = iter(self._dataset)
+        for place in count():
+            with reading(f"item {place} of {name}", LEAVE_OUT):
+                given = next(stream, end)
+            if given is end:
+                return
+            yield place, given

@@ -1,20 +1,24 @@
-"""Runs in worker processes: makes items as functions of (seed, epoch, id) and stacks them to batches."""
+"""Worker processes: make items as functions of (seed, epoch, id); their ends are named."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dist_train.data.arrays import Batch
+from dist_train.data import shared_memory
+from dist_train.data.items import LEAVE_OUT, Failure, Item, item_of, name_of, reading
 from dist_train.data.permutation import derive_key
-from dist_train.errors import DataError
+from dist_train.data.stack import too_many_files
+from dist_train.distributed.watchdog.stop_signals import starting_workers
+from dist_train.errors import DataError, DistTrainError, first_line
 
 EVALUATION = -1  # in place of an epoch
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -41,13 +45,6 @@ class Keys:
         return self._lists
 
 
-class Failure:
-    """An item's DataError, sent from a worker as data: a DataLoader would turn it into a traceback."""
-
-    def __init__(self, error: DataError) -> None:
-        self.kind, self.message, self.hint = type(error), error.message, error.hint
-
-
 class Keyed(Dataset[Any]):
     """A map-style dataset whose items depend on (seed, epoch, id) alone, not on the worker."""
 
@@ -55,13 +52,14 @@ class Keyed(Dataset[Any]):
         self._dataset = dataset
         self._seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Any, Any] | Failure:
+    def __getitem__(self, key: tuple[int, int]) -> Item | Failure:
         epoch, index = key
         try:
-            item = self._item(epoch, index)
-        except DataError as error:
+            with reading(f"item {index} of {name_of(self._dataset)}", LEAVE_OUT):
+                given = self._item(epoch, index)
+            return item_of(index, given, self._dataset)
+        except DistTrainError as error:
             return Failure(error)
-        return triple(index, item, self._dataset)
 
     def _item(self, epoch: int, index: int) -> Any:
         seed = derive_key("item", self._seed, epoch, index)
@@ -71,37 +69,39 @@ class Keyed(Dataset[Any]):
         return self._dataset[index]
 
 
-def triple(index: int, item: Any, dataset: Dataset[Any]) -> tuple[int, Any, Any] | Failure:
-    if isinstance(item, (tuple, list)) and len(item) == 2:
-        return index, item[0], item[1]
-    return Failure(
-        DataError(
-            f"item {index} of {type(dataset).__name__} is not a pair (input, target)",
-            "return (tensor, target) from __getitem__",
-        )
-    )
-
-
-def stacked(items: list[tuple[int, Any, Any] | Failure]) -> tuple[Batch, list[Failure]]:
-    """Stacks the decoded items to a batch; returns the failures of the others."""
-    failures = [item for item in items if isinstance(item, Failure)]
-    missing = tuple(place for place, item in enumerate(items) if isinstance(item, Failure))
-    found = [item for item in items if not isinstance(item, Failure)]
-    if not found:
-        nothing = torch.empty(0)
-        return Batch(nothing.long(), nothing, nothing.long(), missing), failures
-    ids, inputs, targets = torch.utils.data.default_collate(found)
-    if not isinstance(inputs, torch.Tensor):
-        error = DataError(
-            f"inputs of a dataset must be tensors, not {type(inputs).__name__}",
-            "convert them in __getitem__, for example by torchvision.transforms.v2.ToImage()",
-        )
-        return Batch(ids, torch.empty(0), torch.empty(0)), [Failure(error)]
-    return Batch(ids, inputs.float() if inputs.dtype == torch.float64 else inputs, targets, missing), failures
-
-
 def seed_everything(seed: int) -> None:
     """Seeds the global generators of torch (all devices), numpy and random with a seed in 0 .. 2^64 - 1."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def received(start: Callable[[], Iterator[T]]) -> Iterator[T]:
+    """Yields the batches of worker processes, which `start` starts.
+
+    Raises:
+        DataError: the processes cannot be started, or one of them ended.
+    """
+    try:
+        with starting_workers():
+            fetched = start()
+    except OSError as error:
+        raise DataError(
+            f"worker processes cannot be started: {error}", "--data.workers 0, or a lower number"
+        ) from error
+    try:
+        yield from fetched
+    except (RuntimeError, OSError) as error:
+        text = first_line(error)
+        if "ancdata" in text or "Too many open files" in text:
+            raise too_many_files(error) from error
+        if not text.startswith("DataLoader worker"):
+            raise
+        raise _ended(text) from error
+
+
+def _ended(text: str) -> DataError:
+    message = f"a worker process that reads the data ended: {text}"
+    if "Bus error" in text:
+        return DataError(f"{message} ({shared_memory.described()})", shared_memory.HINT)
+    return DataError(message, "if memory ran out, use fewer: --data.workers 1; 0 reads in the rank's own process")

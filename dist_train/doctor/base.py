@@ -41,11 +41,15 @@ class Subject:
         run_dir: the run directory.
         wanted: backend, formats and trackers of the configuration: it is bad, not a warning, where they fail.
         device: run.device.
+        workers: worker processes of a node that read data; 0 where they are not known.
+        batch_bytes: bytes of a batch of one of them; 0 where they are not known.
     """
 
     run_dir: str = "runs"
     wanted: tuple[str, ...] = ()
     device: str = "auto"
+    workers: int = 0
+    batch_bytes: int = 0
 
     def lacking(self, name: str, text: str, hint: str) -> Line:
         """Returns a warning, or a bad line where the configuration asks for `name`."""

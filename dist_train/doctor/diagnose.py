@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from dist_train.config.tree import Config
 from dist_train.doctor.base import Line, Section, Subject, bad, exit_code, good, summary, warning
 from dist_train.doctor.checks import examine
 from dist_train.errors import EXIT_CONFIG, ConfigError, DistTrainError
@@ -61,4 +63,16 @@ def _configuration(words: Sequence[str]) -> tuple[Subject, list[Line]]:
     wanted = (config.qat.backend, *config.export.formats, *config.trackers)
     lines = [warning(f"{each.place}: {each.message}", each.hint) for each in loaded.warnings]
     lines.append(good(f"{words[0]} is right: {', '.join(config.stages)} in {config.run_dir}"))
-    return Subject(str(config.run_dir), wanted, config.run.device), lines
+    subject = Subject(str(config.run_dir), wanted, config.run.device, *_worker_batches(config))
+    return subject, lines
+
+
+def _worker_batches(config: Config) -> tuple[int, int]:
+    """Returns the data workers of one rank, and the bytes of a batch; zeros where only the opened dataset tells."""
+    if config.data.name != "image_folder":
+        return 0, 0
+    workers, size = config.data.workers, config.data.args.get("size", 224)
+    if not isinstance(size, int):
+        return 0, 0
+    count = len(os.sched_getaffinity(0)) if workers == "auto" else workers
+    return count, config.data.global_batch_size * 3 * size * size

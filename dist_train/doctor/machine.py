@@ -7,22 +7,27 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+from dist_train.data.shared_memory import HINT, PREFETCH, SHM, described, mebibytes, needed, sizes
 from dist_train.doctor.base import Line, Subject, good, warning
 
-_SHM = Path("/dev/shm")
 _CGROUP = Path("/sys/fs/cgroup")
 _SMALL_SHM = 256 * 2**20  # a container's default is 64 MiB; a data worker hands over batches through it
 _FEW_FILES = 4096
 
 
 def check_shared_memory(subject: Subject) -> Iterator[Line]:
-    if not _SHM.is_dir():
+    if not SHM.is_dir():
         yield warning("/dev/shm is not there: data workers hand over batches through it", "--data.workers 0")
         return
-    size, free = _sizes(_SHM)
-    text = f"/dev/shm: {_mebibytes(size)}, {_mebibytes(free)} free"
-    hint = "docker run --shm-size=8g (or --ipc=host); or --data.workers 0"
-    yield warning(f"{text}: little for data workers", hint) if free < _SMALL_SHM else good(text)
+    free, text = sizes()[1], described()
+    if free < needed(subject.workers, subject.batch_bytes):
+        full = mebibytes(needed(subject.workers, subject.batch_bytes))
+        batches = f"the batches of {subject.workers} data workers may need {full}"
+        yield warning(f"{text}: {batches} ({PREFETCH} each, of {mebibytes(subject.batch_bytes)})", HINT)
+    elif free < _SMALL_SHM:
+        yield warning(f"{text}: little for data workers", HINT)
+    else:
+        yield good(text)
 
 
 def check_limits(subject: Subject) -> Iterator[Line]:
@@ -33,7 +38,7 @@ def check_limits(subject: Subject) -> Iterator[Line]:
     hint = f"ulimit -n {_FEW_FILES}" + ("" if enough else ", which needs a higher hard limit (limits.conf)")
     yield warning(f"{text}: few for many ranks with data workers", hint) if few else good(text)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    text = f"locked memory: {'unlimited' if locked == resource.RLIM_INFINITY else _mebibytes(locked)}"
+    text = f"locked memory: {'unlimited' if locked == resource.RLIM_INFINITY else mebibytes(locked)}"
     if Path("/sys/class/infiniband").is_dir() and locked != resource.RLIM_INFINITY:
         yield warning(f"{text}, and InfiniBand needs it unlimited", "ulimit -l unlimited (limits.conf, or Slurm's)")
     else:
@@ -67,13 +72,3 @@ def cgroup_cores(root: Path) -> float | None:
 
 def _limit(value: int) -> str:
     return "any number" if value == resource.RLIM_INFINITY else str(value)
-
-
-def _sizes(path: Path) -> tuple[int, int]:
-    """Returns all bytes of a file system, and the bytes free for us."""
-    status = os.statvfs(path)
-    return status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:.0f} MiB"

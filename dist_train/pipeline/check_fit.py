@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import IterableDataset
 
 from dist_train import registry
 from dist_train.config.data import DataConfig
 from dist_train.config.tree import Config
-from dist_train.data.arrays import ImageArrays
+from dist_train.data.arrays import Batch, ImageArrays
+from dist_train.data.items import name_of
 from dist_train.data.splits import Splits
+from dist_train.data.stack import first_batch
 from dist_train.distributed.world import World
 from dist_train.errors import ConfigError, DataError, ModelError, Problem, first_line
 from dist_train.tasks import Task
@@ -29,7 +31,7 @@ def check_fit(config: Config, model: nn.Module, splits: Splits, task: Task, worl
         DataError: the targets do not suit the task, or the model's outputs do not fit the data.
         ModelError: the model does not return a tensor, or its parameters are not float32.
     """
-    targets = _targets(splits)
+    targets = _targets(splits, task)
     for each in targets:
         task.check_targets(each)
         if each.dim() > 2 and each.shape[-2:] == splits.input_shape[-2:]:
@@ -44,18 +46,36 @@ def check_fit(config: Config, model: nn.Module, splits: Splits, task: Task, worl
     model.eval()
 
 
-def _targets(splits: Splits) -> list[torch.Tensor]:
+def _targets(splits: Splits, task: Task) -> list[torch.Tensor]:
     """Returns targets of both splits, each [N, ...]: all of image arrays, the first one of a map-style dataset."""
     found = []
-    for split in (splits.train, splits.eval):
+    for name, split in (("train", splits.train), ("eval", splits.eval)):
         if isinstance(split, ImageArrays):
             found.append(split.targets)
-        elif not isinstance(split, IterableDataset) and len(split):  # type: ignore[arg-type]
-            item = split[0]
-            if isinstance(item, (tuple, list)) and len(item) == 2:
-                collated = default_collate([item[1]])
-                found += [collated] if isinstance(collated, torch.Tensor) else []
+        elif not isinstance(split, IterableDataset):
+            first = first_batch(split, task.check_targets)
+            if first is not None:
+                _require_stated(splits, name, first)
+                found.append(first.targets)
     return found
+
+
+def _require_stated(splits: Splits, name: str, first: Batch) -> None:
+    """Checks the first item of a map-style dataset against what dataset and Splits state about it."""
+    split = getattr(splits, name)
+    shape, stated = tuple(first.inputs.shape[1:]), getattr(split, "input_shape", None)
+    what = f"item {int(first.ids[0])} of {name_of(split)}"
+    if stated is not None and tuple(stated) != shape:
+        raise DataError(
+            f"{what} has the shape {list(shape)}, and the dataset states input_shape {tuple(stated)}",
+            f"input_shape = {shape}",
+        )
+    if first.inputs.dtype == torch.uint8 and not (len(shape) == 3 and len(splits.mean) == len(splits.std) == shape[0]):
+        raise DataError(
+            f"{what} is uint8 {list(shape)}: uint8 images [C, H, W] are normalized with Splits.mean and Splits.std of "
+            f"each channel, which have {len(splits.mean)} and {len(splits.std)}",
+            "Splits(..., mean=(0.5,), std=(0.5,)) with a number for each channel; or return finished float tensors",
+        )
 
 
 def _require_masks_follow(data: DataConfig) -> None:

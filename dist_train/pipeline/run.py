@@ -77,10 +77,10 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
             return _run(config, run_dir, world, attempt, warnings)
     except BaseException as error:
         if attempt is not None and not isinstance(error, Preempted):
-            if not isinstance(error, PeerError):
-                keep_traceback(error, run_dir.traceback_of(attempt, detect(os.environ).rank))
             with suppress(OSError):  # a full disk must not hide the original error
                 fail(run_dir, attempt, error)
+            if not isinstance(error, PeerError):
+                keep_traceback(error, run_dir.failure(attempt, detect(os.environ).rank))
             if isinstance(error, PeerError) and was_preempted(run_dir, attempt):
                 reason = "another rank was asked to stop and did not stop in time; the last checkpoint is kept"
                 raise Preempted(reason) from error

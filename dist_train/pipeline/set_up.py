@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import IterableDataset
 
 from dist_train import registry
 from dist_train.artifact.deployable import simulation
-from dist_train.config.advice import too_many_workers
+from dist_train.config.advice import little_shared_memory, too_many_workers
 from dist_train.config.checks.strategy import Precision
 from dist_train.config.tree import Config
 from dist_train.console.progress import Progress
+from dist_train.data import shared_memory
 from dist_train.data.arrays import ImageArrays
 from dist_train.data.datasets.args import cache_folder
 from dist_train.data.loader import seed_everything
 from dist_train.data.permutation import derive_key
 from dist_train.data.splits import Splits, open_splits
+from dist_train.data.stack import first_batch
 from dist_train.data.stream import PROMISE
 from dist_train.distributed.world import World, resolve_threads
 from dist_train.errors import DataError, Problem
@@ -104,7 +108,7 @@ class Session:
             run_dir=self.run_dir,
             world=world,
             threads=self.threads,
-            data=RunData(config=config, world=world, splits=splits),
+            data=RunData(config=config, world=world, splits=splits, check_targets=task.check_targets),
             task=task,
             strategy=registry.strategies.get(self.choices.strategy)(world, self.choices.precision),
             model=model,
@@ -145,7 +149,7 @@ def open_session(
 
 def _splits(config: Config, world: World) -> Splits:
     make: Callable[[Any], Splits] = registry.datasets.get(config.data.name)
-    return open_splits(lambda: make(config.data), cache_folder(config.data), world)
+    return open_splits(lambda: make(config.data), cache_folder(config.data), world, config.data.name)
 
 
 def advise(context: Context, warnings: Sequence[Problem]) -> None:
@@ -155,11 +159,27 @@ def advise(context: Context, warnings: Sequence[Problem]) -> None:
     if not isinstance(context.data.splits.train, ImageArrays):
         cores = len(os.sched_getaffinity(0))
         found += too_many_workers(context.config.data.workers, world.local_world_size, cores)
+        found += _shared_memory(context)
     if context.config.sync_batchnorm and not any(isinstance(each, _BatchNorm) for each in context.model.modules()):
         message = f"does nothing: the model {context.config.model.name} has no BatchNorm"
         found.append(Problem("sync_batchnorm", message, hint="--sync_batchnorm false"))
     for problem in found:
         context.progress.warn(str(problem))
+
+
+def _shared_memory(context: Context) -> Iterator[Problem]:
+    """Warns of data workers whose batches may not fit into this node's shared memory; asks rank 0's dataset."""
+    world, split = context.world, context.data.splits.train
+    workers = context.data.workers
+    if not world.is_main or not workers or isinstance(split, (ImageArrays, IterableDataset)):
+        return
+    first = first_batch(split)
+    with suppress(OSError):  # none is there: the workers' error says so
+        free = shared_memory.sizes()[1]
+        rows = -(-context.config.data.global_batch_size // world.world_size)
+        taken = shared_memory.needed(workers, rows * (first.inputs.nbytes if first is not None else 0))
+        ranks = world.local_world_size
+        yield from little_shared_memory(workers * ranks, taken * ranks, free)
 
 
 def _model(config: Config, splits: Splits, world: World) -> nn.Module:

@@ -60,10 +60,6 @@ class RunDir:
     def logs(self) -> Path:
         return self.path / "logs"
 
-    def traceback_of(self, attempt: int, rank: int) -> Path:
-        """Path of the traceback with which a rank failed."""
-        return self.logs / f"error-attempt{attempt}-rank{rank}.txt"
-
     @property
     def stop(self) -> Path:
         """Stops the run when somebody creates it."""
@@ -76,6 +72,10 @@ class RunDir:
     def stuck(self, attempt: int) -> Path:
         """Holds the watchdog's view of each rank when none made progress."""
         return self.logs / f"stuck-{attempt}"
+
+    def failure(self, attempt: int, rank: int) -> Path:
+        """Holds the traceback of a rank's error."""
+        return self.logs / f"failure-{attempt}-rank{rank}.txt"
 
     def asked(self, attempt: int, number: int) -> Path:
         """Holds the ranks' answers to one that waits too long; an attempt's questions are numbered from 0."""
@@ -96,7 +96,8 @@ class RunDir:
 
     def forget(self, attempt: int) -> None:
         """Removes an older attempt's files of the same number, and all questions."""
-        self.stopping(attempt).unlink(missing_ok=True)
+        for file in (self.stopping(attempt), *self.logs.glob(f"failure-{attempt}-rank*.txt")):
+            file.unlink(missing_ok=True)
         for said in (self.stuck(attempt), *self.logs.glob(".asked-*")):
             if said.exists():
                 shutil.rmtree(said)

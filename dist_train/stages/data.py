@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
@@ -14,21 +13,28 @@ from dist_train.config.tree import Config
 from dist_train.data.arrays import ImageArrays
 from dist_train.data.augment.mix import Mix, NoMix
 from dist_train.data.augment.steps import Augmentation
+from dist_train.data.items import rows_in
 from dist_train.data.loader import EstimationLoader, EvaluationLoader, Source, TrainLoader
 from dist_train.data.permutation import derive_key
 from dist_train.data.sampler import ElasticDistributedSampler
 from dist_train.data.splits import Splits, describe_data
+from dist_train.data.stack import CheckTargets
 from dist_train.distributed.world import World
 from dist_train.errors import DataError
 
 
 @dataclass(kw_only=True)
 class RunData:
-    """A run's data, on this rank."""
+    """A run's data, on this rank.
+
+    Attributes:
+        check_targets: of the task; checks the targets of every batch that is not of image arrays.
+    """
 
     config: Config
     world: World
     splits: Splits
+    check_targets: CheckTargets | None = None
     _kept_source: Source | None = field(default=None, init=False)
 
     @cached_property
@@ -65,6 +71,7 @@ class RunData:
             seed,
             skip_corrupt=data.on_corrupt == "skip",
             size=self.train_samples if isinstance(split, IterableDataset) else None,
+            check_targets=self.check_targets,
         )
 
     @property
@@ -78,7 +85,7 @@ class RunData:
         """Number of training samples; of an iterable dataset, the number per epoch."""
         if self.splits.steps_per_epoch is not None:
             return self.splits.steps_per_epoch * self.config.data.global_batch_size
-        return len(cast(Sized, self.splits.train))
+        return rows_in(self.splits.train)
 
     @property
     def workers(self) -> int:

@@ -62,7 +62,8 @@ class Task(ABC):
     def check_targets(self, targets: torch.Tensor) -> None:
         """Raises DataError where targets [N, ...] do not suit this task.
 
-        It gets all targets of a split of image arrays, else some of them.
+        It gets all targets of a split of image arrays, else those of one batch after the other. They are float32,
+        int64, or (masks) uint8 and bool, whatever numbers the dataset returns. It may run in worker processes.
         """
         return
 
@@ -93,13 +94,14 @@ def task_args(task: str, settings: type[S], args: Mapping[str, Any]) -> S:
         ) from None
 
 
-def wrong_targets(task: str, wanted: str, targets: torch.Tensor) -> DataError:
-    """Makes the error for targets of another kind."""
+def wrong_targets(task: str, wanted: str, targets: torch.Tensor, hint: str | None = None) -> DataError:
+    """Makes the error for targets of another kind; `hint` takes the place of the advice to choose another task."""
     shape = ", ".join(["N", *map(str, targets.shape[1:])])
     found = f"{str(targets.dtype).removeprefix('torch.')} [{shape}]"
     return DataError(
         f"{task} takes targets {wanted}, but the data's are {found}",
-        "--task.name with the data's own task (classification, multilabel, regression, segmentation), or other data",
+        hint
+        or "--task.name with the data's own task (classification, multilabel, regression, segmentation), or other data",
     )
 
 

@@ -21,7 +21,7 @@ class _Args(Settings):
 
 
 class Classification(Task):
-    """Single-label classification: outputs float [B, classes], targets int64 [B]."""
+    """Single-label classification: outputs float [B, classes], targets [B] of any integer type."""
 
     headline = "top1"
 
@@ -39,11 +39,12 @@ class Classification(Task):
 
     def check_targets(self, targets: torch.Tensor) -> None:
         if targets.is_floating_point() or targets.dim() != 1:
-            raise wrong_targets("classification", "int64 [N]", targets)
+            hint = "return int(target) from the dataset, an index of a class" if targets[0].numel() == 1 else None
+            raise wrong_targets("classification", "int64 [N]", targets, hint)
         require_classes(targets, self._num_classes)
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=self._label_smoothing)
+        return F.cross_entropy(outputs, targets.long(), reduction="none", label_smoothing=self._label_smoothing)
 
     def score(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return (outputs.argmax(1) == targets).float()

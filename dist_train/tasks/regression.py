@@ -27,7 +27,7 @@ class _Args(Settings):
 
 
 class Regression(Task):
-    """Regression: outputs float [B, K]; targets [B, K], or [B] where K is 1.
+    """Regression: outputs float [B, K]; targets of any number type [B, K], or [B] where K is 1.
 
     A sample's loss is the mean over its numbers. Metrics: `mae`, `rmse`, `r2` (the mean over the K outputs).
     Targets on a scale near 1 train best; scale them in the dataset.
@@ -54,7 +54,7 @@ class Regression(Task):
 
     def check_targets(self, targets: torch.Tensor) -> None:
         width = targets.shape[1] if targets.dim() == 2 else 1
-        if not targets.is_floating_point() or targets.dim() > 2 or width != self._num_outputs:
+        if targets.dim() not in (1, 2) or width != self._num_outputs:
             wanted = "float [N]" if self._num_outputs == 1 else f"float [N, {self._num_outputs}]"
             raise wrong_targets("regression", wanted, targets)
         if not bool(torch.isfinite(targets).all()):

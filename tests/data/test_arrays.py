@@ -184,7 +184,7 @@ def test_the_input_shape_is_read_from_the_data() -> None:
     pairs = TensorDataset(torch.zeros(2, 1, 6, 7), torch.zeros(2))
     assert splits_of(pairs, pairs).input_shape == (1, 6, 7)
     plain: Dataset = [([1, 2], 0)]  # type: ignore[assignment]
-    with pytest.raises(DataError, match="must be"):
+    with pytest.raises(DataError, match="is a list of 2, not a tensor"):
         _ = splits_of(plain, plain).input_shape
 
 

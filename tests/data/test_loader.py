@@ -232,9 +232,10 @@ def test_evaluation_shows_each_row_once_in_order_and_unaugmented(world_size: int
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        (5, "is not a pair"),
-        ((torch.zeros(1), 0, 1), "is not a pair"),
-        (("text", 0), "inputs of a dataset must be tensors, not"),
+        (5, "item 0 of list is an int, not a pair"),
+        (None, "item 0 of list is None, not a pair"),
+        ((torch.zeros(1), 0, 1), "item 0 of list is a tuple of 3, not a pair"),
+        (("text", 0), "the input of item 0 of list is a str, not a tensor"),
     ],
 )
 def test_items_that_are_not_what_they_should_be_are_named(item: Any, message: str) -> None:
@@ -244,5 +245,5 @@ def test_items_that_are_not_what_they_should_be_are_named(item: Any, message: st
 
 
 def test_an_error_in_a_worker_process_is_the_datasets_own() -> None:
-    with pytest.raises(DataError, match="item 0 of list is not a pair"):
+    with pytest.raises(DataError, match="item 0 of list is an int, not a pair"):
         next(iter(EvaluationLoader(source([5, 5], workers=1), 2, 1, 0)))

@@ -156,11 +156,12 @@ def test_a_stream_trains_and_calibrates_on_two_ranks_and_states_its_promise(tmp_
 
 _HELD = """
 import torch
+from dist_train.data.stack import Stack
 from dist_train.data.stream import read_stream
 from tests.data.test_stream import Stream
 import numpy as np
 
-held = read_stream(Stream(9), [np.arange(3), np.arange(3, 6)], 0, 0)
+held = read_stream(Stream(9), [np.arange(3), np.arange(3, 6)], 0, 0, Stack('Stream'))
 print(next(held)[0].ids.tolist(), flush=True)
 """
 

@@ -105,11 +105,11 @@ def check_words(code: int, text: str, folder: Path, capsys: pytest.CaptureFixtur
     said = capsys.readouterr().err
     assert code == 1, said
     assert text in said and "Traceback" not in said
-    kept = said.partition("the traceback is in ")[2].strip()
+    kept = said.partition("traceback: ")[2].strip()
     assert "Traceback (most recent call last)" in Path(kept).read_text()
     status = read_json(folder / "run" / "status.json")
     if status is not None:  # the run directory is opened once the arguments are checked
-        assert Path(kept) == folder / "run" / "logs" / "error-attempt0-rank0.txt"
+        assert Path(kept) == folder / "run" / "logs" / "failure-0-rank0.txt"
         assert status["state"] == "failed" and "ForeignError" not in status["error"]
 
 
@@ -129,7 +129,7 @@ def test_an_error_names_the_place_that_raised_it(
     place: str, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = end_of_run(place, "several lines", tmp_path, monkeypatch, calls)
-    check_words(code, f"ValueError: first line, in {__file__}:", tmp_path, capsys)
+    check_words(code, f"ValueError: first line ({__file__}:", tmp_path, capsys)
 
 
 @pytest.mark.parametrize("file", ["checkpoint", "results.json", "metrics"])

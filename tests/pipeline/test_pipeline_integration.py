@@ -230,7 +230,7 @@ def test_when_rank_0_fails_in_training_the_others_and_status_json_say_why(
         if planted == "data":
             assert "cannot decode image 7" in ranks.output(0)
             assert "Traceback" not in ranks.printed()
-            kept = (tmp_path / "run" / "logs" / "error-attempt0-rank0.txt").read_text()
+            kept = (tmp_path / "run" / "logs" / "failure-0-rank0.txt").read_text()
             assert "Traceback" in kept and "cannot decode image 7" in kept
             assert "rank 0 failed: ValueError: cannot decode image 7" in ranks.output(1)
             assert "cannot decode image 7" in status["error"]
