@@ -66,6 +66,13 @@ class Strategy(ABC):
         Leaves gradients and buffers as they were.
         """
 
+    def require_same_replicas(self) -> None:
+        """Raises SetupError if copies of the model within this rank differed in a step. Called before saves.
+
+        The default, for a strategy without copies, does nothing.
+        """
+        return
+
     def autocast(self) -> AbstractContextManager[object]:
         """Returns the context of forward and loss."""
         if self._precision == "fp32":

@@ -30,6 +30,9 @@ class DP(Strategy):
         super().backward(loss)
         self._replicated.fold()
 
+    def require_same_replicas(self) -> None:
+        self._replicated.require_same_buffers()
+
 
 class Replicated(nn.DataParallel[nn.Module]):
     """A DataParallel that merges the buffers of its replicas; torch keeps only the first GPU's."""
@@ -37,7 +40,7 @@ class Replicated(nn.DataParallel[nn.Module]):
     def __init__(self, module: nn.Module, device_ids: Sequence[int] | None = None) -> None:
         super().__init__(module, device_ids)
         self._used: list[tuple[nn.Module, int]] = []
-        self._checked = False
+        self._differ: dict[str, Tensor] = {}
 
     def parallel_apply(self, replicas: Sequence[nn.Module], inputs: Sequence[Any], kwargs: Any) -> list[Any]:
         outputs = super().parallel_apply(replicas, inputs, kwargs)
@@ -49,10 +52,7 @@ class Replicated(nn.DataParallel[nn.Module]):
         """Merges the replicas' buffers into the module. Called after backward, which may still read them.
 
         BatchNorm's running statistics are averaged by rows, as over ranks (training/reduction.py). A step's ranges are
-        merged by minimum and maximum.
-
-        Raises:
-            SetupError: another buffer differs between the replicas, so only the first GPU's would be kept.
+        merged by minimum and maximum. Whether any other buffer differed is recorded, without waiting for the GPUs.
         """
         replicas, self._used = self._used, []
         if not replicas:
@@ -72,14 +72,27 @@ class Replicated(nn.DataParallel[nn.Module]):
                 buffer.copy_(torch.stack(copies).amin(0))
             elif kind == "step_high":
                 buffer.copy_(torch.stack(copies).amax(0))
-            elif not self._checked:
-                _require_same(name, copies)
-        self._checked = True
+            else:
+                different = torch.stack([_differs(copy, copies[0]) for copy in copies]).any()
+                self._differ[name] = self._differ[name] | different if name in self._differ else different
+
+    def require_same_buffers(self) -> None:
+        """Checks the steps so far.
+
+        Raises:
+            SetupError: a buffer that is not merged differed between the replicas: only the first GPU's is kept.
+        """
+        if not self._differ:
+            return
+        differ = torch.stack([*self._differ.values()]).tolist()
+        found = [name for name, differs in zip(self._differ, differ, strict=True) if differs]
+        if found:
+            raise SetupError(
+                f"the buffer {found[0]} differs between the GPUs after a step: under dp only the first one's is kept",
+                "--strategy ddp, and compute it from synchronised values; or train on one GPU: CUDA_VISIBLE_DEVICES=0",
+            )
 
 
-def _require_same(name: str, copies: Sequence[Tensor]) -> None:
-    if not all(torch.equal(copy, copies[0]) for copy in copies):
-        raise SetupError(
-            f"the buffer {name} differs between the GPUs after a step: under dp only the first one's would be kept",
-            "--strategy ddp, and compute it from synchronised values; or train on one GPU: CUDA_VISIBLE_DEVICES=0",
-        )
+def _differs(copy: Tensor, first: Tensor) -> Tensor:
+    """Tells whether any value differs; NaN equals NaN."""
+    return ((copy != first) & ~((copy != copy) & (first != first))).any()
