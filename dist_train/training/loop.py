@@ -99,6 +99,7 @@ def train_step(model: nn.Module, batch: StepBatch, task: Task, strategy: Strateg
         loss_sum = loss_sum + loss.detach()
         if micro.rows:
             score_sum = score_sum + task.score(real.detach(), micro.targets).sum()
+    strategy.require_all_reduced(model)
     return StepSums(loss_sum, score_sum, batch.rows, batch.global_count)
 
 

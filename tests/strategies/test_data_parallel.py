@@ -181,6 +181,61 @@ def test_training_under_dp_is_that_of_one_process_on_every_tail() -> None:
     assert weights[1] == pytest.approx(weights[0], abs=1e-5)
 
 
+class Spare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.old = nn.Linear(16, 4), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.head(x.flatten(1))
+        return outputs
+
+
+class Broadcast(torch.autograd.Function):
+    """Copies all parameters at once, as torch's does: backward gives zeros for those that nothing used."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(parameter.clone() for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradients
+
+
+class BroadcastingDP(DP):
+    def __init__(self, world: World, precision: Any) -> None:
+        super().__init__(world, precision)
+        self.find_unused_parameters = True
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        class Broadcasting(OnCPU):
+            def replicate(self, module: nn.Module, device_ids: Sequence[int]) -> list[nn.Module]:
+                replicas = super().replicate(module, device_ids)
+                names, parameters = zip(*module.named_parameters(), strict=True)
+                for replica in replicas:
+                    for name, copied in zip(names, Broadcast.apply(*parameters), strict=True):
+                        layer, _, attribute = name.rpartition(".")
+                        setattr(replica.get_submodule(layer), attribute, copied)
+                return replicas
+
+        self._replicated = Broadcasting(model, 2)
+        self._replicated.notes_gradients = self.find_unused_parameters
+        return self._replicated
+
+
+@pytest.mark.usefixtures("apply_in_turn")
+def test_what_no_replica_uses_keeps_its_values_under_decay() -> None:
+    optim = {"lr": 0.1, "weight_decay": 0.1, "decay_norm_and_bias": True}
+    weights = []
+    for strategy in (Single, BroadcastingDP):
+        torch.manual_seed(1)
+        model = Spare()
+        fit(make(World(), model, micro=4, strategy_class=strategy, config={"optim": optim}).run, None)
+        weights.append(flat(model))
+    assert weights[1] == pytest.approx(weights[0], abs=1e-5)
+
+
 @pytest.mark.gpu
 def test_dp_on_gpus_trains_as_one_gpu_does_and_keeps_the_ranges_of_all() -> None:
     if torch.cuda.device_count() < 2:
