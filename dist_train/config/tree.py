@@ -114,6 +114,9 @@ class Config(Settings):
     sync_batchnorm: bool = False
     """Synchronise BatchNorm over all ranks in `train`, at the cost of two more collectives for each layer and
     micro-batch. qat works with plain BatchNorm."""
+    find_unused_parameters: Annotated[bool, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = False
+    """Look in every step for parameters without a gradient, at the cost of one more collective. It is done anyway where
+    set-up finds such parameters; some that are rarely left out can be missed there."""
     stages: Annotated[list[Annotated[str, Registered(registry.stages)]], Field(min_length=1)] = [
         "train",
         "ptq",

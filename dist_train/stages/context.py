@@ -27,6 +27,7 @@ from dist_train.strategies.base import Strategy
 from dist_train.tasks import Task
 from dist_train.trackers.base import Trackers
 from dist_train.training.evaluate import Evaluation, evaluate
+from dist_train.training.same_state import require_same_state
 
 
 @dataclass(kw_only=True)
@@ -129,7 +130,12 @@ class Context:
         return copy.deepcopy(self.model).cpu().eval()
 
     def evaluate(self, model: nn.Module) -> Evaluation:
-        """Evaluates a model in the config's precision. Collective."""
+        """Evaluates a model in the config's precision. Collective.
+
+        Raises:
+            SetupError: on every rank, if the model differs between ranks.
+        """
+        require_same_state(self.world, model, "before an evaluation")
         model.eval()
         return evaluate(model, self.data.evaluation_batches(), self.task, self.world, self.strategy.autocast)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 from dist_train.config.advice import idle_settings
@@ -25,6 +26,7 @@ from dist_train.training.profiler import NoProfile, Profile
 from dist_train.training.recalibration import estimate_moments
 from dist_train.training.reduction import StepReduction
 from dist_train.training.state import TrainState
+from dist_train.training.unused import find_unused
 
 
 class Train(Stage):
@@ -117,6 +119,7 @@ def run_loop(context: Context, stage: str, settings: FitConfig, learner: Learner
         for problem in idle_settings(stage, settings, epochs, steps):
             progress.warn(str(problem))
     progress.data_hint = _data_hint(context)
+    _look_for_unused_parameters(context, stage, learner.model)
     run = Fit(
         stage=stage,
         config=config,
@@ -136,6 +139,21 @@ def run_loop(context: Context, stage: str, settings: FitConfig, learner: Learner
     state = fit(run, context.resume)
     context.results["stages"].setdefault(stage, {}).update(_outcome(run, state))
     return state
+
+
+def _look_for_unused_parameters(context: Context, stage: str, model: nn.Module) -> None:
+    """Warns of parameters without a gradient, and prepares the strategy for them. Collective.
+
+    Raises:
+        ModelError: no parameter can be trained.
+    """
+    example = context.data.example(2).to(context.world.device)
+    if context.config.model.channels_last:
+        example = example.contiguous(memory_format=torch.channels_last)
+    unused = find_unused(model, example, context.world, context.strategy.autocast)
+    for line in unused.lines(stage):
+        context.progress.warn(line)
+    context.strategy.find_unused_parameters = context.config.find_unused_parameters or bool(unused)
 
 
 def _for_this_batch(context: Context, stage: str, settings: FitConfig) -> FitConfig:

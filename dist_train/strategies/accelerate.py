@@ -16,7 +16,7 @@ from dist_train.config.checks.strategy import Precision
 from dist_train.distributed.world import World
 from dist_train.errors import SetupError
 from dist_train.strategies.base import Strategy
-from dist_train.strategies.ddp import warm_up_ddp
+from dist_train.strategies.ddp import require_all_reduced, warm_up_ddp
 
 
 class Accelerate(Strategy):
@@ -48,6 +48,8 @@ class Accelerate(Strategy):
     def wrap(self, model: nn.Module) -> nn.Module:
         # The model goes into a shell because prepare_model replaces `forward` of its argument, but the model is
         # evaluated and saved unwrapped. It is not moved: from "cpu" to "cpu:0" would replace its buffers.
+        assert self._accelerator.ddp_handler is not None
+        self._accelerator.ddp_handler.find_unused_parameters = self.find_unused_parameters
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "`broadcast_buffers` is deprecated"
@@ -65,6 +67,11 @@ class Accelerate(Strategy):
     def warm_up_buckets(self, wrapped: nn.Module, inputs: torch.Tensor) -> None:
         if isinstance(wrapped, DistributedDataParallel):
             warm_up_ddp(self, wrapped, inputs)
+
+    def require_all_reduced(self, wrapped: nn.Module) -> None:
+        if isinstance(wrapped, DistributedDataParallel):
+            assert isinstance(wrapped.module, _Shell)
+            require_all_reduced(wrapped, wrapped.module.model)
 
     def autocast(self) -> AbstractContextManager[object]:
         context: AbstractContextManager[object] = self._accelerator.autocast()

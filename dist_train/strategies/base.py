@@ -37,6 +37,8 @@ class Strategy(ABC):
     Attributes:
         scaler: scales the loss so that fp16 gradients do not underflow; disabled in other precisions. Checkpoints hold
             its state.
+        find_unused_parameters: True if the wrapper must expect steps in which parameters get no gradient; read by
+            `wrap`.
     """
 
     scaler: torch.amp.GradScaler
@@ -45,6 +47,7 @@ class Strategy(ABC):
         """precision: the resolved precision, never `auto`."""
         self.world = world
         self._precision = precision
+        self.find_unused_parameters = False
         self.new_scaler()
 
     def new_scaler(self) -> None:
@@ -65,6 +68,23 @@ class Strategy(ABC):
 
         Leaves gradients and buffers as they were.
         """
+
+    def require_all_reduced(self, wrapped: nn.Module) -> None:
+        """Checks that a step's backward averaged all gradients over the ranks. Called after each step's last backward.
+
+        The default, for a strategy that averages nothing, does nothing.
+
+        Raises:
+            SetupError: parameters got no gradient, and the wrapper did not expect that.
+        """
+        return
+
+    def require_same_replicas(self) -> None:
+        """Raises SetupError if copies of the model within this rank differed in a step. Called before saves.
+
+        The default, for a strategy without copies, does nothing.
+        """
+        return
 
     def autocast(self) -> AbstractContextManager[object]:
         """Returns the context of forward and loss."""

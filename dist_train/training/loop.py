@@ -20,7 +20,7 @@ from dist_train.config.tree import Config
 from dist_train.console.progress import Progress, epoch_line, plain_line
 from dist_train.data.loader import MicroBatch, StepBatch, TrainLoader, seed_everything
 from dist_train.data.permutation import derive_key
-from dist_train.errors import NonFiniteLossError, Preempted
+from dist_train.errors import Preempted
 from dist_train.models.batch_norm import synchronised
 from dist_train.run_dir.ledger import Ledger, NoLedger
 from dist_train.strategies.base import StepOutcome, Strategy
@@ -28,7 +28,8 @@ from dist_train.tasks import Task
 from dist_train.trackers.base import Trackers
 from dist_train.training.learner import Learner
 from dist_train.training.profiler import NoProfile, Profile
-from dist_train.training.reduction import StepSums, require_same_buffers
+from dist_train.training.reduction import StepSums
+from dist_train.training.same_state import require_same_everywhere, require_sound
 from dist_train.training.selection import Selection
 from dist_train.training.state import TrainState
 from dist_train.training.step_log import StepLog
@@ -98,6 +99,7 @@ def train_step(model: nn.Module, batch: StepBatch, task: Task, strategy: Strateg
         loss_sum = loss_sum + loss.detach()
         if micro.rows:
             score_sum = score_sum + task.score(real.detach(), micro.targets).sum()
+    strategy.require_all_reduced(model)
     return StepSums(loss_sum, score_sum, batch.rows, batch.global_count)
 
 
@@ -177,19 +179,19 @@ def _train(run: Fit, state: TrainState) -> None:
             log.updated(outcome.grad_norm)
             run.ledger.record(run.stage, epoch, step, batch.ids, skipped=outcome.skipped, left_out=batch.left_out)
             if first_step:
-                require_same_buffers(world, model)
+                require_same_everywhere(run.strategy, state, run.stage)
                 first_step = False
             every = config.checkpoint.every_steps
             due = every is not None and state.step % every == 0
             if (due or log.stop_agreed) and state.step % run.steps_per_epoch:
                 state.left_out += log.drain()
-                _require_finite(state)
+                require_sound(run.strategy, state, run.stage)
                 _save(run, state)
                 _stop_if(log.stop_agreed, run, state)
             world.heartbeat.begin("data")
         world.heartbeat.patience = 0.0
         state.left_out += log.drain()
-        _require_finite(state)
+        require_sound(run.strategy, state, run.stage)
         state.epoch_open = True
         if log.stop_agreed:  # the evaluation may take longer than stop.grace
             _save(run, state)
@@ -236,21 +238,6 @@ def _update(run: Fit, state: TrainState, with_norm: bool) -> StepOutcome:
     return outcome
 
 
-def _require_finite(state: TrainState) -> None:
-    """Checks the parameters before they are evaluated or saved: a finite loss can have infinite gradients.
-
-    Raises:
-        NonFiniteLossError: on all ranks, because they hold the same parameters.
-    """
-    names, parameters = zip(*state.model.named_parameters(), strict=True)
-    finite = torch.stack([torch.isfinite(parameter).all() for parameter in parameters]).tolist()
-    if not all(finite):
-        raise NonFiniteLossError(
-            f"after step {state.step - 1} the parameter {names[finite.index(False)]} is not finite, but the loss was",
-            "lower the learning rate, or set clip_grad_norm; check loss and model for a root or a logarithm of 0",
-        )
-
-
 def _report_left_out(run: Fit, state: TrainState, epoch: int) -> None:
     if run.loader.may_leave_out:
         run.trackers.log(run.stage, epoch, state.step - 1, {"skipped_samples": state.left_out})
@@ -270,6 +257,7 @@ def _end_epoch(run: Fit, state: TrainState, epoch: int) -> None:
             run.learner.recalibrate(state.average.module)
         state.chosen.eval()
         evaluation = run.learner.evaluate(state.chosen)
+        require_same_everywhere(run.strategy, state, run.stage)  # some buffers follow the rows of evaluations
         state.metrics, stop = evaluation.metrics, evaluation.stop
         state.model.train()
         run.trackers.log(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.distributed.world import World
-from dist_train.errors import DataError, NonFiniteLossError, SetupError
+from dist_train.errors import DataError, NonFiniteLossError
 from dist_train.models.batch_norm import running_statistics
 from dist_train.quantization.ranges import Ranges
 
@@ -104,41 +102,6 @@ class PendingMeans:
         """Rescales gradients from a mean over the planned count to one over the real count."""
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         torch._foreach_mul_(gradients, self._global_count / self._rows)
-
-
-def require_same_buffers(world: World, model: nn.Module) -> None:
-    """Refuses a model whose buffers depend on each rank's own data, as only rank 0's buffers are saved. Collective.
-
-    BatchNorm's running statistics are averaged and quantization ranges are merged, so these buffers are equal.
-
-    Raises:
-        SetupError: on every rank; names the buffer.
-    """
-    if world.world_size == 1:
-        return
-    cumulative = [
-        name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.momentum is None
-    ]
-    if cumulative:
-        raise SetupError(
-            f"{cumulative[0]} is a batch norm with momentum=None, whose average over batches differs by rank",
-            "give it a momentum, such as 0.1, or train on one process",
-        )
-    kept = {name for name, _ in model.named_buffers()}
-    digests = {
-        name: hashlib.sha256(
-            buffer.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes()
-        ).hexdigest()
-        for name, buffer in model.state_dict().items()
-        if name in kept and buffer.dim() and not name.endswith("num_batches_tracked")
-    }
-    for other in world.gather(digests):
-        different = [name for name in digests if other[name] != digests[name]]
-        if different:
-            raise SetupError(
-                f"the buffer {different[0]} differs between ranks after a step: it follows each rank's own data",
-                "compute it from synchronised values, or register it with persistent=False and keep nothing in it",
-            )
 
 
 class StepReduction:

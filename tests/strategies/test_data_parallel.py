@@ -68,16 +68,22 @@ def apply_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Centre(nn.Module):
-    """Subtracts a mean that it learns from its rows."""
+    """Subtracts a mean that it learns from its rows, from step `first` on."""
 
     centre: torch.Tensor
+    steps: torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 0) -> None:
         super().__init__()
-        self.register_buffer("centre", torch.zeros(1))
+        self.register_buffer("centre", torch.tensor(0.0))
+        self.register_buffer("steps", torch.tensor(0))
+        self._first = first
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.centre.lerp_(x.detach().mean().view(1), 0.1)
+        if self.training:
+            if self.steps >= self._first:
+                self.centre.lerp_(x.detach().mean(), 0.1)
+            self.steps.add_(1)
         return x - self.centre
 
 
@@ -152,10 +158,13 @@ def test_statistics_that_stand_still_are_not_rounded() -> None:
 
 
 @pytest.mark.usefixtures("apply_in_turn")
-def test_a_buffer_that_follows_each_replicas_own_data_is_refused_by_name() -> None:
-    model = nn.Sequential(Centre(), nn.Flatten(), nn.Linear(16, 4)).train()
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_buffer_that_follows_each_replicas_own_data_is_refused_by_name(first: int) -> None:
+    model = nn.Sequential(Centre(first), nn.Flatten(), nn.Linear(16, 4)).train()
+    made = make(World(), model, strategy_class=CPUDP, checkpoint_every=2)
     with pytest.raises(SetupError, match=r"the buffer 0\.centre differs between the GPUs"):
-        step(model, torch.arange(4 * 16.0).view(4, 1, 4, 4), replicas=2)
+        fit(made.run, None)
+    assert made.memory.saved == ([2] if first else [])
 
 
 @pytest.mark.usefixtures("apply_in_turn")
@@ -168,6 +177,61 @@ def test_training_under_dp_is_that_of_one_process_on_every_tail() -> None:
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.3)
         fit(make(World(), model, micro=4, strategy_class=strategy).run, None)
+        weights.append(flat(model))
+    assert weights[1] == pytest.approx(weights[0], abs=1e-5)
+
+
+class Spare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.old = nn.Linear(16, 4), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.head(x.flatten(1))
+        return outputs
+
+
+class Broadcast(torch.autograd.Function):
+    """Copies all parameters at once, as torch's does: backward gives zeros for those that nothing used."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(parameter.clone() for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradients
+
+
+class BroadcastingDP(DP):
+    def __init__(self, world: World, precision: Any) -> None:
+        super().__init__(world, precision)
+        self.find_unused_parameters = True
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        class Broadcasting(OnCPU):
+            def replicate(self, module: nn.Module, device_ids: Sequence[int]) -> list[nn.Module]:
+                replicas = super().replicate(module, device_ids)
+                names, parameters = zip(*module.named_parameters(), strict=True)
+                for replica in replicas:
+                    for name, copied in zip(names, Broadcast.apply(*parameters), strict=True):
+                        layer, _, attribute = name.rpartition(".")
+                        setattr(replica.get_submodule(layer), attribute, copied)
+                return replicas
+
+        self._replicated = Broadcasting(model, 2)
+        self._replicated.notes_gradients = self.find_unused_parameters
+        return self._replicated
+
+
+@pytest.mark.usefixtures("apply_in_turn")
+def test_what_no_replica_uses_keeps_its_values_under_decay() -> None:
+    optim = {"lr": 0.1, "weight_decay": 0.1, "decay_norm_and_bias": True}
+    weights = []
+    for strategy in (Single, BroadcastingDP):
+        torch.manual_seed(1)
+        model = Spare()
+        fit(make(World(), model, micro=4, strategy_class=strategy, config={"optim": optim}).run, None)
         weights.append(flat(model))
     assert weights[1] == pytest.approx(weights[0], abs=1e-5)
 
