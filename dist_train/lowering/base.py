@@ -14,6 +14,9 @@ from torch.export import ExportedProgram
 
 Call = Callable[[Tensor], Tensor]
 
+FAILURES = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""Errors that exporters and compilers raise for a model that they cannot take, beside those of their own."""
+
 
 class LoweringUnavailable(Exception):
     """This machine or this model does not allow the lowering. The message says what to type.

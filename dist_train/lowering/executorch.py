@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from importlib.metadata import version
 
 import torch
@@ -10,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from dist_train.errors import first_line
-from dist_train.lowering.base import LoweringUnavailable, Written, quiet
+from dist_train.lowering.base import FAILURES, LoweringUnavailable, Written, quiet
 from dist_train.lowering.rewrites.xnnpack import for_xnnpack
 
 
@@ -28,15 +29,15 @@ def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
     """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
+    from executorch.exir.error import ExportError, InternalError
     from executorch.runtime import Runtime
 
     one = torch.zeros(1, *example.shape[1:])
     try:
         with quiet(), torch.no_grad():
             int8 = isinstance(model, ExportedProgram)
-            exported = torch.export.export(
-                for_xnnpack(model, one) if isinstance(model, ExportedProgram) else model, (one,)
-            )
+            module = for_xnnpack(model, one) if isinstance(model, ExportedProgram) else copy.deepcopy(model)
+            exported = torch.export.export(_contiguous(module), (one,))
             edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
             if int8:
                 _require_integer_kernels(edge.exported_program().graph_module)
@@ -44,7 +45,7 @@ def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
         data = bytes(lowered.buffer)
         program = Runtime.get().load_program(data)
         method = program.load_method("forward")
-    except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
+    except (*FAILURES, ExportError, InternalError, torch._dynamo.exc.TorchDynamoException) as error:
         raise LoweringUnavailable(f"ExecuTorch cannot lower this model: {first_line(error)}") from error
 
     # `kept`: the method reads the program's bytes in place and holds no reference. Freeing them would crash the
@@ -57,6 +58,16 @@ def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
         "executorch.runtime.Runtime.get().load_program(FILE).load_method('forward').execute((image,)), a batch of one"
     )
     return Written({"pte": data}, call, f"executorch {version('executorch')}", usage)
+
+
+def _contiguous(module: nn.Module) -> nn.Module:
+    """Makes all tensors contiguous, in place. XNNPACK's passes choose a layout for each layer themselves.
+
+    They fail where a convolution's weight is channels_last: its layout is then settled before the layer asks for one.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.contiguous()
+    return module
 
 
 def _require_integer_kernels(edge: GraphModule) -> None:

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from dist_train.errors import first_line
-from dist_train.lowering.base import Lowered, LoweringUnavailable, quiet
+from dist_train.lowering.base import FAILURES, Lowered, LoweringUnavailable, quiet
 from dist_train.lowering.rewrites.quantized_graph import channels_with_zero_points
 
 
@@ -57,7 +57,7 @@ def lower(
             # Inductor 2.14 asserts in its generated code that a batch-dynamic int8 convolution of one channel returns a
             # contiguous tensor, which fails. Each size by itself is right. The copy has no compiled code yet.
             return Lowered("inductor", _compiled_call(copy.deepcopy(module), example, threads, batches, dynamic=False))
-    except (torch._dynamo.exc.TorchDynamoException, AssertionError) as error:
+    except (*FAILURES, torch._dynamo.exc.TorchDynamoException) as error:
         raise LoweringUnavailable(f"Inductor cannot compile this model: {first_line(error)}") from error
 
 

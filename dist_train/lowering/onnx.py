@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dist_train.errors import first_line
-from dist_train.lowering.base import LoweringUnavailable, Written, quiet
+from dist_train.lowering.base import FAILURES, LoweringUnavailable, Written, quiet
 
 _KEPT = 2  # number of models whose ONNX is kept for the next runtime: fp32 and int8
 _kept: dict[tuple[int, torch.Size, str], tuple[weakref.ref[Any], bytes]] = {}
@@ -71,7 +71,7 @@ def _export(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
             )
             assert program is not None  # it is, with dynamo=True
             proto = program.model_proto
-    except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+    except FAILURES as error:  # OnnxExporterError is a RuntimeError
         raise LoweringUnavailable(f"torch.onnx.export cannot export this model: {first_line(error)}") from error
     quantize_summands(proto)
     read_joined(proto)

@@ -29,8 +29,10 @@ from torch import Tensor, nn
 # Importing this registers the operators quantized_decomposed.*, which programs need; torchao is not needed.
 from torch.ao.quantization.fx._decomposed import quantized_decomposed_lib  # noqa: F401
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 
 from dist_train.errors import ArtifactError, first_line
+from dist_train.programs.modes import inline_modes, mode_blocks
 
 # All of node.meta that torch.export.save keeps besides shapes. The first two hold object ids and addresses of the
 # exporting process, the third its file paths. None is needed to run the program.
@@ -118,10 +120,20 @@ def check_archive(data: bytes) -> None:
 
 
 def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
-    """Exports a model in eval mode on the CPU, with a dynamic batch size.
+    """Exports a model in eval mode on the CPU, with a dynamic batch size, for inference: see `inline_modes`.
 
     example: [B, ...]; only its shape without B and its dtype count. Raises as `torch.export.export` does.
     """
+    program = _exported(model, example)
+    if not any(mode_blocks(program.graph_module)):
+        return program
+    module = program.module(check_guards=False)
+    assert isinstance(module, GraphModule)
+    inline_modes(module)
+    return _exported(module, example)
+
+
+def _exported(model: nn.Module, example: Tensor) -> ExportedProgram:
     zeros = torch.zeros((2, *example.shape[1:]), dtype=example.dtype)  # one row would make the batch size a constant
     return torch.export.export(model, (zeros,), dynamic_shapes=({0: Dim("batch", min=1)},))
 

@@ -24,14 +24,14 @@ def dry_run(
     example: Tensor,
     rules: Sequence[RuleConfig],
     instead: str = "pt2e",
-    run: bool = True,
+    serialize: bool = True,
 ) -> None:
-    """Prepares and converts a copy of `model`, with meaningless ranges.
+    """Prepares, converts and runs a copy of `model`, with meaningless ranges.
 
     Args:
         example: as of `QuantizationBackend.prepare`.
         instead: backends to name in the hint.
-        run: also serializes the result, which runs it on batches of several sizes.
+        serialize: serializes the result, which runs it on batches of several sizes; else it is run on `example` only.
 
     Raises:
         QuantizationError: one of these steps fails.
@@ -56,8 +56,10 @@ def dry_run(
     with torch.no_grad():
         try:
             converted = backend.convert(prepared)
-            if run:
+            if serialize:
                 backend.serialize(converted, example)
+            else:
+                converted(example.cpu())
         except QuantizationError:
             raise
         except FAILURES as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,9 @@ from dist_train.quantization.fx_nodes import layer_of, name_fake_quantizers
 from dist_train.quantization.padding import number_graph_paddings, part_from_convolutions
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.pt2e import graph_rewrite
+from dist_train.quantization.pt2e.float_graph import drop_neutral_arithmetic, refuse_other_blocks
 from dist_train.quantization.pt2e.graph_rewrite import attribute, constant
+from dist_train.quantization.pt2e.partition_search import searched_along_edges
 from dist_train.quantization.pt2e.pattern_cache import patterns_exported_once
 from dist_train.quantization.pt2e.prepared_graph import PreparedGraph
 from dist_train.quantization.pt2e.quantizer import RuleQuantizer
@@ -44,16 +46,17 @@ class PT2EBackend:
         """See QuantizationBackend.check."""
         _checked_rules(model, rules)
         if example is not None:
-            dry_run(self, model, example, rules, instead="fx", run=False)
+            dry_run(self, model, example, rules, instead="fx", serialize=False)
 
     def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedGraph:
         """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
         quantizer = RuleQuantizer(_checked_rules(model, rules))
-        with quietly(), patterns_exported_once():
+        with quietly(), patterns_exported_once(), searched_along_edges():
             float_copy = copy.deepcopy(model).eval()
             graph = _exported(float_copy, example)
             number_graph_paddings(graph.graph)
             part_from_convolutions(graph.graph)
+            drop_neutral_arithmetic(graph.graph)
             _keep_batch_norms_invertible(graph)
             literals = graph_rewrite.batch_norm_literals(graph.graph)
             quantized = prepare_qat_pt2e(graph, quantizer)
@@ -76,6 +79,7 @@ class PT2EBackend:
         Ranges(prepared).require_known()
         module = copy.deepcopy(prepared).cpu().requires_grad_(False).graph_module()
         graph_rewrite.fold_batch_norms(module)
+        graph_rewrite.fold_weight_norms(module)
         for node in module.graph.find_nodes(op="call_module"):
             quantizer = module.get_submodule(node.target)
             if isinstance(quantizer, WeightFakeQuantize):
@@ -124,6 +128,7 @@ def _exported(model: nn.Module, example: Tensor) -> GraphModule:
     """Exports a copy of the float model, which is changed. Raises QuantizationError where it cannot be prepared."""
     _make_affine(model)
     graph = _export(model, example)
+    refuse_other_blocks(graph)
     _refuse_known_failures(graph.graph)
     return graph
 
@@ -193,9 +198,17 @@ def _keep_batch_norms_invertible(graph: GraphModule) -> None:
             keep_invertible(attribute(graph, str(node.args[1].target)))
 
 
+def _read(graph: GraphModule) -> Iterator[str]:
+    """Yields what the nodes of a graph, and those of the blocks that it runs, read by name: tensors and blocks."""
+    for name, module in graph.named_modules():
+        if isinstance(module, GraphModule):
+            for node in module.graph.find_nodes(op="get_attr"):
+                yield f"{name}.{node.target}" if name else str(node.target)
+
+
 def _strip(converted: GraphModule) -> None:
-    """Deletes tensors that no node reads (the float weights), then modules that are left empty."""
-    read = {str(node.target) for node in converted.graph.find_nodes(op="get_attr")}
+    """Deletes tensors that no node reads (the float weights), then modules that are left empty and that none reads."""
+    read = set(_read(converted))
     for name, _ in [
         *converted.named_parameters(remove_duplicate=False),
         *converted.named_buffers(remove_duplicate=False),
@@ -204,7 +217,7 @@ def _strip(converted: GraphModule) -> None:
             owner, _, attribute = name.rpartition(".")
             delattr(converted.get_submodule(owner), attribute)
     for name, module in reversed(list(converted.named_modules())):
-        if name and not [*module.children(), *module.parameters(), *module.buffers()]:
+        if name and name not in read and not [*module.children(), *module.parameters(), *module.buffers()]:
             owner, _, attribute = name.rpartition(".")
             delattr(converted.get_submodule(owner), attribute)
     converted.recompile()

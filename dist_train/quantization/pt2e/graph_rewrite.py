@@ -75,8 +75,21 @@ class FoldedBatchNorm:
 
 
 def batch_norms(graph: Graph) -> Iterator[Node]:
-    """Yields the batch norms, in graph order."""
-    return (node for node in graph.nodes if node.op == "call_function" and node.target is BATCH_NORM)
+    """Yields the batch norms of data, in graph order; F.batch_norm may also standardize a weight."""
+    found = graph.find_nodes(op="call_function", target=BATCH_NORM)
+    fixed = computed_from_parameters(graph) if found else set()
+    return (node for node in found if node not in fixed)
+
+
+def computed_from_parameters(graph: Graph) -> set[Node]:
+    """Returns the nodes that read parameters and buffers only, such as a standardized weight."""
+    found = set[Node]()
+    for node in graph.nodes:
+        if node.op == "get_attr" or (
+            node.op == "call_function" and node.all_input_nodes and found.issuperset(node.all_input_nodes)
+        ):
+            found.add(node)
+    return found
 
 
 def batch_norm_tensors(node: Node) -> Tensors:
@@ -219,6 +232,21 @@ def fold_batch_norms(module: GraphModule) -> None:
     module.recompile()
 
 
+def fold_weight_norms(module: GraphModule) -> None:
+    """Computes the batch norms that standardize weights, before convert, which would try to match each of them."""
+    fixed = computed_from_parameters(module.graph)
+    norms = module.graph.find_nodes(op="call_function", target=BATCH_NORM)
+    for index, node in enumerate([node for node in norms if node in fixed]):
+        name = f"folded_norm_{index}"
+        module.register_parameter(name, nn.Parameter(constant(module, node), requires_grad=False))
+        with module.graph.inserting_before(node):
+            folded = module.graph.get_attr(name)
+        folded.meta = dict(node.meta)
+        node.replace_all_uses_with(folded)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
 def attribute(module: nn.Module, target: str) -> Tensor:
     """Returns the tensor at a dotted name, as a get_attr node reads it."""
     owner, _, name = target.rpartition(".")
@@ -229,14 +257,19 @@ def attribute(module: nn.Module, target: str) -> Tensor:
 
 def constant(module: nn.Module, node: Node) -> Tensor:
     """Computes a node that depends on parameters and buffers only, such as a weight with a batch norm folded in."""
+    value = _value(module, node)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _value(module: nn.Module, node: Node) -> Any:
+    """As `constant`, also of nodes inside the computation, such as the two values of var_mean."""
     if node.op == "get_attr":
         return attribute(module, str(node.target))
     assert node.op == "call_function" and callable(node.target), f"{node} is not a constant"
-    args = map_arg(node.args, lambda argument: constant(module, argument))
-    kwargs = map_arg(node.kwargs, lambda argument: constant(module, argument))
-    value = node.target(*args, **kwargs)
-    assert isinstance(value, Tensor)
-    return value
+    args = map_arg(node.args, lambda argument: _value(module, argument))
+    kwargs = map_arg(node.kwargs, lambda argument: _value(module, argument))
+    return node.target(*args, **kwargs)
 
 
 def use_batch_statistics(graph: Graph, momentum: float | None = None) -> None:

@@ -10,9 +10,9 @@ from dist_train.quantization.versions import check_versions
 
 check_versions()
 
-from torchao.quantization.pt2e import FakeQuantizeBase, qat_utils
+from torchao.quantization.pt2e import FakeQuantizeBase, graph_utils, qat_utils
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
-from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, x86_inductor_quantizer
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
     X86InductorQuantizer,
     get_default_x86_inductor_quantization_config,
@@ -26,8 +26,10 @@ __all__ = [
     "X86InductorQuantizer",
     "convert_pt2e",
     "get_default_x86_inductor_quantization_config",
+    "graph_utils",
     "prepare_qat_pt2e",
     "qat_utils",
+    "x86_inductor_quantizer",
 ]
 
 # convert_pt2e finds fake-quantize modules by this base.
