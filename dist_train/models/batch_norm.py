@@ -211,14 +211,15 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
 def batch_moments(model: nn.Module) -> Iterator[None]:
     """In this context, a forward writes its batch's mean and unbiased variance to the running statistics.
 
-    Batch norms normalise by the batch; everything else is in evaluation mode. Modes, momenta and counts of batches are
-    restored at the end.
+    Batch norms normalise by the batch; everything else is in evaluation mode, and so are the batch norms that the
+    model's own `train()` keeps there. Modes, momenta and counts of batches are restored at the end.
     """
     modes = {module: module.training for module in model.modules()}
+    model.train()
     norms = [
         (module, module.momentum, module.num_batches_tracked)
         for module in modes
-        if isinstance(module, _BatchNorm) and module.running_var is not None
+        if isinstance(module, _BatchNorm) and module.running_var is not None and module.training
     ]
     counts = [None if count is None else count.clone() for _, _, count in norms]
     model.eval()

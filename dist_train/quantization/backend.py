@@ -66,14 +66,15 @@ def as_configuration() -> Iterator[None]:
 
 
 def build_backend(config: QATConfig) -> QuantizationBackend:
-    """Builds the backend that a config names, with `engine` where its constructor takes it.
+    """Builds the backend that a config names, with `engine` and `gradient_bound` where its constructor takes them.
 
     Raises:
         QuantizationError: this torch or this machine does not have it, or it lacks a method of `QuantizationBackend`.
     """
     factory = registry.quantization_backends.get(config.backend)
-    takes_engine = "engine" in inspect.signature(factory).parameters
-    backend: QuantizationBackend = factory(engine=config.engine) if takes_engine else factory()
+    taken = inspect.signature(factory).parameters
+    settings = {"engine": config.engine, "gradient_bound": config.gradient_bound}
+    backend: QuantizationBackend = factory(**{name: value for name, value in settings.items() if name in taken})
     lacking = [name for name in _METHODS if not callable(getattr(backend, name, None))]
     if lacking:
         error = QuantizationError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -23,7 +24,8 @@ def gate_prepare(context: Context, prepared: PreparedModel) -> None:
     """Checks that the prepared model with fake quantization off gives the float model's outputs.
 
     The comparison is repeated with extreme BatchNorm variances. Literals that only training uses must equal the float
-    model's: eps and momentum of batch norms, dropout's probability.
+    model's: eps and momentum of batch norms, dropout's probability. Each batch norm that the float model calls must be
+    in the prepared one: as an operation with fixed numbers it would give equal outputs, and never learn.
 
     Raises:
         GateError: on every rank, if the models differ.
@@ -43,7 +45,8 @@ def gate_prepare(context: Context, prepared: PreparedModel) -> None:
         if getattr(module, kind) is not None
     ]
     originals = [tensor.clone() for tensor in tensors]
-    differences = [_relative_difference(prepared.eval(), context.model.eval(), inputs)]
+    with _called_batch_norms(context.model) as called:
+        differences = [_relative_difference(prepared.eval(), context.model.eval(), inputs)]
     _draw_variances(pairs, context.config.run.seed)
     differences.append(_relative_difference(prepared, context.model, inputs))
     for tensor, original in zip(tensors, originals, strict=True):
@@ -51,7 +54,8 @@ def gate_prepare(context: Context, prepared: PreparedModel) -> None:
     prepared.fake_quantize(True)
     prepared.observe(True)
     worst = largest(differences)
-    bound, changed = context.config.qat.prepare_bound, _changed_literals(context.model, prepared)
+    bound = context.config.qat.prepare_bound
+    changed = _missing_batch_norms(context.model, prepared, called) + _changed_literals(context.model, prepared)
     hint = "the backend changed the model: report it with the model's name, or use another --qat.backend"
     context.gates.check(
         Gate(
@@ -63,6 +67,32 @@ def gate_prepare(context: Context, prepared: PreparedModel) -> None:
             detail="".join(f"\n  {line}" for line in changed),
         )
     )
+
+
+@contextmanager
+def _called_batch_norms(model: nn.Module) -> Iterator[set[nn.Module]]:
+    """Collects the batch norms with running statistics that are called in this context."""
+    called = set[nn.Module]()
+    hooks = [
+        module.register_forward_hook(lambda module, args, output: called.add(module))
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.running_var is not None
+    ]
+    try:
+        yield called
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _missing_batch_norms(model: nn.Module, prepared: PreparedModel, called: Collection[nn.Module]) -> list[str]:
+    """Returns a line for each called batch norm that the prepared model has no counterpart of."""
+    present = {model.get_submodule(name) for name in prepared.batch_norms}
+    return [
+        f"{name}: this {type(module).__name__} is no batch norm in the prepared model, and would never learn"
+        for name, module in model.named_modules()
+        if module in called and module not in present
+    ]
 
 
 def _changed_literals(model: nn.Module, prepared: PreparedModel) -> list[str]:

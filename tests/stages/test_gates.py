@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +15,12 @@ from dist_train.lowering.comparison import largest
 from dist_train.run_dir.files import read_json
 from dist_train.run_dir.gates import Gate, Gates
 from dist_train.run_dir.paths import RunDir
-from dist_train.stages.prepare_gate import _draw_variances, _relative_difference
+from dist_train.stages.prepare_gate import (
+    _called_batch_norms,
+    _draw_variances,
+    _missing_batch_norms,
+    _relative_difference,
+)
 
 
 def judge(tmp_path: Path, value: float, bound: float) -> dict[str, Any]:
@@ -78,3 +83,20 @@ def test_drawn_variances_leave_a_deep_trained_net_what_it_computes_and_show_anot
         assert _relative_difference(prepared, float_model, images) == 0
         norms[-1][0].eps = 1e-5  # type: ignore[assignment]
         assert _relative_difference(prepared, float_model, images) > 1e-3
+
+
+class _Prepared(nn.Module):
+    batch_norms: ClassVar[dict[str, str]] = {"a": "elsewhere", "shared": "elsewhere"}
+
+
+def test_a_called_batch_norm_that_the_prepared_model_lacks_is_named() -> None:
+    norms = {name: nn.BatchNorm2d(3) for name in ("a", "b", "uncalled", "shared")}
+    model = nn.ModuleDict(norms)
+    model["alias"] = norms["shared"]
+    with _called_batch_norms(model) as called:
+        for name in ("a", "b", "alias"):
+            model[name](torch.rand(2, 3, 4, 4))
+    lines = _missing_batch_norms(model, _Prepared(), called)  # type: ignore[arg-type]
+    assert lines == ["b: this BatchNorm2d is no batch norm in the prepared model, and would never learn"]
+    model["uncalled"](torch.rand(2, 3, 4, 4))
+    assert len(called) == 3, "the hooks are gone"

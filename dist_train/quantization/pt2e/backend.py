@@ -15,7 +15,8 @@ from dist_train.config.stages import RuleConfig
 from dist_train.errors import QuantizationError
 from dist_train.programs.program import Program
 from dist_train.programs.pt2 import export_program, program_bytes
-from dist_train.quantization.dry_run import dry_run
+from dist_train.quantization.batch_norm_calls import settled_batch_norms
+from dist_train.quantization.dry_run import GRADIENT_BOUND, dry_run
 from dist_train.quantization.error_location import cannot_trace
 from dist_train.quantization.fake_quantize import WeightFakeQuantize
 from dist_train.quantization.float_checks import (
@@ -25,10 +26,11 @@ from dist_train.quantization.float_checks import (
     refuse_untracked_statistics,
 )
 from dist_train.quantization.fx_nodes import layer_of, name_fake_quantizers
+from dist_train.quantization.gradient_causes import hidden_from_quantization
 from dist_train.quantization.padding import number_graph_paddings, part_from_convolutions
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.pt2e import graph_rewrite
-from dist_train.quantization.pt2e.float_graph import drop_neutral_arithmetic, refuse_other_blocks
+from dist_train.quantization.pt2e.float_graph import drop_neutral_arithmetic, hides_weights, refuse_other_blocks
 from dist_train.quantization.pt2e.graph_rewrite import attribute, constant
 from dist_train.quantization.pt2e.partition_search import searched_along_edges
 from dist_train.quantization.pt2e.pattern_cache import patterns_exported_once
@@ -42,11 +44,15 @@ from dist_train.quantization.rules import resolve_rules
 class PT2EBackend:
     """Implements `dist_train.quantization.backend.QuantizationBackend`."""
 
+    def __init__(self, gradient_bound: float = GRADIENT_BOUND) -> None:
+        """gradient_bound: as `qat.gradient_bound`, for `check`."""
+        self.gradient_bound = gradient_bound
+
     def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
         """See QuantizationBackend.check."""
         _checked_rules(model, rules)
         if example is not None:
-            dry_run(self, model, example, rules, instead="fx", serialize=False)
+            dry_run(self, model, example, rules, instead="fx", serialize=False, gradient_bound=self.gradient_bound)
 
     def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedGraph:
         """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
@@ -65,7 +71,7 @@ class PT2EBackend:
         graph_rewrite.divide_weights(quantized.graph)
         name_fake_quantizers(quantized)
         _keep_unused_buffers(quantized, float_copy)
-        prepared = PreparedGraph(quantized)
+        prepared = PreparedGraph(quantized, settled_batch_norms(copy.deepcopy(model), example))
         if not prepared.fake_quantizers:
             raise QuantizationError(
                 f"{type(model).__name__} has nothing that can be quantized: no Conv2d or Linear that is not skipped",
@@ -128,6 +134,8 @@ def _exported(model: nn.Module, example: Tensor) -> GraphModule:
     """Exports a copy of the float model, which is changed. Raises QuantizationError where it cannot be prepared."""
     _make_affine(model)
     graph = _export(model, example)
+    if hides_weights(graph):
+        raise hidden_from_quantization(model, example)
     refuse_other_blocks(graph)
     _refuse_known_failures(graph.graph)
     return graph

@@ -76,3 +76,22 @@ def _blocks(module: GraphModule) -> Iterator[Node]:
         owner, _, name = str(node.target).rpartition(".")
         if isinstance(getattr(module.get_submodule(owner), name), nn.Module):
             yield from node.users
+
+
+def hides_weights(module: GraphModule) -> bool:
+    """Tells whether a block under torch.no_grad, into which quantizers do not look, has parameters of its own."""
+    return any(
+        node.target is torch.ops.higher_order.wrap_with_set_grad_enabled
+        and (
+            any(_is_parameter(module, each) for each in inputs)
+            or next(module.get_submodule(str(block.target)).parameters(), None) is not None
+        )
+        for node, block, inputs in mode_blocks(module)
+    )
+
+
+def _is_parameter(module: GraphModule, node: Any) -> bool:
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return False
+    owner, _, name = str(node.target).rpartition(".")
+    return isinstance(getattr(module.get_submodule(owner), name), nn.Parameter)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -272,13 +272,21 @@ def _value(module: nn.Module, node: Node) -> Any:
     return node.target(*args, **kwargs)
 
 
-def use_batch_statistics(graph: Graph, momentum: float | None = None) -> None:
+def batch_norm_name(node: Node) -> str | None:
+    """Returns the name of the module whose running statistics a batch norm reads; None where it reads none."""
+    variance = batch_norm_tensors(node)[3]
+    return None if variance is None else variance.rpartition(".")[0]
+
+
+def use_batch_statistics(graph: Graph, settled: Collection[str], momentum: float | None = None) -> None:
     """Makes batch norms normalize by their batch and update their running statistics, for training.
 
-    momentum: None for each batch norm's own.
+    Args:
+        settled: names of batch norms to leave unchanged.
+        momentum: None for each batch norm's own.
     """
     for node in batch_norms(graph):
-        if node.args[4] is not None:
+        if node.args[4] is not None and batch_norm_name(node) not in settled:
             node.args = (*node.args[:5], True, node.args[6] if momentum is None else momentum, *node.args[7:])
 
 

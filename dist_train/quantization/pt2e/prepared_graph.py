@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 from torch.fx.graph import CodeGen
 
 from dist_train.errors import QuantizationError
@@ -20,7 +20,7 @@ from dist_train.quantization.layer_sqnr import compare_graphs
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.pt2e.graph_rewrite import (
     DROPOUTS,
-    batch_norm_tensors,
+    batch_norm_name,
     batch_norms,
     folded_batch_norms,
     use_batch_statistics,
@@ -64,8 +64,12 @@ class PreparedGraph(PreparedModel):
     Dropout is off in all graphs until `keep_dropout()`, as the model was exported in evaluation mode.
     """
 
-    def __init__(self, module: GraphModule) -> None:
-        """module: from prepare_qat_pt2e, with its literals restored. Its tensors are moved here, not copied."""
+    def __init__(self, module: GraphModule, settled: Collection[str] = ()) -> None:
+        """
+        Args:
+            module: from prepare_qat_pt2e, with its literals restored. Its tensors are moved here, not copied.
+            settled: batch norms that normalize by their running statistics in training, too.
+        """
         super().__init__()
         for name, child in module.named_children():
             self._refuse_taken(name)
@@ -77,17 +81,18 @@ class PreparedGraph(PreparedModel):
             self._refuse_taken(name)
             self.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
         graph = _plain_signature(module)
+        self._batch_statistics = partial(use_batch_statistics, settled=frozenset(settled))
         evaluate = _code(module, graph)
         self.blueprint = Blueprint(
             graph,
             dict(module.meta),
             evaluate=evaluate,
-            train=_code(module, _with(graph, use_byte_masks, use_batch_statistics)),
+            train=_code(module, _with(graph, use_byte_masks, self._batch_statistics)),
             train_frozen=_code(module, _with(graph, use_byte_masks)),
-            moments=_code(module, _with(graph, partial(use_batch_statistics, momentum=1.0))),
+            moments=_code(module, _with(graph, partial(self._batch_statistics, momentum=1.0))),
         )
         self._leaving_moments = False
-        owners = (_owner(node) for node in batch_norms(graph))
+        owners = (batch_norm_name(node) for node in batch_norms(graph))
         self.batch_norms = {owner: owner for owner in owners if owner is not None}
 
     def _refuse_taken(self, name: str) -> None:
@@ -105,10 +110,12 @@ class PreparedGraph(PreparedModel):
         """See PreparedModel.literals. The eps of a folded batch norm is in two places."""
         graph, found = self.blueprint.graph, list[tuple[str, Any]]()
         for node in batch_norms(graph):
-            name = _owner(node)
+            name = batch_norm_name(node)
             if name is not None:
                 found += [(f"{name}.momentum", node.args[6]), (f"{name}.eps", node.args[7])]
-        found += [(f"{_owner(folded.batch_norm)}.eps", folded.eps.args[1]) for folded in folded_batch_norms(graph)]
+        found += [
+            (f"{batch_norm_name(folded.batch_norm)}.eps", folded.eps.args[1]) for folded in folded_batch_norms(graph)
+        ]
         for target in DROPOUTS:
             found += [
                 (f"{layer_of(node)}.p", node.args[1]) for node in graph.find_nodes(op="call_function", target=target)
@@ -128,7 +135,7 @@ class PreparedGraph(PreparedModel):
         graph = self.blueprint.graph
         self.blueprint = replace(
             self.blueprint,
-            train=_code(self, _with(graph, use_byte_masks, use_batch_statistics, use_dropout)),
+            train=_code(self, _with(graph, use_byte_masks, self._batch_statistics, use_dropout)),
             train_frozen=_code(self, _with(graph, use_byte_masks, use_dropout)),
         )
 
@@ -175,12 +182,6 @@ def _with(graph: Graph, *changes: Callable[[Graph], None]) -> Graph:
     for change in changes:
         change(copied)
     return copied
-
-
-def _owner(batch_norm: Node) -> str | None:
-    """Returns the name of the module whose running statistics a batch norm reads; None where it reads none."""
-    variance = batch_norm_tensors(batch_norm)[3]
-    return None if variance is None else variance.rpartition(".")[0]
 
 
 def _copy(graph: Graph) -> Graph:

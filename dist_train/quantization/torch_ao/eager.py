@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from dist_train.config.stages import RuleConfig
 from dist_train.errors import QuantizationError
 from dist_train.programs.torchscript import integer_kernels
+from dist_train.quantization.batch_norm_calls import settled_batch_norms
 from dist_train.quantization.dry_run import dry_run
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize
 from dist_train.quantization.float_checks import quietly
@@ -41,7 +42,7 @@ class EagerBackend(TorchAOBackend):
         """See QuantizationBackend.check. Refuses rules: only the model's author can put stubs around a module."""
         self._check_modules(model, rules)
         if example is not None:
-            dry_run(self, model, example, rules)
+            dry_run(self, model, example, rules, gradient_bound=self.gradient_bound)
 
     def _check_modules(self, model: nn.Module, rules: Sequence[RuleConfig]) -> None:
         if resolve_rules(model, rules):
@@ -67,7 +68,7 @@ class EagerBackend(TorchAOBackend):
         self._check_modules(model, rules)
         with quietly():
             prepared = common.make_ready(copy.deepcopy(model)).train()
-            names = statistics_names(prepared)
+            names, settled = statistics_names(prepared), settled_batch_norms(copy.deepcopy(prepared), example)
             prepared.fuse_model(is_qat=True)  # type: ignore[operator]
             _average_in_float(prepared, example)
             heads = _heads(prepared, example)
@@ -75,7 +76,7 @@ class EagerBackend(TorchAOBackend):
             common.prepare_qat(prepared, inplace=True)
             for head in heads:
                 prepared.get_submodule(head).activation_post_process = nn.Identity()
-        result = PreparedModules(prepared, names).eval()
+        result = PreparedModules(prepared, names, settled).eval()
         _drop_unused(result, example)
         return result.train(model.training)
 

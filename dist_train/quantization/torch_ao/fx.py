@@ -17,15 +17,15 @@ from torch.fx import GraphModule
 from dist_train.config.stages import RuleConfig
 from dist_train.errors import QuantizationError
 from dist_train.programs.torchscript import integer_kernels
+from dist_train.quantization.batch_norm_calls import settled_batch_norms
 from dist_train.quantization.dry_run import FAILURES, dry_run
-from dist_train.quantization.error_location import cannot_trace
 from dist_train.quantization.float_checks import quietly
 from dist_train.quantization.fx_nodes import name_fake_quantizers
 from dist_train.quantization.padding import pad_before_modules
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
 from dist_train.quantization.rules import idle_skip, resolve_rules, shown, skipped_modules
-from dist_train.quantization.torch_ao import common
+from dist_train.quantization.torch_ao import common, graph_rewrite
 from dist_train.quantization.torch_ao.float_output import use_float_outputs
 from dist_train.quantization.torch_ao.fx_grids import (
     all_bits,
@@ -36,6 +36,7 @@ from dist_train.quantization.torch_ao.fx_grids import (
 )
 from dist_train.quantization.torch_ao.integer_model import IntegerModel, TorchAOBackend
 from dist_train.quantization.torch_ao.prepared_modules import TracedModules, statistics_names
+from dist_train.quantization.torch_ao.tracing import Traced, trace
 
 _AVERAGES: tuple[Any, ...] = (
     *common.AVERAGES,
@@ -54,11 +55,11 @@ class FXBackend(TorchAOBackend):
         """See QuantizationBackend.check."""
         resolved = _checked_rules(model, rules)
         if example is not None:
-            dry_run(self, model, example, rules)
+            dry_run(self, model, example, rules, gradient_bound=self.gradient_bound)
             self._refuse_idle_skips(model, example, rules, resolved)
         else:
             with quietly():
-                pad_before_modules(_trace(copy.deepcopy(model).eval()))
+                pad_before_modules(trace(common.make_ready(copy.deepcopy(model).eval())).graph)
 
     def _refuse_idle_skips(
         self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig], resolved: Mapping[str, RuleConfig]
@@ -78,28 +79,28 @@ class FXBackend(TorchAOBackend):
 
     def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> TracedModules:
         """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
-        resolved, mapping = _checked_rules(model, rules), _mapping(self.engine)
-        modules = dict(model.named_modules(remove_duplicate=False))
-        for name, rule in resolved.items():
-            if rule.skip:
-                mapping.set_module_name(name, None)
-            elif rule.weight is not None and isinstance(modules[name], _WEIGHTED):
-                mapping.set_module_name(
-                    name, common.qconfig(self.engine, per_tensor=rule.weight.granularity == "tensor")
-                )
+        resolved = _checked_rules(model, rules)
         with quietly():
             float_copy = common.make_ready(copy.deepcopy(model))
-            names = statistics_names(float_copy)
+            names, settled = statistics_names(float_copy), settled_batch_norms(copy.deepcopy(float_copy), example)
             # Traced in evaluation mode, so that functional dropout is off in training, too.
-            graph = _trace(float_copy.eval())
+            traced = trace(float_copy.eval())
+            graph, mapping = traced.graph, _mapping(self.engine)
+            self._set_rules(mapping, model, resolved, traced)
             pad_before_modules(graph)
+            graph_rewrite.write_out_factors(graph)
+            graph_rewrite.write_out_convolutions(graph)
             _keep_factors_in_float(graph, mapping)
+            apart = graph_rewrite.part_batch_norms(graph)
+            for name in (*apart, *graph_rewrite.hidden_layers(graph)):
+                mapping.set_module_name(name, None)
             prepared = common.prepare_qat_fx(graph.train(), mapping, (example,))
+            graph_rewrite.remove_calls(prepared, apart)
         float_results(prepared)
         saturating_clamps(prepared)
         all_bits(prepared)
         name_fake_quantizers(prepared)
-        result = TracedModules(prepared, names)
+        result = TracedModules(prepared, names, settled, traced.renamed)
         if not result.fake_quantizers:
             raise QuantizationError(
                 f"{type(model).__name__} has nothing that can be quantized: "
@@ -108,6 +109,21 @@ class FXBackend(TorchAOBackend):
             )
         result.train(model.training)
         return result
+
+    def _set_rules(
+        self, mapping: QConfigMapping, model: nn.Module, resolved: Mapping[str, RuleConfig], traced: Traced
+    ) -> None:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        here = {name: new for new, name in traced.renamed.items()}
+        for name, rule in resolved.items():
+            top, dot, rest = name.partition(".")
+            place = here.get(top, top) + dot + rest
+            if rule.skip:
+                mapping.set_module_name(place, None)
+            elif rule.weight is not None and isinstance(modules[name], _WEIGHTED):
+                mapping.set_module_name(
+                    place, common.qconfig(self.engine, per_tensor=rule.weight.granularity == "tensor")
+                )
 
     def convert(self, prepared: PreparedModel) -> IntegerModel:
         """See QuantizationBackend.convert."""
@@ -177,13 +193,6 @@ def _keep_factors_in_float(graph: GraphModule, mapping: QConfigMapping) -> None:
         for index, node in enumerate(graph.graph.find_nodes(op="call_function", target=kind)):
             if len(node.all_input_nodes) == 1 and len(node.args) == 2 and node.args[0] is not node.args[1]:
                 mapping.set_module_name_object_type_order("", kind, index, None)
-
-
-def _trace(model: nn.Module) -> GraphModule:
-    try:
-        return torch.fx.symbolic_trace(model)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise cannot_trace("torch.fx", model, error, "branches", "pt2e") from error
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dist_train.errors import QuantizationError
 from dist_train.programs.program import Program
 from dist_train.programs.torchscript import integer_kernels, script_bytes, trace
+from dist_train.quantization.dry_run import GRADIENT_BOUND
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
 from dist_train.quantization.torch_ao.common import choose_engine
 
@@ -49,13 +50,17 @@ class IntegerModel(nn.Module):
 class TorchAOBackend:
     """Base of the fx and eager backends: the engine, and serialization to TorchScript."""
 
-    def __init__(self, engine: str = "auto") -> None:
-        """engine: as `qat.engine`.
+    def __init__(self, engine: str = "auto", gradient_bound: float = GRADIENT_BOUND) -> None:
+        """
+        Args:
+            engine: as `qat.engine`.
+            gradient_bound: as `qat.gradient_bound`, for `check`.
 
         Raises:
             QuantizationError: this torch does not have its kernels.
         """
         self.engine = choose_engine(engine)
+        self.gradient_bound = gradient_bound
 
     def serialize(self, converted: nn.Module, example: Tensor) -> Program:
         """See QuantizationBackend.serialize. A state_dict for `torch.load(..., weights_only=True)` is an extra file."""

@@ -39,16 +39,18 @@ def statistics_names(model: nn.Module) -> dict[int, str]:
 class PreparedModules(PreparedModel):
     """Prepared model of the eager backend. Names are of the fused modules in `model`: `bn1` is `model.conv1.bn`."""
 
-    def __init__(self, model: nn.Module, float_names: Mapping[int, str]) -> None:
+    def __init__(self, model: nn.Module, float_names: Mapping[int, str], settled: Collection[str]) -> None:
         """
         Args:
             model: prepared by torch.ao.
             float_names: `statistics_names` of its float model.
+            settled: batch norms of the float model that its own `train()` keeps in evaluation mode.
         """
         super().__init__()
         self.model = model
         self._dropout = False
         self.batch_norms = {float_names[address]: name for address, name in statistics_names(self).items()}
+        self._settled = frozenset(self.batch_norms[name] for name in settled if name in self.batch_norms)
 
     @property
     def fixed_fake_quantizers(self) -> list[nn.Module]:
@@ -85,9 +87,9 @@ class PreparedModules(PreparedModel):
     def train(self, mode: bool = True) -> PreparedModules:
         """As any module's. Dropout stays off unless it is kept; frozen batch norms stay in eval mode."""
         super().train(mode)
-        for module in self.model.modules():
+        for name, module in self.named_modules():
             if isinstance(module, _BatchNorm):
-                off = self.batch_norm_frozen
+                off = self.batch_norm_frozen or name in self._settled
             else:
                 off = not self._dropout and _may_drop_out(module)
             if off:
@@ -118,6 +120,13 @@ class TracedModules(PreparedModules):
 
     model: GraphModule
 
+    def __init__(
+        self, model: nn.Module, float_names: Mapping[int, str], settled: Collection[str], renamed: Mapping[str, str]
+    ) -> None:
+        """renamed: as of `tracing.Traced`. The other arguments are those of `PreparedModules`."""
+        super().__init__(model, float_names, settled)
+        self._renamed = dict(renamed)
+
     def keep_dropout(self) -> None:
         """See PreparedModel.keep_dropout. Functional dropout was traced as switched off."""
         for node in self.model.graph.nodes:
@@ -130,7 +139,15 @@ class TracedModules(PreparedModules):
 
     def integer_weights(self) -> Collection[str]:
         """See PreparedModel.integer_weights. Weights of functional calls are quantized by nodes of the graph."""
-        return [*super().integer_weights(), *quantized_weights(self.model)]
+        return [self._float_name(name) for name in (*super().integer_weights(), *quantized_weights(self.model))]
+
+    def literals(self) -> Iterator[tuple[str, float]]:
+        """See PreparedModel.literals."""
+        return ((self._float_name(name), value) for name, value in super().literals())
+
+    def _float_name(self, name: str) -> str:
+        top, dot, rest = name.partition(".")
+        return self._renamed.get(top, top) + dot + rest
 
     def _compare(self, integers: nn.Module, heads: Collection[str], inputs: Tensor) -> dict[str, float]:
         """A node's output is fake-quantized by the node after it, and lies on the grid of that node."""
