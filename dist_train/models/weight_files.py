@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_train.errors import DataError, first_line
+from dist_train.models.weight_formats import AGAIN, SAVE, is_safetensors, refuse_other_formats
 
 # Prefixes that wrappers put before every key.
 _PREFIXES = ("module.", "_orig_mod.")
@@ -24,8 +25,6 @@ _AVERAGES = ("ema", "swa", "average", "teacher")  # parts of the names of moving
 # Names by which programs save the weights of their one model.
 _USUAL = {"state_dict", "model_state_dict", "model", "model_state", "net", "network", "module", "weights"}
 _SHOWN = 8
-_SAVE = "torch.save(model.state_dict(), FILE), or safetensors.torch.save_model(model, FILE)"
-_AGAIN = "download or copy it again"
 # Damaged pickles raise these, too.
 _UNREADABLE = (
     OSError,
@@ -39,15 +38,6 @@ _UNREADABLE = (
     TypeError,
     AssertionError,
     struct.error,
-)
-# First bytes of files that are no weights: description and what to do.
-_OTHERS: tuple[tuple[bytes, str, str], ...] = (
-    (b"version https://git-lfs", "is a pointer of git-lfs, not the file itself", "git lfs pull"),
-    (b"\x1f\x8b", "is compressed by gzip", "gunzip it"),
-    (b"\x89HDF", "is an HDF5 file, as Keras writes", _SAVE),
-    (b"GGUF", "is a GGUF file, whose weights are quantized", "give the model's .safetensors"),
-    (b"\x93NUMPY", "is an array of NumPy", _SAVE),
-    (b"\x08", "looks like an ONNX file, whose weights have other names", _SAVE),
 )
 
 
@@ -125,14 +115,14 @@ def _load(path: Path) -> Any:
             head = file.read(512)
     except OSError as error:
         raise DataError(f"cannot read weights from {path}: {error.strerror or error}", "check the path") from error
-    _refuse_other_formats(path, head)
+    refuse_other_formats(path, head)
     try:
-        if _is_safetensors(head):
+        if is_safetensors(head):
             return _load_safetensors(path, head, size)
         return _load_pickled(path)
     except _UNREADABLE as error:
         raise DataError(
-            f"cannot read weights from {path}: {_reason(error)}", f"{_AGAIN}, or save a state_dict alone: {_SAVE}"
+            f"cannot read weights from {path}: {_reason(error)}", f"{AGAIN}, or save a state_dict alone: {SAVE}"
         ) from error
 
 
@@ -146,42 +136,6 @@ def _reason(error: Exception) -> str:
     return first_line(text.rpartition("WeightsUnpickler error:")[2] or type(error).__name__)
 
 
-def _refuse_other_formats(path: Path, head: bytes) -> None:
-    """Raises DataError for an empty, truncated or foreign file; says what it is."""
-    if not head:
-        raise DataError(f"{path} is empty", _AGAIN)
-    text = head.lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise DataError(
-            f"{path} is a web page, not weights: the download got the page about the file, or one that asks to log in",
-            "download the file itself; on the Hugging Face hub its address has /resolve/ in place of /blob/",
-        )
-    if text.startswith((b"{", b"[")) and not _is_safetensors(head):
-        raise DataError(
-            f"{path} is a text (JSON), not weights",
-            "give the file of the weights; an index of several .safetensors files: join them into one first",
-        )
-    for magic, what, hint in _OTHERS:
-        if head.startswith(magic) and not _is_safetensors(head):
-            raise DataError(f"{path} {what}", hint)
-    if head.startswith((b"\x80\x03", b"\x80\x04", b"\x80\x05")):  # torch writes protocol 2
-        raise DataError(f"{path} is a pickle of another program, which is code", f"where you trust it: {_SAVE}")
-    if head.startswith(b"PK"):
-        if not zipfile.is_zipfile(path):
-            raise DataError(f"{path} is truncated: it has {path.stat().st_size} bytes, and its end is missing", _AGAIN)
-        with zipfile.ZipFile(path) as archive:
-            names = {name.partition("/")[2] or name for name in archive.namelist()}
-        program = "constants.pkl" in names or any(name.startswith("code/") for name in names)
-        exported = any(name.startswith(("models/", "archive_format")) for name in names)
-        if program or exported or "data.pkl" not in names:
-            what = "a TorchScript program" if program else "a torch.export program" if exported else "another archive"
-            raise DataError(f"{path} is {what}, not a state_dict", f"where the model's code is: {_SAVE}")
-
-
-def _is_safetensors(head: bytes) -> bool:
-    return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**27
-
-
 def _load_safetensors(path: Path, head: bytes, size: int) -> dict[str, Tensor]:
     length = int.from_bytes(head[:8], "little")
     with path.open("rb") as file:
@@ -193,7 +147,7 @@ def _load_safetensors(path: Path, head: bytes, size: int) -> dict[str, Tensor]:
     else:
         expected = 8 + length
     if size < expected:
-        raise DataError(f"{path} is truncated: it has {size} bytes, and its header says {expected}", _AGAIN)
+        raise DataError(f"{path} is truncated: it has {size} bytes, and its header says {expected}", AGAIN)
     return load_file(path)
 
 
@@ -313,4 +267,4 @@ def _remedy(path: Path, loaded: Any) -> str:
             "a whole model is code: where that is, and if you trust the file, "
             f"model = torch.load({path.name!r}, weights_only=False), then torch.save(model.state_dict(), FILE)"
         )
-    return f"give the file that holds the weights: {_SAVE}"
+    return f"give the file that holds the weights: {SAVE}"

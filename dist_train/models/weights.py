@@ -87,7 +87,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str, num
     if missing or unknown:
         listed = _some("lacks", missing) + _some("does not know", unknown, " and the model ")
         raise DataError(f"{source} is of another model: it{listed}", "--model.name and --model.args of its own model")
-    _require_finite(given, source)
+    _require_finite({name: given[name] for name, _ in model.named_parameters() if name in given}, source)
     notes += _fit_first_conv(model, own, given, source)
     different = [key for key in given if given[key].shape != own[key].shape]
     head = _head(own, given, different, num_outputs)
@@ -143,6 +143,7 @@ def _named_as(required: list[str], state: Mapping[str, Tensor], source: str) -> 
 
 
 def _require_finite(given: Mapping[str, Tensor], source: str) -> None:
+    """Raises DataError for NaN and inf in parameters; buffers, as of masks, may hold them."""
     for key, value in given.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise DataError(f"{source} is damaged, or its training failed: {key} has NaN or inf", "give another file")

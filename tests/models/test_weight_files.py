@@ -120,6 +120,30 @@ def test_safetensors_with_metadata_are_taken_whatever_their_suffix(tmp_path: Pat
     assert _is(_load(tmp_path / "a.pt")[0], STATE)
 
 
+@pytest.mark.parametrize("first", [b"PK", b"\x80\x03", b"\x08\x04", b"\x1f\x8b"])
+def test_safetensors_may_begin_with_any_length(first: bytes, tmp_path: Path) -> None:
+    """The header's length, a multiple of 8 in little endian, can look like another format's first bytes."""
+    path, wanted = tmp_path / "a.pt", int.from_bytes(first, "little")
+    save_file(STATE, path)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].ljust(wanted)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    assert path.read_bytes().startswith(first)
+    assert _is(_load(path)[0], STATE)
+
+
+class Masked(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.full((2,), -torch.inf))
+
+
+def test_a_mask_may_hold_inf(tmp_path: Path) -> None:
+    torch.save(Masked().state_dict(), tmp_path / "a.pt")
+    assert _load(tmp_path / "a.pt", model=Masked())[1] == []
+
+
 CHOICES: dict[str, tuple[Any, str, str, str]] = {
     "an average beside": (
         {"model": OTHER, "model_ema": STATE, "args": argparse.Namespace()},
