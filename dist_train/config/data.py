@@ -118,10 +118,14 @@ class ModelConfig(Settings):
     function takes them."""
     weights: str | None = None
     """Trained weights to start from: a name of torchvision's (DEFAULT, IMAGENET1K_V1) or timm's (pretrained), or a file
-    (.safetensors, .pt, .pth). A head of another width is initialised anew; the first convolution is adapted to the
-    images' channels."""
+    (.safetensors, .pt, .pth, .ckpt). A head of another width is initialised anew; the first convolution is adapted to
+    the images' channels."""
+    weights_key: str | None = None
+    """Name of the state_dict in the file of `weights`, where it holds several (model, model_ema), dotted if nested; or
+    a prefix of its tensors' names (teacher.backbone)."""
     init_from: Path | None = None
-    """Run directory of another run: start from its trained float model."""
+    """Run directory of another run: start from its trained float model. A run that was stopped in `train` gives the
+    weights of its newest checkpoint."""
     channels_last: bool = False
     """Keep 4-dimensional weights and inputs in channels_last memory format."""
 
@@ -134,5 +138,5 @@ class TaskConfig(Settings):
 
 
 def is_weights_file(weights: str) -> bool:
-    """Tells whether `model.weights` is a file: it has a file's suffix, or a slash. Names of weights have neither."""
-    return weights.endswith((".safetensors", ".pt", ".pth")) or "/" in weights
+    """Tells whether `model.weights` is a file: it has a dot or a slash. Names of weights have neither."""
+    return "." in weights or "/" in weights

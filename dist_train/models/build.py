@@ -13,7 +13,8 @@ from dist_train import registry
 from dist_train.config.data import ModelConfig, is_weights_file
 from dist_train.errors import ConfigError, Problem
 from dist_train.models import timm
-from dist_train.models.weights import read_file, read_run
+from dist_train.models.weight_files import read_file
+from dist_train.models.weights import read_run
 
 
 def model_arguments(config: ModelConfig, num_classes: int, in_channels: int) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def initial_weights(config: ModelConfig) -> tuple[str, Callable[[], Mapping[str,
         return None
     if is_weights_file(config.weights):
         path = Path(config.weights)
-        return str(path), lambda: read_file(path)
+        return str(path), lambda: read_file(path, config.weights_key)
     return f"{config.weights} of {config.name}", _named(config)
 
 
@@ -94,6 +95,7 @@ def _named(config: ModelConfig) -> Callable[[], dict[str, Tensor]]:
     named = registry.models.entry(config.name).weights
     if named is None:
         message = f"the model {config.name} has no weights by name, and {config.weights!r} is no file"
-        raise ConfigError([Problem("model.weights", message, hint="give a .safetensors, .pt or .pth file")])
+        hint = "give a .safetensors, .pt or .pth file; a path has a dot or a slash, as in ./FILE"
+        raise ConfigError([Problem("model.weights", message, hint=hint)])
     fetch: Callable[[], dict[str, Tensor]] = registry.resolve(named)(config.name, config.weights)
     return fetch

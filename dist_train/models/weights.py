@@ -3,61 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dist_train.errors import CheckpointError, DataError, RunDirError, first_line
+from dist_train.errors import CheckpointError, DataError, RunDirError
 from dist_train.models.first_conv import first_conv, fit_channels
+from dist_train.models.weight_files import Weights
 from dist_train.run_dir.checkpoint import CheckpointFolder
 from dist_train.run_dir.paths import RunDir
 
 # Auxiliary heads, without which the models here are built.
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.", "net.aux_classifier.")
-# Prefixes that wrappers put before every key.
-_PREFIXES = ("module.", "_orig_mod.")
 
 
-def read_file(path: Path) -> dict[str, Tensor]:
-    """Reads the state_dict in a .safetensors, .pt or .pth file, at the top or under "state_dict" or "model".
+def read_run(run_dir: Path) -> Weights:
+    """Reads the float model of another run from the end of its stage `train`, or from its newest checkpoint within it.
 
-    Raises:
-        DataError: the file cannot be read, or holds something else.
-    """
-    try:
-        loaded: Any = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise DataError(
-            f"cannot read weights from {path}: {first_line(error)}",
-            "save a state_dict alone: torch.save(model.state_dict(), FILE), "
-            "or safetensors.torch.save_model(model, FILE)",
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise DataError(
-            f"{path} does not hold a state_dict, but a {type(loaded).__name__}",
-            "torch.save(model.state_dict(), FILE)",
-        )
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in loaded):
-            loaded = {key.removeprefix(prefix): value for key, value in loaded.items()}
-    return dict(loaded)
-
-
-def read_run(run_dir: Path) -> dict[str, Tensor]:
-    """Reads the float model of another run from the end of its stage `train`.
+    Of a run that was stopped in `train` it is the trained model itself, not the moving average.
 
     Raises:
         DataError: the run has none.
@@ -65,15 +30,25 @@ def read_run(run_dir: Path) -> dict[str, Tensor]:
     folder = CheckpointFolder(RunDir(run_dir).checkpoints)
     try:
         latest = folder.latest
-        finished = {} if latest is None else folder.load(latest)["finished_stages"]
-        if "train" not in finished:
+        if latest is None:
             raise DataError(
-                f"model.init_from: {run_dir} has no trained float model", "finish its stage train, or name another run"
+                f"model.init_from: {run_dir} has no trained float model: it has saved no checkpoint yet",
+                "wait until it has saved one, or name another run",
             )
-        state: dict[str, Tensor] = folder.load(finished["train"])["payload"]["model"]
+        newest = folder.load(latest)
+        finished = newest["finished_stages"]
+        if "train" in finished:
+            return Weights(folder.load(finished["train"])["payload"]["model"])
     except (CheckpointError, RunDirError) as error:
         raise DataError(f"model.init_from: {error.message}", error.hint) from error
-    return state
+    if newest["stage"] != "train":
+        raise DataError(
+            f"model.init_from: {run_dir} has no trained float model: it is in {newest['stage']}, without train before",
+            "name a run with the stage train",
+        )
+    weights = Weights(newest["payload"]["model"])
+    weights.notes = (f"after step {newest['payload']['step']} of its unfinished stage train",)
+    return weights
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
@@ -103,14 +78,17 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str, num
         DataError: names are missing or unknown, or shapes differ elsewhere; names the layers and both shapes.
     """
     own = model.state_dict()
-    given = {key: value for key, value in state.items() if key in own or not key.startswith(_AUXILIARY)}
     # Files from before 2018 lack these counters, which only a BatchNorm without momentum reads.
-    missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
+    required = [key for key in own if not key.endswith("num_batches_tracked")]
+    named, notes = _named_as(required, state, source)
+    given = {key: value for key, value in named.items() if key in own or not key.startswith(_AUXILIARY)}
+    missing = [key for key in required if key not in given]
     unknown = [key for key in given if key not in own]
     if missing or unknown:
         listed = _some("lacks", missing) + _some("does not know", unknown, " and the model ")
         raise DataError(f"{source} is of another model: it{listed}", "--model.name and --model.args of its own model")
-    notes = _fit_first_conv(model, own, given, source)
+    _require_finite({name: given[name] for name, _ in model.named_parameters() if name in given}, source)
+    notes += _fit_first_conv(model, own, given, source)
     different = [key for key in given if given[key].shape != own[key].shape]
     head = _head(own, given, different, num_outputs)
     if different and not head:
@@ -128,6 +106,47 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str, num
         del given[key]
     model.load_state_dict(given, strict=False)
     return notes
+
+
+def _named_as(required: list[str], state: Mapping[str, Tensor], source: str) -> tuple[Mapping[str, Tensor], list[str]]:
+    """Returns `state` with the model's names, where only a prefix differs, and a line for each change.
+
+    Wrappers, Lightning and programs of several networks put `module.`, `model.` or `student.` before all names of one.
+
+    Raises:
+        DataError: the model's names are there under several prefixes.
+    """
+    notes = list(state.notes) if isinstance(state, Weights) else []
+    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    if not required or all(key in state for key in required):
+        return state, notes
+    first = required[0]
+    prefixes = [key.removesuffix(first) for key in state if key.endswith(f".{first}")]
+    found = [prefix for prefix in prefixes if all(prefix + key in state for key in required)]
+    if len(found) > 1:
+        raise DataError(
+            f"{source} holds the model's weights several times, under {', '.join(found)}",
+            "name one: " + ", or ".join(f"--model.weights_key {prefix.rstrip('.')}" for prefix in found),
+        )
+    if found:
+        (prefix,) = found
+        if prefix != "module.":
+            notes.append(f"its names without {prefix}")
+        others = [key for key in state if not key.startswith(prefix)]
+        if others:
+            notes.append(f"without its {len(others)} other entries: {', '.join(others[:3])}")
+        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}, notes
+    inner = first.partition(".")[0] + "."
+    if all(key.startswith(inner) and key.removeprefix(inner) in state for key in required):
+        return {inner + key: value for key, value in state.items()}, notes
+    return state, notes
+
+
+def _require_finite(given: Mapping[str, Tensor], source: str) -> None:
+    """Raises DataError for NaN and inf in parameters; buffers, as of masks, may hold them."""
+    for key, value in given.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise DataError(f"{source} is damaged, or its training failed: {key} has NaN or inf", "give another file")
 
 
 def _fit_first_conv(model: nn.Module, own: Mapping[str, Tensor], given: dict[str, Tensor], source: str) -> list[str]:

@@ -111,14 +111,27 @@ def holds_its_weights(config: Config, folder: CheckpointFolder) -> bool:
     return config.stages[0] == "train" and folder.latest is not None
 
 
+def _no_file(weights: Path) -> Problem:
+    """Describes a path of weights that is no file; names the files of weights in a folder."""
+    if not weights.is_dir():
+        hint = "give a .safetensors, .pt or .pth file"
+        return Problem("model.weights", f"the file {weights} does not exist", hint=hint)
+    if RunDir(weights).config.is_file():
+        hint = f"--model.init_from {weights}, without model.weights"
+        return Problem("model.weights", f"{weights} is the directory of a run", hint=hint)
+    suffixes = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+    files = sorted(str(path) for path in weights.iterdir() if path.suffix in suffixes)[:4]
+    hint = f"one of its files: {', '.join(files)}" if files else "give a file; there is none of weights in it"
+    return Problem("model.weights", f"{weights} is a folder, not a file", hint=hint)
+
+
 def _require_initial_weights(config: Config) -> None:
     """Raises ConfigError if the file or the run with the initial weights does not exist."""
     weights, other = config.model.weights, config.model.init_from
     if holds_its_weights(config, CheckpointFolder(RunDir(config.run_dir).checkpoints)):
         return
     if weights is not None and is_weights_file(weights) and not Path(weights).is_file():
-        hint = "give a .safetensors, .pt or .pth file"
-        raise ConfigError([Problem("model.weights", f"the file {weights} does not exist", hint=hint)])
+        raise ConfigError([_no_file(Path(weights))])
     if other is not None and not RunDir(other).config.is_file():
         hint = "give the directory of a run that was trained, as in runs/NAME"
         raise ConfigError([Problem("model.init_from", f"{other} is not a run directory", hint=hint)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
@@ -106,11 +107,21 @@ def _earlier_results(config: Config, run_dir: RunDir) -> dict[str, Any] | None:
         raise ConfigError(
             changed,
             f"{run_dir.path} holds a run with other settings: undo the change to resume it, "
-            "or start a new one with --run.name NEW or --run.dir DIR",
+            "or start a new one with --run.name NEW or --run.dir DIR" + _going_on(config, run_dir, changed),
         )
     status = read_json(run_dir.status)
     results: dict[str, Any] | None = read_json(run_dir.results)
     return results if status is not None and status["state"] == "done" else None
+
+
+def _going_on(config: Config, run_dir: RunDir, changed: Sequence[Problem]) -> str:
+    """Says how a new run goes on from the weights of this one, where it would train the same model."""
+    if config.stages[0] != "train" or any(each.place.startswith(("model.", "stages")) for each in changed):
+        return ""
+    options = f"--run.dir NEW --model.init_from {shlex.quote(str(run_dir.path))}"
+    if config.model.weights is not None:
+        options += " --model.weights null --model.weights_key null"
+    return f"\n  -> to go on from its weights in a new run: the same command with {options}"
 
 
 def _open(config: Config, run_dir: RunDir) -> int:

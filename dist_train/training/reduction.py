@@ -10,7 +10,7 @@ from torch import nn
 
 from dist_train.distributed.world import World
 from dist_train.errors import DataError, NonFiniteLossError
-from dist_train.models.batch_norm import running_statistics
+from dist_train.models.batch_norm import statistics_lookup
 from dist_train.quantization.ranges import Ranges
 
 
@@ -121,11 +121,11 @@ class StepReduction:
         self._world = world
         self._ranges = ranges
         self._averaging = averaging
-        self._statistics = running_statistics(model)
+        self._statistics = statistics_lookup(model)
 
     def freeze_statistics(self) -> None:
         """Stops averaging BatchNorm's statistics, which are frozen; averaging equal values would still round them."""
-        self._statistics = []
+        self._statistics = list
 
     def freeze_ranges(self) -> None:
         """Stops merging the ranges, which are frozen."""
@@ -145,20 +145,20 @@ class StepReduction:
         return PendingMeans(totals, sums.loss, sums.global_count, step, self._world)
 
     def _sum(self, scalars: torch.Tensor, sums: StepSums) -> torch.Tensor:
-        weight = sums.rows / sums.global_count
+        weight, statistics = sums.rows / sums.global_count, self._statistics()
         # The copied rows of a rank without own rows may give infinite statistics; 0 * inf would give all ranks NaN.
         own = [
             buffer.float().flatten() * weight if sums.rows else torch.zeros_like(buffer, dtype=torch.float32).flatten()
-            for buffer in self._statistics
+            for buffer in statistics
         ]
         flat = self._world.all_reduce(torch.cat([scalars, *own]), "sum")
-        if self._statistics:
+        if statistics:
             # The weights add up to 1, except if samples were left out; only this sum tells. Multiplying by 1 is exact.
             averages = flat[len(scalars) :] * (sums.global_count / flat[2])
-            pieces = averages.split([buffer.numel() for buffer in self._statistics])
+            pieces = averages.split([buffer.numel() for buffer in statistics])
             torch._foreach_copy_(
-                self._statistics,
-                [piece.view_as(buffer) for piece, buffer in zip(pieces, self._statistics, strict=True)],
+                statistics,
+                [piece.view_as(buffer) for piece, buffer in zip(pieces, statistics, strict=True)],
             )
         return flat[: len(scalars)]
 

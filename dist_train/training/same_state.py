@@ -164,8 +164,8 @@ def _refuse_differences(world: World, model: nn.Module, state: dict[str, Tensor]
     raise SetupError(
         f"the {kind} {names[0]} differs between ranks {when}: it follows each rank's own data, and only rank 0's would "
         f"be saved; rank{'s' if ', ' in ranks else ''} {ranks} differ{'' if ', ' in ranks else 's'} from rank 0{more}",
-        "a running mean of rows: name it running_mean or running_var, which are averaged over the ranks; what only "
-        "caches a forward: a plain attribute; otherwise leave it out, or train on one process",
+        "a running mean of rows: name it running_mean or running_var, and it is averaged over the ranks; what "
+        "only caches a forward: a plain attribute; otherwise leave it out, or train on one process",
     )
 
 

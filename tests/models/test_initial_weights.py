@@ -16,7 +16,8 @@ from dist_train.config.data import ModelConfig
 from dist_train.config.tree import Config
 from dist_train.errors import ConfigError, DataError
 from dist_train.models.build import build_model, check_model, initial_weights
-from dist_train.models.weights import digest, load_weights, read_file, read_run
+from dist_train.models.weight_files import read_file
+from dist_train.models.weights import digest, load_weights, read_run
 from dist_train.pipeline.arguments import check_arguments
 from dist_train.run_dir.checkpoint import CheckpointFolder
 from dist_train.run_dir.files import read_json
@@ -91,10 +92,11 @@ def test_a_layer_of_the_heads_width_that_is_no_head_is_not_replaced() -> None:
 
 
 def test_names_that_are_missing_or_unknown_are_listed() -> None:
+    other = nn.ModuleDict({"other": nn.Linear(2, 2)})
     with pytest.raises(DataError) as caught:
-        load_weights(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)).state_dict(), "x.pt", num_outputs=2)
+        load_weights(nn.Sequential(nn.Linear(2, 2)), other.state_dict(), "x.pt", num_outputs=2)
     assert caught.value.message == (
-        "x.pt is of another model: it lacks weight, bias and the model does not know 0.weight, 0.bias"
+        "x.pt is of another model: it lacks 0.weight, 0.bias and the model does not know other.weight, other.bias"
     )
 
 

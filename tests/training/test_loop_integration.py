@@ -233,8 +233,9 @@ def test_a_step_takes_one_collective_in_float_training_and_two_with_ranges(
 ) -> None:
     assert alone["collectives"] == 0
     for answer in both(two, three):
-        assert answer["collectives"] == 8, "8 steps"
-        assert answer["normed"]["12"]["calls"] == 2 * 6, "6 steps"
+        # Besides, the ranks compare their models after the first step and at the ends of two epochs.
+        assert answer["collectives"] == 8 + 3, "8 steps"
+        assert answer["normed"]["12"]["calls"] == 2 * 6 + 3, "6 steps"
 
 
 # A non-finite loss.

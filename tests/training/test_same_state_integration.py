@@ -87,7 +87,7 @@ def refusals(world: World) -> dict[str, Any]:
         except SetupError as error:
             message = error.message
         found[name] = {"message": message, "saved": made.memory.saved, "evaluated": made.recorder.of("eval_loss")}
-    return {**found, "uneven": uneven_micro_batches(world)}
+    return {**found, "uneven": uneven_micro_batches(world), "running mean": running_mean(world)}
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,32 @@ def test_the_refusal_comes_before_the_state_is_saved(two: list[dict[str, Any]]) 
     late = {"from step 3": [2], "matrix from step 3": [2], "frozen parameter": [2], "evaluation": [2]}
     uneven = {"rows": [2], "own count of batches": [2]}
     assert saved == {plant: [] for plant in PLANTS} | late | uneven
+
+
+class Reassigning(nn.Module):
+    """Gives its running mean, a scalar, a new tensor at each step."""
+
+    running_mean: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.tensor(0.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.running_mean = torch.lerp(self.running_mean, x.detach().mean(), 0.1)
+        return x - self.running_mean
+
+
+def running_mean(world: World) -> float:
+    reassigning = Reassigning()
+    fit(make(world, nn.Sequential(reassigning, mlp())).run, None)
+    return float(reassigning.running_mean)
+
+
+def test_a_running_mean_of_any_module_is_averaged_over_the_rows_of_all_ranks(two: list[dict[str, Any]]) -> None:
+    means = [answer["running mean"] for answer in two]
+    assert means[0] == means[1] == pytest.approx(running_mean(World()), abs=1e-5)
 
 
 class Plain(nn.Module):

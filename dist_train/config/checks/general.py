@@ -13,6 +13,7 @@ from dist_train.config.checks.base import Checks, about, ignored
 from dist_train.config.checks.data import DATA_CHECKS
 from dist_train.config.checks.quantization import QUANTIZATION_CHECKS
 from dist_train.config.checks.strategy import strategy_problems
+from dist_train.config.data import is_weights_file
 from dist_train.config.stages import FitConfig
 from dist_train.config.tree import Config
 from dist_train.errors import Problem
@@ -74,12 +75,15 @@ def _something_to_quantize(config: Config, environ: Mapping[str, str]) -> Iterat
         yield Problem("stages", f"'ptq' would quantize {config.model.name!r} with random weights", hint=hint)
 
 
-@_about("model.weights", "model.init_from")
+@_about("model.weights", "model.weights_key", "model.init_from")
 def _weights(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     weights, other = config.model.weights, config.model.init_from
     if weights is not None and other is not None:
         message = "model.weights and model.init_from both say what to start from"
-        yield Problem("model.init_from", message, hint="remove one of them")
+        yield Problem("model.init_from", message, hint="remove one of them: --model.weights null")
+    if config.model.weights_key is not None and not (weights is not None and is_weights_file(weights)):
+        message = "names a part of a file, but model.weights is none"
+        yield Problem("model.weights_key", message, hint="--model.weights FILE, or --model.weights_key null")
     if other is not None and other.resolve() == config.run_dir.resolve():
         message = f"{other} is the directory of this run itself"
         yield Problem("model.init_from", message, hint="--run.name NEW, or the directory of another run")
