@@ -29,7 +29,7 @@ DATA: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_each_model_goes_to_each_format_and_runs_elsewhere(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
