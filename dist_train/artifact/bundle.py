@@ -43,11 +43,11 @@ class Bundle:
         program, known = each.program, self.models.get(each.name, {})
         file = known.get("file", f"{self._stem(each.name)}.{program.suffix}")
         self.files |= {file: program.data, **program.extra}
-        self.models[each.name] = {**known, "file": file, "kind": program.kind}
+        self.models[each.name] = {**known, "file": file, "kind": program.kind, "usage": program.usage}
         if each.simulated_bits:
             self.models[each.name]["simulated_bits"] = list(each.simulated_bits)
         if program.extra:
-            self.models[each.name]["extra"] = sorted(program.extra)
+            self.models[each.name] |= {"extra": sorted(program.extra), "extra_usage": program.extra_usage}
 
     def add_choice(self, each: Deployable, choice: Choice, probe: Tensor) -> list[str]:
         """Adds the chosen format of an added model, unless that is the program itself. Returns lines for the user.

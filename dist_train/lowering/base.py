@@ -67,7 +67,8 @@ class Written:
         files: bytes by suffix, as {"xml": ..., "bin": ...}; the first is the one to open.
         call: float32 [B, C, H, W] on the CPU, normalized, to float32, for any B >= 1.
         runtime: name and version of the runtime that `call` uses.
-        usage: code that opens the file.
+        usage: Python that runs the first file by its runtime alone, for the manifest. FILE is its path, and `images` a
+            NumPy array, float32 [B, C, H, W], normalized. The last of its statements is the outputs.
     """
 
     files: dict[str, bytes]

@@ -54,8 +54,10 @@ def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
         # Cloned, as the next call overwrites the runtime's outputs.
         return torch.cat([method.execute((image.contiguous(),))[0].clone() for image in images.split(1)])
 
+    # For a batch of one. The outputs lie in the method's memory: it is kept until they are copied.
     usage = (
-        "executorch.runtime.Runtime.get().load_program(FILE).load_method('forward').execute((image,)), a batch of one"
+        "import torch; from executorch.runtime import Runtime; program = Runtime.get().load_program(FILE); "
+        "method = program.load_method('forward'); method.execute((torch.from_numpy(images),))[0].clone()"
     )
     return Written({"pte": data}, call, f"executorch {version('executorch')}", usage)
 

@@ -85,7 +85,7 @@ def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
     """
     data = onnxruntime_bytes(model, example)
     call, runtime = open_onnx(data, threads)
-    usage = "onnxruntime.InferenceSession(FILE).run(None, {'input': images})"
+    usage = "import onnxruntime; onnxruntime.InferenceSession(FILE).run(None, {'input': images})[0]"
     return Written({"onnx": data}, call, runtime, usage)
 
 

@@ -111,7 +111,11 @@ def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> 
         openvino.serialize(graph, xml)
         files = {"xml": xml.read_bytes(), "bin": xml.with_suffix(".bin").read_bytes()}
     call = _compiled_call(files["xml"], files["bin"], example, threads, "f32")
-    usage = "openvino.Core().read_model(FILE), then reshape() to a fixed batch size: see lowering/openvino.py"
+    # With a fixed batch size, and in float32: see `lower`.
+    usage = (
+        "import openvino; core = openvino.Core(); model = core.read_model(FILE); model.reshape(images.shape); "
+        "core.compile_model(model, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})(images)[0]"
+    )
     return Written(files, call, f"openvino {openvino.__version__.partition('-')[0]}", usage)
 
 

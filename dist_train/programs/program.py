@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
-from dist_train.programs.pt2 import load_program
-from dist_train.programs.torchscript import load_script
+from dist_train.programs.pt2 import OPERATORS, has_integers, load_program
+from dist_train.programs.torchscript import load_script, script_engine
 
 _SUFFIXES = {"pt2": "pt2", "torchscript": "ts"}
 
@@ -32,6 +32,20 @@ class Program:
     def suffix(self) -> str:
         """Suffix of the program's file, without the dot."""
         return _SUFFIXES[self.kind]
+
+    @property
+    def usage(self) -> str:
+        """Python that runs the program's file by torch alone, as `Written.usage`."""
+        if self.kind == "torchscript":
+            engine = f"torch.backends.quantized.engine = {script_engine(self.data)!r}"
+            return f"import torch; {engine}; torch.jit.load(FILE).eval()(torch.from_numpy(images)).detach()"
+        needed = f"import {OPERATORS}; " if has_integers(self.data) else ""
+        return f"import torch; {needed}torch.export.load(FILE).module()(torch.from_numpy(images)).detach()"
+
+    @property
+    def extra_usage(self) -> dict[str, str]:
+        """Python that reads each extra file, by name: tensors of all kinds, without code."""
+        return dict.fromkeys(sorted(self.extra), "import torch; torch.load(FILE, weights_only=True)")
 
     @property
     def lowers(self) -> bool:

@@ -34,6 +34,9 @@ from torch.fx import GraphModule
 from dist_train.errors import ArtifactError, first_line
 from dist_train.programs.modes import inline_modes, mode_blocks
 
+OPERATORS = "torch.ao.quantization.fx._decomposed"
+"""The module of torch that registers the operators of int8 programs, which every reader of such a file imports."""
+
 # All of node.meta that torch.export.save keeps besides shapes. The first two hold object ids and addresses of the
 # exporting process, the third its file paths. None is needed to run the program.
 _TRACES = ("from_node", "nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "custom")
@@ -117,6 +120,16 @@ def check_archive(data: bytes) -> None:
     for expression in [*symbols, *_expressions(model)]:
         if not isinstance(expression, str) or not _EXPRESSION.fullmatch(expression):
             raise _refuse(f"the expression {str(expression)[:80]!r}")
+
+
+def has_integers(data: bytes) -> bool:
+    """True where the program of an archive needs the operators that `OPERATORS` registers."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return any(
+            b"torch.ops.quantized_decomposed." in archive.read(name)
+            for name in archive.namelist()
+            if name.endswith("models/model.json")
+        )
 
 
 def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:

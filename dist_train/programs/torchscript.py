@@ -114,6 +114,16 @@ def script_bytes(script: torch.jit.ScriptModule, engine: str) -> bytes:
     return result.getvalue()
 
 
+def script_engine(data: bytes) -> str:
+    """Returns the engine whose integer kernels the bytes of `script_bytes` need.
+
+    Raises zipfile.BadZipFile or KeyError where these are other bytes.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        name = next((name for name in archive.namelist() if name.endswith(f"/extra/{_ENGINE}")), "")
+        return archive.read(name).decode()
+
+
 def load_script(data: bytes) -> Callable[[Tensor], Tensor]:
     """Loads a model from the bytes of `script_bytes`, as a function on the CPU. Only from a source you trust.
 
@@ -121,9 +131,7 @@ def load_script(data: bytes) -> Callable[[Tensor], Tensor]:
         ArtifactError: this is no such archive, or this torch cannot read it or lacks its integer kernels.
     """
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            name = next((name for name in archive.namelist() if name.endswith(f"/extra/{_ENGINE}")), "")
-            engine = archive.read(name).decode()
+        engine = script_engine(data)
         if engine not in torch.backends.quantized.supported_engines:
             raise ArtifactError(
                 f"the model needs the integer kernels {engine!r}, which this torch does not have",

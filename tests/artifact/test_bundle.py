@@ -14,6 +14,7 @@ from dist_train.errors import ArtifactError
 from dist_train.lowering.base import Reference, Written
 from dist_train.lowering.comparison import time_models
 from dist_train.programs.program import Program, open_program
+from dist_train.programs.torchscript import script_bytes
 from tests.support.converted_nets import float_net, images
 
 
@@ -21,7 +22,7 @@ from tests.support.converted_nets import float_net, images
 def scripted() -> Deployable:
     """A model whose program is TorchScript; what matters is that nothing but itself can run it."""
     traced = torch.jit.trace(float_net(), images(2), check_trace=False)
-    program = Program("torchscript", b"an archive", {"state_dict.pt": b"tensors"})
+    program = Program("torchscript", script_bytes(traced, "none"), {"state_dict.pt": b"tensors"})
     with torch.no_grad():
         return Deployable(name="int8", program=program, outputs=traced(images(4)), call=traced, source=None)
 
@@ -38,7 +39,9 @@ def test_the_first_model_is_model_and_the_others_have_their_names(scripted: Depl
     bundle.add(deploy_float(float_net(), images(4)))
     bundle.add(scripted)
     assert set(bundle.files) == {"model.pt2", "model.int8.ts", "state_dict.pt"}
-    assert bundle.models["int8"] == {"file": "model.int8.ts", "kind": "torchscript", "extra": ["state_dict.pt"]}
+    entry = bundle.models["int8"]
+    assert (entry["file"], entry["kind"], entry["extra"]) == ("model.int8.ts", "torchscript", ["state_dict.pt"])
+    assert entry["extra_usage"].keys() == {"state_dict.pt"}
     assert bundle.files["state_dict.pt"] == b"tensors"
 
 

@@ -123,11 +123,41 @@ def test_a_channel_whose_bias_would_overflow_int32_stays_right() -> None:
 
 
 def test_the_program_is_not_changed() -> None:
-    _, program = quantized(residual())
+    net = residual().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        net.conv.weight[3] *= 1e-9  # so that a scale must grow
+        net.conv.bias[3] = 3.0
+    _, program = quantized(net)
     before, answer = str(program.graph), program.module()(images(4))
-    for_xnnpack(program, images(1))
+    tensors = {name: (value.clone(), value.stride()) for name, value in program.state_dict.items()}
+    write(program)
     assert str(program.graph) == before
+    for name, (value, stride) in tensors.items():
+        assert torch.equal(program.state_dict[name], value) and program.state_dict[name].stride() == stride
     assert torch.equal(program.module()(images(4)), answer)
+
+
+def test_a_model_in_channels_last_goes_in_float_and_int8() -> None:
+    net = residual().to(memory_format=torch.channels_last)
+    converted, program = quantized(net)
+    for model, source, bound in ((net, net, 1e-4), (converted, program, 0.02)):
+        with torch.no_grad():
+            expected = model(images(3))
+            assert (write(source).call(images(3)) - expected).abs().max() < bound * expected.abs().max()
+    assert net.get_parameter("conv.weight").is_contiguous(memory_format=torch.channels_last), "the caller's stays"
+
+
+def test_what_an_exporter_fails_on_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from executorch import exir
+
+    for error in (AssertionError("one"), KeyError("two"), exir.error.InternalError("three")):
+
+        def fail(*arguments: object, error: Exception = error, **settings: object) -> None:
+            raise error
+
+        monkeypatch.setattr(exir, "to_edge_transform_and_lower", fail)
+        with pytest.raises(LoweringUnavailable, match=f"ExecuTorch cannot lower this model: .*{error.args[0]}"):
+            write(nn.Flatten())
 
 
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])

@@ -7,6 +7,7 @@ is quantized too, or its input is quantized from the range of each row ("dynamic
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterator
 
@@ -48,7 +49,8 @@ def for_xnnpack(program: ExportedProgram, one: Tensor) -> GraphModule:
     Raises:
         LoweringUnavailable: weights have zero points, or integers fewer than 8 bits: XNNPACK has no kernels for them.
     """
-    graph = torch.export.export(program.module(check_guards=False), (one,)).module(check_guards=False)
+    own = copy.deepcopy(program.module(check_guards=False))  # its tensors are changed below, and are the program's
+    graph = torch.export.export(own, (one,)).module(check_guards=False)
     assert isinstance(graph, GraphModule)
     for node in _calls(graph, *_DROPOUTS):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]

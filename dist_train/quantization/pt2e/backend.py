@@ -30,7 +30,12 @@ from dist_train.quantization.gradient_causes import hidden_from_quantization
 from dist_train.quantization.padding import number_graph_paddings, part_from_convolutions
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.pt2e import graph_rewrite
-from dist_train.quantization.pt2e.float_graph import drop_neutral_arithmetic, hides_weights, refuse_other_blocks
+from dist_train.quantization.pt2e.float_graph import (
+    drop_assertions,
+    drop_neutral_arithmetic,
+    hides_weights,
+    refuse_other_blocks,
+)
 from dist_train.quantization.pt2e.graph_rewrite import attribute, constant
 from dist_train.quantization.pt2e.partition_search import searched_along_edges
 from dist_train.quantization.pt2e.pattern_cache import patterns_exported_once
@@ -62,6 +67,7 @@ class PT2EBackend:
             graph = _exported(float_copy, example)
             number_graph_paddings(graph.graph)
             part_from_convolutions(graph.graph)
+            drop_assertions(graph)
             drop_neutral_arithmetic(graph.graph)
             _keep_batch_norms_invertible(graph)
             literals = graph_rewrite.batch_norm_literals(graph.graph)

@@ -45,6 +45,18 @@ def drop_neutral_arithmetic(graph: Graph) -> None:
         graph.erase_node(node)
 
 
+def drop_assertions(module: GraphModule) -> None:
+    """Removes the assertions of dtype and device that export places before casts such as `x.float()`, in place.
+
+    They hold for the exported example: not for training in bf16, and not for the converted copy on another device.
+    """
+    for part in module.modules():
+        if isinstance(part, GraphModule):
+            for node in part.graph.find_nodes(op="call_function", target=_aten._assert_tensor_metadata.default):
+                part.graph.erase_node(node)
+            part.recompile()
+
+
 def _may_alias(source: Node, node: Node) -> bool:
     """Decides whether readers of `node`, a copy of `source`, may read `source` itself: nobody writes into the copy."""
     return source.users.keys() == {node} or not any(_aliases(reader) for reader in node.users)

@@ -25,6 +25,7 @@ from dist_train.data.datasets.fake import fake
 from dist_train.data.datasets.mnist import fashion_mnist, mnist
 from dist_train.data.splits import Splits
 from dist_train.errors import ConfigError, DataError
+from tests.support.idx_files import idx, write_fashion_mnist
 
 
 def moments(images: torch.Tensor) -> tuple[list[float], list[float]]:
@@ -35,25 +36,6 @@ def moments(images: torch.Tensor) -> tuple[list[float], list[float]]:
 def image_arrays(splits: Splits) -> tuple[ImageArrays, ImageArrays]:
     assert isinstance(splits.train, ImageArrays) and isinstance(splits.eval, ImageArrays)
     return splits.train, splits.eval
-
-
-def idx(array: np.ndarray) -> bytes:
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(int(size).to_bytes(4, "big") for size in array.shape)
-    return header + array.astype(np.uint8).tobytes()
-
-
-def write_fashion_mnist(folder: Path, zipped: bool = True) -> dict[str, np.ndarray]:
-    """Small files in Fashion-MNIST's format."""
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = np.random.default_rng(0)
-    content = {}
-    for prefix, rows in (("train", 12), ("t10k", 5)):
-        content[f"{prefix}-images-idx3-ubyte"] = generator.integers(0, 256, (rows, 28, 28))
-        content[f"{prefix}-labels-idx1-ubyte"] = generator.integers(0, 10, rows)
-    for name, array in content.items():
-        path = folder / (f"{name}.gz" if zipped else name)
-        path.write_bytes(gzip.compress(idx(array)) if zipped else idx(array))
-    return content
 
 
 def test_registered_names_lead_here() -> None:

@@ -96,6 +96,21 @@ def test_standardized_weights_are_not_taken_for_data(images: Tensor) -> None:
     assert len(list(batch_norms(prepared.graph_module().graph))) == 1
 
 
+class Cast(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            y = self[0](x).float().mean((2, 3))
+        return y + self[0](x).float().mean((2, 3))
+
+
+@pytest.mark.heavy
+def test_casts_do_not_keep_a_model_from_training_in_bf16(images: Tensor) -> None:
+    prepared = PT2EBackend().prepare(Cast(nn.Conv2d(3, 4, 3)), images)
+    calibrate(prepared, images).train()
+    with torch.autocast(device_type="cpu", dtype=torch.bfloat16):
+        assert prepared(images).dtype is torch.float32
+
+
 class Autocast(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(device_type=x.device.type, dtype=torch.bfloat16):
