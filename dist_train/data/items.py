@@ -96,14 +96,13 @@ def _kind(value: Any) -> str:
     """Describes a value of a wrong type: "a dict (image, mask)"."""
     if value is None:
         return "None"
-    name = type(value).__name__
     inside = ""
     if isinstance(value, dict):
         inside = f" ({', '.join(str(key) for key in list(value)[:5])})"
     elif isinstance(value, (tuple, list)):
         inside = f" of {len(value)}"
-    article = "an" if name[:1].lower() in "aeiou" else "a"
-    return f"{article} {'PIL image' if type(value).__module__.startswith('PIL.') else name}{inside}"
+    word = "PIL image" if type(value).__module__.startswith("PIL.") else type(value).__name__
+    return f"{'an' if word[:1].lower() in 'aeiou' else 'a'} {word}{inside}"
 
 
 def _input(value: Any, what: str) -> Tensor:
