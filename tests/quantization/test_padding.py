@@ -54,7 +54,7 @@ def test_fx_refuses_a_function_with_a_named_padding(images: Tensor) -> None:
             return F.conv2d(x, self.weight, padding="same")
 
     with pytest.raises(QuantizationError, match="padding by name") as error:
-        backend("fx").check(Net())  # before anybody trains it
+        backend("fx").check(Net(), (), torch.zeros(2, 3, 8, 8))  # before anybody trains it
     assert "--qat.backend pt2e" in error.value.hint
     prepared = backend("pt2e").prepare(Net().eval(), images)
     assert len(prepared.fake_quantizers) == 1

@@ -57,9 +57,6 @@ class FXBackend(TorchAOBackend):
         if example is not None:
             dry_run(self, model, example, rules, gradient_bound=self.gradient_bound)
             self._refuse_idle_skips(model, example, rules, resolved)
-        else:
-            with quietly():
-                pad_before_modules(trace(common.make_ready(copy.deepcopy(model).eval())).graph)
 
     def _refuse_idle_skips(
         self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig], resolved: Mapping[str, RuleConfig]
@@ -84,7 +81,7 @@ class FXBackend(TorchAOBackend):
             float_copy = common.make_ready(copy.deepcopy(model))
             names, settled = statistics_names(float_copy), settled_batch_norms(copy.deepcopy(float_copy), example)
             # Traced in evaluation mode, so that functional dropout is off in training, too.
-            traced = trace(float_copy.eval())
+            traced = trace(float_copy.eval(), example)
             graph, mapping = traced.graph, _mapping(self.engine)
             self._set_rules(mapping, model, resolved, traced)
             pad_before_modules(graph)

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.errors import QuantizationError
 from dist_train.quantization.batch_norm_calls import batch_norm_call, has_own_forward
 from dist_train.quantization.error_location import cannot_trace
+from dist_train.quantization.torch_ao.sized_tracing import SizedTracer
 
+_ERRORS = (AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)  # of tracing a user's forward
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _IN_PLACE = {name for name in dir(operator) if name.startswith("i") and f"__{name}__" in dir(operator)} | {"setitem"}
 _TENSORS = ("running_mean", "running_var", "weight", "bias")
@@ -36,8 +38,8 @@ class Traced:
     renamed: dict[str, str] = field(default_factory=dict)
 
 
-def trace(model: nn.Module) -> Traced:
-    """Traces `model`, which is in evaluation mode and is changed.
+def trace(model: nn.Module, example: Tensor) -> Traced:
+    """Traces `model`, which is in evaluation mode and is changed. Sizes become numbers only where it needs them.
 
     Subclasses of BatchNorm that end in F.batch_norm of their own tensors become a BatchNorm and what is around it: only
     a BatchNorm module is folded, and normalizes by its batch in training.
@@ -50,11 +52,16 @@ def trace(model: nn.Module) -> Traced:
         if isinstance(module, _BatchNorm) and has_own_forward(module):
             # It branches on its input, so that super().forward() could not be traced.
             module._check_input_dim = lambda input: None  # type: ignore[method-assign]
-    tracer = _Tracer()
+    tracer: _Tracer = _Tracer()
     try:
         graph = tracer.trace(model)
-    except (NameError, RuntimeError, TypeError, ValueError) as error:
-        raise cannot_trace("torch.fx", model, error, "branches", "pt2e") from error
+    except _ERRORS:
+        tracer = _SizedTracer(model, example)
+        try:
+            graph = tracer.trace(model)
+        except _ERRORS as error:
+            raise cannot_trace("torch.fx", model, error, "branches", "pt2e") from error
+        _drop_moves(graph)
     _split_batch_norms(model, graph, tracer.own_norms)
     graph.eliminate_dead_code(lambda node: _has_effect(node, model))  # an unread output has no layer to be named after
     renamed = _rename_taken(model, graph)
@@ -64,14 +71,26 @@ def trace(model: nn.Module) -> Traced:
 class _Tracer(Tracer):
     """Traces through modules that are not torch's, and records the batch norms among them."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.own_norms = set[str]()
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(m, _BatchNorm) and has_own_forward(m):
             self.own_norms.add(self.path_of_module(m))
         return super().call_module(m, forward, args, kwargs)
+
+
+class _SizedTracer(_Tracer, SizedTracer):
+    pass
+
+
+def _drop_moves(graph: Graph) -> None:
+    """Removes `x.to(device)`, in place: the whole model is on one device, and is converted on another one."""
+    for node in graph.find_nodes(op="call_method", target="to"):
+        if len(node.args) == 2 and isinstance(node.args[1], torch.device) and not node.kwargs:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _use_plain_batch_norms(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -175,3 +176,53 @@ def test_rarer_functions_are_computed_as_written_and_become_integers(name: str, 
     prepared.observe(True)
     calibrate(prepared, images).eval()
     torch.testing.assert_close(backend("fx").convert(prepared)(images), prepared(images), rtol=1e-3, atol=1e-4)
+
+
+class Sized(nn.Module):
+    """Computes a "same" padding and attention from its inputs' sizes, and numbers of a weight's dtype and device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.qkv, self.head = nn.Conv2d(3, 4, 3, 2), nn.Linear(4, 12), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        rows, columns = (max((math.ceil(size / 2) - 1) * 2 + 3 - size, 0) for size in (height, width))
+        if rows > 0 or columns > 0:
+            x = F.pad(x, [0, columns, 0, rows])
+        x = self.conv(x)
+        batch, channels, height, width = x.shape
+        assert x.dim() == len(x.size()) == 4 and channels == 4
+        q, k, v = self.qkv(x.flatten(2).mT).reshape(batch, height * width, 3, 4).unbind(2)
+        x = (q @ k.mT / channels**0.5).softmax(-1) @ v
+        positions = torch.arange(x.shape[1], dtype=self.head.weight.dtype, device=self.head.weight.device)
+        found: Tensor = self.head((x + 0.01 * positions[:, None]).to(x.device).mean(1))
+        return found
+
+
+def test_sizes_are_numbers_where_a_model_branches_on_them_and_any_batch_is_taken(images: Tensor) -> None:
+    model = Sized().eval()
+    backend("fx").check(model, (), images[:2])
+    prepared = backend("fx").prepare(model, images[:2])
+    prepared.fake_quantize(False)
+    prepared.observe(False)
+    for rows in (1, 2, 3):
+        torch.testing.assert_close(prepared(images[:rows]), model(images[:rows]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("condition", [lambda x: x.shape[0] > 1, lambda x: x.sum() > 0, lambda x: int(x.argmax()) > 3])
+def test_what_depends_on_the_batch_or_on_the_data_is_no_number(
+    condition: Callable[[Tensor], bool], images: Tensor
+) -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return x.relu() if condition(x) else x
+
+    with pytest.raises(QuantizationError, match="torch.fx cannot trace"):
+        backend("fx").check(Branch().eval(), (), images)
