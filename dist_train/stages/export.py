@@ -33,9 +33,9 @@ class Export(Stage):
         measured = context.world.on_rank_0(lambda: self._export(context), "exporting", self.settings.deadline, "export")
         for name, figures in measured["models"].items():
             context.results["models"].setdefault(name, {}).update(figures)
+        self._gate_size(context, measured["fp32_bytes"])
         for gate in measured["gates"]:
             context.gates.check(Gate(**gate))
-        self._gate_size(context, measured["fp32_bytes"])
         return {}
 
     def _gate_size(self, context: Context, fp32_bytes: int) -> None:

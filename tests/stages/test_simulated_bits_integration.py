@@ -30,7 +30,7 @@ def test_two_ranks_take_four_bits_the_whole_way_to_an_artifact(
     assert "int8 is not timed" in printed
     results = read_json(run / "results.json")
     assert {name: gate["passed"] for name, gate in results["gates"].items()} == dict.fromkeys(
-        ("prepare", "convert", "artifact"), True
+        ("prepare", "gradients", "convert", "artifact"), True
     )
     assert results["models"]["int8"]["simulated_bits"] == [4, 6]
     manifest = read_json(run / "export" / "manifest.json")
