@@ -12,6 +12,7 @@ import pytest
 
 from dist_train import registry
 from dist_train.cluster.ports import is_free
+from dist_train.data import shared_memory
 from dist_train.doctor import disk, lowering, machine, network, ranks, wandb
 from dist_train.doctor.base import Line, Section, Subject, bad, exit_code, good, summary, warning
 from dist_train.doctor.checks import Check, run
@@ -146,6 +147,25 @@ def test_a_containers_quota_is_read_in_both_versions(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert machine.cgroup_cores(tmp_path) == cores
+
+
+@pytest.mark.parametrize(
+    ("workers", "batch_bytes", "free", "level", "said"),
+    [
+        (0, 0, 2**30, "good", "/dev/shm: 1024 MiB, 1024 MiB free"),
+        (0, 0, 2**26, "warning", "64 MiB free: little for data workers"),
+        (4, 2**26, 2**30, "warning", "the batches of 4 data workers may need 1088 MiB (4 each, of 64 MiB)"),
+        (4, 2**25, 2**30, "good", "1024 MiB free"),
+    ],
+)
+def test_shared_memory_that_workers_batches_do_not_fit_into_is_a_warning(
+    workers: int, batch_bytes: int, free: int, level: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (machine, shared_memory):
+        monkeypatch.setattr(module, "sizes", lambda *path: (free, free))
+    (line,) = machine.check_shared_memory(Subject(workers=workers, batch_bytes=batch_bytes))
+    assert line.level == level and said in line.text
+    assert ("--shm-size" in line.hint) == (level == "warning")
 
 
 def test_less_cores_by_quota_than_by_affinity_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
