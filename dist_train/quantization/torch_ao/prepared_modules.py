@@ -87,7 +87,7 @@ class PreparedModules(PreparedModel):
     def train(self, mode: bool = True) -> PreparedModules:
         """As any module's. Dropout stays off unless it is kept; frozen batch norms stay in eval mode."""
         super().train(mode)
-        for name, module in self.named_modules():
+        for name, module in self.model.named_modules(prefix="model"):
             if isinstance(module, _BatchNorm):
                 off = self.batch_norm_frozen or name in self._settled
             else:
