@@ -88,7 +88,7 @@ def steps_saved(case: Case) -> list[int]:
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_one_checkpoint(case: Case) -> None:
-    with case.start(2, "forward 1 14 wait") as ranks:
+    with case.start(2, "forward 1 15 wait") as ranks:
         case.reached(ranks)  # in the second epoch
         os.kill(ranks.processes[1].pid, signal.SIGUSR2)
         os.kill(ranks.processes[1].pid, signal.SIGUSR2)
@@ -125,7 +125,7 @@ def test_a_signal_to_a_rank_that_has_stopped_and_is_about_to_exit_changes_nothin
 
 @pytest.mark.slow
 def test_the_file_stop_ends_the_run_and_is_gone_then(case: Case, undisturbed: bytes) -> None:
-    with case.start(2, "forward 0 14 wait") as ranks:
+    with case.start(2, "forward 0 15 wait") as ranks:
         case.reached(ranks)
         case.run_dir.stop.touch()
         time.sleep(1)  # the watcher polls for the file twice a second; any step from 15 on will do
@@ -176,7 +176,7 @@ def test_all_processes_are_told_at_any_moment_and_end_at_the_next_step_as_if_not
 def test_a_step_that_is_longer_than_the_grace_is_given_up_and_the_last_checkpoint_serves(
     case: Case, undisturbed: bytes, how: str, asked: int, codes: set[int]
 ) -> None:
-    with case.start(2, f"forward 1 14 {how}", "--stop.grace", "4") as ranks:
+    with case.start(2, f"forward 1 15 {how}", "--stop.grace", "4") as ranks:
         case.reached(ranks)
         os.kill(ranks.processes[asked].pid, signal.SIGTERM)
         began = time.monotonic()
@@ -193,7 +193,7 @@ def test_a_step_that_is_longer_than_the_grace_is_given_up_and_the_last_checkpoin
 def test_an_agent_that_starts_ranks_again_does_not_undo_a_stop_of_which_it_knows_nothing(case: Case) -> None:
     """One rank had to be killed, which counts as a failure to the agent."""
     words = [*("launch", "torchrun", "--nproc-per-node", "2", "--restarts", "2"), *case.words[1:], "--stop.grace", "4"]
-    with train(1, *words, environ={"HOLD": "forward 1 14 lock", "HOLD_DIR": str(case.folder)}) as launch:
+    with train(1, *words, environ={"HOLD": "forward 1 15 lock", "HOLD_DIR": str(case.folder)}) as launch:
         case.reached(launch)
         family = psutil.Process(launch.processes[0].pid).children(recursive=True)
         rank_0 = [each for each in family if "dist_train" in each.cmdline() and each.environ().get("RANK") == "0"]
@@ -253,7 +253,7 @@ def test_what_rank_0_does_alone_is_given_up_and_the_checkpoint_before_it_serves(
 def test_where_a_peer_is_dead_a_signal_saves_nothing_and_the_previous_checkpoint_serves(
     case: Case, undisturbed: bytes
 ) -> None:
-    with case.start(2, "forward 0 14 wait") as ranks:
+    with case.start(2, "forward 0 15 wait") as ranks:
         case.reached(ranks)
         ranks.kill([1])
         os.kill(ranks.processes[0].pid, signal.SIGTERM)  # as torchrun's agent does before it restarts all ranks

@@ -41,7 +41,7 @@ def ends(ranks: Ranks) -> None:
 @pytest.mark.parametrize(
     ("hold", "options", "environ", "said"),
     [
-        ("forward 1 14 lock", (), {}, "rank 1 is stuck in `forward`, rank 0 waits in `"),
+        ("forward 1 15 lock", (), {}, "rank 1 is stuck in `forward`, rank 0 waits in `"),
         ("data 1 70 wait", (), {}, "rank 1 is stuck in `data`, rank 0 waits in `"),
         ("save 0 1 wait", (), {}, "rank 0 is stuck in `save`, rank 1 waits in `waiting`"),
         ("convert 0 0 lock", WHOLE, {"PLAIN": "1"}, "rank 0 is stuck in `convert`, rank 1 waits in `waiting`"),
@@ -66,7 +66,7 @@ def test_the_message_names_the_rank_and_the_phase_and_the_stacks_are_kept(
 
 @pytest.mark.slow
 def test_a_stopped_process_is_named_and_does_not_stay(case: Case) -> None:
-    with case.start(2, "forward 1 14 wait", *WATCHED) as ranks:
+    with case.start(2, "forward 1 15 wait", *WATCHED) as ranks:
         case.reached(ranks)
         os.kill(ranks.processes[1].pid, signal.SIGSTOP)
         ends(ranks)
@@ -85,7 +85,7 @@ def test_a_data_worker_that_is_stuck_does_not_outlive_its_rank(case: Case) -> No
 @pytest.mark.slow
 def test_a_job_that_was_suspended_and_goes_on_is_left_alone(case: Case) -> None:
     """Ctrl-Z, or Slurm's gang scheduling, stops all processes of a job, here for longer than the timeout."""
-    with case.start(1, "forward 0 14 wait", *WATCHED, "--train.epochs", "2") as ranks:
+    with case.start(1, "forward 0 15 wait", *WATCHED, "--train.epochs", "2") as ranks:
         case.reached(ranks)
         os.killpg(ranks.processes[0].pid, signal.SIGSTOP)
         time.sleep(2 * TIMEOUT)
@@ -98,7 +98,7 @@ def test_a_job_that_was_suspended_and_goes_on_is_left_alone(case: Case) -> None:
 @pytest.mark.slow
 def test_a_run_that_goes_on_slowly_is_left_alone(case: Case) -> None:
     """Each step is well within the timeout; all steps together exceed it."""
-    with case.start(1, "forward 0 14 wait", *WATCHED, "--train.epochs", "2") as ranks:
+    with case.start(1, "forward 0 15 wait", *WATCHED, "--train.epochs", "2") as ranks:
         case.reached(ranks)
         time.sleep(TIMEOUT / 2)
         case.go()
