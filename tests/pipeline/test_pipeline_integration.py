@@ -232,7 +232,7 @@ def test_when_rank_0_fails_in_training_the_others_and_status_json_say_why(
             assert "Traceback" not in ranks.printed()
             kept = (tmp_path / "run" / "logs" / "failure-0-rank0.txt").read_text()
             assert "Traceback" in kept and "cannot decode image 7" in kept
-            assert "rank 0 failed: ValueError: cannot decode image 7" in ranks.output(1)
+            assert "rank 0 failed: dist_train.errors.DataError: item 7 of _Undecodable" in ranks.output(1)
             assert "cannot decode image 7" in status["error"]
         else:
             assert codes[0] == -9
