@@ -50,6 +50,7 @@ def test_your_own_model_and_data_train_as_printed(tmp_path: Path) -> None:
     assert model(torch.zeros(3, 3, 16, 16)).shape == (3, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_your_own_task_trains_as_printed(tmp_path: Path) -> None:
     modules = {"mine": "register_model", "counting": "register_task"}

@@ -94,6 +94,7 @@ def attempts(run: Path) -> list[str]:
     return (run / "attempts").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_a_preempted_job_is_requeued_while_it_makes_progress_and_not_too_often(cluster: Cluster, folder: Path) -> None:
     cases = [
         ("saved,saved,done", "3", 3, "done, srun returned 0"),

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.heavy
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_int8_answers_are_close_and_come_from_int8_kernels(converted):
     import torch._inductor.config

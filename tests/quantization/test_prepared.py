@@ -148,6 +148,7 @@ def test_bfloat16_autocast_trains(prepared: PreparedModel, images: Tensor) -> No
     )
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 @pytest.mark.skipif(
     shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU"
