@@ -200,8 +200,7 @@ def in_words(error: BaseException) -> BaseException:
     """
     if isinstance(error, DistTrainError) or not isinstance(error, (Exception, SystemExit)):
         return error
-    said = "SystemExit: the program was told to exit" if isinstance(error, SystemExit) else told(error)
-    found = ForeignError(said, _advice(error, _place(error)[1]))
+    found = ForeignError(told(error), _advice(error, _place(error)[1]))
     found.__cause__ = error
     return found
 

@@ -24,6 +24,7 @@ from dist_train.errors import (
     EXIT_INTERRUPTED,
     ConfigError,
     DistTrainError,
+    ForeignError,
     Preempted,
     in_words,
     keep_traceback,
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"dist-train: {stop}", file=sys.stderr)
         return exit_code_when_preempted(os.environ)
     except DistTrainError as error:
+        if isinstance(error, ForeignError) and not error.kept_in:
+            keep_traceback(error, _traceback_file())
         return _show(error)
     except click.UsageError as error:  # such as `--` alone
         print(f"dist-train: {error.format_message().rstrip('.').lower()}\n  -> {PROGRAM} --help", file=sys.stderr)
@@ -74,13 +77,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Exception, SystemExit) as error:  # of other code, or a fault of ours
         found = in_words(error)
         assert isinstance(found, DistTrainError)
-        keep_traceback(found, os.path.join(tempfile.gettempdir(), f"dist-train-error-{os.getpid()}.txt"))
+        keep_traceback(found, _traceback_file())
         return _show(found)
+
+
+def _traceback_file() -> str:
+    return os.path.join(tempfile.gettempdir(), f"dist-train-error-{os.getpid()}.txt")
 
 
 def _show(error: DistTrainError) -> int:
     """Prints an error and returns the exit code."""
-    if not (isinstance(error, ConfigError) and _another_rank_shows_it(os.environ)):
+    if not (isinstance(error, ConfigError) and _another_rank_shows_it(error, os.environ)):
         print(f"dist-train: {error}", file=sys.stderr)
     if error.exit_code == EXIT_CONFIG and EXIT_FILE in os.environ:
         with suppress(OSError):
@@ -88,11 +95,13 @@ def _show(error: DistTrainError) -> int:
     return error.exit_code
 
 
-def _another_rank_shows_it(environ: Mapping[str, str]) -> bool:
+def _another_rank_shows_it(error: ConfigError, environ: Mapping[str, str]) -> bool:
     """Tells whether another rank of this node shows the mistake: all find the same ones, one shows them.
 
     Ranks of another node may find others (a missing folder), and show them.
     """
+    if any(problem.source == "--import" for problem in error.problems):  # its code may fail on one rank only
+        return False
     if environ.get("WORLD_SIZE", environ.get("SLURM_STEP_NUM_TASKS", "1")) == "1":
         return False
     rank = environ.get("LOCAL_RANK", environ.get("SLURM_LOCALID", environ.get("RANK", "0")))

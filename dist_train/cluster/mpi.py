@@ -82,13 +82,13 @@ def mpi_names(environ: Mapping[str, str]) -> MpiNames | None:
 
 
 def lone_rank_problems(environ: Mapping[str, str]) -> Iterator[Problem]:
-    """Yields a problem if a launcher numbered this process and no variable says how many there are.
+    """Yields a problem if a launcher, not Slurm, numbered this process and no variable says how many there are.
 
     Without it each of N processes would train alone, all in one run directory.
     """
     for name in _ALONE:
         known = any(each.world_size in environ for each in _KNOWN)
-        if name in environ and not known and "SLURM_PROCID" not in environ:
+        if name in environ and not known:
             message = f"is {environ[name]}, so a launcher started several processes, but WORLD_SIZE is not set"
             hint = (
                 f"set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in each process, "

@@ -22,7 +22,7 @@ from dist_train.config.shipped import shipped
 from dist_train.config.text_settings import text_type
 from dist_train.config.tree import Config, config_model, leaves
 from dist_train.config.yaml_tree import Place, TextType, Tree, dotted, to_yaml
-from dist_train.errors import ConfigError, Problem, did_you_mean
+from dist_train.errors import ConfigError, Problem, did_you_mean, first_line
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ def import_modules(names: Sequence[str]) -> list[Problem]:
         except (Exception, SystemExit) as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
             where = "" if at.filename.startswith("<frozen") else f" ({at.filename}:{at.lineno})"
-            reason = f"cannot be imported: {type(error).__name__}: {error}{where}"
+            kind, text = type(error).__name__, first_line(error)
+            reason = f"cannot be imported: {kind if text == kind else f'{kind}: {text}'}{where}"
             hint = "give the name of a module in the working directory, or of an installed one"
             problems.append(Problem(name, reason, "--import", hint if isinstance(error, ModuleNotFoundError) else ""))
     return problems

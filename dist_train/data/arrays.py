@@ -39,7 +39,8 @@ class ImageArrays:
 
     Attributes:
         images: uint8 [N, C, H, W], contiguous; N >= 1.
-        targets: int64, uint8 or float32 [N, ...], as the task takes them: int64 [N] classes, uint8 [N, H, W] masks.
+        targets: numbers [N, ...], as the task takes them: integers [N] are classes, uint8 [N, H, W] masks. Other
+            integers and bool become int64, floats float32.
         ids: int64 [N], 0..N-1 unless given. A row keeps its id, so a ledger shows which rows entered forward.
 
     Raises:
@@ -50,6 +51,10 @@ class ImageArrays:
         ids = torch.arange(len(images)) if ids is None else ids
         if images.dtype != torch.uint8 or images.dim() != 4 or not images.numel():
             raise DataError(f"images must be uint8 [N, C, H, W] with N >= 1, not {images.dtype} {list(images.shape)}")
+        if targets.is_floating_point():
+            targets = targets.float()
+        elif (targets.dtype != torch.uint8 or targets.dim() == 1) and not targets.is_complex():
+            targets = targets.long()
         if targets.dtype not in _TARGETS or targets.shape[:1] != images.shape[:1] or not targets.numel():
             raise DataError(
                 f"targets must be int64, uint8 or float32 [{len(images)}, ...], "

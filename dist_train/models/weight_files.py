@@ -103,8 +103,10 @@ def read_file(path: Path, key: str | None = None) -> Weights:
         )
     ((name, state),) = found.items()
     weights = _plain(state)
-    if name and name not in _USUAL:
-        weights.notes = (f"of what it holds, {name} was taken",)
+    others = [other for other in _states(loaded, 3) if other != name]
+    if name and (name not in _USUAL or others):
+        left = f", {', '.join(others[:_SHOWN])} left out" if others else ""
+        weights.notes = (f"of what it holds, {name} was taken{left}",)
     return weights
 
 
@@ -157,6 +159,11 @@ def _load_pickled(path: Path) -> Any:
     torch lists the classes in a zip archive; in files of torch before 1.6 it refuses one after the other.
     """
     zipped = zipfile.is_zipfile(path)
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise DataError(f"{path} is damaged: the checksum of {damaged} in it is another", AGAIN)
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
     while True:
         stubs: list[Any] = [(type("Unknown", (Unknown,), {"kind": name}), name) for name in unknown]
@@ -222,7 +229,7 @@ def _plain(state: Mapping[str, Any]) -> Weights:
 
 
 def _at(path: Path, loaded: Any, key: str) -> Mapping[str, Any]:
-    if key in (states := _states(loaded)):
+    if key in (states := _states(loaded, 4)):
         return states[key]
     beneath = {
         name.removeprefix(f"{key}."): value
@@ -234,7 +241,7 @@ def _at(path: Path, loaded: Any, key: str) -> Mapping[str, Any]:
         known = ", ".join(filter(None, states)) or "none by name"
         raise DataError(
             f"{path} holds no state_dict {key}: {_content(loaded)}",
-            f"--model.weights_key null, or one of its state_dicts: {known}",
+            f"name one of its state_dicts: {known}",
         )
     return beneath
 

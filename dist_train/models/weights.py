@@ -85,7 +85,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str, num
     missing = [key for key in required if key not in given]
     unknown = [key for key in given if key not in own]
     if missing or unknown:
-        listed = _some("lacks", missing) + _some("does not know", unknown, " and the model ")
+        listed = " and".join(filter(None, (_some("lacks", missing), _some("has besides", unknown))))
         raise DataError(f"{source} is of another model: it{listed}", "--model.name and --model.args of its own model")
     _require_finite({name: given[name] for name, _ in model.named_parameters() if name in given}, source)
     notes += _fit_first_conv(model, own, given, source)

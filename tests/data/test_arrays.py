@@ -128,6 +128,13 @@ def test_a_folder_that_cannot_be_written_is_a_data_error(tmp_path: Path) -> None
     assert "--data.cache_dir" in caught.value.hint
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.uint16, torch.bool])
+def test_classes_may_be_any_integers(dtype: torch.dtype) -> None:
+    images, targets = arrays_of().images, arrays_of().targets % 2
+    taken = ImageArrays(images, targets.to(dtype)).targets
+    assert taken.dtype == torch.int64 and torch.equal(taken, targets)
+
+
 def test_wrong_arrays_are_refused() -> None:
     images, targets = arrays_of().images, arrays_of().targets
     for wrong in (
@@ -135,7 +142,7 @@ def test_wrong_arrays_are_refused() -> None:
         lambda: ImageArrays(images[0], targets),
         lambda: ImageArrays(images[:0], targets[:0]),
         lambda: ImageArrays(images, targets[:-1]),
-        lambda: ImageArrays(images, targets.int()),
+        lambda: ImageArrays(images, targets.to(torch.complex64)),
         lambda: ImageArrays(images, targets, torch.arange(3)),
         lambda: splits_of(ImageArrays(images, targets + 7), arrays_of()),
         lambda: splits_of(arrays_of(), ImageArrays(images, targets - 7)),

@@ -96,7 +96,7 @@ def test_names_that_are_missing_or_unknown_are_listed() -> None:
     with pytest.raises(DataError) as caught:
         load_weights(nn.Sequential(nn.Linear(2, 2)), other.state_dict(), "x.pt", num_outputs=2)
     assert caught.value.message == (
-        "x.pt is of another model: it lacks 0.weight, 0.bias and the model does not know other.weight, other.bias"
+        "x.pt is of another model: it lacks 0.weight, 0.bias and has besides other.weight, other.bias"
     )
 
 

@@ -102,6 +102,7 @@ def test_weights_that_can_be_told_are_taken_and_no_code_is_run(kind: str, legacy
     said = {
         "lightning": ["its names without model."],
         "lightning with a loss": ["its names without model.", "without its 1 other entries: loss.weight"],
+        "with a loss beside": ["of what it holds, state_dict was taken, criterion left out"],
         "only an average": ["of what it holds, state_dict_ema was taken"],
         "averaged by torch": ["of what it holds, model_ema was taken", "without its 1 other entries: n_averaged"],
         "nested": ["of what it holds, checkpoint.network was taken"],
@@ -268,3 +269,25 @@ def test_a_folder_is_no_file_and_its_files_are_named(tmp_path: Path) -> None:
     assert f"one of its files: {tmp_path / 'model.safetensors'}" in refused(tmp_path)[1]
     (tmp_path / "config.yaml").touch()
     assert f"--model.init_from {tmp_path}" in refused(tmp_path)[1]
+
+
+def test_damaged_bytes_in_a_file_are_found_by_their_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    torch.save({"0.weight": torch.full((64, 64), 0.5)}, path)
+    data = bytearray(path.read_bytes())
+    place = data.index(torch.full((16,), 0.5).numpy().tobytes())
+    data[place : place + 64] = bytes(64)
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="w.pt is damaged: the checksum of .*data/0"):
+        read_file(path)
+
+
+def test_what_is_left_out_beside_the_usual_name_is_said(tmp_path: Path) -> None:
+    state = {"0.weight": torch.ones(2)}
+    torch.save(
+        {"state_dict": state, "callbacks": {"EMA": {"ema_weights": {"0.weight": torch.zeros(2)}}}}, tmp_path / "w.ckpt"
+    )
+    weights = read_file(tmp_path / "w.ckpt")
+    assert weights["0.weight"].tolist() == [1, 1]
+    assert weights.notes == ("of what it holds, state_dict was taken, callbacks.EMA.ema_weights left out",)
+    assert read_file(tmp_path / "w.ckpt", "callbacks.EMA.ema_weights")["0.weight"].tolist() == [0, 0]

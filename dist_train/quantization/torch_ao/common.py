@@ -134,6 +134,26 @@ def check_model(model: nn.Module, skipped: Collection[str] = ()) -> None:
                 "--qat.backend pt2e, or "
                 "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') in the model",
             )
+        if name not in skipped:
+            _refuse_hooks(name, module)
+
+
+def _refuse_hooks(name: str, module: nn.Module) -> None:
+    """Raises QuantizationError for a hook of a layer that is replaced by another, which would lose it in silence."""
+    if next(module.children(), None) is not None or not type(module).__module__.startswith("torch.nn."):
+        return
+    computed = [type(hook).__name__ for hook in module._forward_pre_hooks.values() if hasattr(hook, "name")]
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    if computed:
+        raise QuantizationError(
+            f"{name}: its weight is computed by {', '.join(computed)}, which fx and eager cannot train with",
+            "--qat.backend pt2e, or remove_weight_norm, remove_spectral_norm, prune.remove of torch.nn.utils in it",
+        )
+    if any(hooks):
+        raise QuantizationError(
+            f"{name} has a hook, which would be lost when the fx or eager backend replaces the layer",
+            "remove the hook, or put what it computes into the forward of a module of your own",
+        )
 
 
 def make_ready(model: nn.Module) -> nn.Module:

@@ -226,3 +226,30 @@ def test_what_depends_on_the_batch_or_on_the_data_is_no_number(
 
     with pytest.raises(QuantizationError, match="torch.fx cannot trace"):
         backend("fx").check(Branch().eval(), (), images)
+
+
+def _hooked(kind: str) -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    if kind == "forward":
+        model[3].register_forward_hook(lambda _module, _inputs, outputs: outputs * 0.1)
+    elif kind == "before":
+        model[0].register_forward_pre_hook(lambda _module, inputs: (inputs[0] * 3,))
+    elif kind == "backward":
+        model[3].register_full_backward_hook(lambda *_: None)
+    else:
+        model[0] = nn.utils.weight_norm(model[0])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "word"),
+    [
+        ("forward", "3", "has a hook"),
+        ("before", "0", "has a hook"),
+        ("backward", "3", "has a hook"),
+        ("norm", "0", "computed by WeightNorm"),
+    ],
+)
+def test_a_layer_that_would_lose_its_hook_is_refused_by_name(kind: str, layer: str, word: str) -> None:
+    with pytest.raises(QuantizationError, match=f"^{layer}.*{word}"):
+        backend("fx").check(_hooked(kind), (), torch.zeros(2, 3, 8, 8))
