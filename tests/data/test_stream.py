@@ -166,6 +166,7 @@ print(next(held)[0].ids.tolist(), flush=True)
 """
 
 
+@pytest.mark.heavy
 def test_a_process_that_still_holds_a_stream_ends() -> None:
     done = subprocess.run(
         [sys.executable, "-c", _HELD], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False

@@ -16,6 +16,8 @@ from dist_train.lowering.base import LoweringUnavailable, Reference, Written
 from dist_train.tasks import Classification
 from tests.support.converted_nets import float_net, images
 
+pytestmark = pytest.mark.heavy
+
 
 def runtime(seconds: float, factor: float = 1.0, extra: float = 0.0, of_float: float = 0.0) -> registry.Entry:
     """A format whose runtime takes `seconds`, plus `extra` for int8 and `of_float` for FP32; outputs times `factor`."""

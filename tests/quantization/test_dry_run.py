@@ -15,6 +15,8 @@ from dist_train.quantization.pt2e.backend import PT2EBackend
 from tests.support.one_net_all_backends import backend
 from tests.support.tiny_nets import calibrate
 
+pytestmark = pytest.mark.heavy
+
 
 def ruled(match: Any, **settings: Any) -> RuleConfig:
     return RuleConfig.model_validate({"match": match, **settings})

@@ -21,6 +21,8 @@ from dist_train.run_dir.files import replace_json
 from dist_train.run_dir.paths import RunDir
 from tests.support.written_run_dirs import PNG, details, finished, line, started
 
+pytestmark = pytest.mark.heavy
+
 
 class Texts(HTMLParser):
     """The texts of a page, and its elements that may load something."""
