@@ -82,13 +82,14 @@ def mpi_names(environ: Mapping[str, str]) -> MpiNames | None:
 
 
 def lone_rank_problems(environ: Mapping[str, str]) -> Iterator[Problem]:
-    """Yields a problem if a launcher, not Slurm, numbered this process and no variable says how many there are.
+    """Yields a problem if a launcher other than Slurm numbered this process, and none says how many there are.
 
     Without it each of N processes would train alone, all in one run directory.
     """
     for name in _ALONE:
         known = any(each.world_size in environ for each in _KNOWN)
-        if name in environ and not known:
+        # Slurm numbers the shells of salloc and sbatch, too: with PMIx as its default, in PMIX_RANK.
+        if name in environ and not known and environ[name] != environ.get("SLURM_PROCID"):
             message = f"is {environ[name]}, so a launcher started several processes, but WORLD_SIZE is not set"
             hint = (
                 f"set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in each process, "

@@ -77,6 +77,9 @@ SRUN = {
 }
 
 
+SHELL = {**SRUN, "SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # of salloc
+
+
 @pytest.mark.parametrize(
     ("environ", "source"),
     [
@@ -85,10 +88,11 @@ SRUN = {
         ({**SRUN, "SLURM_PROCID": "0", **open_mpi(3, 1)}, "mpi"),  # its daemons are tasks of srun
         (open_mpi(0, 0, 1, 1), "single"),
         ({**SRUN, "PMIX_RANK": "1"}, "slurm"),
+        ({**SHELL, "PMIX_RANK": "0"}, "single"),
     ],
 )
 def test_the_launcher_nearest_to_the_rank_counts(environ: dict[str, str], source: str) -> None:
-    assert source_of(environ) == source
+    assert source_of(environ) == source and not rank_problems(environ)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +100,7 @@ def test_the_launcher_nearest_to_the_rank_counts(environ: dict[str, str], source
     [
         ({"PMIX_RANK": "1", "PMIX_NAMESPACE": "x"}, "PMIX_RANK is 1, so a launcher started several processes"),
         ({"PALS_RANKID": "0"}, "PALS_RANKID is 0"),
+        ({**SHELL, "PMIX_RANK": "1"}, "PMIX_RANK is 1"),  # another launcher, in the shell of a job
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "MPI_LOCALRANKID and MPI_LOCALNRANKS is not set"),
         ({**hydra(1), "PMI_RANK": "2"}, "PMI_RANK is 2, but PMI_SIZE is 2"),
         ({**open_mpi(0, 0), "OMPI_COMM_WORLD_SIZE": "many"}, "must be a whole number, at least 1, not 'many'"),

@@ -159,6 +159,17 @@ def test_a_disk_that_takes_nothing_more_is_named(
         assert code == 1 and "  -> " in said
 
 
+def test_an_error_in_evaluate_keeps_its_traceback_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert end_of_run("nowhere", "a key", tmp_path, monkeypatch, 0) == 0
+    monkeypatch.setitem(planted, "place", "evaluation")
+    assert run_here("evaluate", str(tmp_path / "run")) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"dist-train: KeyError: 'colour' ({__file__}:")
+    assert "Traceback (most recent call last)" in Path(said.partition("traceback: ")[2].strip()).read_text()
+
+
 def test_ctrl_c_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
