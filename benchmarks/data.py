@@ -34,8 +34,9 @@ from dist_train.data.arrays import ImageArrays
 from dist_train.data.augment.steps import Augmentation
 from dist_train.data.datasets.fake import fake
 from dist_train.data.datasets.mnist import fashion_mnist
+from dist_train.data.open_splits import open_splits
 from dist_train.data.sampler import ElasticDistributedSampler
-from dist_train.data.splits import Splits, open_splits
+from dist_train.data.splits import Splits
 from dist_train.distributed.world import World
 from dist_train.errors import DataError
 

@@ -54,7 +54,8 @@ from dist_train.data.arrays import ImageArrays
 from dist_train.data.datasets.mnist import fashion_mnist
 from dist_train.errors import EXIT_FAILED, EXIT_PREEMPTED, ConfigError, DistTrainError
 from dist_train.run_dir.files import read_json, replace_json
-from dist_train.run_dir.paths import RunDir, recorded_config
+from dist_train.run_dir.paths import RunDir
+from dist_train.run_dir.record import recorded_config
 
 RANKS, TRAIN_SAMPLES = 2, 60_000
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "fashion_mnist.yaml"

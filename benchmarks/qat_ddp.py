@@ -57,7 +57,7 @@ from qat_ddp_methods import QAT, RANKS, SHARDS, Bench, Row
 from dist_train.config.data import DataConfig
 from dist_train.config.tree import RunConfig
 from dist_train.data.datasets.mnist import fashion_mnist
-from dist_train.data.splits import open_splits
+from dist_train.data.open_splits import open_splits
 from dist_train.distributed.process_group import join
 from dist_train.distributed.world import World
 

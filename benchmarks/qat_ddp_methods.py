@@ -28,7 +28,8 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_train.config.stages import FitConfig, QATConfig, steps_in
+from dist_train.config.fit import FitConfig, steps_in
+from dist_train.config.stages import QATConfig
 from dist_train.config.tree import Config
 from dist_train.console.progress import Progress
 from dist_train.data.arrays import ImageArrays
@@ -43,17 +44,20 @@ from dist_train.quantization.backend import build_backend
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize
 from dist_train.quantization.ranges import Ranges
 from dist_train.run_dir.ledger import NoLedger
+from dist_train.strategies.base import Strategy
 from dist_train.strategies.ddp import DDP
 from dist_train.strategies.single import Single
 from dist_train.tasks import Classification
 from dist_train.trackers.base import Trackers
+from dist_train.training.compilation import Uncompiled
 from dist_train.training.evaluate import Evaluation
 from dist_train.training.hooks import FreezeSchedule, Hook
 from dist_train.training.learner import Learner
 from dist_train.training.loop import Fit, fit
-from dist_train.training.optim import build_optimizer, build_schedule
+from dist_train.training.optim import build_optimizer
 from dist_train.training.profiler import NoProfile
 from dist_train.training.reduction import PendingMeans, StepReduction, StepSums
+from dist_train.training.schedule import build_schedule
 
 RANKS, CLASSES = 2, 10
 SHARDS = ("mixed", "by class")
@@ -90,6 +94,9 @@ class NoCheckpoints:
     def save_step(self, *_: Any) -> None:
         return
 
+    def settle(self) -> None:
+        return
+
     def load_step(self, stage: str, step: int) -> dict[str, Any]:
         raise AssertionError("the last model is handed on")
 
@@ -118,15 +125,21 @@ class OfRank0(StepReduction):
         super().__init__(world, model, ranges, QAT.averaging)
         self._own, self._of_model = ranges, running_statistics(model)
 
-    def __call__(self, sums: StepSums, step: int) -> PendingMeans:
-        for buffer in self._of_model:
-            dist.broadcast(buffer, src=0)
+    def begin(self, sums: StepSums, loss: Tensor, strategy: Strategy) -> Tensor:
+        self._after_forward = [buffer.clone() for buffer in self._of_model]
         if dist.get_rank() != 0:
             self._own.drop()  # the maximum over ranks is then rank 0's
-        return super().__call__(sums, step)
+        return super().begin(sums, loss, strategy)
+
+    def finish(self, step: int) -> PendingMeans:
+        pending = super().finish(step)
+        for buffer, own in zip(self._of_model, self._after_forward, strict=True):
+            dist.broadcast(own, src=0)
+            buffer.copy_(own)
+        return pending
 
 
-def activations(prepared: GraphModule) -> dict[str, nn.Module]:
+def activations(prepared: Any) -> dict[str, Any]:  # the modules of a graph are typed as Tensor or Module
     """Returns the fake-quantize modules of activations, ours or torch.ao's, by the name of their input node."""
     found = dict[nn.Module, str]()  # some are shared, by torch.ao under several names
     for node in prepared.graph.find_nodes(op="call_module"):
@@ -205,12 +218,14 @@ class Bench:
             loader=loader,
             task=self.task,
             strategy=DDP(world, "fp32") if size > 1 else Single(world, "fp32"),
+            compilation=Uncompiled(),
             learner=Unmeasured(model, reduction, hooks),
             checkpoints=NoCheckpoints(),
             ledger=NoLedger(),
             trackers=Trackers([]),
             progress=Progress(False, 1e9, io.StringIO()),
             profile=NoProfile(),
+            example=self.example,
         )
         fit(run, None)
 

@@ -10,7 +10,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -18,14 +18,26 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 EXIT_INTERRUPTED = 130  # what a shell reports for SIGINT
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: running it again will not help
 
+# By these Python ends a program or a generator. Other code may raise any other BaseException: SystemExit, its own.
+STOPS = (KeyboardInterrupt, GeneratorExit)
+
 # Packages whose frames say less about a user's error than the frame that called them.
-_LIBRARIES = frozenset({"accelerate", "numpy", "PIL", "safetensors", "torch", "torchao", "torchmetrics", "torchvision"})
+_LIBRARIES = {"accelerate", "click", "numpy", "PIL", "pydantic", "pydantic_core", "safetensors", "torch", "torchao"}
+_LIBRARIES |= {"torchmetrics", "torchvision"}
+_CONTROLS = re.compile(r"[\t\n]")
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_SHOWN = 50  # mistakes of a configuration
 _ALIKE = 0.5  # difflib's ratio from which a name is taken for a misspelling of another
 
 
 def nearest(word: str, names: Iterable[str], count: int = 2) -> list[str]:
     """Returns at most `count` of `names` that `word` may be a misspelling of, the nearest first."""
     return difflib.get_close_matches(word, list(names), n=count, cutoff=_ALIKE)
+
+
+def likeness(word: str, name: str) -> float:
+    """Returns difflib's ratio of two names: 1 for equal ones."""
+    return difflib.SequenceMatcher(None, name, word).ratio()
 
 
 def did_you_mean(word: str, names: Iterable[str], count: int = 2, before: str = "") -> str:
@@ -52,22 +64,54 @@ def first_line(error: BaseException | str) -> str:
     return next((line for line in lines if line), type(error).__name__)
 
 
-def told(error: BaseException) -> str:
-    """Returns an error of other code in a line: its type, the first line of its text, and the line that raised it."""
-    kind, text, place = type(error).__name__, first_line(error), _place(error)[0]
+def told(error: BaseException, ours: bool = True) -> str:
+    """Returns an error of other code in a line: its type, the first line of its text, and the line that raised it.
+
+    ours: whether to name a line of dist_train, where none of the user's code has a part in the error.
+    """
+    kind, text, (place, own) = type(error).__name__, first_line(error), _place(error)
+    place = "" if own and not ours else place
     return (kind if text == kind else f"{kind}: {text}") + (f" ({place})" if place else "")
 
 
 def escaped(name: str) -> str:
-    """Returns a name of a file or folder as UTF-8 can write it: bytes that are no UTF-8 become \\xNN."""
-    bytes_escaped = re.sub("[\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", name)
-    return bytes_escaped.encode(errors="backslashreplace").decode()
+    """Returns a name of a file, folder or class on one line: `printable`, with codes for tabs and line ends too."""
+    return _CONTROLS.sub(_as_code, printable(name))
+
+
+def printable(text: str) -> str:
+    """Returns a text that a terminal and a page show as it is: its bytes that are no UTF-8 become \\xNN.
+
+    So do the characters that move a cursor, change colours or turn the direction of writing, but for tabs and ends of
+    lines.
+    """
+    bytes_escaped = re.sub("[\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", text)
+    return _UNSEEN.sub(_as_code, bytes_escaped).encode(errors="backslashreplace").decode()
+
+
+def _as_code(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def csv_cell(text: str) -> str:
+    """Returns a text as a cell of CSV that a spreadsheet shows, and does not compute: `'=1+1`."""
+    text = escaped(text)
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@") and not _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 class DistTrainError(Exception):
     """Base of the errors that are shown without a traceback.
 
-    `message` says what is wrong and where; `hint` says what to type. Names that are no UTF-8 are escaped in both.
+    `message` says what is wrong and where; `hint` says what to type. Both are `printable`.
 
     Attributes:
         kept_in: file with the traceback of the error and its causes; "" for none.
@@ -77,9 +121,8 @@ class DistTrainError(Exception):
     kept_in = ""
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(escaped(message))
-        self.message = escaped(message)
-        self.hint = escaped(hint)
+        self.message, self.hint = printable(message), printable(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         lines = [self.message]
@@ -90,12 +133,18 @@ class DistTrainError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake in the configuration: `place` is a dotted key, `source` is a file and line or an option."""
+    """One mistake in the configuration: `place` is a dotted key, `source` is a file and line or an option.
+
+    `cause` is the error of other code that showed it. `here` tells that it is of this machine alone, which lacks a file
+    or a package.
+    """
 
     place: str
     message: str
     source: str = ""
     hint: str = ""
+    cause: BaseException | None = field(default=None, compare=False, repr=False)
+    here: bool = field(default=False, compare=False, repr=False)
 
     def __str__(self) -> str:
         where = f"{self.place} ({self.source})" if self.source else self.place
@@ -110,8 +159,11 @@ class ConfigError(DistTrainError):
     def __init__(self, problems: Sequence[Problem], hint: str = "") -> None:
         self.problems = tuple(problems)
         count = "1 mistake" if len(self.problems) == 1 else f"{len(self.problems)} mistakes"
-        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        lines = "\n".join(f"  - {problem}" for problem in self.problems[:_SHOWN])
+        if len(self.problems) > _SHOWN:
+            lines += f"\n  and {len(self.problems) - _SHOWN} more"
         super().__init__(f"{count} in the configuration:\n{lines}", hint)
+        self.__cause__ = next(filter(None, (problem.cause for problem in self.problems)), None)
 
 
 class UsageError(DistTrainError):
@@ -132,6 +184,12 @@ class RunDirError(DistTrainError):
     exit_code = EXIT_CONFIG
 
 
+class RunDirBusyError(RunDirError):
+    """Another run uses the run directory; the same command works after its end."""
+
+    exit_code = EXIT_FAILED
+
+
 class DataError(DistTrainError):
     """A dataset is missing, corrupt or not what the model expects."""
 
@@ -148,6 +206,10 @@ class CorruptSampleError(DataError):
 
 class CheckpointError(DistTrainError):
     """A checkpoint is damaged or does not fit."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A file of a checkpoint is missing, or is not what was written; an older checkpoint may be whole."""
 
 
 class ArtifactError(DistTrainError):
@@ -176,10 +238,18 @@ class StuckError(DistTrainError):
     """A rank made no progress for `watchdog.timeout`; names rank and phase."""
 
 
+class RankEndedError(DistTrainError):
+    """A rank's process is gone, and said nothing; names rank and phase."""
+
+
 class Preempted(DistTrainError):
     """The run stopped on request, and can be resumed. Nothing is wrong."""
 
     exit_code = EXIT_PREEMPTED
+
+
+class NodeLeft(Preempted):
+    """The run stopped because another node leaves. The agent of this rank meets the others again, and goes on."""
 
 
 class PeerError(DistTrainError):
@@ -196,11 +266,11 @@ class ForeignError(DistTrainError):
 def in_words(error: BaseException) -> BaseException:
     """Returns the ForeignError that stands for an error of other code, with that error as its cause.
 
-    Our own errors, KeyboardInterrupt and its like are returned as they are.
+    Our own errors and KeyboardInterrupt are returned as they are.
     """
-    if isinstance(error, DistTrainError) or not isinstance(error, (Exception, SystemExit)):
+    if isinstance(error, (DistTrainError, *STOPS)):
         return error
-    found = ForeignError(told(error), _advice(error, _place(error)[1]))
+    found = ForeignError(told(error), advice(error, _place(error)[1]))
     found.__cause__ = error
     return found
 
@@ -223,6 +293,8 @@ def keep_traceback(error: BaseException, path: str | os.PathLike[str]) -> None:
 
 def _place(error: BaseException) -> tuple[str, bool]:
     """Returns file and line of the innermost frame of the user's code, else of ours; True if the user's is in none."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}", False
     frames = [(_owner(each.filename), each) for each in traceback.extract_tb(error.__traceback__)]
     for owner in ("user", "dist_train"):
         for found, frame in reversed(frames):
@@ -246,9 +318,17 @@ def _owner(filename: str) -> str:
     return "user"
 
 
-def _advice(error: BaseException, own: bool) -> str:
-    """Returns what to do about an error of other code; "" if only its author knows."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+def _lacks_memory(error: BaseException) -> bool:
+    """Tells whether memory ran out; torch says so of a CPU's in a RuntimeError."""
+    refused = isinstance(error, RuntimeError) and "can't allocate memory" in first_line(error)
+    return refused or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def advice(error: BaseException, own: bool = False) -> str:
+    """Returns what to do about an error of other code; "" if only its author knows. own: no user's code raised it."""
+    if isinstance(error, SystemExit):
+        return "the run was not done: raise an error that says why, in place of exit()"
+    if _lacks_memory(error):
         return "less memory: --data.micro_batch_size SMALLER, --data.workers 0; the same command goes on"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "make room on that disk; the same command goes on from the last checkpoint"

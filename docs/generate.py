@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+from dist_train import registry
 from dist_train.config.reference import reference
 
 DOCS = Path(__file__).resolve().parent
@@ -25,6 +26,13 @@ On the command line a setting is `--section.setting VALUE`, as in `--train.optim
 or a path is the text as typed, any other is YAML: see [The command line](command-line.md#values).
 A *fixed* setting determines the result: it cannot change when a run is resumed. The others may.
 
+The stages' sections are on [a page of their own](settings-stages.md).
+
+"""
+STAGES = """# Settings of the stages
+
+The sections of [the stages](settings.md), in their order. The page is written as that one is.
+
 """
 WIDTH, ROW, GAP = 600, 46, 8
 TREE = re.compile(r"(?<=<!-- tree -->\n).*?(?=<!-- /tree -->)", re.DOTALL)
@@ -34,10 +42,18 @@ def pages() -> dict[Path, str]:
     """The generated files with their text."""
     architecture = DOCS / "architecture.md"
     return {
-        DOCS / "settings.md": SETTINGS + reference().rstrip() + "\n",
+        DOCS / "settings.md": SETTINGS + "".join(settings(of_stages=False)).rstrip() + "\n",
+        DOCS / "settings-stages.md": STAGES + "".join(settings(of_stages=True)).rstrip() + "\n",
         DOCS / "floors.svg": floors(),
         architecture: TREE.sub(lambda _: tree() + "\n", architecture.read_text()),
     }
+
+
+def settings(of_stages: bool) -> list[str]:
+    """The tables of the stages' sections, or all others."""
+    tables = re.split(r"^(?=## )", reference(), flags=re.MULTILINE)
+    stages = {f"## `{name}`" for name in registry.stages.names()}
+    return [table for table in tables if (table.partition("\n")[0] in stages) == of_stages]
 
 
 def layers() -> list[list[str]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 
-from dist_train.errors import DistTrainError, ask_for, did_you_mean, first_line, nearest
+from dist_train.errors import DistTrainError, ask_for, did_you_mean, escaped, first_line, nearest, printable
 
 
 def test_the_nearest_names_come_first_and_far_ones_not_at_all() -> None:
@@ -38,3 +39,16 @@ def test_the_first_line_is_the_first_that_says_something(error: BaseException | 
 def test_names_that_are_no_utf8_are_escaped_in_errors() -> None:
     error = DistTrainError(os.fsdecode(b"caf\xe9/\xc3\xa9.png is empty"), "\ud800")
     assert str(error) == "caf\\xe9/\u00e9.png is empty\n  -> \\ud800"
+
+
+_ESCAPES = "\x1b[2J\x1b]8;;http://a\x07cat\x1b\\ \x9b31m \r\u202egnp.exe\x00\x7f"
+
+
+def test_texts_of_others_are_printed_without_what_moves_a_terminal() -> None:
+    error = DistTrainError(f"no file {_ESCAPES}\nsecond line\tand a tab", f"give {_ESCAPES}")
+    for shown in (str(error), printable(_ESCAPES), escaped(_ESCAPES)):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", shown)
+        assert r"\x1b[2J" in shown and r"\x9b31m" in shown and r"\u202egnp" in shown
+    assert "\nsecond line\tand a tab\n" in str(error)
+    assert escaped("a\nb\tc") == r"a\x0ab\x09c"
+    assert printable("Grüße, 世界 👩\u200d🔬 100 %") == "Grüße, 世界 👩\u200d🔬 100 %"

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dist_train import registry
 from dist_train.artifact.deployable import Deployable, simulation
 from dist_train.artifact.load import HALF
+from dist_train.cluster.instructions import wrong_here
 from dist_train.errors import ArtifactError
-from dist_train.lowering.autoselect import Choice
+from dist_train.lowering.autoselect import Choice, written_as
 from dist_train.lowering.base import LoweringUnavailable, Written
 from dist_train.lowering.trial import Trial
+from dist_train.programs.signature import Leaf
+from dist_train.trees import Tree
 
 
 class Bundle:
@@ -33,7 +34,7 @@ class Bundle:
         self.models: dict[str, Any] = dict(models or {})
         self.files: dict[str, bytes] = dict(files or {})
         self.judged: list[Trial] = []
-        self.answers: dict[tuple[str, str], Tensor] = {}
+        self.answers: dict[tuple[str, str], Tree] = {}
 
     def _stem(self, name: str) -> str:
         return "model" if name == self.default else f"model.{name}"
@@ -43,13 +44,13 @@ class Bundle:
         program, known = each.program, self.models.get(each.name, {})
         file = known.get("file", f"{self._stem(each.name)}.{program.suffix}")
         self.files |= {file: program.data, **program.extra}
-        self.models[each.name] = {**known, "file": file, "kind": program.kind, "usage": program.usage}
+        self.models[each.name] = {**known, "file": file, "kind": program.kind, "usage": each.usage}
         if each.simulated_bits:
             self.models[each.name]["simulated_bits"] = list(each.simulated_bits)
         if program.extra:
             self.models[each.name] |= {"extra": sorted(program.extra), "extra_usage": program.extra_usage}
 
-    def add_choice(self, each: Deployable, choice: Choice, probe: Tensor) -> list[str]:
+    def add_choice(self, each: Deployable, choice: Choice, probe: Tree) -> list[str]:
         """Adds the chosen format of an added model, unless that is the program itself. Returns lines for the user.
 
         The manifest records the chosen runtime and the reason in either case.
@@ -62,7 +63,7 @@ class Bundle:
             return choice.lines()
         return [*choice.lines(), self._add_files(each, best, best.written, probe)]
 
-    def add_format(self, each: Deployable, name: str, probe: Tensor, threads: int) -> str:
+    def add_format(self, each: Deployable, name: str, probe: Tree, threads: int) -> str:
         """Writes an added model in another format, reads it back in its runtime, and compares the outputs.
 
         The agreement of decisions is measured where the model has `decisions`, and is left to the gate.
@@ -77,13 +78,14 @@ class Bundle:
         trial = Trial(written.runtime, name, written=written)
         trial.compare(written.call, each, probe, each.decisions)
         if trial.left_out:
+            report = "take another format, and report this with the model's name"
             raise ArtifactError(
                 f"{each.name} as {name} is wrong: {written.runtime} {trial.left_out}",
-                "take another format, and report this with the model's name",
+                wrong_here(report) if each.quantized else report,
             )
         return self._add_files(each, trial, written, probe)
 
-    def _add_files(self, each: Deployable, trial: Trial, written: Written, probe: Tensor) -> str:
+    def _add_files(self, each: Deployable, trial: Trial, written: Written, probe: Tree) -> str:
         """Adds the files of a format. Returns a line for the user."""
         name = trial.format
         names = [f"{self._stem(each.name)}.{suffix}" for suffix in written.files]
@@ -107,7 +109,7 @@ class Bundle:
         return f"{line}; same decision on {trial.agreed.share:.2%} of {trial.agreed.samples:,} samples"
 
 
-def write_format(each: Deployable, name: str, probe: Tensor, threads: int) -> Written:
+def write_format(each: Deployable, name: str, probe: Tree, threads: int) -> Written:
     """See `Bundle.add_format`."""
     if each.simulated_bits:
         raise ArtifactError(
@@ -119,9 +121,8 @@ def write_format(each: Deployable, name: str, probe: Tensor, threads: int) -> Wr
             f"{each.name} is TorchScript, of which {name} cannot be written: its integer weights are packed",
             f"--qat.backend pt2e in a new run gives an int8 model that can be {name}; or export fp32",
         )
-    write: Callable[..., Written] = registry.export_formats.get(name)
     try:
-        return write(each.source, probe, threads)
+        return written_as(name, each, probe, threads)
     except LoweringUnavailable as reason:
         hint = "take another format or model: --format onnx, --model fp32"
         if each.name in HALF:
@@ -133,9 +134,24 @@ def write_format(each: Deployable, name: str, probe: Tensor, threads: int) -> Wr
 
 
 def manifest(
-    bundle: Bundle, described: Mapping[str, Any], task: str, results: Mapping[str, Any], ranges_sha256: str | None
+    bundle: Bundle,
+    described: Mapping[str, Any],
+    task: str,
+    results: Mapping[str, Any],
+    ranges_sha256: str | None,
+    dtype: str = "float32",
+    inputs: Sequence[Leaf] = (),
+    outputs: Sequence[str] = ("",),
 ) -> dict[str, Any]:
-    """Returns the manifest. A repetition of the run gives an equal one, apart from the choices of `auto`."""
+    """Returns the manifest. A repetition of the run gives an equal one, apart from the choices of `auto`.
+
+    Args:
+        dtype: of the models' input; with uint8 the normalization is inside them.
+        inputs: leaves of the models' inputs; none: one tensor of the data's `input_shape`.
+        outputs: names of the leaves of the outputs; "" for one tensor.
+    """
+    leaves = inputs or [Leaf("", (None, *described["input_shape"]), dtype)]
+    dynamic = described.get("dynamic")
     weights = results["models"].get("int8", {}).get("weights")
     if "int8" in bundle.models and weights is not None:
         bundle.models["int8"]["weights"] = {key: value for key, value in weights.items() if key != "said"}
@@ -143,11 +159,14 @@ def manifest(
         "models": bundle.models,
         "default": bundle.default,
         "task": task,
-        "input": {
-            "shape": [None, *described["input_shape"]],
-            "dtype": "float32",
-            "resize": described["resize"],
-        },
+        **(
+            {"input": {"shape": list(leaves[0].shape), "dtype": dtype, "resize": described["resize"]}}
+            if [leaf.name for leaf in leaves] == [""]
+            else {}
+        ),
+        "inputs": [leaf.as_json() for leaf in leaves],
+        "outputs": list(outputs),
+        **({"dynamic": dynamic} if dynamic else {}),
         "normalization": {"mean": described["mean"], "std": described["std"]},
         "classes": described["classes"],
         "ranges_sha256": ranges_sha256,

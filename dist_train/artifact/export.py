@@ -7,19 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from dist_train.artifact.bundle import Bundle, manifest
 from dist_train.artifact.deployable import Deployable, simulation
+from dist_train.artifact.load import POSTPROCESS
 from dist_train.artifact.store import write_artifact
 from dist_train.artifact.verify import Differences, prove
 from dist_train.config.stages import ExportConfig
+from dist_train.errors import ArtifactError
+from dist_train.lowering import LoweringUnavailable
 from dist_train.lowering.agreement import Decisions
 from dist_train.lowering.autoselect import choose_format
 from dist_train.lowering.base import Reference
+from dist_train.lowering.boxes import boxes_onnx
 from dist_train.lowering.comparison import LARGEST_DIFFERENCE, drawn_from, largest
+from dist_train.programs.signature import dynamic_of, leaves_of
 from dist_train.run_dir.gates import Gate
 from dist_train.tasks import Task
+from dist_train.tasks.detector import Detector
+from dist_train.trees import Tree
+
+BOXES_FILE = "boxes.onnx"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +36,7 @@ class ExportJob:
     Attributes:
         folder: of the artifact, which is written whole or not at all.
         formats: pt2 is the program itself, auto the fastest format on this machine.
-        probe: inputs for which every program and file must give the outputs of the model in memory, float32
-            [rows, C, H, W].
+        probe: inputs [rows, ...] for which every program and file must give the outputs of the model in memory.
         described: the data, from `describe_data`.
         results: of the run, for the manifest.
         ranges_sha256: digest of the ranges of its int8 model; None without one.
@@ -40,7 +46,7 @@ class ExportJob:
 
     folder: Path
     formats: Sequence[str]
-    probe: Tensor
+    probe: Tree
     task: Task
     task_name: str
     described: Mapping[str, Any]
@@ -90,13 +96,38 @@ def export_models(
                 job.say(bundle.add_format(model, each, job.probe, job.threads))
     gates = [trial.gate() for trial in bundle.judged]
     if all(gate.holds for gate in gates):
-        content = manifest(bundle, job.described, job.task_name, job.results, job.ranges_sha256)
+        leaves = leaves_of(job.probe, dynamic_of(job.described))
+        outputs = next(iter(models.values())).output_names
+        dtype = leaves[0].dtype
+        boxes = _boxes(job, bundle, next(iter(models.values())).outputs)
+        content = manifest(bundle, job.described, job.task_name, job.results, job.ranges_sha256, dtype, leaves, outputs)
+        content |= {**job.task.described(), **boxes}
         expected = {name: model.outputs for name, model in models.items()}
         found = prove(bundle.files, content, job.probe, expected, bundle.answers, job.settings.deadline)
         gates += _proof_gates(found, job.settings.artifact_bound)
         if all(gate.holds for gate in gates):
             write_artifact(job.folder, bundle.files, content)
     return Exported(gates, tables)
+
+
+def _boxes(job: ExportJob, bundle: Bundle, outputs: Tree) -> dict[str, Any]:
+    """Returns the manifest's `postprocess`, where the job asks for it, and adds its file beside ONNX models."""
+    if not job.settings.postprocess:
+        return {}
+    described = job.task.described()
+    if "detector" not in described:
+        raise ArtifactError(
+            f"the task {job.task_name} describes no detector, of whose outputs boxes could be made",
+            "--export.postprocess false",
+        )
+    if not any("onnx" in model.get("formats", {}) for model in bundle.models.values()):
+        return {POSTPROCESS: {}}
+    try:
+        bundle.files[BOXES_FILE] = boxes_onnx(Detector.of_json(described["detector"]), outputs)
+    except LoweringUnavailable as error:
+        raise ArtifactError(str(error), "--export.postprocess false, or without onnx in export.formats") from error
+    job.say(f"boxes of the ONNX models' outputs, for one image: {BOXES_FILE}")
+    return {POSTPROCESS: {"onnx": BOXES_FILE}}
 
 
 def _add_fastest(

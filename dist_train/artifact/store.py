@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
+from dist_train.artifact.manifest import MOST_VALUES, mistake_in
 from dist_train.errors import ArtifactError
 from dist_train.run_dir.files import sync_directory, write_folder
+from dist_train.untrusted import MOST_JSON_BYTES, BeyondLimits, parse_json, read_at_most, read_json_file, read_whole
 
 FORMAT = "dist_train/2"
 MANIFEST = "manifest.json"
@@ -26,7 +28,6 @@ _REQUIRED = (
     "models",
     "default",
     "task",
-    "input",
     "normalization",
     "classes",
     "ranges_sha256",
@@ -63,7 +64,7 @@ def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
 def _refuse_to_replace_foreign_files(directory: Path) -> None:
     """Raises ArtifactError for a file that the manifest does not list; the manifest may be damaged."""
     try:
-        listed = set(json.loads((directory / MANIFEST).read_bytes())["files"])
+        listed = set(read_json_file(directory / MANIFEST)["files"])
     except (OSError, ValueError, KeyError, TypeError):
         listed = {"model.pt2", "model.ts"}
     foreign = sorted(entry.name for entry in directory.iterdir() if entry.name not in listed | {MANIFEST})
@@ -86,8 +87,11 @@ def write_artifact(directory: Path, files: Mapping[str, bytes], manifest: Mappin
             - `models`: {name: {"file", "kind" ("pt2" or "torchscript"), "extra" [names], "formats" {...}}}
             - `default`: one of the names
             - `task`, `classes`, `world_sizes`, `metrics`
-            - `input`: {"shape": [null, C, H, W], "dtype": "float32", "resize"}
-            - `normalization`: {"mean", "std"} (or null)
+            - `inputs`: a list of {"name", "shape": [null, ...] with null for what varies, "dtype"}; the name is ""
+              for a model of one tensor, else keys and positions joined by dots; `outputs`: names of the outputs
+            - `dynamic`: names of what varies besides the batch, as {"input_ids": {"1": "sequence"}}
+            - `input`: of a model of one tensor, {"shape": [null, C, H, W], "dtype", "resize"}
+            - `normalization`: {"mean", "std"} (or null); with uint8 input it is inside the programs
             - `ranges_sha256`: null for a float model
 
             Added here: `format`, `versions` (torch, torchao), `files` {name: {"sha256", "bytes"}} and the manifest's
@@ -98,6 +102,7 @@ def write_artifact(directory: Path, files: Mapping[str, bytes], manifest: Mappin
     """
     missing = [key for key in _REQUIRED if key not in manifest]
     assert not missing, f"the manifest lacks {missing}"
+    assert "input" in manifest or "inputs" in manifest
     assert manifest["default"] in manifest["models"]
     assert all(entry["file"] in files for entry in manifest["models"].values())
     content = {
@@ -134,9 +139,13 @@ def write_artifact(directory: Path, files: Mapping[str, bytes], manifest: Mappin
         ) from error
 
 
-def _read_file(directory: Path, name: str) -> bytes:
+def _read_file(directory: Path, name: str, size: int | None = None) -> bytes:
+    """Returns the bytes of a file that must have `size` of them; None: as many as JSON may have."""
+    path = directory / name
     try:
-        return (directory / name).read_bytes()
+        return read_at_most(path, MOST_JSON_BYTES) if size is None else read_whole(path, size)
+    except BeyondLimits as error:
+        raise ArtifactError(f"{path} is damaged: {error}", EXPORT_AGAIN) from error
     except FileNotFoundError:
         raise ArtifactError(f"{directory / name} is missing", EXPORT_AGAIN) from None
     except OSError as error:
@@ -147,7 +156,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     data = _read_file(directory, MANIFEST)
     try:
-        manifest = json.loads(data)
+        manifest = parse_json(data, MOST_VALUES)
         found = manifest["format"]
         whole = _manifest_bytes(manifest) == data
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, no UTF-8, no object, NaN
@@ -157,9 +166,12 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             f"{path}: format {found!r} is not {FORMAT!r}, which this version reads",
             "pip install the dist-train that wrote it, or " + EXPORT_AGAIN,
         )
-    if not whole or not manifest.get("files"):
+    if not whole:
         raise ArtifactError(f"{path} is damaged or was edited: it does not match its own sha256", EXPORT_AGAIN)
-    return manifest
+    mistake = mistake_in(manifest)
+    if mistake:
+        raise ArtifactError(f"{path} is not what an export writes: {mistake}", EXPORT_AGAIN)
+    return dict(manifest)
 
 
 def find_artifact(path: Path) -> Path:
@@ -185,13 +197,11 @@ def read_artifact(directory: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     manifest = _read_manifest(directory)
     files: dict[str, bytes] = {}
     for name, expected in manifest["files"].items():
-        if Path(name).name != name:
-            raise ArtifactError(f"{directory / MANIFEST} lists {name!r}, which is not a plain file name", EXPORT_AGAIN)
-        data = files[name] = _read_file(directory, name)
-        if len(data) != expected["bytes"] or _digest(data) != expected["sha256"]:
+        data = files[name] = _read_file(directory, name, expected["bytes"])
+        if _digest(data) != expected["sha256"]:
             raise ArtifactError(
-                f"{directory / name} is damaged: {len(data)} bytes with sha256 {_digest(data)[:12]}..., "
-                f"but {MANIFEST} says {expected['bytes']} bytes with {expected['sha256'][:12]}...",
+                f"{directory / name} is damaged: its sha256 is {_digest(data)[:12]}..., "
+                f"but {MANIFEST} says {expected['sha256'][:12]}...",
                 "copy it again from where it came, or " + EXPORT_AGAIN,
             )
     return manifest, files

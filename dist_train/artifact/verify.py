@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,13 +15,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from dist_train import trees
 from dist_train.artifact.load import load_artifact
 from dist_train.artifact.store import EXPORT_AGAIN, verify_artifact, write_artifact
 from dist_train.errors import ArtifactError
-from dist_train.lowering.comparison import relative_difference
+from dist_train.lowering.comparison import largest, relative_difference
 from dist_train.lowering.openers import OPENERS
+from dist_train.programs.operators import trust_operators, trusted
+from dist_train.programs.signature import tree_of
+from dist_train.trees import Tree
 
 _FRESH_PROCESS = """
 import sys
@@ -28,28 +32,57 @@ sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(int(sys.argv[5]))
 from dist_train.artifact.verify import _answer_in_fresh_process
-_answer_in_fresh_process(*sys.argv[2:5], sys.argv[6:])
+_answer_in_fresh_process(*sys.argv[2:5], sys.argv[6], sys.argv[7:])
 """
 
 
-def _answer_in_fresh_process(directory: str, inputs: str, outputs: str, formats: Sequence[str]) -> None:
+def _answer_in_fresh_process(directory: str, inputs: str, outputs: str, operators: str, formats: Sequence[str]) -> None:
     """Runs in the child of `verify_in_fresh_process`.
 
     Args:
         inputs, outputs: safetensors files that are read and written.
+        operators: JSON, as of `trust_operators`.
         formats: as MODEL/FORMAT.
     """
-    questions = load_file(inputs)["inputs"]
-    models = verify_artifact(directory)["models"]
-    answers = {name: load_artifact(directory, name)[0](questions) for name in models}
+    trust_operators(json.loads(operators))
+    manifest = verify_artifact(directory)
+    questions = _unpacked(load_file(inputs), [leaf["name"] for leaf in manifest.get("inputs", [])])["inputs"]
+    models = manifest["models"]
+    answers = {name: load_artifact(directory, name, postprocess=False)[0](questions) for name in models}
     for each in formats:
         model, _, name = each.partition("/")
         file = Path(directory) / models[model]["formats"][name]["files"][0]
         try:
-            answers[each] = OPENERS[name](file)(questions)
+            answers[each] = OPENERS[name](file, manifest.get("outputs", [""]))(questions)
         except Exception as error:
             sys.exit(f"{model} as {name}, {file.name}, cannot be opened and run: {error!r}")
-    save_file({name: answer.contiguous() for name, answer in answers.items()}, outputs)
+    save_file(_packed(answers), outputs)
+
+
+_LEAF = "\n"  # between the name of a tree and that of its leaf, in a file of tensors
+
+
+def _packed(named: Mapping[str, Tree]) -> dict[str, torch.Tensor]:
+    """Returns the leaves of some trees, for a file of tensors."""
+    return {
+        f"{name}{_LEAF}{leaf}" if leaf else name: tensor.detach().cpu().contiguous().clone()
+        for name, tree in named.items()
+        for leaf, tensor in trees.named_leaves(tree)
+    }
+
+
+def _unpacked(tensors: Mapping[str, torch.Tensor], order: Sequence[str] = ()) -> dict[str, Tree]:
+    """Returns the trees of `_packed`. A file keeps no order: leaves come in `order`, as far as it names them."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, leaf = key.partition(_LEAF)
+        found.setdefault(name, {})[leaf] = tensor
+    places = {name: place for place, name in enumerate(order)}
+    trees_of = {}
+    for name, leaves in found.items():
+        names = sorted(leaves, key=lambda leaf: places.get(leaf, len(places)))
+        trees_of[name] = tree_of(names, [leaves[leaf] for leaf in names])
+    return trees_of
 
 
 @dataclass(frozen=True)
@@ -69,9 +102,9 @@ class Differences:
 def prove(
     files: Mapping[str, bytes],
     manifest: Mapping[str, Any],
-    inputs: Tensor,
-    expected: Mapping[str, Tensor],
-    answers: Mapping[tuple[str, str], Tensor],
+    inputs: Tree,
+    expected: Mapping[str, Tree],
+    answers: Mapping[tuple[str, str], Tree],
     deadline: float,
 ) -> Differences:
     """Verifies an artifact in a temporary folder, before it replaces one that may be in use.
@@ -86,16 +119,16 @@ def prove(
 
 def verify_in_fresh_process(
     directory: Path,
-    inputs: Tensor,
-    expected: Mapping[str, Tensor],
+    inputs: Tree,
+    expected: Mapping[str, Tree],
     deadline: float,
-    answers: Mapping[tuple[str, str], Tensor] | None = None,
+    answers: Mapping[tuple[str, str], Tree] | None = None,
 ) -> Differences:
     """Loads the artifact's models, and opens its formats' files, in a new isolated process (`python -I`, empty folder).
 
     Args:
-        inputs: float32 [B, C, H, W], normalized (passed on contiguous).
-        expected: by model, the outputs of the model in memory, float32.
+        inputs: [B, ...], such as normalized images (passed on contiguous).
+        expected: by model, the outputs of the model in memory.
         deadline: seconds until the child and its process group are killed.
         answers: by model and format, the outputs of the files' runtimes here. Only built-in formats are opened.
 
@@ -109,8 +142,9 @@ def verify_in_fresh_process(
         empty = files / "empty"
         empty.mkdir()
         questions, outputs = files / "inputs.safetensors", files / "outputs.safetensors"
-        save_file({"inputs": inputs.detach().cpu().contiguous()}, questions)
+        save_file(_packed({"inputs": inputs}), questions)
         paths = [package_parent, os.path.abspath(directory), str(questions), str(outputs), str(torch.get_num_threads())]
+        paths.append(json.dumps(trusted()))
         asked = [f"{model}/{name}" for model, name in formats]
         _run(
             [sys.executable, "-I", "-c", _FRESH_PROCESS, *paths, *asked],
@@ -118,23 +152,40 @@ def verify_in_fresh_process(
             deadline,
             f"the artifact at {directory}",
         )
-        actual = load_file(outputs)
+        actual = _unpacked(load_file(outputs))
 
-    def outputs_of(name: str, right: Tensor) -> Tensor:
-        if actual[name].shape != right.shape:
+    def outputs_of(name: str, right: Tree) -> Tree:
+        found, wanted = (
+            {leaf: list(tensor.shape) for leaf, tensor in trees.named_leaves(tree)} for tree in (actual[name], right)
+        )
+        if found != wanted:
+            said = [str(shapes.get("", shapes)) for shapes in (found, wanted)]
             raise ArtifactError(
-                f"{name} of the artifact at {directory} answers with shape {list(actual[name].shape)}, "
-                f"not {list(right.shape)}",
-                EXPORT_AGAIN,
+                f"{name} of the artifact at {directory} answers with shape {said[0]}, not {said[1]}", EXPORT_AGAIN
             )
         return actual[name]
 
     return Differences(
-        {name: float((outputs_of(name, right) - right.detach().cpu()).abs().max()) for name, right in expected.items()},
+        {name: _largest_difference(outputs_of(name, right), right) for name, right in expected.items()},
         {
-            (model, name): relative_difference(outputs_of(f"{model}/{name}", right), right.detach().cpu())
+            (model, name): relative_difference(
+                outputs_of(f"{model}/{name}", right), trees.map_leaves(lambda leaf: leaf.detach().cpu(), right)
+            )
             for (model, name), right in formats.items()
         },
+    )
+
+
+def _largest_difference(actual: Tree, expected: Tree) -> float:
+    """Largest absolute difference of any leaf; of integers the share that differs."""
+    right = dict(trees.named_leaves(expected))
+    return largest(
+        float(
+            (tensor - right[name].detach().cpu()).abs().max()
+            if tensor.is_floating_point()
+            else (tensor != right[name].detach().cpu()).double().mean()
+        )
+        for name, tensor in trees.named_leaves(actual)
     )
 
 

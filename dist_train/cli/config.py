@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dist_train.cli.verbs import ConfigVerb, Verbs, completions, import_user_modules, imports
-from dist_train.errors import EXIT_DONE, UsageError, did_you_mean
+from dist_train.errors import EXIT_DONE, UsageError, did_you_mean, printable
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -103,6 +103,6 @@ def check(config: str, settings: tuple[str, ...]) -> int:
 
     loaded = load(config, settings)
     for warning in loaded.warnings:
-        print(f"warning: {warning}")
+        print(printable(f"warning: {warning}"))
     print(f"{config} is right: {', '.join(loaded.config.stages)} in {loaded.config.run_dir}")
     return EXIT_DONE

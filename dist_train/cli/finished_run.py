@@ -1,8 +1,9 @@
-"""The verbs about what a run made: evaluate, export, predict. Starts without importing torch."""
+"""The verbs about what a run made: evaluate, export, benchmark, predict. Starts without importing torch."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import click
 from dist_train.cli.verbs import (
     DIRECTORY,
     DottedVerb,
+    Number,
     OneOf,
+    Several,
     Verb,
     Whole,
     import_user_modules,
@@ -79,8 +82,7 @@ def export(run_dir: Path, formats: tuple[str, ...], model: str | None, modules: 
     neither the data nor the device of the run. What is written is read back in its runtime, and compared with the
     model.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UsageError("export is for one process", f"type dist-train export {run_dir}, without torchrun")
+    _require_one_process("export", run_dir)
     import_user_modules(modules)
     from dist_train.finished_run.export import export_run
 
@@ -90,7 +92,54 @@ def export(run_dir: Path, formats: tuple[str, ...], model: str | None, modules: 
     return EXIT_DONE
 
 
-_ROWS = "csv (the default): file,class,probability; json: an array of objects."
+def _require_one_process(verb: str, run_dir: Path) -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError(f"{verb} is for one process", f"type dist-train {verb} {run_dir}, without torchrun")
+
+
+_SIZES = "Batch sizes for latency and throughput; default: 1 32."
+_SAMPLES = "Samples of the evaluation set; default: the run's export.agreement_samples."
+_SECONDS = "For each measurement of a model in a runtime; default: 0.5."
+_MEASURED = "pt2, onnx, openvino, executorch; default: all that are exported or installed."
+
+
+@click.command(cls=Verb)
+@_RUN_DIR
+@option("--batch-sizes", "N ...", _SIZES, cls=Several, multiple=True, type=Whole(1, 65_536), default=[1, 32])
+@option("--samples", "N", _SAMPLES, type=Whole(1))
+@option("--seconds", "S", _SECONDS, type=Number(), default=0.5)
+@option("--formats", "FORMAT ...", _MEASURED, cls=Several, multiple=True)
+@option("--output", "DIR", "Folder to write to; default: RUN_DIR/benchmark.", type=DIRECTORY)
+@click.option("--overwrite", is_flag=True, help="Replace the benchmark that is there.")
+@imports
+def benchmark(
+    run_dir: Path,
+    batch_sizes: tuple[int, ...],
+    samples: int | None,
+    seconds: float,
+    formats: tuple[str, ...],
+    output: Path | None,
+    overwrite: bool,
+    modules: tuple[str, ...],
+) -> int:
+    """Measures the models of a finished run side by side, in every format and runtime.
+
+    Of each model (fp32, half, int8), in each format and each runtime that is installed: bytes, latency, throughput,
+    the task's metric, and the share of the samples on which it decides as the model in memory. A runtime that answers
+    wrong is not timed. Writes benchmark.json, benchmark.csv and benchmark.png.
+    """
+    _require_one_process("benchmark", run_dir)
+    import_user_modules(modules)
+    from dist_train.console.benchmark_table import print_benchmark
+    from dist_train.finished_run.benchmark import benchmark_run, check_formats
+
+    check_formats(formats)
+    print_benchmark(benchmark_run(run_dir, batch_sizes, samples, seconds, formats, output, overwrite))
+    print(output or run_dir / "benchmark")
+    return EXIT_DONE
+
+
+_ROWS = "csv (the default): file,class,probability, of detectors score and box; json: an array of objects."
 
 
 @click.command(cls=Verb)
@@ -99,30 +148,53 @@ _ROWS = "csv (the default): file,class,probability; json: an array of objects."
 @option("--model", "MODEL", "One of the artifact's models; default: its own.")
 @option("--format", "FORMAT", _ROWS, type=OneOf(lambda: ("csv", "json")), default="csv")
 @option("--top", "K", "The K likeliest classes of each image; default: 1.", type=Whole(1), default=1)
-def predict(artifact: Path, images: tuple[str, ...], model: str | None, format: str, top: int) -> int:
-    """Classifies image files with an exported model.
+@option("--trust", "OPERATOR=MODULE", "An operator that a program may hold, and what registers it.", multiple=True)
+@option("--max-pixels", "N", "Most pixels of an image; default: 100000000.", type=Whole(1, 2**31 - 1))
+@option("--draw", "DIR", "Folder for pictures with the boxes of a detector.", field="draw_to", type=DIRECTORY)
+def predict(
+    artifact: Path,
+    images: tuple[str, ...],
+    model: str | None,
+    format: str,
+    top: int,
+    trust: tuple[str, ...],
+    max_pixels: int | None,
+    draw_to: Path | None,
+) -> int:
+    """Classifies image files with an exported model, or finds their objects with a detector.
 
     ARTIFACT is an export directory, or a run directory with one. IMAGE is a file, a folder, or a pattern in quotes.
     An image that cannot be read is named; the others are predicted, and the exit code is 1.
     """
     from dist_train.artifact.store import find_artifact, verify_artifact
-    from dist_train.finished_run.predict import image_files, require_format, shown
+    from dist_train.data.image_file import MOST_PIXELS
+    from dist_train.finished_run.boxes import draw, drawing_folder
+    from dist_train.finished_run.predict import header, image_files, require_format, shown
     from dist_train.finished_run.predict import predict as predictions
+    from dist_train.programs.operators import trust_operators
 
+    for each in trust:
+        if not re.fullmatch(r"\w+::\w+=\w+(\.\w+)*", each):
+            raise UsageError(f"--trust takes OPERATOR=MODULE, not {each}", "as torchvision::nms=torchvision")
+    trust_operators(dict(each.split("=", 1) for each in trust))
     manifest = verify_artifact(find_artifact(artifact))
     require_format(manifest, format)
     files = image_files(list(images))
     code = EXIT_DONE
     lines = 0
-    print("[" if format == "json" else "file,class,probability")
-    for prediction in predictions(str(artifact), files, model):
+    pictures = None if draw_to is None else drawing_folder(draw_to, manifest)
+    print("[" if format == "json" else header(manifest))
+    for prediction in predictions(str(artifact), files, model, max_pixels or MOST_PIXELS):
         if prediction.outputs is None:
             print(f"dist-train: {prediction.error}", file=sys.stderr)
             code = EXIT_FAILED
         else:
             separator = "" if format == "csv" or lines == 0 else ",\n"
-            print(separator + shown(prediction, manifest, format, top), end="\n" if format == "csv" else "")
+            text = shown(prediction, manifest, format, top)
+            print(separator + text, end="\n" if format == "csv" and text else "")
             lines += 1
+            if pictures is not None:
+                draw(prediction.file, prediction.outputs, manifest, pictures, max_pixels or MOST_PIXELS)
     if format == "json":
         print("\n]")
     return code

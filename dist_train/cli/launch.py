@@ -22,18 +22,21 @@ from typing import Any
 
 import click
 
+from dist_train.cli.launch_checks import check, interface, option_text
 from dist_train.cli.launch_options import LAUNCHERS, OPTIONS, options, takers
 from dist_train.cli.verbs import SETTINGS, ConfigVerb, DottedVerb, Verbs, verb_name
-from dist_train.cluster.interfaces import interface_of, interfaces, is_own
+from dist_train.cluster.interfaces import is_own
 from dist_train.cluster.ports import is_free
-from dist_train.errors import EXIT_DONE, SetupError, UsageError, did_you_mean
-from dist_train.launchers import accelerate, sbatch, slurm_script, torchrun
+from dist_train.errors import EXIT_DONE, EXIT_FAILED, SetupError, UsageError, did_you_mean
+from dist_train.launchers import accelerate, kubernetes, sbatch, slurm_script, torchrun
 from dist_train.launchers.agent import wait
-from dist_train.launchers.job import Command, Job, outcome
-from dist_train.run_dir.files import read_json
+from dist_train.launchers.job import Command, Job, failure, outcome
+from dist_train.run_dir.lease import wait_until_free
 from dist_train.run_dir.paths import RunDir, refuse_foreign
+from dist_train.run_dir.status import read_status
 
 _PATIENCE_SECONDS = 20.0
+_ELASTIC_RESTARTS = 10  # each node that leaves costs the others one
 _SAVING_SECONDS = 15  # how much longer an agent waits than its ranks need at most
 _SBATCH = re.compile(r"--[a-z][a-z-]*")
 
@@ -92,13 +95,14 @@ class _Launch(Verbs):
         self.format_commands(ctx, formatter)
 
 
-@click.group(cls=_Launch, subcommand_metavar="{torchrun,accelerate,slurm} ...", epilog=SETTINGS)
+@click.group(cls=_Launch, subcommand_metavar="{torchrun,accelerate,slurm,kubernetes} ...", epilog=SETTINGS)
 def launch() -> None:
     """Starts the ranks of a run, here or as a batch job.
 
     torchrun and accelerate run on this machine (for several nodes type the command on each); slurm prints a batch
-    script, or gives it to sbatch. Each rank's output goes to RUN_DIR/logs, and rank 0's to the terminal too. In an
-    array job (--sbatch.array 0-3) every task is a run of its own, RUN_DIR-TASK; %a in an option is the task's number.
+    script, or gives it to sbatch; kubernetes gives a JobSet to kubectl, or prints it. Each rank's output goes to
+    RUN_DIR/logs, and rank 0's to the terminal too. In an array job (--sbatch.array 0-3) every task is a run of its
+    own, RUN_DIR-TASK; %a in an option is the task's number.
 
     Exit codes: 0 done, 1 failed, 75 preempted (run the same command again), 78 wrong configuration.
     """
@@ -124,11 +128,12 @@ def _launch(
     from dist_train.config.load import load
 
     # This machine's variables are left out: the ranks will have others.
-    checked = load(config, settings, environ={}).config
-    base = _option_text(checked.run.dir or Path("runs") / checked.run.name)
+    loaded = load(config, settings, environ={}, elsewhere=launcher == "kubernetes")
+    checked = loaded.config
+    base = option_text(checked.run.dir or Path("runs") / checked.run.name)
     grace = math.ceil(checked.stop.grace)
     defaults: dict[str, Any] = {
-        "python": sys.executable,
+        "python": "python" if launcher == "kubernetes" else sys.executable,
         "rdzv_id": checked.run.name,
         "shutdown_timeout": grace + _SAVING_SECONDS,
         "stop_before": max(Job.stop_before, grace + 4 * _SAVING_SECONDS),
@@ -137,21 +142,27 @@ def _launch(
     job = Job(
         arguments=(config, *settings, "--run.dir", base),
         run_dir=base,
-        home=_option_text(checked.run_dir),
+        home=option_text(checked.run_dir),
         name=checked.run.name,
         environment=env,
         made_by=f"dist-train launch {shlex.join(words)}",
         sbatch=tuple((name.removeprefix("--sbatch."), value) for name, value in sbatch),
         **(defaults | {name: value for name, value in values.items() if value is not None}),
     )
-    _check(launcher, job)
+    check(launcher, job)
     if launcher == "slurm":
         return _batch(job, dry_run, submit, follow)
+    if launcher == "kubernetes":
+        if values["restarts"] is None and job.nodes[0] < job.nodes[1]:
+            job = replace(job, restarts=_ELASTIC_RESTARTS)
+        text = kubernetes.manifest(replace(job, config_text=loaded.path.read_text(encoding="utf-8")))
+        print(text if dry_run else kubernetes.apply(text), end="" if dry_run else "\n")
+        return EXIT_DONE
     if launcher == "torchrun" and job.nodes[1] == 1 and not job.local_addr and not is_own(socket.getfqdn()):
         # The ranks would wait for ever for rank 0 at the host's name, as in a container whose name nobody knows.
         job = replace(job, local_addr="127.0.0.1")
     if job.local_addr and "GLOO_SOCKET_IFNAME" not in os.environ:
-        job = replace(job, interface=_interface(job.local_addr, dry_run))
+        job = replace(job, interface=interface(job.local_addr, dry_run))
     command = (torchrun if launcher == "torchrun" else accelerate).command(job)
     if dry_run:
         print(command.shell(), end="")
@@ -161,15 +172,10 @@ def _launch(
     return start(job, command)
 
 
-def _option_text(path: Path) -> str:
-    """Returns the path as an option's value that reads back as the same path, whatever it begins with."""
-    text = str(path)
-    return f"./{text}" if text == "null" or text[:1] in ("-", "'", '"') else text
-
-
 _HELP = {
     "torchrun": "Starts torchrun's agent on this machine, and the ranks under it.",
     "accelerate": "Starts `accelerate launch` on this machine.",
+    "kubernetes": "Gives a JobSet to kubectl: a pod for each node, torchrun in each. --dry-run prints its manifest.",
     "slurm": "Prints a batch script, or gives it to sbatch.\n\nAny option of sbatch is --sbatch.KEY VALUE: true for a "
     "flag, false leaves ours out.",
 }
@@ -178,60 +184,27 @@ for _name in LAUNCHERS:
     launch.add_command(_kind(_name, callback=partial(_launch, _name), params=options(_name), help=_HELP[_name]))
 
 
-def _interface(address: str, dry_run: bool) -> str:
-    """Returns the interface by which this node's ranks reach the others; "" where no interface has the address.
-
-    Raises:
-        SetupError: no other machine could reach this one at the address.
-    """
-    try:
-        return interface_of(address) or ""
-    except OSError as error:
-        if dry_run:  # for another node, perhaps
-            print(f"dist-train: on a node that has {address}, GLOO_SOCKET_IFNAME is set too", file=sys.stderr)
-            return ""
-        reason = error.strerror or str(error)
-        here = [f"{each.addresses[0]} ({each.name})" for each in interfaces() if each.reaches_others]
-        raise SetupError(
-            f"--local-addr is {address}, at which this machine cannot listen: {reason}",
-            f"--local-addr ADDR, one of this machine's own: {', '.join(here) or 'it has none that others reach'}",
-        ) from None
-
-
-def _check(launcher: str, job: Job) -> None:
-    least, most = job.nodes
-    for name, value in job.sbatch:
-        if "\n" in value:
-            raise UsageError(f"--sbatch.{name} has a line break", "a line of #SBATCH has no place for one")
-    if job.task_per_rank and job.restarts:
-        raise UsageError("--restarts is for torchrun's agents, and --task-per-rank has none", "leave one of them out")
-    if launcher == "accelerate" and least != most:
-        raise UsageError("accelerate starts on a fixed number of nodes", f"--nodes {most}")
-    if launcher != "slurm" and most > 1:
-        needed = ["--endpoint"] + (["--node-rank"] if launcher == "accelerate" else [])
-        given = {"--endpoint": job.endpoint, "--node-rank": job.node_rank}
-        missing = [name for name in needed if given[name] in ("", None)]
-        if missing:
-            rank = " --node-rank K" if launcher == "accelerate" else ""
-            hint = f"on every node: --endpoint HOST{rank}, where HOST is the first node"
-            raise UsageError(f"several nodes need {' and '.join(missing)}", hint)
-
-
 def start(job: Job, command: Command) -> int:
     """Starts the command in the foreground, waits for it, and returns the exit code of the launch."""
     if shutil.which(command.words[0]) is None:
         raise SetupError(f"{command.words[0]} is no program", "--python PATH, or leave the option out")
     home = RunDir(Path(job.home))
     before = _status_before(home)
+    if job.nodes[1] == 1:  # else another node's ranks may be running already, and belong to this start
+        wait_until_free(home.path, lambda text: print(f"dist-train: {text}", file=sys.stderr))
     Path(job.logs).mkdir(parents=True, exist_ok=True)
     for path, text in command.files.items():
         Path(path).write_text(text, encoding="utf-8")
     exit_file = Path(job.exit_file)
     exit_file.unlink(missing_ok=True)
     process = subprocess.Popen(command.words, env=os.environ | command.environ)
-    with _passing_on(process.send_signal, home.stop):
+    with _passing_on(process.send_signal, home.stop) as asked:
         code = wait(process, job.shutdown_timeout + _PATIENCE_SECONDS)
-    return outcome(before, read_json(home.status), code, exit_file.exists())
+    after = read_status(home)
+    result = outcome(before, after, code, exit_file.exists(), bool(asked), elastic=job.nodes[0] < job.nodes[1])
+    if result == EXIT_FAILED:
+        print(f"dist-train: {failure(before, after)}\n  -> the ranks' output is in {job.logs}", file=sys.stderr)
+    return result
 
 
 def _status_before(home: RunDir) -> Any:
@@ -240,23 +213,25 @@ def _status_before(home: RunDir) -> Any:
     Raises:
         RunDirError: the directory belongs to something else.
     """
-    status = read_json(home.status)
-    if status is None:
-        refuse_foreign(home)
-    return status
+    refuse_foreign(home)
+    return read_status(home)
 
 
 @contextmanager
-def _passing_on(send: Callable[[int], None], stop: Path) -> Iterator[None]:
-    """Passes SIGTERM on to the agent, which stops the ranks, and turns SIGUSR2 into the file STOP.
+def _passing_on(send: Callable[[int], None], stop: Path) -> Iterator[list[int]]:
+    """Passes SIGTERM on to the agent, which stops the ranks, and turns SIGUSR2 into the file STOP; yields both.
 
     SIGUSR2 itself would end the agent. Ctrl-C needs no help: the agent is in our process group.
     """
 
+    asked: list[int] = []
+
     def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         send(number)
 
     def ask_by_file(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         stop.touch()
 
     def leave_to_the_agent(number: int, frame: FrameType | None) -> None:
@@ -268,7 +243,7 @@ def _passing_on(send: Callable[[int], None], stop: Path) -> Iterator[None]:
         signal.SIGUSR2: signal.signal(signal.SIGUSR2, ask_by_file),
     }
     try:
-        yield
+        yield asked
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
@@ -290,4 +265,4 @@ def _batch(job: Job, dry_run: bool, submit: bool, follow: bool) -> int:
     if not follow:
         return EXIT_DONE
     code = sbatch.follow(number, sys.stdout)
-    return outcome(before, read_json(home.status), code)
+    return outcome(before, read_status(home), code)

@@ -9,7 +9,7 @@ import click
 
 from dist_train.cli.verbs import Valued, Whole
 
-LAUNCHERS = ("torchrun", "accelerate", "slurm")
+LAUNCHERS = ("torchrun", "accelerate", "slurm", "kubernetes")
 _WITH_PORT = re.compile(r"([^:]*|\[.*\]):\d*")  # more colons are an IPv6 address
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
 
@@ -41,6 +41,12 @@ def _truth(text: str) -> bool:
     return text == "true"
 
 
+def _absolute(text: str) -> str:
+    if not text.startswith("/"):
+        raise click.BadParameter(f"must be an absolute path, not {text!r}")
+    return text
+
+
 def _flag(name: str, help: str) -> click.Option:
     return click.Option([name], is_flag=True, help=help)
 
@@ -53,13 +59,13 @@ _ONE, _ZERO, _PORT = Whole(1), Whole(0), Whole(1, 65535)
 OPTIONS = {
     LAUNCHERS: [
         _flag("--dry-run", "Print what would run, and run nothing."),
-        _option("--nodes", "N", "Nodes; MIN:MAX for torchrun and slurm.", _nodes),
+        _option("--nodes", "N", "Nodes; MIN:MAX except for accelerate.", _nodes),
         _option("--nproc-per-node", "P", "Processes on each node.", _ONE),
         _option("--restarts", "R", "How often failed ranks are started again on the same nodes.", _ZERO),
         _option("--port", "PORT", "Where the ranks meet; by default derived from the job.", _PORT),
         _option("--shutdown-timeout", "SECONDS", "Between SIGTERM and SIGKILL: time for a checkpoint.", _ONE),
         _option("--env", "NAME=VALUE", "A variable for the ranks; repeatable.", _variable, multiple=True),
-        _option("--python", "PATH", "The interpreter of the ranks; by default this one.", click.Path()),
+        _option("--python", "PATH", "The interpreter of the ranks; by default this one, or the image's.", click.Path()),
     ],
     ("torchrun", "accelerate"): [
         _option("--endpoint", "HOST", "Several nodes: the node where they meet.", _host),
@@ -75,17 +81,32 @@ OPTIONS = {
             "--config-file", "FILE", "Your own accelerate config; it or --nproc-per-node says how many.", click.Path()
         ),
     ],
-    ("accelerate", "slurm"): [_option("--gpus-per-process", "G", "GPUs of each process; 0: CPUs.", _ZERO)],
+    ("accelerate", "slurm", "kubernetes"): [
+        _option("--gpus-per-process", "G", "GPUs of each process; 0: CPUs.", _ZERO)
+    ],
     ("slurm",): [
         _flag("--submit", "Give the script to sbatch, and print the job's id."),
         _flag("--follow", "Submit, show the job's output until it ends, and return its exit code."),
         _flag("--task-per-rank", "srun starts every rank, instead of one torchrun a node."),
-        _option("--cpus-per-process", "C", "CPUs of each process.", _ONE),
         _option("--time", "TIME", "As sbatch takes it: 2:00:00."),
         _option("--partition", "NAME", "As sbatch takes it."),
         _option("--account", "NAME", "As sbatch takes it."),
         _option("--stop-before", "SECONDS", "How long before its end the job is told to save and stop.", _ONE),
-        _option("--requeues", "N", "How often a preempted job goes back into the queue.", _ZERO),
+    ],
+    ("slurm", "kubernetes"): [
+        _option("--cpus-per-process", "C", "CPUs of each process.", _ONE),
+        _option(
+            "--requeues", "N", "How often a preempted job is queued again, or pods that failed start again.", _ZERO
+        ),
+    ],
+    ("kubernetes",): [
+        _option("--image", "IMAGE", "The pods' container image, with dist_train in it."),
+        _option("--claim", "NAME", "The claim of a volume that all pods may write: it holds the run directory."),
+        _option(
+            "--mount", "PATH", "Where that volume is in the pods, and their working directory: /workspace.", _absolute
+        ),
+        _option("--namespace", "NAME", "As kubectl takes it."),
+        _option("--memory", "SIZE", "Memory of each pod: 32Gi."),
     ],
 }
 

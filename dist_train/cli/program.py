@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,21 +13,28 @@ import click
 
 from dist_train.cli.config import config_verbs
 from dist_train.cli.doctor import doctor
-from dist_train.cli.finished_run import evaluate, export, predict
+from dist_train.cli.finished_run import benchmark, evaluate, export, predict
 from dist_train.cli.launch import launch
+from dist_train.cli.pack import pack
 from dist_train.cli.verbs import DIRECTORY, PROGRAM, SETTINGS, ConfigVerb, Verb, Verbs, known_run_dir, option, run_dirs
+from dist_train.cluster.error_notes import show_once, tell_agent
 from dist_train.cluster.rank_plan import EXIT_FILE, exit_code_when_preempted
 from dist_train.errors import (
     EXIT_CONFIG,
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
     ConfigError,
+    DataError,
     DistTrainError,
     ForeignError,
+    NodeLeft,
+    PeerError,
     Preempted,
     in_words,
     keep_traceback,
+    printable,
 )
 
 _COMPLETE = "_DIST_TRAIN_COMPLETE"  # set by a shell that completes; `bash_source` prints what bash needs
@@ -60,9 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ignore_until_exit()
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"dist-train: {stop}", file=sys.stderr)
-        return exit_code_when_preempted(os.environ)
+        # Another exit code than 0 makes torchrun's agent start the ranks again, without the node that left.
+        return EXIT_PREEMPTED if isinstance(stop, NodeLeft) else exit_code_when_preempted(os.environ)
     except DistTrainError as error:
-        if isinstance(error, ForeignError) and not error.kept_in:
+        if isinstance(error, (ForeignError, ConfigError, DataError)) and not error.kept_in:
             keep_traceback(error, _traceback_file())
         return _show(error)
     except click.UsageError as error:  # such as `--` alone
@@ -74,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dist-train: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (Exception, SystemExit) as error:  # of other code, or a fault of ours
+    except BaseException as error:  # of other code, or a fault of ours
         found = in_words(error)
         assert isinstance(found, DistTrainError)
         keep_traceback(found, _traceback_file())
@@ -87,25 +95,20 @@ def _traceback_file() -> str:
 
 def _show(error: DistTrainError) -> int:
     """Prints an error and returns the exit code."""
-    if not (isinstance(error, ConfigError) and _another_rank_shows_it(error, os.environ)):
-        print(f"dist-train: {error}", file=sys.stderr)
+    tell_agent(f"dist-train: {error}", os.environ, echo=isinstance(error, PeerError))
+    # The ranks find the same mistakes in a configuration: one of a node shows them. Paths of tracebacks differ by rank.
+    if isinstance(error, ConfigError):
+        show_once(error.message, os.environ, lambda: _say(error))
+    else:
+        _say(error)
     if error.exit_code == EXIT_CONFIG and EXIT_FILE in os.environ:
         with suppress(OSError):
             Path(os.environ[EXIT_FILE]).touch()
     return error.exit_code
 
 
-def _another_rank_shows_it(error: ConfigError, environ: Mapping[str, str]) -> bool:
-    """Tells whether another rank of this node shows the mistake: all find the same ones, one shows them.
-
-    Ranks of another node may find others (a missing folder), and show them.
-    """
-    if any(problem.source == "--import" for problem in error.problems):  # its code may fail on one rank only
-        return False
-    if environ.get("WORLD_SIZE", environ.get("SLURM_STEP_NUM_TASKS", "1")) == "1":
-        return False
-    rank = environ.get("LOCAL_RANK", environ.get("SLURM_LOCALID", environ.get("RANK", "0")))
-    return rank.isdecimal() and int(rank) > 0
+def _say(error: DistTrainError) -> None:
+    print(f"dist-train: {error}", file=sys.stderr, flush=True)
 
 
 def _show_version(ctx: click.Context, option: click.Parameter, given: bool) -> None:
@@ -156,15 +159,15 @@ def report(run_dirs: tuple[Path, ...], output: Path | None) -> int:
 @click.command(cls=Verb)
 @click.argument("run_dir", metavar="RUN_DIR", type=DIRECTORY)
 def ledger(run_dir: Path) -> int:
-    """Checks that every sample was consumed once an epoch."""
+    """Checks that every sample was consumed once an epoch, or as it was drawn by weight."""
     if not (run_dir / "ledger").is_dir():
         known_run_dir(run_dir)
-    from dist_train.run_dir.ledger import check
+    from dist_train.finished_run.ledger import check_ledger
 
-    report = check(run_dir)
-    print(report)
+    report = check_ledger(run_dir)
+    print(printable(str(report)))
     return EXIT_DONE if report.ok else EXIT_FAILED
 
 
-for verb in (evaluate, export, predict, launch, config_verbs, report, doctor, ledger):
+for verb in (evaluate, export, benchmark, predict, launch, config_verbs, pack, report, doctor, ledger):
     verbs.add_command(verb)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,13 +29,21 @@ def verb_name(ctx: click.Context) -> str:
     return ctx.command_path.removeprefix(PROGRAM).strip()
 
 
+_JOINED = "\0"  # marks, while words are parsed, a value like an option that was typed as --option=--value
+
+
 class Valued(click.Option):
-    """An option with a value, which must not be another option."""
+    """An option with a value; one like an option, as after `--option --other`, must be typed as --option=--value."""
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
-        if any(str(each).startswith("--") for each in (value if isinstance(value, list | tuple) else [value])):
+        several = isinstance(value, list | tuple)
+        if any(str(each).startswith("--") for each in (value if several else [value])):
             raise click.BadOptionUsage(self.opts[0], "requires an argument", ctx)
-        return super().type_cast_value(ctx, value)
+        return super().type_cast_value(ctx, [_as_typed(each) for each in value] if several else _as_typed(value))
+
+
+def _as_typed(value: Any) -> Any:
+    return value.replace(_JOINED, "") if isinstance(value, str) else value
 
 
 class Whole(click.ParamType):
@@ -53,10 +62,42 @@ class Whole(click.ParamType):
         self.fail(f"must be a whole number, at least {self._least}{upper}, not {text!r}", param, ctx)
 
 
+class Number(click.ParamType):
+    """A finite number above 0."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = 0.0
+        if not 0 < number < float("inf"):
+            self.fail(f"must be a number above 0, not {str(value)!r}", param, ctx)
+        return number
+
+
+class Several(Valued):
+    """An option that takes all words up to the next option: --batch-sizes 1 32. It is made with multiple=True."""
+
+
+def _one_value_each(words: Sequence[str], several: Iterable[str]) -> list[str]:
+    """Repeats the options `several` before each of their words: --sizes 1 32 becomes --sizes=1 --sizes=32."""
+    repeated, option = list[str](), ""
+    for place, word in enumerate(words, 1):
+        if word.startswith("--"):
+            valued = place < len(words) and not words[place].startswith("--")
+            option = word if word in several and valued else ""
+            repeated += [] if option else [word]
+        else:
+            repeated.append(f"{option}={word}" if option else word)
+    return repeated
+
+
 def option(name: str, metavar: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
     """Returns the decorator of an option with a value."""
     names = [name, *filter(None, [kwargs.pop("field", "")])]
-    return click.option(*names, cls=Valued, metavar=metavar, help=help, **kwargs)
+    return click.option(*names, **{"cls": Valued} | kwargs, metavar=metavar, help=help)
 
 
 _IMPORT = "First import a module that registers what is used; repeatable."
@@ -68,7 +109,14 @@ class Verb(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
-            return super().parse_args(ctx, ["--help"] if {"-h", "--help"} & set(args) else list(args))
+            words = ["--help"] if {"-h", "--help"} & set(args) else args
+            several = [param.opts[0] for param in self.params if isinstance(param, Several)]
+            words = _one_value_each(words, several) if several else words
+            rest = super().parse_args(ctx, [re.sub(r"^(--[^=]+=)(?=--)", rf"\1{_JOINED}", word) for word in words])
+            for name, value in ctx.params.items():
+                if isinstance(value, tuple):  # words passed on as they were typed
+                    ctx.params[name] = tuple(map(_as_typed, value))
+            return rest
         except click.UsageError as error:
             raise self.refusal(ctx, error, args) from None
 
@@ -90,7 +138,7 @@ class Verb(click.Command):
             value = next((param.metavar for param in self.get_params(ctx) if option in param.opts), None)
             if value is None:
                 return UsageError(f"{option} takes no value", f"type {option} alone")
-            return UsageError(f"{option} has no value", f"type {option} {value}")
+            return UsageError(f"{option} has no value", f"type {option} {value} or {option}={value}")
         if isinstance(error, click.BadParameter) and isinstance(error.param, click.Option):
             option = error.param.opts[0]
             return UsageError(f"{option}: {error.message.rstrip('.')}", f"type {option} {error.param.metavar}")
@@ -239,8 +287,8 @@ def import_user_modules(names: Sequence[str]) -> None:
 
 
 def known_run_dir(run_dir: Path) -> Path:
-    """Returns the directory of a run; raises RunDirError where it has no config.yaml."""
-    if not (run_dir / "config.yaml").is_file():
+    """Returns the directory of a run; raises RunDirError where it has neither config.yaml nor checkpoints."""
+    if not (run_dir / "config.yaml").is_file() and not (run_dir / "checkpoints").is_dir():
         what = "has no config.yaml: it is no run directory" if run_dir.is_dir() else "does not exist"
         known = [str(found.parent) for found in sorted(run_dir.parent.glob("*/config.yaml"))]
         hint = did_you_mean(str(run_dir), known) or "give the directory of a run, runs/NAME"

@@ -81,11 +81,7 @@ def detect(environ: Mapping[str, str], expand: Callable[[str], list[str]] = pars
     Raises:
         SetupError: the variables contradict each other, or address or port is missing.
     """
-    problems = rank_problems(environ)
-    if problems:
-        said = "; ".join(f"{problem.place} {problem.message}" for problem in problems)
-        raise SetupError(f"the environment contradicts itself: {said}", problems[0].hint)
-    plan = _plan(environ)
+    plan = place_of(environ)
     if plan.world_size == 1:
         return plan
     address, port = environ.get("MASTER_ADDR", ""), environ.get("MASTER_PORT", "")
@@ -114,6 +110,19 @@ def detect(environ: Mapping[str, str], expand: Callable[[str], list[str]] = pars
     if not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
         raise SetupError(f"MASTER_PORT is {port!r}, not a port", "unset it, or give a number from 1024 to 65535")
     return RankPlan(plan.source, plan.rank, plan.local_rank, plan.world_size, plan.local_world_size, address, int(port))
+
+
+def place_of(environ: Mapping[str, str]) -> RankPlan:
+    """Returns the plan that `environ` gives, without address and port.
+
+    Raises:
+        SetupError: the variables contradict each other.
+    """
+    problems = rank_problems(environ)
+    if problems:
+        said = "; ".join(f"{problem.place} {problem.message}" for problem in problems)
+        raise SetupError(f"the environment contradicts itself: {said}", problems[0].hint)
+    return _plan(environ)
 
 
 def step_port(environ: Mapping[str, str]) -> int:

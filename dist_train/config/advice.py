@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_train.config.stages import FitConfig, QATConfig, steps_in
+from dist_train.config.fit import FitConfig, steps_in
+from dist_train.config.stages import QATConfig
 from dist_train.config.tree import Config
 from dist_train.errors import Problem
 
@@ -35,7 +36,7 @@ def unscaled_rates(config: Config, sources: Mapping[str, str], batch_of_file: An
             f"stayed {lr:g}, while {_BATCH} was {batch_of_file} and is {batch}; "
             f"scaled linearly (Goyal et al. 2017) it would be {linear:.6g}"
         )
-        if settings.optim.name != "sgd":
+        if settings.optim.name.lower() != "sgd":
             message += (
                 f", by the square root, which suits Adam (Malladi et al. 2022, arXiv:2205.10287), {lr * ratio**0.5:.6g}"
             )

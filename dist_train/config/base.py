@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -14,6 +15,11 @@ from dist_train import registry
 MAY_CHANGE_ON_RESUME: dict[str, Any] = {"determines_result": False}
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+# Numbers beyond these bounds are slips of the keyboard, and overflow in clocks, samplers or torch.
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+Rate = Annotated[float, Field(gt=0, le=1e6)]  # a learning rate, or a number of its size; float32 holds its products
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
+Pixels = Annotated[int, Field(ge=1, le=65_536)]  # of an image's edge
 
 
 class Settings(BaseModel):
@@ -26,10 +32,15 @@ class Settings(BaseModel):
 
 @dataclass(frozen=True)
 class Registered:
-    """Annotation of a string that must be a registered name, or one of `also`; editors complete the names."""
+    """Annotation of a string that must be a registered name, or one of `also`; editors complete the names.
+
+    Attributes:
+        refused: names that someone may expect, with the reason against each and what to type.
+    """
 
     names: registry.Registry
     also: tuple[str, ...] = ()
+    refused: Mapping[str, tuple[str, str]] = field(default_factory=dict, hash=False)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
@@ -40,5 +51,8 @@ class Registered:
     def _check(self, name: str) -> str:
         if name in self.names or name in self.also:
             return name
+        if name in self.refused:
+            reason, hint = self.refused[name]
+            raise PydanticCustomError("refused_name", "{reason}", {"reason": f"{name!r} {reason}", "hint": hint})
         found = {"kind": self.names.kind, "name": name, "suggestion": self.names.suggestion(name, self.also)}
         raise PydanticCustomError("unknown_name", "unknown {kind} '{name}'; {suggestion}", found)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from dist_train import registry
-from dist_train.config.base import MAY_CHANGE_ON_RESUME, Fraction, Registered, Settings
+from dist_train.config.base import MAY_CHANGE_ON_RESUME, Count, Fraction, Pixels, Registered, Settings
 
 
 class RandomCrop(Settings):
     name: Literal["random_crop"] = "random_crop"
-    padding: Annotated[int, Field(ge=1)] = 4
+    padding: Pixels = 4
     """Zero pixels added on each side before a window of the original size is cut out."""
 
 
@@ -24,9 +24,9 @@ class RandomHorizontalFlip(Settings):
 
 class ColorJitter(Settings):
     name: Literal["color_jitter"] = "color_jitter"
-    brightness: Annotated[float, Field(ge=0)] = 0.0
-    contrast: Annotated[float, Field(ge=0)] = 0.0
-    saturation: Annotated[float, Field(ge=0)] = 0.0
+    brightness: Annotated[float, Field(ge=0, le=100)] = 0.0
+    contrast: Annotated[float, Field(ge=0, le=100)] = 0.0
+    saturation: Annotated[float, Field(ge=0, le=100)] = 0.0
 
 
 class RandomErasing(Settings):
@@ -41,7 +41,7 @@ class RandomErasing(Settings):
 
 
 class RandomResizedCrop(Settings):
-    """For image_folder only; its workers apply it while they decode."""
+    """For image_folder, coco and shapes, whose workers apply it to each image."""
 
     name: Literal["random_resized_crop"] = "random_resized_crop"
     scale: tuple[Fraction, Fraction] = (0.08, 1.0)
@@ -54,7 +54,7 @@ class RandAugment(Settings):
     """Cubuk et al. 2020, arXiv:1909.13719. For image_folder only; its workers apply it."""
 
     name: Literal["rand_augment"] = "rand_augment"
-    num_ops: PositiveInt = 2
+    num_ops: Annotated[int, Field(gt=0, le=100)] = 2
     magnitude: Annotated[int, Field(ge=0, le=30)] = 9
 
 
@@ -78,31 +78,73 @@ class MixConfig(Settings):
     """Probability that a step is mixed at all."""
 
 
+CLASS_BALANCED = "class_balanced"
+
+
+class SamplingConfig(Settings):
+    """Draws training rows by weight, where otherwise each is taken once an epoch."""
+
+    weights: str
+    """class_balanced: each class is drawn as often as the others. A file (a path has a dot or a slash): one number for
+    each row of the training set, .npy, .csv or .txt. Else the name of an attribute or a method of the training dataset
+    that gives them. They need not add up to 1."""
+    replacement: bool = True
+    """Draw with replacement: a row may come several times in an epoch. false: at most once, the heavier ones earlier;
+    then `samples` says how many of the rows."""
+    samples: Count | None = None
+    """Rows of an epoch; None: as many as the training set has, or without replacement those with a weight above 0."""
+
+
+class SplitConfig(Settings):
+    """Divides the training set into one part to train and one to evaluate on, by the seed.
+
+    An evaluation set that the dataset has is not used then.
+    """
+
+    eval: Annotated[float | None, Field(gt=0, lt=1)] = None
+    """Share of the rows that becomes the evaluation set. Give this or `folds`."""
+    folds: Annotated[int | None, Field(ge=2, lt=2**31)] = None
+    """Number of parts for cross-validation: the part `fold` becomes the evaluation set, the others the training set.
+    Each fold is a run of its own."""
+    fold: Annotated[int, Field(ge=0)] = 0
+    """Number of the part to evaluate on, from 0."""
+    by: Literal["row", "class", "group"] = "row"
+    """row: rows are drawn. class: each class has its share in both parts. group: rows with equal entries in the
+    dataset's attribute `groups`, such as patients, stay together."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the draw; apart from `run.seed`, so that runs with other seeds can share their parts."""
+
+
 class DataConfig(Settings):
     name: Annotated[str, Registered(registry.datasets)] = "digits"
-    """Name of a registered dataset."""
+    """Name of a registered dataset, or hf/NAME_OR_FOLDER."""
     args: dict[str, Any] = {}
     """Arguments of the dataset's function."""
     root: Annotated[Path | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
     """Folder of the dataset's files, if it has any."""
     cache_dir: Annotated[Path | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
-    """Node-local folder of the memory-mapped arrays; default: dist_train in the user's cache folder."""
-    global_batch_size: PositiveInt = 64
+    """Node-local folder of memory-mapped arrays and packed images; default: dist_train in the user's cache folder."""
+    global_batch_size: Count = 64
     """Samples of one optimizer step, over all ranks."""
-    micro_batch_size: Annotated[int, Field(ge=2)] | None = None
+    micro_batch_size: Annotated[int, Field(ge=2, lt=2**31)] | None = None
     """Most samples of one forward on one rank; more are accumulated. None: a rank's whole share."""
-    eval_batch_size: PositiveInt = 256
+    eval_batch_size: Count = 256
     """Samples of one forward in evaluation on each rank."""
     drop_last: bool = False
     """Leave out the last, partial global batch of an epoch."""
+    sampling: SamplingConfig | None = None
+    """Draw the rows of an epoch by weight. None: each row once."""
+    split: SplitConfig | None = None
+    """Make the evaluation set of rows of the training set."""
     augment: list[AugmentConfig] = []
     """Augmentation of uint8 images, in order; normalization always follows. For image_folder, the workers apply the
-    first entries that are random_resized_crop, random_horizontal_flip or rand_augment."""
+    first entries that are random_resized_crop, random_horizontal_flip or rand_augment; for coco and shapes the first
+    two of these, which move the boxes."""
     mix: MixConfig = MixConfig()
     """Mixup and cutmix in `train`; never in `qat`."""
-    workers: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = (
-        "auto"
-    )
+    workers: Annotated[
+        Annotated[int, Field(ge=0, le=1024)] | Literal["auto"], Field(json_schema_extra=MAY_CHANGE_ON_RESUME)
+    ] = "auto"
     """Worker processes of each rank for map-style datasets; image arrays need none. auto: the node's cores divided
     among its ranks."""
     on_corrupt: Literal["error", "skip"] = "error"
@@ -112,17 +154,18 @@ class DataConfig(Settings):
 
 class ModelConfig(Settings):
     name: Annotated[str, Registered(registry.models)] = "small_resnet"
-    """Name of a registered model, of a classification or segmentation model of torchvision, or timm/NAME."""
+    """Name of a registered model, of a classification, segmentation or detection model of torchvision, timm/NAME, or
+    hf/NAME_OR_FOLDER."""
     args: dict[str, Any] = {}
     """Arguments of the model's function. The data give num_classes (the width of the outputs) and in_channels, if the
     function takes them."""
     weights: str | None = None
     """Trained weights to start from: a name of torchvision's (DEFAULT, IMAGENET1K_V1) or timm's (pretrained), or a file
-    (.safetensors, .pt, .pth, .ckpt). A head of another width is initialised anew; the first convolution is adapted to
-    the images' channels."""
+    (.safetensors, .pt, .pth, .ckpt). Models hf/... start from their own, unless this is random. A head of another width
+    is initialised anew; the first convolution is adapted to the images' channels."""
     weights_key: str | None = None
-    """Name of the state_dict in the file of `weights`, where it holds several (model, model_ema), dotted if nested; or
-    a prefix of its tensors' names (teacher.backbone)."""
+    """Name of the state_dict in the file of `weights`, dotted if nested, or a prefix of its tensors' names
+    (teacher.backbone). None: the only one; of a model and its moving average (model, model_ema) the average."""
     init_from: Path | None = None
     """Run directory of another run: start from its trained float model. A run that was stopped in `train` gives the
     weights of its newest checkpoint."""
@@ -133,8 +176,9 @@ class ModelConfig(Settings):
 class TaskConfig(Settings):
     name: Annotated[str, Registered(registry.tasks)] = "classification"
     args: dict[str, Any] = {}
-    """Arguments of the task. classification: label_smoothing; multilabel: pos_weight; regression: loss (mse, l1,
-    huber), tolerance; segmentation: ignore_index."""
+    """Arguments of the task. classification: label_smoothing, class_weights (a number for each class, or balanced),
+    focal_gamma; multilabel: pos_weight; regression: loss (mse, l1, huber), tolerance; segmentation: ignore_index;
+    tokens: ignore_index, max_length; detection: score, most."""
 
 
 def is_weights_file(weights: str) -> bool:

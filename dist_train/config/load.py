@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import sys
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,10 @@ from dist_train.config.messages import mistakes
 from dist_train.config.shipped import shipped
 from dist_train.config.text_settings import text_type
 from dist_train.config.tree import Config, config_model, leaves
-from dist_train.config.yaml_tree import Place, TextType, Tree, dotted, to_yaml
-from dist_train.errors import ConfigError, Problem, did_you_mean, first_line
+from dist_train.config.yaml_text import to_yaml
+from dist_train.config.yaml_tree import MOST_BYTES, Place, TextType, Tree, dotted
+from dist_train.errors import STOPS, ConfigError, Problem, advice, did_you_mean, told
+from dist_train.untrusted import BeyondLimits, read_at_most
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,15 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def load(
-    path: str | os.PathLike[str], overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] = os.environ,
+    *,
+    elsewhere: bool = False,
 ) -> Loaded:
     """Loads as `load_config` does, with the source of each value. `environ` is checked against the settings too.
+
+    elsewhere: the run is to be on machines that may have other files and packages than this one.
 
     Raises:
         ConfigError: all mistakes at once, with their places.
@@ -73,6 +80,8 @@ def load(
     config, bad = _validate(tree)
     if config is not None:
         for problem in contradictions(config, environ, bad):
+            if elsewhere and problem.here:
+                continue
             source = problem.source or tree.source_of(tuple(problem.place.split(".")))
             tree.problems.append(Problem(problem.place, problem.message, source, problem.hint))
     if config is None or tree.problems:
@@ -115,13 +124,15 @@ def import_modules(names: Sequence[str]) -> list[Problem]:
     for name in names:
         try:
             importlib.import_module(name)
-        except (Exception, SystemExit) as error:
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            where = "" if at.filename.startswith("<frozen") else f" ({at.filename}:{at.lineno})"
-            kind, text = type(error).__name__, first_line(error)
-            reason = f"cannot be imported: {kind if text == kind else f'{kind}: {text}'}{where}"
-            hint = "give the name of a module in the working directory, or of an installed one"
-            problems.append(Problem(name, reason, "--import", hint if isinstance(error, ModuleNotFoundError) else ""))
+        except STOPS:
+            raise
+        except BaseException as error:  # the user's code may raise anything
+            reason, hint = f"cannot be imported: {told(error, ours=False)}", advice(error)
+            if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+                hint = "give the name of a module in the working directory, or of an installed one"
+                problems.append(Problem(name, reason, "--import", hint))
+            else:
+                problems.append(Problem(name, reason, "--import", hint, error))
     return problems
 
 
@@ -227,7 +238,9 @@ def _read(path: str | os.PathLike[str], tree: Tree) -> Path:
     if not file.is_file() and str(path) in known:
         file = known[str(path)]
     try:
-        text = file.read_bytes()
+        text = read_at_most(file, MOST_BYTES)
+    except BeyondLimits as error:
+        tree.problems.append(Problem(str(path), f"cannot be read: {error}", hint="give the configuration's own file"))
     except OSError as error:
         near = [str(name) for name in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
         names = ", ".join(known) or "none"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_args, get_origin
 from pydantic import BaseModel
 
 from dist_train.config.yaml_tree import Place, Tree, dotted
-from dist_train.errors import Problem, ask_for, did_you_mean, nearest
+from dist_train.errors import Problem, ask_for, did_you_mean, likeness, nearest
 
 _EXPECTED = {
     "int": "a whole number",
@@ -22,6 +22,8 @@ _EXPECTED = {
     "dict": "a section of settings (key: value)",
     "model": "a section of settings (key: value)",
 }
+_WITH_NEAREST = 20  # unknown keys that get the nearest known one, whose search takes milliseconds
+_MUCH_NEARER = 0.2  # in likeness: a key of another section is then meant rather than one of this
 _COMPARISONS = {
     "greater_than": ("gt", "greater than"),
     "greater_than_equal": ("ge", "at least"),
@@ -49,13 +51,15 @@ def mistakes(errors: list[Any], model: type[BaseModel], tree: Tree) -> Iterator[
         present = _present(error["loc"], tree.values)
         missing = (*present, error["loc"][-1]) if error["type"] == "missing" else present
         by_place.setdefault(missing, []).append((present, error))
+    unknown = 0
     for place, found in by_place.items():
         wordings = [_wording(error) for _, error in found]
         message = _either(list(dict.fromkeys(message for message, _ in wordings)))
         hint = next((hint for _, hint in wordings if hint), "")
         error = found[0][1]
         if error["type"] == "extra_forbidden":
-            hint = nearest_key(place, model)
+            unknown += 1
+            hint = nearest_key(place, model) if unknown <= _WITH_NEAREST else ""
         if error["type"] == "union_tag_not_found":
             tag = (*place, error["ctx"]["discriminator"].strip("'"))
             names = [name for key, type_ in _keys(model) if _numbered(key, place) == tag for name in get_args(type_)]
@@ -80,17 +84,22 @@ def nearest_key(place: Place, model: type[BaseModel]) -> str:
     """Returns the hint for an unknown key: similar keys beside it, or keys of that name in other sections."""
     section, last = place[:-1], str(place[-1])
     keys = [_numbered(key, place) for key, _ in _keys(model)]
+    if section and (last,) in keys:  # find_unused_parameters, compile: of the whole run, not of a stage
+        return ask_for([last])
     beside = [str(key[-1]) for key in keys if key[:-1] == section and key != place]
-    alike = nearest(last, beside)
-    if alike:
+    alike, known = nearest(last, beside), sorted({str(key[-1]) for key in keys})
+    best = max((likeness(last, name) for name in known), default=0.0)
+    if alike and best - likeness(last, alike[0]) < _MUCH_NEARER:
         return ask_for([dotted((*section, key)) for key in alike])
     elsewhere = [key for key in keys if key[:-1] != section and key[-1] == last]
     if not elsewhere:
-        close = nearest(last, sorted({str(key[-1]) for key in keys}), count=1)
+        close = nearest(last, known, count=1)
         elsewhere = [key for key in keys if key[-1] in close]
     if elsewhere:
-        inside = [key for key in elsewhere if key[: len(section)] == section]
-        return ask_for([dotted(key) for key in (inside or elsewhere)[:3]])
+        inside = [key for key in elsewhere if key[: len(section)] == section] or elsewhere
+        # A list's item is hardly meant where a setting has that name.
+        plain = [key for key in inside if not any(isinstance(part, int) for part in key)]
+        return ask_for([dotted(key) for key in (plain or inside)[:3]])
     return f"known here: {', '.join(beside)}" if beside else ""
 
 
@@ -119,6 +128,8 @@ def _wording(error: Mapping[str, Any]) -> tuple[str, str]:
     kind, context, given = error["type"], error.get("ctx", {}), shown(error["input"])
     if kind == "unknown_name":
         return f"unknown {context['kind'].replace('_', ' ')} {context['name']!r}", context["suggestion"]
+    if kind == "refused_name":
+        return context["reason"], context["hint"]
     if kind == "extra_forbidden":
         return "unknown key", ""
     if kind == "missing":

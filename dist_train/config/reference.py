@@ -10,9 +10,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from dist_train import registry
-from dist_train.config.stages import FitConfig, TrainConfig
+from dist_train.config.fit import FitConfig
+from dist_train.config.stages import TrainConfig
 from dist_train.config.tree import config_model
-from dist_train.config.yaml_tree import to_yaml
+from dist_train.config.yaml_text import to_yaml
 
 _HEAD = "| Setting | Type | Default | On resume | Meaning |\n|---|---|---|---|---|\n"
 _TYPES = {"integer": "int", "number": "float", "boolean": "true, false", "null": "null", "object": "section"}

@@ -2,99 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
 from dist_train import registry
-from dist_train.config.base import MAY_CHANGE_ON_RESUME, Fraction, Momentum, Registered, Settings
+from dist_train.config.base import MAY_CHANGE_ON_RESUME, Count, Fraction, Rate, Registered, Seconds, Settings
+from dist_train.config.fit import FitConfig, Match, OptimConfig
 
-
-def steps_in(fraction: float, total_steps: int) -> int:
-    """Returns the whole steps of a fraction of a stage: of its warm-up, or before a freeze."""
-    return round(fraction * total_steps)
-
-
-class OptimConfig(Settings):
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
-    """torch.optim's SGD, Adam or AdamW."""
-    lr: PositiveFloat = 0.1
-    """Highest learning rate of the schedule."""
-    base_batch_size: PositiveInt | None = None
-    """Global batch size that `lr` is meant for: `lr` is scaled by global_batch_size / base_batch_size (Goyal et al.
-    2017, arXiv:1706.02677). None: `lr` as it is."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """SGD only."""
-    nesterov: bool = False
-    """SGD only."""
-    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
-    """Adam and AdamW only."""
-    eps: PositiveFloat = 1e-8
-    """Adam and AdamW only."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decay of weights with two and more dimensions: added to the gradient by Adam, taken from the weight by AdamW."""
-    decay_norm_and_bias: bool = False
-    """Decay one-dimensional parameters (norms, biases) too."""
-
-    def scaled(self, global_batch_size: int) -> OptimConfig:
-        """Returns these settings with `lr` scaled to the batch by the linear rule, if base_batch_size is given."""
-        if self.base_batch_size is None:
-            return self
-        return self.model_copy(update={"lr": self.lr * global_batch_size / self.base_batch_size})
-
-
-class QATOptimConfig(OptimConfig):
-    lr: PositiveFloat = 0.001
-    """Highest learning rate of the schedule."""
-
-
-class ScheduleConfig(Settings):
-    name: Literal["constant", "step", "cosine", "linear"] = "cosine"
-    """Learning rate over the steps of a stage, after the warm-up."""
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Fraction of the steps over which the rate rises linearly from 1 % of lr."""
-    final: Fraction = 0.0
-    """cosine, linear: the last learning rate, as a fraction of lr."""
-    step_epochs: PositiveFloat = 30.0
-    """step: epochs between two decays."""
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """step: factor of a decay."""
-
-
-class EarlyStoppingConfig(Settings):
-    patience: PositiveInt
-    """Evaluations in a row without an improvement after which the stage ends."""
-    min_delta: Annotated[float, Field(ge=0)] = 0.0
-    """Least improvement of `select_by` that counts."""
-
-
-class FitConfig(Settings):
-    """Settings of train and qat: both run the same loop."""
-
-    epochs: PositiveInt = 1
-    """Passes over the training set."""
-    optim: OptimConfig = OptimConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    clip_grad_norm: PositiveFloat | None = None
-    """Largest L2 norm of all gradients together."""
-    ema_decay: Annotated[float | None, Field(gt=0, lt=1)] = None
-    """Decay a step of an exponential moving average of the parameters; the average is evaluated and handed on."""
-    ema_samples: PositiveInt = 2048
-    """Training samples, over all ranks and without augmentation, that give BatchNorm's statistics and the ranges of the
-    averaged model before each evaluation. Statistics and ranges that qat has frozen are kept."""
-    evaluate_every: PositiveInt = 1
-    """Epochs between two evaluations; the last epoch is always followed by one."""
-    select: Literal["last", "best"] = "last"
-    """Epoch whose model is handed on."""
-    select_by: str | None = None
-    """Metric of the evaluation that decides which epoch is best: top1, loss, ...; None: the task's own."""
-    early_stopping: EarlyStoppingConfig | None = None
-    """End the stage when `select_by` no longer improves."""
+OperatorName = Annotated[str, Field(pattern=r"^\w+::\w+$")]
+ModuleName = Annotated[str, Field(pattern=r"^\w+(\.\w+)*$")]
 
 
 class TrainConfig(FitConfig):
-    epochs: PositiveInt = 10
+    epochs: Count = 10
     """Passes over the training set."""
+    extend_from: Path | None = None
+    """Run directory of another run of the same data and model: go on from its training, finished or not, with weights,
+    optimizer, moving average and step, up to `epochs` in all. The learning rate follows this run's schedule from that
+    step on."""
 
 
 class HalfConfig(Settings):
@@ -103,7 +30,7 @@ class HalfConfig(Settings):
 
 
 class PTQConfig(Settings):
-    samples: PositiveInt = 512
+    samples: Count = 512
     """Training samples, over all ranks, from which the ranges are initialised: drawn by the seed, or the first ones of
     a stream."""
     ranges: Literal["min_max", "percentile", "mse"] = "min_max"
@@ -134,13 +61,8 @@ class ActivationQuantizationConfig(Settings):
     """channel is refused: no backend has integer kernels for it."""
 
 
-class TypeMatch(Settings):
-    type: str
-    """Class names, as a pattern like `Conv*`; subclasses match too."""
-
-
 class RuleConfig(Settings):
-    match: str | TypeMatch
+    match: Match
     """Module names, as a pattern like `layer4.*.conv2`, or `{type: Conv2d}`. A match includes all modules inside."""
     weight: WeightQuantizationConfig | None = None
     """Quantization of their weights."""
@@ -150,17 +72,26 @@ class RuleConfig(Settings):
     """Leave these modules in floating point."""
 
 
+class QATOptimConfig(OptimConfig):
+    lr: Rate = 0.001
+    """Highest learning rate of the schedule."""
+
+
 class QATConfig(FitConfig):
     backend: Annotated[str, Registered(registry.quantization_backends)] = "pt2e"
     """Quantization backend, also of ptq and convert."""
     engine: Literal["auto", "x86", "fbgemm", "onednn", "qnnpack"] = "auto"
-    """Integer kernels of the fx and eager backends; auto: x86 on x86-64, qnnpack on ARM. pt2e ignores it."""
-    epochs: PositiveInt = 2
+    """Integer kernels of the fx and eager backends; auto: x86 on x86-64, qnnpack on ARM. pt2e, whose models run in
+    many runtimes: x86 and fbgemm keep activations to 127 steps, for CPUs without VNNI; onednn and qnnpack give 255;
+    auto: 127 if a rank of the run's first start has such a CPU, else 255."""
+    epochs: Count = 2
     """Passes over the training set."""
     optim: QATOptimConfig = QATOptimConfig()
     budget: Annotated[float | None, Field(ge=0)] = None
     """Points (0.01) of the task's metric that ptq may lose against FP32: if it loses no more, qat is left out. None:
     qat always trains."""
+    freeze: list[Match] | None = None
+    """As `train.freeze`, by the float model's names. None: what train keeps frozen to its end."""
     always: bool = False
     """Train even if ptq is within the budget, which is then only reported."""
     observer: Literal["moving_average", "min_max"] = "moving_average"
@@ -192,7 +123,7 @@ class QATConfig(FitConfig):
 
 
 class ConvertConfig(Settings):
-    deadline: Annotated[PositiveFloat, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 900.0
+    deadline: Annotated[Seconds, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 900.0
     """Seconds that the ranks wait for rank 0 to convert."""
     agreement_bound: Annotated[Fraction, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 0.99
     """Gates: least share of the evaluation set on which the int8 model, in process and in its runtime, decides as the
@@ -215,12 +146,21 @@ class ExportConfig(Settings):
         None
     )
     """Models to export, the first one as `model.*`; None: int8 if `convert` ran, else half, else fp32."""
+    input: Annotated[Literal["float", "uint8"], Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = "float"
+    """Input of the exported models. float: images that the caller normalized. uint8: pixels [B, C, H, W]; normalization
+    is inside each program and file. For data of uint8 images, and models of the pt2e backend."""
+    postprocess: Annotated[bool, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = False
+    """Boxes in place of a detector's dense outputs: load_artifact returns boxes, scores and labels of each image, and
+    boxes.onnx beside ONNX models makes them of one image's outputs."""
+    operators: Annotated[dict[OperatorName, ModuleName], Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = {}
+    """Operators of other libraries that programs may hold besides torch's own, each with the module that registers it:
+    {"torchvision::deform_conv2d": "torchvision"}. Name those alone that you trust: they may do more than compute."""
     latency: bool = True
     """Time the FP32, the half and the int8 model on rank 0, in the same runtime if it is right for them."""
-    latency_batch_sizes: list[PositiveInt] = [1, 32]
-    deadline: Annotated[PositiveFloat, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 900.0
+    latency_batch_sizes: list[Annotated[int, Field(gt=0, le=65_536)]] = [1, 32]
+    deadline: Annotated[Seconds, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 900.0
     """Seconds that the ranks wait for rank 0 to export."""
-    agreement_samples: Annotated[PositiveInt | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 1024
+    agreement_samples: Annotated[Count | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 1024
     """Gate of each int8 format: samples of the evaluation set, drawn by the seed, on which it must decide as the int8
     model in process does, within `convert.agreement_bound`. None: all of them."""
     artifact_bound: Annotated[float, Field(ge=0, json_schema_extra=MAY_CHANGE_ON_RESUME)] = 1e-5

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, create_model
+from pydantic import BaseModel, Field, create_model
 
 from dist_train import registry
-from dist_train.config.base import MAY_CHANGE_ON_RESUME, Registered, Settings
+from dist_train.config.base import MAY_CHANGE_ON_RESUME, Count, Registered, Seconds, Settings
 from dist_train.config.data import DataConfig, ModelConfig, TaskConfig
+from dist_train.config.fit import Match
 from dist_train.config.stages import ConvertConfig, ExportConfig, HalfConfig, PTQConfig, QATConfig, TrainConfig
 
 
@@ -23,47 +24,57 @@ class RunConfig(Settings):
     """Seed of the initial weights, the order of the samples, the augmentation and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA if there is a device for each rank of the node, else the CPU."""
-    threads_per_rank: PositiveInt | Literal["auto"] = "auto"
+    threads_per_rank: Annotated[int, Field(gt=0, le=4096)] | Literal["auto"] = "auto"
     """CPU threads of each rank; auto: the cores divided among the ranks at the first start. The number is kept from
     then on, because results depend on it in the last bits."""
     deterministic: bool = True
     """Use deterministic kernels, which bit-exact resuming needs; costs speed on GPUs."""
-    timeout: Annotated[PositiveFloat, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 1800.0
-    """Seconds after which a collective or a wait for rank 0 fails."""
+    timeout: Annotated[Seconds, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 1800.0
+    """Seconds after which a collective or a wait for rank 0 fails; at least `watchdog.timeout`, which tells a rank that
+    is slow from one that is stuck."""
 
 
 class KeepConfig(Settings):
-    last: Annotated[PositiveInt, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 2
+    last: Annotated[Count, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 2
     """Newest checkpoints within a stage."""
-    best: Annotated[int, Field(ge=0, json_schema_extra=MAY_CHANGE_ON_RESUME)] = 1
+    best: Annotated[int, Field(ge=0, lt=2**31, json_schema_extra=MAY_CHANGE_ON_RESUME)] = 1
     """Best evaluated checkpoints, by `select_by`; the one that `select: best` hands on is kept anyway."""
-    every_hours: Annotated[PositiveFloat | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
+    every_hours: Annotated[float | None, Field(gt=0, le=1e6, json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
     """Hours of wall clock between two checkpoints that are kept until the stage ends."""
+    training: Annotated[bool, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = True
+    """Keep the optimizer's state at the end of `train`, from which `train.extend_from` of another run goes on. It takes
+    up to two or three times the room of the model."""
 
 
 class CheckpointConfig(Settings):
-    every_steps: Annotated[PositiveInt | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
+    every_steps: Annotated[Count | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
     """Optimizer steps between two checkpoints; None: at the ends of epochs only."""
+    asynchronous: Annotated[bool, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = True
+    """Train on while a checkpoint is written: rank 0 copies the state, which takes that much memory, and a thread
+    writes the copy. false: all ranks wait until it is on the disk."""
+    retry: Annotated[float, Field(ge=0, json_schema_extra=MAY_CHANGE_ON_RESUME)] = 60.0
+    """Seconds that writing a checkpoint, the ledger or the final results is tried again, where the disk is full or does
+    not answer; then the run ends, and the last checkpoint stays."""
     keep: KeepConfig = KeepConfig()
     """Checkpoints within a stage that are kept; the last one of a finished stage always is."""
 
 
 class StopConfig(Settings):
-    grace: Annotated[PositiveFloat, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 30.0
+    grace: Annotated[Seconds, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 30.0
     """Most seconds from the request to stop (SIGTERM, SIGUSR2, a file STOP in the run directory) to the end. A step, an
     evaluation or a conversion that takes longer is abandoned, and the run resumes from the last checkpoint."""
 
 
 class WatchdogConfig(Settings):
-    timeout: Annotated[PositiveFloat | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 600.0
+    timeout: Annotated[Seconds | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 600.0
     """Seconds without progress of a rank after which the run ends, and names the stuck rank and its phase. Set-up,
     convert and export have longer deadlines of their own. None: never."""
 
 
 class LogConfig(Settings):
-    every_steps: Annotated[PositiveInt, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 10
+    every_steps: Annotated[Count, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 10
     """Steps between two lines of metrics.jsonl."""
-    interval: Annotated[PositiveFloat, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 5.0
+    interval: Annotated[Seconds, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = 5.0
     """Seconds between two printed lines without a terminal."""
     epoch_format: Annotated[str | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
     """Format of the line after each evaluation, with the fields stage, epoch, epochs and the metrics: "Epoch
@@ -72,7 +83,8 @@ class LogConfig(Settings):
 
 class ProfileConfig(Settings):
     steps: Annotated[
-        list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2, json_schema_extra=MAY_CHANGE_ON_RESUME)
+        list[Annotated[int, Field(ge=0, lt=2**31)]],
+        Field(min_length=2, max_length=2, json_schema_extra=MAY_CHANGE_ON_RESUME),
     ]
     """Optimizer steps [first, last) of each training stage that torch.profiler records."""
 
@@ -85,6 +97,13 @@ class WandbConfig(Settings):
     mode: Annotated[Literal["auto", "online", "offline"], Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = "auto"
     """auto: WANDB_MODE, else online if an API key is configured, else offline."""
     tags: Annotated[list[str], Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = []
+
+
+class FSDPConfig(Settings):
+    wrap: Annotated[Literal["auto"] | list[Match], Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = "auto"
+    """Blocks that are sharded each by itself, by name ("layer?.*") or class ({type: EncoderLayer}); a rank holds one
+    of them whole at a time. What is in none is a block of its own, whole while a step runs. auto: the outermost modules
+    that occur several times by class, such as a transformer's layers."""
 
 
 class DebugConfig(Settings):
@@ -102,21 +121,29 @@ class Config(Settings):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
-    strategy: Annotated[str, Registered(registry.strategies, ("auto",))] = "auto"
-    """auto: single for one process, ddp for several. dp: nn.DataParallel over the visible GPUs of one process.
+    strategy: Annotated[
+        str, Registered(registry.strategies, ("auto",)), Field(json_schema_extra=MAY_CHANGE_ON_RESUME)
+    ] = "auto"
+    """auto: single for one process, ddp for several. dp: nn.DataParallel over the visible GPUs of one process. fsdp:
+    the parameters, gradients and optimizer states of a stage's training in shards over the ranks, by torch's FSDP2.
     accelerate: as set by `accelerate config`."""
+    fsdp: FSDPConfig = FSDPConfig()
+    """For `strategy: fsdp`."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     """bf16, fp16: autocast of forward and loss; parameters stay FP32, and fp16 scales the loss. auto: bf16 if the
     device computes in it, else fp16 on GPUs and fp32 on CPUs; chosen at the first start. With `strategy: accelerate`,
     accelerate's mixed_precision replaces fp32 and auto."""
-    compile: bool = False
-    """torch.compile the model."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile the model in train and qat. auto: in each stage where it saves more time than it takes, if a
+    compiler is there and the model compiles. That is estimated from model, batch, steps and threads, at the first
+    start. Compiled and uncompiled results differ in the last bits: give true or false for equal ones everywhere."""
     sync_batchnorm: bool = False
     """Synchronise BatchNorm over all ranks in `train`, at the cost of two more collectives for each layer and
     micro-batch. qat works with plain BatchNorm."""
-    find_unused_parameters: Annotated[bool, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = False
-    """Look in every step for parameters without a gradient, at the cost of one more collective. It is done anyway where
-    set-up finds such parameters; some that are rarely left out can be missed there."""
+    find_unused_parameters: Annotated[bool | Literal["auto"], Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = "auto"
+    """Look in every step for parameters without a gradient, as of layers that are dropped at random, at the cost of one
+    more collective. auto: where set-up finds such parameters; some that are rarely left out can be missed there. false:
+    never; where set-up finds some, several ranks refuse to train."""
     stages: Annotated[list[Annotated[str, Registered(registry.stages)]], Field(min_length=1)] = [
         "train",
         "ptq",

@@ -1,55 +1,25 @@
-"""Reads YAML 1.2 into plain data and writes it, with the line or option of each value."""
+"""Reads YAML 1.2 into plain data, with the line or option of each value."""
 
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import yaml
 
+from dist_train.config.yaml_text import SCALARS, TAG, BeyondSizes, Loader, comment_in, to_yaml
 from dist_train.errors import Problem, first_line
+from dist_train.untrusted import read_at_most
+
+MOST_BYTES = 256 * 2**10
+"""The most bytes of a configuration."""
+_SMALLER = "a configuration is smaller: put data into a file, and its path into data.args"
 
 Place = tuple[str | int, ...]  # of a value in the tree: ("train", "optim", "lr"), ("data", "augment", 0)
-
-# The core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema). PyYAML implements YAML 1.1, where 1e-3 is
-# a text and `no` a boolean.
-_TAG = "tag:yaml.org,2002:"
-_SCALARS = {
-    "null": re.compile(r"^(?:~|null|Null|NULL|)$"),
-    "bool": re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"),
-    "int": re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"),
-    "float": re.compile(
-        r"^(?:[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
-    ),
-}
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads scalars by the core schema alone."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes a text that YAML 1.1 or 1.2 would read as another type."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _quote_odd_breaks(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    """Writes line breaks of Unicode escaped: PyYAML would fold them, and read back a space."""
-    style = '"' if any(character in text for character in "\x85\u2028\u2029") else None
-    return dumper.represent_scalar(_TAG + "str", text, style=style)
-
-
-_Dumper.add_representer(str, _quote_odd_breaks)
-_Loader.yaml_implicit_resolvers = {}  # without the inherited ones of YAML 1.1
-for _kind, _pattern in _SCALARS.items():
-    _Loader.add_implicit_resolver(_TAG + _kind, _pattern, None)
-    _Dumper.add_implicit_resolver(_TAG + _kind, _pattern, None)
 
 
 def dotted(path: Iterable[str | int]) -> str:
@@ -57,12 +27,31 @@ def dotted(path: Iterable[str | int]) -> str:
     return ".".join(str(key) for key in path)
 
 
-def to_yaml(value: Any, *, one_line: bool = False) -> str:
-    """Returns JSON-like data as YAML, keys in their own order; it reads back equal under YAML 1.1 and 1.2."""
-    text = yaml.dump(
-        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=one_line, width=float("inf")
-    )
-    return text.removesuffix("\n").removesuffix("\n...") if one_line else str(text)
+def read_settings(path: Path) -> dict[str, Any]:
+    """Returns the settings in a file that is a configuration.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds something else, or more than a configuration.
+    """
+    return settings_in(read_at_most(path, MOST_BYTES), str(path))
+
+
+def settings_in(text: bytes, source: str) -> dict[str, Any]:
+    """Returns the settings in the text of a configuration; raises ValueError as `read_settings`.
+
+    source: names the text in messages.
+    """
+    tree = Tree()
+    tree.read_text(text, source)
+    if tree.problems:
+        raise ValueError(tree.problems[0].message)
+    return tree.values
+
+
+def _item(key: str) -> str | int:
+    """Returns the number of a list's item, where a key is one."""
+    return int(key) if key.isdecimal() and len(key) < 10 else key
 
 
 def _misfit(container: Any, key: str | int, at: Place) -> str:
@@ -80,17 +69,6 @@ def _misfit(container: Any, key: str | int, at: Place) -> str:
 def _is_quoted(node: yaml.Node | None, text: str) -> TypeGuard[yaml.ScalarNode]:
     """Tells whether YAML reads the whole text as one text in quotes."""
     return isinstance(node, yaml.ScalarNode) and text[:1] == node.style == text[-1:] and text[:1] in ("'", '"')
-
-
-def _comment(text: str) -> str:
-    """Returns the first comment in a YAML text, or ""."""
-    end = 0
-    for token in yaml.scan(text):
-        skipped = text[end : token.start_mark.index]  # white space and comments
-        if "#" in skipped:
-            return "#" + skipped.partition("#")[2].partition("\n")[0].rstrip()
-        end = token.end_mark.index
-    return ""
 
 
 @dataclass(frozen=True)
@@ -161,14 +139,14 @@ class Tree:
             self.problems.append(Problem(option, "is not a dotted key", hint="for example --train.optim.lr 0.1"))
             return
         known = len(self.problems)
-        place = tuple(int(key) if key.isdecimal() else key for key in keys)
+        place = tuple(map(_item, keys))
         value = self._typed(text, place, option, text_type(place))
         if len(self.problems) > known:
             return
         path: Place = ()
         container: Any = self.values
         for key, following in zip(keys, [*keys[1:], None], strict=True):
-            step: str | int = int(key) if isinstance(container, list) and key.isdecimal() else key
+            step = _item(key) if isinstance(container, list) else key
             misfit = _misfit(container, step, path)
             if misfit:
                 self.problems.append(Problem(".".join(keys), misfit, option))
@@ -209,7 +187,7 @@ class Tree:
         if kind.optional and text in ("null", ""):
             return None
         try:
-            node = yaml.compose(text, Loader=_Loader)
+            node = yaml.compose(text, Loader=Loader)
         except yaml.YAMLError:
             return text
         if kind.or_collection and isinstance(node, yaml.CollectionNode):
@@ -220,7 +198,7 @@ class Tree:
 
     def _without_comments(self, text: str, place: Place, option: str) -> yaml.Node | None:
         node: yaml.Node | None = self._compose(text.encode(), dotted(place), lambda line: option)
-        comment = _comment(text) if node is not None or text.lstrip().startswith("#") else ""
+        comment = comment_in(text) if node is not None or text.lstrip().startswith("#") else ""
         if comment:
             message = f"YAML would drop {comment!r} as a comment"
             quoted = (
@@ -233,7 +211,10 @@ class Tree:
 
     def _compose(self, text: bytes, place: str, source: Callable[[int], str]) -> Any:
         try:
-            return yaml.compose(text, Loader=_Loader)
+            return yaml.compose(text, Loader=Loader)
+        except BeyondSizes as error:
+            self.problems.append(Problem(place, error.problem, source(error.line), _SMALLER))
+            return None
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             reason = getattr(error, "problem", None) or first_line(error)
@@ -272,10 +253,10 @@ class Tree:
 
     def _scalar(self, node: Any, path: Place, here: str) -> Any:
         text = str(node.value)
-        kind = node.tag.removeprefix(_TAG)
+        kind = node.tag.removeprefix(TAG)
         if kind == "str":
             return text
-        if kind not in _SCALARS or not _SCALARS[kind].match(text):
+        if kind not in SCALARS or not SCALARS[kind].match(text):
             self.problems.append(Problem(dotted(path), f"{text!r} cannot have the YAML tag {node.tag}", here))
             return None
         if kind == "null":

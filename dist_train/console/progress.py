@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from dist_train.errors import Problem
+from dist_train.errors import Problem, printable
 
 _MUCH_WAITING = 0.2  # share of the time spent waiting for data, above which it is shown
 
@@ -35,9 +35,10 @@ class Progress:
         self._meter = _Meter()
 
     def say(self, text: str) -> None:
-        """Prints a line of its own."""
+        """Prints a line of its own. Names in it may be anybody's: it is made `printable`."""
         if not self._enabled:
             return
+        text = printable(text)
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
@@ -52,12 +53,18 @@ class Progress:
     def begin(self, title: str, total: int, done: int, score_name: str = "acc") -> None:
         """Starts counting a stage's steps, of which `done` are done; `score_name` is printed before the score."""
         self._score_name = score_name
-        self._title, self._total = title, total
+        self._title, self._total, self._first = title, total, done + 1
         self._meter = _Meter()
         self._last_line = time.monotonic()
         if self._enabled and self._terminal:
             self._bar = tqdm(
-                total=total, initial=done, desc=title, unit="step", file=self._stream, leave=True, dynamic_ncols=True
+                total=total,
+                initial=done,
+                desc=printable(title),
+                unit="step",
+                file=self._stream,
+                leave=True,
+                dynamic_ncols=True,
             )
 
     def step(self, step: int, samples: int, loss: float, score: float, lr: float, data_wait: float = 0.0) -> None:
@@ -85,8 +92,8 @@ class Progress:
                 + (f"waits for data {data_wait:.0%}  " if waiting else "")
                 + f"{left:.0f} s left"
             )
-        # No advice in a stage that is shorter than the interval.
-        if waiting and due and self.data_hint:
+        # No advice in a stage that is shorter than the interval, and none by the first step, which starts what reads.
+        if waiting and due and self.data_hint and step > self._first:
             self.warn(f"{self._title} waits for data {data_wait:.0%} of the time\n  -> {self.data_hint}")
             self.data_hint = ""
 

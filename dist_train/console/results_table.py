@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+from dist_train.errors import printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _ORDER = ("fp32", "bf16", "fp16", "ptq", "fake_quant", "int8")
-_SHARES = ("exact_match", "map", "acc", "precision", "recall")
+_SHARES = ("exact_match", "map", "map50", "acc", "precision", "recall")
 
 
 def result_table(results: dict[str, Any]) -> Table:
     """Makes a table with one row per model: metrics, size and latency; "-" where a value was not measured."""
+    from rich.table import Table
+
     models: dict[str, dict[str, Any]] = results["models"]
     names = sorted(models, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
     metrics = list(
@@ -27,32 +32,44 @@ def result_table(results: dict[str, Any]) -> Table:
     table = Table(title=f"{results['run']}: {results['world_size']} rank{'s' if results['world_size'] > 1 else ''}")
     table.add_column("model")
     for metric in [*metrics, "samples", "KiB", *(f"ms, batch {size}" for size in batches)]:
-        table.add_column(metric, justify="right")
+        table.add_column(printable(metric), justify="right")
     for name in names:
         figures = models[name]
-        row = [_metric(metric, figures.get(metric)) for metric in metrics]
+        row = [shown_metric(metric, figures.get(metric)) for metric in metrics]
         row += [str(figures.get("count", "-")), f"{figures['bytes'] / 1024:,.1f}" if "bytes" in figures else "-"]
         row += [
             f"{figures['latency_ms'][size]:.3f}" if size in figures.get("latency_ms", {}) else "-" for size in batches
         ]
-        table.add_row(name, *row)
+        table.add_row(printable(name), *row)
     return table
 
 
 def print_results(results: dict[str, Any]) -> None:
-    console = Console()
+    print_table(result_table(results))
+    for line in _lines(results):
+        print(printable(line))
+
+
+def print_table(table: Table, width: int = 120) -> None:
+    """Prints a table; where there is no terminal, with this width."""
+    from rich.console import Console
+
+    console = Console(markup=False)  # a name may have brackets
     # A log file has no width: long lines are better than cut words.
-    (console if console.is_terminal else Console(width=120)).print(result_table(results))
+    (console if console.is_terminal else Console(width=width, markup=False)).print(table)
+
+
+def _lines(results: dict[str, Any]) -> Iterator[str]:
+    """Yields the lines under the table."""
     gates = results["gates"].items()
-    for line in _remarks(results):
-        print(line)
+    yield from _remarks(results)
     if runtimes := _runtimes(results["models"]):
-        print(f"latency: {runtimes}, one process")
+        yield f"latency: {runtimes}, one process"
     if gates:
         shown = (f"{gate_name(name, gate)} {gate['value']:.3g} (bound {gate['bound']:g})" for name, gate in gates)
-        print(f"gates passed: {', '.join(shown)}")
+        yield f"gates passed: {', '.join(shown)}"
     for name, reason in results.get("gates_skipped", {}).items():
-        print(f"gate skipped: {name}: {reason}")
+        yield f"gate skipped: {name}: {reason}"
 
 
 def _remarks(results: dict[str, Any]) -> list[str]:
@@ -87,14 +104,15 @@ def _runtimes(models: dict[str, dict[str, Any]]) -> str:
     return "; ".join(f"{', '.join(sorted(names))} in {runtime}" for runtime, names in sorted(ran.items()))
 
 
-def _metric(name: str, value: Any) -> str:
+def shown_metric(name: str, value: Any) -> str:
+    """Formats a metric: shares in percent; "-" for None."""
     if value is None:
         return "-"
     if isinstance(value, int):
         return str(value)
-    return f"{value * 100:.2f} %" if _is_share(name) else f"{value:.4f}"
+    return f"{value * 100:.2f} %" if is_share(name) else f"{value:.4f}"
 
 
-def _is_share(name: str) -> bool:
-    """Tells by its name if a metric is a share: top1, accuracy, mean_iou, f1, exact_match, map."""
+def is_share(name: str) -> bool:
+    """Tells by its name if a metric is a share: top1, accuracy, mean_iou, f1, exact_match, map, map50."""
     return name.startswith("top") or name in _SHARES or name.endswith(("accuracy", "iou", "f1"))

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dist_train.errors import DataError
 from dist_train.run_dir.files import replace_file
+from dist_train.run_dir.leftovers import remove_leftovers
+from dist_train.trees import Tree
 
 _PARTS = ("images", "targets", "ids")
 _TARGETS = (torch.int64, torch.uint8, torch.float32)
@@ -23,14 +25,13 @@ class Batch:
 
     Attributes:
         ids: int64 [B], as stored with the rows.
-        inputs: [B, ...].
-        targets: [B, ...].
+        inputs, targets: tree of tensors [B, ...].
         missing: indices, within the requested rows, of rows that could not be decoded and are left out.
     """
 
     ids: Tensor
-    inputs: Tensor
-    targets: Tensor
+    inputs: Tree
+    targets: Tree
     missing: tuple[int, ...] = ()
 
 
@@ -70,9 +71,10 @@ class ImageArrays:
     def gather(self, rows: npt.NDArray[np.int64] | Tensor) -> Batch:
         """Copies the rows at these indices: int64 [B], each in range(len(self)), else IndexError."""
         index = torch.as_tensor(rows, dtype=torch.int64)
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(self):
-            raise IndexError(f"rows must lie in range({len(self)}), got {int(index.min())}..{int(index.max())}")
-        ids, images, targets = (values.index_select(0, index) for values in (self.ids, self.images, self.targets))
+        try:
+            ids, images, targets = (values.index_select(0, index) for values in (self.ids, self.images, self.targets))
+        except IndexError:
+            raise IndexError(f"rows must lie in range({len(self)}), got {index.min()}..{index.max()}") from None
         return Batch(ids, images, targets)
 
     def write(self, directory: Path) -> str:
@@ -92,6 +94,7 @@ class ImageArrays:
         name = digest.hexdigest()[:32]
         try:
             (directory / name).mkdir(parents=True, exist_ok=True)
+            remove_leftovers(*directory.glob("*/"))  # as large as the dataset, each
             for part, array in parts.items():
                 path = directory / name / f"{part}.npy"
                 if not _holds(path, array):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
+import stat
 import struct
 import warnings
 from pathlib import Path
@@ -16,10 +18,15 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 
-from dist_train.errors import CorruptSampleError, DataError, first_line
+from dist_train.data.jpeg_header import plain_jpeg_size
+from dist_train.errors import CorruptSampleError, DataError, escaped, first_line
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 """Extensions of the image files in a folder. A file's content, not its extension, says how it is decoded."""
+
+MOST_PIXELS = 100_000_000
+"""The most pixels of an image that is read, where nothing else is said: 10,000 x 10,000, about 1 GB while decoded."""
+_MOST_STREAMED = 64 * 2**20  # bytes from a pipe
 
 # Pillow searches them in this order. It knows more formats; some of them start other programs (EPS).
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
@@ -38,31 +45,41 @@ _DAMAGE = (
     TypeError,
     ValueError,
     struct.error,
-    Image.DecompressionBombError,
 )
 _HINT = "repair or remove the file; in training, leave such files out, counted: --data.on_corrupt skip"
 _said: set[str] = set()
 
 
-def read_image(path: Path | str, channels: int = 3) -> Tensor:
+def read_image(path: Path | str, channels: int = 3, most_pixels: int = MOST_PIXELS) -> Tensor:
     """Reads an image file as uint8 [channels, H, W], turned upright as its EXIF data says.
 
     16-bit images are scaled to 8 bits, CMYK is converted, and transparency is dropped unless `channels` is 4. Of an
     animation, the first frame is read, and a warning says so, once in a process.
 
     channels: 1 (gray), 3 (RGB) or 4 (RGB and alpha).
+    most_pixels: limit on width x height, which the file's header gives, and at 2 bytes each on the file's length.
 
     Raises:
         CorruptSampleError: the file holds no image that can be decoded, is a folder or a link that leads nowhere.
-            Or it has more pixels than twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million). The message names the file.
+            Or it is beyond `most_pixels`. The message names the file.
         DataError: the file cannot be read.
     """
-    content = _content(path)
+    content = read_file(path, most_pixels)
     if not content:
         raise CorruptSampleError(f"{path} is empty", _HINT)
     try:
+        plain = plain_jpeg_size(content) if channels != 4 else None
+        if plain is not None and plain[0] * plain[1] <= most_pixels:
+            return _decode_jpeg(content, channels)
+        # Our own limit stands in place of Pillow's, which is twice this number.
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, most_pixels)
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            if image.width * image.height > most_pixels:
+                raise _beyond(path, f"{image.width:,} x {image.height:,} pixels", most_pixels)
             return _decoded(image, content, path, channels)
+    except Image.DecompressionBombError as error:
+        found = re.search(r"\d+ pixels", first_line(error))
+        raise _beyond(path, "a picture" if found is None else found[0], most_pixels) from error
     except UnidentifiedImageError as error:
         reason = "not a JPEG, PNG, GIF, WebP, BMP or TIFF image, or its header is damaged"
         raise CorruptSampleError(f"{path} cannot be decoded: {reason}", _HINT) from error
@@ -78,6 +95,9 @@ def centre(image: Tensor, height: int, width: int, resize: int | None) -> Tensor
     """
     if resize is None:
         return functional.resize(image, [height, width], antialias=True)
+    short, long = sorted(image.shape[1:])
+    if resize * resize * long > MOST_PIXELS * short:  # a line: scaled as a whole it would be cut to its centre only
+        image = functional.center_crop(image, [min(size, 100 * short) for size in image.shape[1:]])
     return functional.center_crop(functional.resize(image, [resize], antialias=True), [height, width])
 
 
@@ -92,10 +112,27 @@ def _reason(error: Exception) -> str:
     return said.rpartition(".cpp:")[2].partition(", ")[2] or said if ".cpp:" in said else said
 
 
-def _content(path: Path | str) -> bytes:
+def _beyond(path: Path | str, size: str, most_pixels: int) -> CorruptSampleError:
+    return CorruptSampleError(
+        f"{path} is too large: {size}, where {most_pixels:,} pixels are the most",
+        "where you trust the file and have the memory: predict --max-pixels N, in training --data.args.max_pixels N; "
+        "to leave such files out, counted: --data.on_corrupt skip",
+    )
+
+
+def read_file(path: Path | str, most_pixels: int = MOST_PIXELS) -> bytes:
+    """Returns the bytes of an image file; raises as `read_image` does where it cannot be read, or is too long."""
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        with open(path, "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            regular = stat.S_ISREG(status.st_mode)
+            most = 2 * most_pixels + 2**20 if regular else _MOST_STREAMED
+            if regular and status.st_size > most:
+                raise _beyond(path, f"{status.st_size:,} bytes", most_pixels)
+            content = file.readall() if regular else io.BufferedReader(file).read(most + 1)
+            if len(content) > most:
+                raise _beyond(path, f"more than {most:,} bytes", most_pixels)
+            return content
     except IsADirectoryError as error:
         raise CorruptSampleError(f"{path} is a folder, not an image", _HINT) from error
     except OSError as error:
@@ -109,12 +146,16 @@ def _decoded(image: Image.Image, content: bytes, path: Path | str, channels: int
         _say_first_frame(image.format or "", path)
     # torchvision decodes JPEG faster. Pillow decodes the rest: damaged PNGs crash torchvision's decoder.
     if image.format in ("JPEG", "MPO") and channels != 4:
-        mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
-        pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=mode)
+        pixels = _decode_jpeg(content, channels)
     else:
         pixels = _by_pillow(image, channels)
     # torchvision finds no EXIF data behind other metadata; Pillow does. It turns TIFF images itself, as it loads them.
     return _upright(pixels, _orientation(image))
+
+
+def _decode_jpeg(content: bytes, channels: int) -> Tensor:
+    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+    return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=mode)
 
 
 def _by_pillow(image: Image.Image, channels: int) -> Tensor:
@@ -151,5 +192,6 @@ def _say_first_frame(format: str, path: Path | str) -> None:
     if format not in _said:
         _said.add(format)
         warnings.warn(
-            f"{path} has several frames: the first is read, of this and of other such {format} files", stacklevel=4
+            f"{escaped(str(path))} has several frames: the first is read, of this and of other such {format} files",
+            stacklevel=4,
         )

@@ -8,9 +8,18 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from dist_train.data.image_file import is_image_name
 from dist_train.errors import DataError
+
+
+class FoundFile(NamedTuple):
+    """An image file: its path under the folder, its size in bytes, and the time of its last change, ns."""
+
+    path: str
+    size: int
+    changed: int
 
 
 @dataclass
@@ -18,12 +27,12 @@ class Listing:
     """The files of a folder, at any depth.
 
     Attributes:
-        files: path under the folder, and size in bytes, sorted. A link that leads nowhere has 0 bytes.
+        files: the image files, sorted by path. A link that leads nowhere has 0 bytes and the time 0.
         dangling: links that lead nowhere.
         others: count of other files, by extension.
     """
 
-    files: list[tuple[str, int]] = field(default_factory=list)
+    files: list[FoundFile] = field(default_factory=list)
     dangling: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
 
@@ -47,7 +56,9 @@ def list_images(folder: Path, root: Path) -> Listing:
                 if not entry.is_symlink():
                     raise _unreadable(entry.path, error) from error
                 found.dangling.append(entry.path)
-                found.files += [(os.path.relpath(entry.path, folder), 0)] if is_image_name(entry.name) else []
+                found.files += (
+                    [FoundFile(os.path.relpath(entry.path, folder), 0, 0)] if is_image_name(entry.name) else []
+                )
                 continue
             if stat.S_ISDIR(status.st_mode):
                 place = (status.st_dev, status.st_ino)
@@ -55,7 +66,8 @@ def list_images(folder: Path, root: Path) -> Listing:
                     seen.add(place)
                     waiting.append(entry.path)
             elif is_image_name(entry.name) and stat.S_ISREG(status.st_mode):
-                found.files.append((os.path.relpath(entry.path, folder), status.st_size))
+                path = os.path.relpath(entry.path, folder)
+                found.files.append(FoundFile(path, status.st_size, status.st_mtime_ns))
             else:
                 found.others[Path(entry.name).suffix or "files without an extension"] += 1
     found.files.sort()

@@ -15,12 +15,13 @@ from dist_train.data.augment.mix import Mix, NoMix
 from dist_train.data.permutation import Permutation, derive_key
 from dist_train.data.rows import Source as Source
 from dist_train.data.sampler import ElasticDistributedSampler, RankSlice, evaluation_slice
-from dist_train.data.workers import seed_everything as seed_everything
+from dist_train.data.seeding import seed_everything as seed_everything
+from dist_train.trees import Tree, map_leaves, rows_of, shapes_of, take
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Inputs and targets of one forward pass.
+    """Inputs and targets of one forward pass: trees of tensors.
 
     Attributes:
         inputs: [B, ...] on the device; the first `rows` are real, the rest run at weight 0.
@@ -28,13 +29,15 @@ class MicroBatch:
         rows: number of real inputs.
         partner_targets: [rows, ...], targets of the rows that mixup or cutmix mixed in; None without mixing.
         weight: share of a row's own pixels, and of its own target's loss; 1 without mixing.
+        spare: True for a pass that only keeps the other ranks company: it has no real inputs and may change nothing.
     """
 
-    inputs: torch.Tensor
-    targets: torch.Tensor
+    inputs: Tree
+    targets: Tree
     rows: int
-    partner_targets: torch.Tensor | None = None
+    partner_targets: Tree | None = None
     weight: float = 1.0
+    spare: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class TrainLoader:
         mix: mixes each row with its partner, the row before it in the global batch (the first row's is the last one).
             The global batch is shuffled, so this is as random as any other choice of partners, and a rank fetches only
             one more row. A row whose partner was left out stays as it is.
+        alike: give every rank as many micro-batches, for ranks that communicate in each of them.
     """
 
     def __init__(
@@ -73,8 +77,10 @@ class TrainLoader:
         sampler: ElasticDistributedSampler,
         micro_batch_size: int | None,
         mix: Mix | NoMix | None = None,
+        alike: bool = False,
     ) -> None:
         self._source = source
+        self._alike = alike
         self._sampler = sampler
         self._micro_batch_size = micro_batch_size
         self._mix = mix or NoMix()
@@ -84,9 +90,31 @@ class TrainLoader:
         return self._sampler.num_steps
 
     @property
+    def samples_per_epoch(self) -> int:
+        """Rows of an epoch, over all ranks; without those of a last batch that is dropped."""
+        return self._sampler.epoch_size
+
+    @property
     def may_leave_out(self) -> bool:
         """True where a step may consume fewer samples than planned."""
         return self._source.skips_corrupt
+
+    def full_passes(self, example: Tree) -> list[Tree]:
+        """Returns inputs in the shapes and memory format of a full step's forward passes, one of each shape.
+
+        example: inputs [B, ...] of the model's shapes, on the device.
+        """
+        piece = self._sampler.rank_slice(0)
+        own = len(piece.ids)
+
+        def expanded(leaf: torch.Tensor) -> torch.Tensor:
+            rows = leaf[:1].expand(own + len(piece.filler), *leaf.shape[1:])
+            arranged: torch.Tensor = self._source.arranged(rows)
+            return arranged.contiguous()
+
+        whole = MicroBatch(map_leaves(expanded, example), torch.zeros(own), own)
+        cut = self._cut(whole, piece.pieces, piece.global_count)
+        return list({shapes_of(micro.inputs): micro.inputs for micro in cut}.values())
 
     def epoch(self, epoch: int, first_step: int, last_step: int) -> Iterator[StepBatch]:
         """Yields the steps first_step .. last_step - 1 of an epoch."""
@@ -97,9 +125,10 @@ class TrainLoader:
             for step in range(first_step, last_step):
                 piece = self._sampler.rank_slice(step)
                 planned.append((step, piece))
-                yield np.concatenate(
-                    [piece.ids, piece.filler, piece.predecessors if self._mix.extra_rows else piece.ids[:0]]
-                )
+                asked = np.concatenate([piece.ids, piece.filler, piece.predecessors])
+                if piece.turns is not None:
+                    asked = asked + piece.turns * len(self._source)
+                yield asked if self._mix.extra_rows else asked[: -len(piece.predecessors)]
 
         for batch in self._source.batches(rows(), epoch):
             step, piece = planned.popleft()
@@ -109,8 +138,10 @@ class TrainLoader:
         if batch.missing or self._mix.extra_rows:
             return self._rearranged(batch, piece, epoch, step)
         own = len(piece.ids)
-        whole = MicroBatch(batch.inputs, batch.targets[:own], own)
-        return StepBatch(batch.ids[:own].tolist(), self._cut(whole, piece.pieces), piece.global_count)
+        whole = MicroBatch(batch.inputs, take(batch.targets, slice(own)), own)
+        return StepBatch(
+            batch.ids[:own].tolist(), self._cut(whole, piece.pieces, piece.global_count), piece.global_count
+        )
 
     def _rearranged(self, batch: Batch, piece: RankSlice, epoch: int, step: int) -> StepBatch:
         """Builds the share from the rows that were decoded: enough copies, and partners mixed in."""
@@ -121,51 +152,65 @@ class TrainLoader:
         # At least two rows: the sampler's filler, else copies of decoded rows.
         given = [row_at[place] for place in there if own <= place < own + len(piece.filler)]
         spare = islice(cycle(given or real or row_at.values()), max(0, 2 - len(real)))
-        inputs = _taken(batch.inputs, [*real, *spare]) if there else self._source.zeros(2)
+        inputs = _taken(batch.inputs, [*real, *spare]) if there else self._source.copies(2)
         targets, partner_targets, weight = _taken(batch.targets, real), None, 1.0
         if real and self._mix.extra_rows:
             before = _places_before(piece.pieces, asked)
             partners = [row_at.get(before[place], row_at[place]) for place in there if place < own]
-            mixed = self._mix(inputs[: len(real)], _taken(batch.inputs, partners), targets, epoch, step)
+            mixed = self._mix(take(inputs, slice(len(real))), _taken(batch.inputs, partners), targets, epoch, step)
             if mixed is not None:
                 rows, weight = mixed
                 inputs, partner_targets = torch.cat([rows, inputs[len(real) :]]), _taken(batch.targets, partners)
         whole = MicroBatch(self._source.arranged(inputs), targets, len(real), partner_targets, weight)
-        left_out = tuple(int(piece.ids[place]) for place in batch.missing if place < own)
+        left_out = tuple(self._source.ids_of(piece.ids)[[place for place in batch.missing if place < own]].tolist())
         ends = accumulate(piece.pieces)
         kept = tuple(
             sum(end - size <= place < end for place in there) for end, size in zip(ends, piece.pieces, strict=True)
         )
-        return StepBatch(_taken(batch.ids, real).tolist(), self._cut(whole, kept), piece.global_count, left_out)
+        cut = self._cut(whole, kept, piece.global_count)
+        return StepBatch(_taken(batch.ids, real).tolist(), cut, piece.global_count, left_out)
 
-    def _cut(self, whole: MicroBatch, given: Sequence[int]) -> list[MicroBatch]:
-        """Cuts a share into micro-batches; `given`: the rows of each, where the sampler made several."""
+    def _cut(self, whole: MicroBatch, given: Sequence[int], planned: int) -> list[MicroBatch]:
+        """Cuts a share into micro-batches.
+
+        Args:
+            given: the rows of each, where the sampler made several.
+            planned: number of samples planned for all ranks.
+        """
         if len(given) > 1:
             return self._given_pieces(whole, given)
-        total = len(whole.inputs)
-        pieces = max(1, -(-total // self._micro_batch_size)) if self._micro_batch_size else 1
-        # Cut evenly: with micro-batches of at least two rows no piece has a single one.
-        pieces = min(pieces, max(1, total // 2))
-        cut = []
+        total = rows_of(whole.inputs)
+        pieces, cut = self._pieces(total), []
         for piece in range(pieces):
             start, end = total * piece // pieces, total * (piece + 1) // pieces
             real = slice(start, start + max(0, min(end, whole.rows) - start))
-            partners = None if whole.partner_targets is None else whole.partner_targets[real]
-            cut.append(
-                MicroBatch(whole.inputs[start:end], whole.targets[real], real.stop - start, partners, whole.weight)
-            )
-        return cut
+            partners = None if whole.partner_targets is None else take(whole.partner_targets, real)
+            inputs, targets = take(whole.inputs, slice(start, end)), take(whole.targets, real)
+            cut.append(MicroBatch(inputs, targets, real.stop - start, partners, whole.weight))
+        return [*self._spare(whole, len(cut), planned), *cut] if self._alike else cut
+
+    def _pieces(self, rows: int) -> int:
+        """Cut evenly: with micro-batches of at least two rows no piece has a single one."""
+        pieces = max(1, -(-rows // self._micro_batch_size)) if self._micro_batch_size else 1
+        return min(pieces, max(1, rows // 2))
+
+    def _spare(self, whole: MicroBatch, own: int, planned: int) -> list[MicroBatch]:
+        """Returns passes for a rank that cuts fewer micro-batches than another."""
+        most = self._pieces(max(2, -(-planned // self._sampler.num_replicas)))
+        inputs, targets = take(whole.inputs, slice(2)), take(whole.targets, slice(0))
+        return [MicroBatch(inputs, targets, 0, spare=True)] * (most - own)
 
     def _given_pieces(self, whole: MicroBatch, rows: Sequence[int]) -> list[MicroBatch]:
         cut, start = [], 0
         for size in rows:
             real = slice(start, start + size)
             # A piece of fewer than two rows is filled with copies, like a whole share.
-            inputs = whole.inputs[real]
+            inputs = take(whole.inputs, real)
             if size < 2:
-                inputs = self._source.arranged(torch.cat([inputs, whole.inputs[: 2 - size]]))
-            partners = None if whole.partner_targets is None else whole.partner_targets[real]
-            cut.append(MicroBatch(inputs, whole.targets[real], size, partners, whole.weight))
+                copies = take(whole.inputs, slice(2 - size))
+                inputs = self._source.arranged(map_leaves(lambda *parts: torch.cat(parts), inputs, copies))
+            partners = None if whole.partner_targets is None else take(whole.partner_targets, real)
+            cut.append(MicroBatch(inputs, take(whole.targets, real), size, partners, whole.weight))
             start += size
         return cut
 
@@ -182,11 +227,15 @@ def _places_before(pieces: Sequence[int], asked: int) -> list[int]:
     return before
 
 
-def _taken(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+def _taken(tree: Tree, rows: list[int]) -> Tree:
     """Selects rows; a view where they are the first ones."""
     if rows == list(range(len(rows))):
-        return tensor[: len(rows)]
-    return tensor.index_select(0, torch.tensor(rows, dtype=torch.int64, device=tensor.device))
+        return take(tree, slice(len(rows)))
+
+    def selected(leaf: torch.Tensor) -> torch.Tensor:
+        return leaf.index_select(0, torch.tensor(rows, dtype=torch.int64, device=leaf.device))
+
+    return map_leaves(selected, tree)
 
 
 class EstimationLoader:

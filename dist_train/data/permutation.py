@@ -20,11 +20,27 @@ _ROUNDS = 10
 _SHIFTS = tuple(np.array([30, 27, 31], np.uint64))
 _FACTORS = tuple(np.array([0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64))
 _HALF = np.uint64(32)
+_TO_53_BITS = np.uint64(11)
 
 
 def derive_key(*parts: int | str) -> int:
     """Derives a 64-bit key from integers and strings: BLAKE2b of their repr, equal on every platform and Python."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+def uniform(counters: npt.ArrayLike, key: int) -> npt.NDArray[np.float64]:
+    """Numbers in [0, 1) as a hash of (counter, key): multiples of 2**-53, the same on every platform.
+
+    A counter-based generator (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011).
+
+    Args:
+        counters: int64, any shape, each at least 0.
+        key: any integer; taken modulo 2**64.
+    """
+    first, second = (np.uint64(derive_key("uniform numbers", key & _MASK, half)) for half in (0, 1))
+    # A second key in the middle: with the first alone, all keys would give shifted copies of one sequence.
+    hashed = _mixed(_mixed(np.asarray(counters, dtype=np.int64).astype(np.uint64) + first) ^ second)
+    return (hashed >> _TO_53_BITS) * 2.0**-53
 
 
 def _mixed(values: _UInt64Array) -> _UInt64Array:

@@ -1,22 +1,27 @@
-"""Stacks items to batches, in a worker process into shared memory; names the items that are not alike."""
+"""Stacks items to batches, in a worker process into shared memory; or has the user's `collate` make them."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import default_collate, get_worker_info
 
 from dist_train.data import shared_memory
+from dist_train.data.alike import columns
 from dist_train.data.arrays import Batch
-from dist_train.data.items import LEAVE_OUT, Failure, Item, item_of, name_of, reading, rows_in, short
-from dist_train.errors import CorruptSampleError, DataError, first_line
+from dist_train.data.items import Failure, Item, inputs_of, reading, targets_of
+from dist_train.data.permutation import derive_key
+from dist_train.data.seeding import seeded
+from dist_train.errors import DataError, first_line
+from dist_train.trees import Tree, leaves, map_leaves, named_leaves, rebuild, take
 
-_TRIED = 16  # items at the start of a dataset that may be corrupt before its first good one
-CheckTargets = Callable[[Tensor], None]
+CheckTargets = Callable[[Tree], None]
+Collate = Callable[[list[Any]], tuple[Any, Any]]
+"""Makes (inputs, targets) of a batch from the items (input, target), as the dataset gives them."""
+_SHOWN = 3  # ids that a message shows
 
 
 class Stack:
@@ -25,11 +30,21 @@ class Stack:
     Args:
         name: of the dataset.
         check_targets: raises DataError for targets [N, ...] that do not suit the task.
+        collate: makes the batch from items as the dataset gives them, instead of stacking tensors of one shape.
+        seed: of the numbers that `collate` draws from the global generators.
     """
 
-    def __init__(self, name: str, check_targets: CheckTargets | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        check_targets: CheckTargets | None = None,
+        collate: Collate | None = None,
+        seed: int = 0,
+    ) -> None:
         self._name = name
         self._check_targets = check_targets
+        self._collate = collate
+        self._seed = seed
 
     def __call__(self, items: Sequence[Item | Failure]) -> tuple[Batch, list[Failure]]:
         """Stacks the items; returns the failures of the others, or one that concerns the whole batch."""
@@ -40,73 +55,93 @@ class Stack:
         if not found:
             return Batch(nothing.long(), nothing, nothing.long(), missing), failures
         try:
-            self._require_alike("inputs", [item.input for item in found], found)
-            self._require_alike("targets", [item.target for item in found], found)
-            self._require_targets(found)
-            return self._stacked(found, missing), failures
+            made = self._stacked if self._collate is None else self._collated
+            return made(found, missing), failures
         except DataError as error:
             return Batch(nothing.long(), nothing, nothing.long(), missing), [*failures, Failure(error)]
 
     def _stacked(self, found: list[Item], missing: tuple[int, ...]) -> Batch:
-        dtype = found[0].target.dtype
-        for item in found:
-            dtype = torch.promote_types(dtype, item.target.dtype)
-        ids, targets = torch.tensor([item.id for item in found]), torch.stack([item.target.to(dtype) for item in found])
+        inputs = columns("inputs", [item.input for item in found], found, self._name)
+        targets = columns("targets", [item.target for item in found], found, self._name)
+        stacked = rebuild(found[0].target, (torch.stack(_of_one_dtype(column)) for column in targets))
+        # Each item's target as it is: one of another dtype makes others of the stacked ones.
+        self._require_targets(stacked, found, (map_leaves(lambda leaf: leaf[None], item.target) for item in found))
+        filled = found[0].batch
+        if filled is not None and missing:
+            filled = filled[[place for place in range(len(filled)) if place not in missing]]
+        # In a worker, default_collate stacks into shared memory.
+        stack = torch.stack if get_worker_info() is None else default_collate
+
+        def batch() -> Tree:
+            return rebuild(found[0].input, map(stack, inputs)) if filled is None else filled
+
+        size = sum(tensor.nbytes for column in inputs for tensor in column)
+        return self._handed_over(found, batch, stacked, missing, size)
+
+    def _collated(self, found: list[Item], missing: tuple[int, ...]) -> Batch:
+        assert self._collate is not None
+        ids = [item.id for item in found]
+        names = ", ".join(map(str, ids[:_SHOWN])) + (" ..." if len(ids) > _SHOWN else "")
+        what = f"the collated batch of items {names} of {self._name}"
+        with (
+            reading(f"collate, of items {names} of {self._name}", "correct Splits.collate"),
+            # The numbers that it draws depend on the batch alone, and leave those of a stream as they are.
+            seeded(derive_key("collate", self._seed, found[0].epoch, ids[0], len(ids))),
+        ):
+            given: object = self._collate([(item.input, item.target) for item in found])
+        if not (isinstance(given, (tuple, list)) and len(given) == 2):
+            message = f"{what} is a {type(given).__name__}, not a pair (inputs, targets)"
+            raise DataError(message, "return (inputs, targets) from collate")
+        inputs, targets = inputs_of(given[0], what), targets_of(given[1], what)
+        for part, tree in (("inputs", inputs), ("targets", targets)):
+            for name, leaf in named_leaves(tree, part):
+                if leaf.shape[:1] != (len(found),):
+                    raise DataError(
+                        f"{name} of {what} has shape {list(leaf.shape)}, for {len(found)} items",
+                        "give each leaf a row for each item, as its leading dimension",
+                    )
+        self._require_targets(targets, found, (take(targets, slice(row, row + 1)) for row in range(len(found))))
+        return self._handed_over(found, lambda: inputs, targets, missing, sum(each.nbytes for each in leaves(inputs)))
+
+    def _handed_over(
+        self, found: list[Item], inputs: Callable[[], Tree], targets: Tree, missing: tuple[int, ...], size: int
+    ) -> Batch:
+        ids = torch.tensor([item.id for item in found])
         if get_worker_info() is None:
-            return Batch(ids, torch.stack([item.input for item in found]), targets, missing)
+            return Batch(ids, inputs(), targets, missing)
         try:
-            # In a worker, default_collate stacks into shared memory. The others are moved there now: left to the
-            # worker's queue, an error would lose the batch, and the rank would wait for it for ever.
-            inputs = default_collate([item.input for item in found])
-            return Batch(ids.share_memory_(), inputs.share_memory_(), targets.share_memory_(), missing)
+            # Moved to shared memory now: left to the worker's queue, an error would lose the batch, and the rank would
+            # wait for it for ever.
+            ready, targets = (map_leaves(Tensor.share_memory_, tree) for tree in (inputs(), targets))
+            return Batch(ids.share_memory_(), ready, targets, missing)
         except (RuntimeError, OSError) as error:
-            size = sum(item.input.nbytes for item in found)
             raise no_shared_memory(error, f"a batch of {len(found)} items of {self._name}", size) from error
 
-    def _require_alike(self, what: str, tensors: list[Tensor], items: list[Item]) -> None:
-        """Raises DataError where shapes differ, or inputs of two dtypes would be mixed; names two items."""
-        shapes = [tuple(tensor.shape) for tensor in tensors]
-        if len(set(shapes)) > 1:
-            hint = "give the targets of all items one shape"
-            if what == "inputs":
-                hint = "give all items one shape, for example by torchvision.transforms.v2.Resize((height, width))"
-                if len({shape[1:] for shape in shapes}) == 1 and {shape[0] for shape in shapes} <= {1, 3, 4}:
-                    hint = 'give all images the same channels, for example by image.convert("RGB")'
-            raise self._unlike(what, "shapes", [str(list(shape)) for shape in shapes], items, hint)
-        dtypes = [short(tensor.dtype) for tensor in tensors]
-        if what == "inputs" and len(set(dtypes)) > 1:
-            hint = "give all items one dtype: uint8 images, which are normalized here, or finished floats"
-            raise self._unlike(what, "dtypes", dtypes, items, hint)
-
-    def _unlike(self, what: str, kind: str, values: list[str], items: list[Item], hint: str) -> DataError:
-        usual = Counter(values).most_common(1)[0][0]
-        odd = next(place for place, value in enumerate(values) if value != usual)
-        pair = sorted((odd, values.index(usual)), key=lambda place: items[place].id)
-        ids, said = (" and ".join(str(part) for part in parts) for parts in _unzipped(pair, values, items))
-        return DataError(f"items {ids} of {self._name} are not alike: their {what} have {kind} {said}", hint)
-
-    def _require_targets(self, items: list[Item]) -> None:
-        """Checks the batch's targets at once, and names the first item that does not suit."""
+    def _require_targets(self, targets: Tree, items: list[Item], rows: Iterable[Tree]) -> None:
+        """Checks the batch's targets at once, and names the first item that does not suit; `rows`: of each alone."""
         if self._check_targets is None:
             return
         try:
-            self._check(torch.stack([item.target for item in items]))
+            self._check(targets)
         except DataError as whole:
-            for item in items:
+            for row, item in zip(rows, items, strict=True):
                 try:
-                    self._check(item.target[None])
+                    self._check(row)
                 except DataError as error:
                     raise DataError(f"item {item.id} of {self._name}: {error.message}", error.hint) from error.__cause__
             raise DataError(f"items of {self._name}: {whole.message}", whole.hint) from whole.__cause__
 
-    def _check(self, targets: Tensor) -> None:
+    def _check(self, targets: Tree) -> None:
         assert self._check_targets is not None
         with reading("check_targets of the task"):
             self._check_targets(targets)
 
 
-def _unzipped(places: list[int], values: list[str], items: list[Item]) -> tuple[list[int], list[str]]:
-    return [items[place].id for place in places], [values[place] for place in places]
+def _of_one_dtype(tensors: list[Tensor]) -> list[Tensor]:
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 def no_shared_memory(error: BaseException, what: str, size: int) -> DataError:
@@ -126,26 +161,3 @@ def too_many_files(error: BaseException) -> DataError:
         f"worker processes cannot hand over their batches, as too many files are open: {first_line(error)}",
         "ulimit -n 65536, and close files in __getitem__; or --data.workers 0",
     )
-
-
-def first_batch(dataset: Dataset[Any], check_targets: CheckTargets | None = None) -> Batch | None:
-    """Reads the first item as a batch of one, at set-up. Leaves out items that cannot be decoded.
-
-    Returns:
-        None where none of the first items can be decoded.
-
-    Raises:
-        DataError: the item cannot be read, or does not suit; names dataset and item.
-    """
-    name = name_of(dataset)
-    for index in range(min(_TRIED, 1 if isinstance(dataset, IterableDataset) else rows_in(dataset))):
-        try:
-            with reading(f"item {index} of {name}", LEAVE_OUT):
-                given = next(iter(dataset)) if isinstance(dataset, IterableDataset) else dataset[index]
-        except CorruptSampleError:
-            continue
-        batch, failures = Stack(name, check_targets)([item_of(index, given, dataset)])
-        for failure in failures:
-            failure.throw()
-        return batch
-    return None

@@ -33,30 +33,31 @@ PROMISE = (
 
 
 def read_stream(
-    dataset: IterableDataset[Any], rows: list[np.ndarray], seed: int, epoch: int, stack: Stack
+    dataset: IterableDataset[Any], rows: list[np.ndarray], seed: int, epoch: int, stack: Stack, raw: bool = False
 ) -> Iterator[tuple[Batch, list[Failure]]]:
     """Yields a batch for each array of stream indices, read by a worker process.
 
     Args:
         rows: int64 [B] each; all indices of one array are larger than those of the array before.
         epoch: a training epoch, or EVALUATION.
+        raw: items are left as the dataset gives them, for a `collate`.
     """
     # No batch size: the dataset makes the batches itself.
-    loader = DataLoader(
-        _Batches(dataset, rows, seed, epoch, stack), batch_size=None, num_workers=1, worker_init_fn=ignore_in_worker
-    )
+    batches = _Batches(dataset, rows, seed, epoch, stack, raw)
+    loader = DataLoader(batches, batch_size=None, num_workers=1, worker_init_fn=ignore_in_worker)
     return received(lambda: iter(loader))
 
 
 class _Batches(IterableDataset[Any]):
     def __init__(
-        self, dataset: IterableDataset[Any], rows: list[np.ndarray], seed: int, epoch: int, stack: Stack
+        self, dataset: IterableDataset[Any], rows: list[np.ndarray], seed: int, epoch: int, stack: Stack, raw: bool
     ) -> None:
         self._dataset = dataset
         self._rows = rows
         self._seed = seed
         self._epoch = epoch
         self._stack = stack
+        self._raw = raw
 
     def __iter__(self) -> Iterator[tuple[Batch, list[Failure]]]:
         try:
@@ -71,7 +72,7 @@ class _Batches(IterableDataset[Any]):
             found: dict[int, Item] = {}
             for place, given in stream:
                 if place in wanted:
-                    found[place] = item_of(place, given, self._dataset)
+                    found[place] = item_of(place, given, self._dataset, self._raw, self._epoch)
                 if place == last:
                     break
             else:

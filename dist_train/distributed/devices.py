@@ -9,29 +9,35 @@ import torch
 from dist_train.errors import SetupError
 
 
-def choose_device(requested: str, local_rank: int, local_world_size: int) -> torch.device:
+def visible_gpus() -> int:
+    """Returns the number of GPUs that torch shows this process."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def choose_device(requested: str, local_rank: int, visible: int, hidden_by: str | None = None) -> torch.device:
     """Returns the device of a rank.
 
-    A rank that sees fewer GPUs than its node has ranks uses its first: launchers such as `srun --gpus-per-task=1` show
-    each rank its own GPU as number 0. `check_addresses` compares the ranks' GPUs, by `gpu_identity`.
+    Where a rank sees fewer GPUs than its node has ranks, each has some of its own (`srun --gpus-per-task=1` shows each
+    task one, as number 0) or some share one. A rank cannot tell which: `check_addresses` compares all ranks' GPUs, by
+    `gpu_identity`. The number is the one that accelerate and DeviceMesh choose.
 
     Args:
         requested: `run.device`: "auto", "cpu" or "cuda".
+        visible: number of GPUs that this process sees, of `visible_gpus`.
+        hidden_by: value of CUDA_VISIBLE_DEVICES, for the error.
 
     Raises:
-        SetupError: CUDA is requested, and torch sees no CUDA device.
+        SetupError: CUDA is requested, and no GPU is visible.
     """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if requested == "cuda" and count == 0:
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if requested == "cuda" and visible == 0:
         raise SetupError(
             "run.device is cuda, but torch sees no CUDA devices"
-            + (f": CUDA_VISIBLE_DEVICES is {hidden!r}" if hidden is not None else ""),
+            + (f": CUDA_VISIBLE_DEVICES is {hidden_by!r}" if hidden_by is not None else ""),
             "--run.device auto; dist-train doctor says what is missing",
         )
-    if requested == "cpu" or count == 0:
+    if requested == "cpu" or visible == 0:
         return torch.device("cpu")
-    return torch.device("cuda", local_rank if count >= local_world_size else 0)
+    return torch.device("cuda", local_rank % visible)
 
 
 def gpu_identity(device: torch.device) -> str:

@@ -5,35 +5,41 @@ from __future__ import annotations
 import gc
 import os
 import sys
-import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from queue import Empty, Queue
+from threading import Thread
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from dist_train.cluster.rank_plan import RankPlan, detect
+from dist_train.cluster.error_notes import tell_agent
+from dist_train.cluster.rank_plan import RankPlan, Source, detect
 from dist_train.cluster.slurm_lists import show_hostnames
 from dist_train.config.tree import RunConfig
-from dist_train.distributed.devices import choose_device, gpu_identity
+from dist_train.distributed.devices import choose_device, gpu_identity, visible_gpus
 from dist_train.distributed.preflight import check_interfaces, find_rank_0, hosts_store
 from dist_train.distributed.rank_addresses import check_addresses, rank_address
-from dist_train.distributed.world import FAREWELL_SECONDS, World
+from dist_train.distributed.watchdog.stop_signals import StopRequest
+from dist_train.distributed.world import FAREWELL_SECONDS, World, outcome
 from dist_train.errors import PeerError, Preempted, SetupError, first_line, in_words
 
 T = TypeVar("T")
 _FORMING_SECONDS = 300.0
 _ANSWER_SECONDS = 15.0  # generous: a store answers at once, even on a busy node
+_STOP_SECONDS = 0.1  # between looks for a request to stop
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 @contextmanager
-def join(run: RunConfig, check_collectives: bool = False) -> Iterator[World]:
+def join(
+    run: RunConfig, check_collectives: bool = False, stop: StopRequest | None = None, at_least: float = 0.0
+) -> Iterator[World]:
     """Forms the process group, yields the world, and closes the group.
 
     An error in the body is reported to the other ranks. If it is only the consequence of another rank's failure, a
@@ -42,8 +48,11 @@ def join(run: RunConfig, check_collectives: bool = False) -> Iterator[World]:
     Args:
         check_collectives: compares operation, shape and dtype of each collective over the ranks, which is slow. If they
             differ, torch raises RuntimeError on every rank, as with TORCH_DISTRIBUTED_DEBUG=DETAIL.
+        stop: ends the wait for the other ranks, before there is anything to save.
+        at_least: seconds that a wait for another rank may take even if `run.timeout` is shorter.
 
     Raises:
+        Preempted: `stop` was requested before the ranks had met.
         SetupError: environment variables contradict each other, devices are missing (both before any rank waits for
             another), or ranks are missing.
     """
@@ -51,7 +60,7 @@ def join(run: RunConfig, check_collectives: bool = False) -> Iterator[World]:
     try:
         if check_collectives:
             dist.set_debug_level(dist.DebugLevel.DETAIL)
-        world = _form(run)
+        world = _form(run, max(run.timeout, at_least), stop or StopRequest())
     finally:
         dist.set_debug_level(level)
     try:
@@ -86,12 +95,11 @@ def _end_in_failure(world: World, error: BaseException) -> None:
             traceback.clear_frames(seen.__traceback__)
             seen = seen.__cause__ or seen.__context__
         gc.collect()
-        release = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        release = Thread(target=dist.destroy_process_group, daemon=True)
         release.start()
         release.join(FAREWELL_SECONDS)
     _while_it_answers(world, world.take_leave)
-    if "TORCHELASTIC_ERROR_FILE" in os.environ and not isinstance(error, PeerError):
-        get_error_handler().record_exception(error)  # torchrun then shows this error as the root cause
+    tell_agent(f"dist-train: {error}", os.environ, echo=isinstance(error, PeerError))
 
 
 def _while_it_answers(world: World, question: Callable[[], T]) -> T | None:
@@ -135,54 +143,74 @@ def _require_store(plan: RankPlan) -> None:
             dist.TCPStore(plan.master_addr, plan.master_port, is_master=False, timeout=limit, wait_for_workers=False)
             outcome.append(True)
 
-    asking = threading.Thread(target=connect, daemon=True)
+    asking = Thread(target=connect, daemon=True)
     asking.start()
     asking.join(_ANSWER_SECONDS)
     if not outcome:
         raise plan.port_taken()
 
 
-def _without_own_gpu(requested: str, shared: str, rank: int) -> torch.device:
+def without_own_gpu(requested: str, shared: str, source: Source, rank: int) -> torch.device:
     """Returns the CPU, for all ranks, as two of them would share a GPU.
 
     Raises:
-        SetupError: CUDA is requested.
+        SetupError: CUDA is requested, or the ranks are tasks of a Slurm job, whose GPUs would lie idle.
     """
+    if source == "slurm":
+        hint = "srun --gpus-per-task=1 (or --gpus-per-node, as many as tasks); --run.device cpu to train on CPUs"
+        raise SetupError(shared, hint)
     if requested == "cuda":
-        raise SetupError(shared, "a rank for each GPU: torchrun --nproc_per_node GPUS, srun --gpus-per-task=1")
+        raise SetupError(shared, "a rank for each GPU: torchrun --nproc_per_node GPUS, mpirun -n GPUS")
     if rank == 0:
         print(f"dist-train: {shared}; all ranks use the CPU", file=sys.stderr, flush=True)
     return torch.device("cpu")
 
 
-def _form(run: RunConfig) -> World:
-    plan = detect(os.environ, show_hostnames)
-    os.environ.update(plan.variables())
-    plan.require_free_port()
-    rank, local_rank = plan.rank, plan.local_rank
-    world_size, local_world_size = plan.world_size, plan.local_world_size
-    device = choose_device(run.device, local_rank, local_world_size)
+def _unless_stopped(stop: StopRequest, work: Callable[[], T]) -> T:
+    """Returns the result of `work`, which waits in C code, where no signal handler of Python runs.
+
+    Raises:
+        Preempted: `stop` was requested. The thread with the work ends with the process.
+    """
+    answer: Queue[Future[T]] = Queue()
+    Thread(target=lambda: answer.put(outcome(work)), daemon=True).start()
+    while True:
+        with suppress(Empty):
+            return answer.get(timeout=_STOP_SECONDS).result()
+        if stop.requested:
+            raise Preempted(f"asked to stop ({stop.reason}) before the ranks had met: nothing was begun")
+
+
+def _meet(run: RunConfig, seconds: float, plan: RankPlan, device: torch.device) -> tuple[dist.Store, torch.device]:
+    """Waits for the other ranks and forms the process group; returns its store, and the device that this rank can use.
+
+    Raises:
+        SetupError: the ranks do not meet.
+    """
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world_size == 1:
-        return World(rank, local_rank, world_size, local_world_size, device, run.timeout)
-    check_interfaces(os.environ, device.type == "cuda")
+        torch.cuda.set_device(device)  # of this thread
     find_rank_0(plan, os.environ, lambda sentence: print(f"dist-train: {sentence}", file=sys.stderr, flush=True))
     if not hosts_store(plan, os.environ):
         _require_store(plan)
-    timeout = timedelta(seconds=run.timeout)
+    timeout = timedelta(seconds=seconds)
     # The store is created first because ranks wait on it while rank 0 works alone. Under torchrun on one node, the
     # agent hosts it.
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=_FORMING_SECONDS)))
+        store, _, _ = next(
+            dist.rendezvous("env://", plan.rank, plan.world_size, timeout=timedelta(seconds=_FORMING_SECONDS))
+        )
         store.set_timeout(timeout)
         mine = rank_address(plan, os.environ, gpu_identity(device))
-        shared = check_addresses(store, mine, world_size, _FORMING_SECONDS)
+        shared = check_addresses(store, mine, plan.world_size, _FORMING_SECONDS)
         if shared:
-            device = _without_own_gpu(run.device, shared, rank)
+            device = without_own_gpu(run.device, shared, plan.source, plan.rank)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend, store=dist.PrefixStore("dist_train", store), rank=rank, world_size=world_size, timeout=timeout
+            backend,
+            store=dist.PrefixStore("dist_train", store),
+            rank=plan.rank,
+            world_size=plan.world_size,
+            timeout=timeout,
         )
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -190,10 +218,26 @@ def _form(run: RunConfig) -> World:
         if "EADDRINUSE" in reason and hosts_store(plan, os.environ):
             raise plan.port_taken() from error
         raise SetupError(
-            f"the {world_size} ranks did not meet at {where}: {reason}",
+            f"the {plan.world_size} ranks did not meet at {where}: {reason}",
             "start all ranks, on nodes that reach each other; to use another port, set MASTER_PORT",
         ) from error
-    world = World(rank, local_rank, world_size, local_world_size, device, run.timeout)
+    return store, device
+
+
+def _form(run: RunConfig, timeout: float, stop: StopRequest) -> World:
+    plan = detect(os.environ, show_hostnames)
+    os.environ.update(plan.variables())
+    plan.require_free_port()
+    rank, local_rank = plan.rank, plan.local_rank
+    world_size, local_world_size = plan.world_size, plan.local_world_size
+    device = choose_device(run.device, local_rank, visible_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        return World(rank, local_rank, world_size, local_world_size, device, timeout)
+    check_interfaces(os.environ, device.type == "cuda")
+    store, device = _unless_stopped(stop, lambda: _meet(run, timeout, plan, device))
+    world = World(rank, local_rank, world_size, local_world_size, device, timeout)
     world.store = store
     world.nonce = "".join(world.gather(uuid.uuid4().hex)[:1])
     kinds = world.gather(device.type)

@@ -17,13 +17,32 @@ import torch
 import torch.distributed as dist
 
 from dist_train.distributed.polling import attempts
-from dist_train.distributed.watchdog.heartbeat import Heartbeat, Phase
+from dist_train.distributed.watchdog.heartbeat import VERDICT_SECONDS, Heartbeat, Phase
 from dist_train.distributed.watchdog.stop_signals import StopRequest
-from dist_train.errors import ForeignError, PeerError
+from dist_train.errors import ForeignError, PeerError, SetupError
 
 T = TypeVar("T")
-_WATCHDOG_SECONDS = 20.0  # upper bound from detecting a stuck rank to the end of the run
+_NO, _YES = 1.25, 2.5  # numbers that a collective of a user's own is unlikely to have
 FAREWELL_SECONDS = 5.0  # how long rank 0 keeps the store it hosts open for the other ranks at the end
+
+
+_OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+@dataclass(frozen=True)
+class Reducing:
+    """An all-reduce under way, of `World.start_all_reduce`."""
+
+    tensor: torch.Tensor
+    work: dist.Work | None
+    heartbeat: Heartbeat
+
+    def wait(self) -> torch.Tensor:
+        """Waits for the other ranks (on CUDA: lets the device wait) and returns the reduced tensor."""
+        if self.work is not None:
+            with self.heartbeat.within("collective"):
+                self.work.wait()
+        return self.tensor
 
 
 @dataclass
@@ -34,11 +53,12 @@ class World:
         rank: 0 .. world_size - 1 over all nodes.
         local_rank: 0 .. local_world_size - 1 on this node.
         device: the device of this rank's model.
-        timeout: seconds after which a wait for another rank fails.
+        timeout: seconds after which a wait for another rank fails, unless the watchdog ends the run before.
         nonce: random prefix of the store's keys, agreed at start, so that keys of an earlier attempt are never read.
         store: the process group's store; None with one rank, or once it no longer answers.
         heartbeat: progress record that the watchdog reads.
         stop: records whether this rank was asked to stop. The ranks agree on it before any of them stops.
+        failing: True once work beside the loop has failed. The ranks then stop as if one was asked to, and learn why.
     """
 
     rank: int = 0
@@ -51,6 +71,7 @@ class World:
     store: dist.Store | None = None
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     stop: StopRequest = field(default_factory=StopRequest)
+    failing: bool = False
     _waits: int = 0
 
     @property
@@ -74,8 +95,13 @@ class World:
         """Reduces `tensor` over all ranks in place and returns it. Collective."""
         if self.world_size > 1:
             with self.heartbeat.within("collective"):
-                dist.all_reduce(tensor, op=dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX)
+                dist.all_reduce(tensor, op=_OPERATIONS[operation])
         return tensor
+
+    def start_all_reduce(self, tensor: torch.Tensor, operation: Literal["sum", "max"]) -> Reducing:
+        """Starts to reduce `tensor` over all ranks in place; it may not be touched before `wait`. Collective."""
+        work = dist.all_reduce(tensor, op=_OPERATIONS[operation], async_op=True) if self.world_size > 1 else None
+        return Reducing(tensor, work, self.heartbeat)
 
     def gather(self, value: T) -> list[T]:
         """Returns every rank's value, in rank order. Pickles the values, so use it for small ones only. Collective."""
@@ -149,7 +175,7 @@ class World:
             return result
         # When both time out together, the watchdog's error should come first: it names the phase of each rank.
         watched = 0 < self.heartbeat.limit <= deadline
-        self._wait(key, leader, what, deadline + _WATCHDOG_SECONDS if watched else deadline)
+        self._wait(key, leader, what, deadline + VERDICT_SECONDS if watched else deadline)
         received = json.loads(self.asked(partial(self.store.get, key)))
         if "error" in received:
             raise PeerError(f"rank {leader} failed: {received['error']}")
@@ -168,15 +194,28 @@ class World:
         )
 
     def stop_wanted(self) -> bool:
-        """Tells whether this rank was asked to stop, by a signal or by its watcher (which sees the file STOP)."""
+        """Tells whether this rank wants all to stop.
+
+        It was asked to, by a signal or by its watcher (which sees the file STOP), or it is `failing`.
+        """
         if not self.stop.requested and self.heartbeat.stop_reason:
             self.stop.ask(self.heartbeat.stop_reason)
-        return self.stop.requested
+        return self.stop.requested or self.failing
 
     def stop_agreed(self) -> bool:
-        """Tells whether any rank was asked to stop. Collective; a training step carries the flag in its reduction."""
-        wanted = torch.full((1,), float(self.stop_wanted()), device=self.device)
-        return bool(self.all_reduce(wanted, "max"))
+        """Tells whether any rank was asked to stop. Collective; a training step carries the flag in its reduction.
+
+        Raises:
+            SetupError: what came back is no answer: another rank calls another collective.
+        """
+        wanted = torch.full((1,), _YES if self.stop_wanted() else _NO, device=self.device)
+        answer = float(self.all_reduce(wanted, "max"))
+        if answer not in (_YES, _NO):
+            raise SetupError(
+                "the ranks call different collectives: a model, a dataset or a task calls one on some ranks only",
+                "call it on all ranks, or on none; --debug.collectives true names the call",
+            )
+        return answer == _YES
 
     def asked(self, question: Callable[[], T], seconds: float | None = None) -> T:
         """Calls `question`, which reads the store, in a thread, and returns its result.
@@ -191,7 +230,7 @@ class World:
             PeerError: no answer in time. `store` is then set to None, so later calls do not wait again.
         """
         answers: Queue[Future[T]] = Queue()
-        Thread(target=lambda: answers.put(_outcome(question)), daemon=True).start()
+        Thread(target=lambda: answers.put(outcome(question)), daemon=True).start()
         try:
             return answers.get(timeout=self.timeout if seconds is None else seconds).result()
         except Empty:
@@ -253,14 +292,14 @@ class World:
             return  # the process that hosts the store has ended
 
 
-def _outcome(question: Callable[[], T]) -> Future[T]:
+def outcome(question: Callable[[], T]) -> Future[T]:
     """Returns a future with the result of `question`, or with the error it raised."""
-    outcome: Future[T] = Future()
+    found: Future[T] = Future()
     try:
-        outcome.set_result(question())
+        found.set_result(question())
     except BaseException as error:  # raised in the thread that reads the future
-        outcome.set_exception(error)
-    return outcome
+        found.set_exception(error)
+    return found
 
 
 def _in_a_line(error: BaseException) -> str:

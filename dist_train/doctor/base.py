@@ -39,10 +39,11 @@ class Subject:
 
     Attributes:
         run_dir: the run directory.
-        wanted: backend, formats and trackers of the configuration: it is bad, not a warning, where they fail.
+        wanted: backend, formats, runtimes and trackers of the configuration: it is bad, not a warning, where they fail.
         device: run.device.
         workers: worker processes of a node that read data; 0 where they are not known.
         batch_bytes: bytes of a batch of one of them; 0 where they are not known.
+        deep: True where each export format is tried, not only those that are wanted.
     """
 
     run_dir: str = "runs"
@@ -50,10 +51,17 @@ class Subject:
     device: str = "auto"
     workers: int = 0
     batch_bytes: int = 0
+    deep: bool = False
 
     def lacking(self, name: str, text: str, hint: str) -> Line:
         """Returns a warning, or a bad line where the configuration asks for `name`."""
         return bad(text, hint) if name in self.wanted else warning(text, hint)
+
+    def untried(self, name: str) -> Line | None:
+        """Returns a line instead of a trial that takes long, where nobody asks for `name`."""
+        if self.deep or name in self.wanted:
+            return None
+        return good(f"{name}: installed; dist-train doctor --deep tries it on a small model")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from dist_train.config.tree import Config
 from dist_train.doctor.base import Line, Section, Subject, bad, exit_code, good, summary, warning
@@ -14,18 +14,19 @@ from dist_train.doctor.checks import examine
 from dist_train.errors import EXIT_CONFIG, ConfigError, DistTrainError
 
 
-def diagnose(words: Sequence[str], names: Sequence[str], as_json: bool) -> int:
+def diagnose(words: Sequence[str], names: Sequence[str], as_json: bool, deep: bool) -> int:
     """Prints the sections, and returns the worst line's exit code.
 
     Args:
         words: a configuration and its options, or nothing.
         names: names of sections, of `checks.SECTIONS`.
+        deep: True to try each export format, not only those of the configuration.
     """
     subject, sections = Subject(), []
     if words:
         subject, lines = _configuration(words)
         sections.append(Section("configuration", tuple(lines)))
-    asyncio.run(_show(subject, names, sections, as_json))
+    asyncio.run(_show(replace(subject, deep=deep), names, sections, as_json))
     if as_json:
         print(json.dumps({"exit_code": exit_code(sections), "sections": [asdict(each) for each in sections]}, indent=2))
     else:
@@ -60,7 +61,8 @@ def _configuration(words: Sequence[str]) -> tuple[Subject, list[Line]]:
     except DistTrainError as error:
         return Subject(), [bad(error.message, error.hint, error.exit_code)]
     config = loaded.config
-    wanted = (config.qat.backend, *config.export.formats, *config.trackers)
+    compiled = ("inductor",) if config.compile is True else ()
+    wanted = (config.qat.backend, *config.export.formats, *compiled, *config.trackers)
     lines = [warning(f"{each.place}: {each.message}", each.hint) for each in loaded.warnings]
     lines.append(good(f"{words[0]} is right: {', '.join(config.stages)} in {config.run_dir}"))
     subject = Subject(str(config.run_dir), wanted, config.run.device, *_worker_batches(config))

@@ -7,6 +7,7 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+from dist_train.cluster.instructions import WITHOUT_VNNI, sums_overflow
 from dist_train.data.shared_memory import HINT, PREFETCH, SHM, described, mebibytes, needed, sizes
 from dist_train.doctor.base import Line, Subject, good, warning
 
@@ -44,6 +45,9 @@ def check_limits(subject: Subject) -> Iterator[Line]:
     else:
         yield good(text)
     yield _cores()
+    if sums_overflow():
+        hint = "--qat.engine x86 for int8 models that run on CPUs like this one"
+        yield warning(f"int8 in ONNX Runtime and OpenVINO: {WITHOUT_VNNI}", hint)
 
 
 def _cores() -> Line:

@@ -22,6 +22,8 @@ _OPTIONAL = {
     "executorch": "executorch",
     "tensorboard": "tensorboard",
     "timm": "timm",
+    "transformers": "hf",
+    "datasets": "hf",
     "scikit-learn": "quickstart",
 }
 _LEAST_PYTHON = (3, 10)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dist_train.artifact.load import load_artifact
+from dist_train.artifact.pixel_input import pixel_input
 from dist_train.artifact.store import verify_artifact
 from dist_train.console.results_table import print_results
 from dist_train.distributed.process_group import join
 from dist_train.errors import RunDirError
+from dist_train.finished_run.models import model_names
 from dist_train.finished_run.open import FinishedRun, as_trained, described_by, reopen
 from dist_train.models.half_precision import HalfModel
-from dist_train.pipeline.set_up import open_session
-from dist_train.programs.program import open_program
+from dist_train.programs.program import Call, open_program
 from dist_train.stages.context import Context
 from dist_train.stages.int8_evaluation import evaluate_int8
 from dist_train.training.evaluate import evaluate
@@ -40,12 +39,9 @@ def evaluate_run(
     """
     run = reopen(run_dir, overrides)
     with join(run.config.run) as world:
-        session = open_session(
-            run.config, run.paths, world, threads=run.threads, precision=run.precision, show=not as_json
-        )
-        context = session.build()
+        context = run.session(world, show=not as_json).build()
         models = {}
-        for name in [model] if model is not None else _of_run(run):
+        for name in [model] if model is not None else model_names(run):
             label, metrics = _evaluate(name, run, context)
             models[label] = metrics
         results = {
@@ -61,11 +57,6 @@ def evaluate_run(
             else:
                 print_results(results)
     return results
-
-
-def _of_run(run: FinishedRun) -> list[str]:
-    stages = {"train": "fp32", "half": "half", "convert": "int8"}
-    return [name for stage, name in stages.items() if stage in run.stages]
 
 
 def _evaluate(name: str, run: FinishedRun, context: Context) -> tuple[str, dict[str, Any]]:
@@ -85,14 +76,21 @@ def _evaluate(name: str, run: FinishedRun, context: Context) -> tuple[str, dict[
     if name == "int8" or not Path(name).exists():
         raise RunDirError(
             f"{run.paths.path} has no model {name!r}, and there is no file of that name",
-            f"choose one of {', '.join(_of_run(run))}; or give the path of an artifact",
+            f"choose one of {', '.join(model_names(run))}; or give the path of an artifact",
         )
-    call, manifest = load_artifact(name)
+    call, manifest = _of_artifact(name)
     return name, evaluate_int8(as_trained(context, described_by(manifest), whole_shape=True), call).metrics
 
 
-def _int8(run: FinishedRun) -> Callable[[torch.Tensor], torch.Tensor]:
+def _of_artifact(path: Path | str, model: str | None = None) -> tuple[Call, dict[str, Any]]:
+    """Loads a model as `load_artifact` does, as a function of the inputs that the data's loader gives."""
+    call, manifest = load_artifact(path, model, postprocess=False)
+    pixels = pixel_input(described_by(manifest), manifest["input"]["dtype"]) if "input" in manifest else None
+    return call if pixels is None else lambda inputs: call(pixels.pixels(inputs)), manifest
+
+
+def _int8(run: FinishedRun) -> Call:
     """Opens the exported int8 model; if there is none, the converted program."""
     if run.paths.export.is_dir() and "int8" in verify_artifact(run.paths.export)["models"]:
-        return load_artifact(run.paths.export, "int8")[0]
+        return _of_artifact(run.paths.export, "int8")[0]
     return open_program(run.int8_program())

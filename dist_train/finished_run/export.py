@@ -6,29 +6,28 @@ Only formats of int8 need data: they are checked on the run's evaluation set.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from dist_train import registry
 from dist_train.artifact.bundle import Bundle, chosen_models
-from dist_train.artifact.deployable import Deployable, deploy_float, deploy_half, deploy_int8
+from dist_train.artifact.deployable import Deployable
 from dist_train.artifact.export import Exported, ExportJob, export_models
 from dist_train.artifact.store import read_artifact
 from dist_train.distributed.process_group import join
 from dist_train.errors import ConfigError, DataError, GateError, RunDirError
+from dist_train.finished_run.models import deployable, has_drawn_rows, input_of, kept_rows, tell_task, trained_model
 from dist_train.finished_run.open import FinishedRun, as_trained, reopen
 from dist_train.lowering.base import Reference
-from dist_train.models.build import build_model
-from dist_train.pipeline.set_up import open_session
+from dist_train.programs.program import tree_call
 from dist_train.run_dir.files import read_json, replace_json
+from dist_train.stages.context import Context
 from dist_train.stages.convert import Converted
 from dist_train.stages.int8_evaluation import format_decisions
 from dist_train.tasks import Task
-
-_PROBE_ROWS = 16
 
 
 def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | None = None) -> list[str]:
@@ -59,12 +58,18 @@ def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | No
     kept, files = read_artifact(folder) if folder.is_dir() else ({}, {})
     name = _name(run, model or kept.get("default"))
     converted = Converted.of(run.product("convert")) if "convert" in run.stages else None
-    float_model = _float_model(run) if name != "int8" or "auto" in wanted else None
-    deployable, probe = _deployable(run, name, converted, float_model)
-    if name == "int8" and wanted and deployable.source is not None and not deployable.simulated_bits:
-        deployable = _judged(run, deployable)
+    float_model = trained_model(run) if name != "int8" or "auto" in wanted else None
+    pixels = input_of(run, kept)
+    real = None if has_drawn_rows(run) else kept_rows(run)
+    if real is None and not has_drawn_rows(run):
+        with _data(run, "inputs that are no single tensor of floats are tried on rows of the data") as context:
+            real = context.data.probe_inputs()
+    model_to_write, probe = deployable(run, name, float_model, pixels, real)
+    if name == "int8" and wanted and model_to_write.source is not None and not model_to_write.simulated_bits:
+        model_to_write = _judged(run, model_to_write)
     lines: list[str] = []
     task: Task = registry.tasks.get(settings.task.name)(run.described["num_outputs"], settings.task.args)
+    tell_task(run, task, float_model, real if not has_drawn_rows(run) else None)
     job = ExportJob(
         folder=folder,
         formats=wanted,
@@ -80,9 +85,11 @@ def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | No
         threads=run.threads,
         say=lines.append,
     )
-    references = {} if float_model is None else {"fp32": Reference(call=float_model, source=float_model)}
+    fp32 = float_model if float_model is None or pixels is None else pixels.before(float_model)
+    dynamic = model_to_write.dynamic
+    references = {} if fp32 is None else {"fp32": Reference(call=tree_call(fp32), source=fp32, dynamic=dynamic)}
     bundle = Bundle(kept.get("default", name), kept.get("models"), files)
-    exported = export_models(job, bundle, {name: deployable}, {**references, name: deployable})
+    exported = export_models(job, bundle, {name: model_to_write}, {**references, name: model_to_write})
     try:
         for gate in exported.gates:
             gate.require()
@@ -92,23 +99,33 @@ def export_run(run_dir: Path, formats: Sequence[str] = ("pt2",), model: str | No
     return [f"{name}: {bundle.models[name]['file']}", *lines]
 
 
-def _judged(run: FinishedRun, deployable: Deployable) -> Deployable:
+def _judged(run: FinishedRun, int8: Deployable) -> Deployable:
     """Returns the int8 model with its decisions on the run's evaluation set, which its formats must match.
 
     Raises:
         DataError: the evaluation set cannot be read here.
     """
+    with _data(run, "formats of int8 are checked on the run's evaluation set") as context:
+        return dataclasses.replace(int8, decisions=format_decisions(context, int8))
+
+
+@contextmanager
+def _data(run: FinishedRun, why: str) -> Iterator[Context]:
+    """Opens the run's data.
+
+    Raises:
+        DataError: it cannot be read here; `why` says what it is for.
+    """
     with join(run.config.run) as world:
-        session = open_session(run.config, run.paths, world, threads=run.threads, precision=run.precision, show=False)
+        session = run.session(world, show=False)
         try:
             context = session.build()
         except (ConfigError, DataError) as error:
             raise DataError(
-                f"formats of int8 are checked on the run's evaluation set, which cannot be read here: {error.message}",
+                f"{why}, which cannot be read here: {error.message}",
                 error.hint or "export them on a machine with the data; or --model fp32",
             ) from error
-        context = as_trained(context, run.described, whole_shape=True)
-        return dataclasses.replace(deployable, decisions=format_decisions(context, deployable))
+        yield as_trained(context, run.described, whole_shape=True)
 
 
 def _record(run: FinishedRun, name: str, exported: Exported) -> None:
@@ -129,26 +146,3 @@ def _name(run: FinishedRun, wanted: str | None) -> str:
         hint = "run it with `convert` among its stages" if name == "int8" else "run it with `half` among its stages"
         raise RunDirError(f"{run.paths.path} has no model {name!r}", f"{hint}; or --model fp32")
     return name
-
-
-def _deployable(
-    run: FinishedRun, name: str, converted: Converted | None, float_model: nn.Module | None
-) -> tuple[Deployable, torch.Tensor]:
-    """Returns the model and its probe inputs: of the conversion for int8, else drawn, as the data may be missing."""
-    if name == "int8":
-        assert converted is not None
-        bits = run.config.qat.simulated_bits
-        return deploy_int8(converted.program, converted.probe["outputs"], bits), converted.probe["inputs"]
-    assert float_model is not None
-    generator = torch.Generator().manual_seed(run.config.run.seed)
-    inputs = torch.randn(_PROBE_ROWS, *run.described["input_shape"], generator=generator)
-    return deploy_float(float_model, inputs) if name == "fp32" else deploy_half(float_model, name, inputs), inputs
-
-
-def _float_model(run: FinishedRun) -> nn.Module:
-    settings = run.config.model
-    model = build_model(settings, run.described["num_outputs"], run.described["input_shape"][0])
-    if settings.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    run.load_float(model)
-    return model

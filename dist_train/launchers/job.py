@@ -30,8 +30,13 @@ class Job:
         node_rank: 0 .. nodes - 1, for accelerate on several nodes.
         shutdown_timeout: seconds between SIGTERM and SIGKILL of the ranks: more than `stop.grace`.
         stop_before: seconds between the signal to stop and the end of a Slurm job's time.
-        requeues: how often a preempted Slurm job is put back into the queue.
+        requeues: how often a preempted Slurm job is put back into the queue, or the pods of Kubernetes that failed.
         sbatch: further options of sbatch, by their long names; they replace ours.
+        image: container image of the pods, with dist_train in it.
+        claim: claim of the volume that all pods share.
+        mount: where that volume is in each pod; relative paths are from there.
+        namespace, memory: of the pods, as Kubernetes takes them; "": not given.
+        config_text: the configuration file, for pods that do not have it.
     """
 
     arguments: tuple[str, ...]
@@ -61,6 +66,12 @@ class Job:
     stop_before: int = 180
     requeues: int = 3
     sbatch: tuple[tuple[str, str], ...] = ()
+    image: str = ""
+    claim: str = ""
+    mount: str = "/workspace"
+    namespace: str = ""
+    memory: str = ""
+    config_text: str = ""
     made_by: str = ""
 
     @property
@@ -102,18 +113,44 @@ def environment(job: Job, **more: str) -> dict[str, str]:
     return {ASKED: job.processes, EXIT_FILE: job.exit_file, **more, **dict(job.environment)}
 
 
-def outcome(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, code: int, wrong: bool = False) -> int:
+def _began(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> bool:
+    """Tells from status.json before and after a launch whether its ranks began an attempt."""
+    return after is not None and (before is None or after["restarts"] != before["restarts"])
+
+
+def outcome(
+    before: Mapping[str, Any] | None,
+    after: Mapping[str, Any] | None,
+    code: int,
+    wrong: bool = False,
+    asked: bool = False,
+    elastic: bool = False,
+) -> int:
     """Returns the exit code of a launch: agents turn 75 into 1, so status.json decides.
 
     Args:
         before, after: status.json before and after the launch; None where there was none.
         code: the launcher's exit code.
         wrong: True where a rank found its configuration wrong.
+        asked: True where the launch was asked to stop.
+        elastic: True where the run may go on without this node: it may be running again.
     """
-    ours = after is not None and (before is None or after["restarts"] != before["restarts"])
+    ours = _began(before, after)
     state = after["state"] if after is not None and (ours or code == 0) else "failed"  # else an earlier attempt's
     if state == "done":
         return EXIT_DONE
-    if state == "preempted":
+    before_the_ranks = asked and not ours and not wrong
+    left = asked and elastic and state == "running"
+    if state == "preempted" or before_the_ranks or left:
         return EXIT_PREEMPTED
     return EXIT_CONFIG if code == EXIT_CONFIG or wrong else EXIT_FAILED
+
+
+def failure(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
+    """Says why a launch failed, from status.json before and after it."""
+    if after is None or not _began(before, after):
+        return "the run failed before it began"
+    if after["state"] == "failed":
+        return f"the run failed: {after['error']}"
+    where = f" in {after['stage']} at step {after['step']}" if after["stage"] else ""
+    return f"the run failed{where}: its ranks ended without a word, as if killed"

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from dist_train import trees
 from dist_train.distributed.world import World
+from dist_train.programs.program import Call
 from dist_train.tasks import Task
 from dist_train.tasks.agreement import same_share
-
-Call = Callable[[Tensor], Tensor]
+from dist_train.trees import Tree
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,11 @@ class Agreement:
 class Decisions:
     """The decisions of a model in memory on rows of the evaluation set, computed once, when first needed."""
 
-    def __init__(self, call: Call, task: Task, batches: Iterable[Tensor], bound: float) -> None:
+    def __init__(self, call: Call, task: Task, batches: Iterable[Tree], bound: float) -> None:
         """
         Args:
             call: the model in memory, on the CPU.
-            batches: float32 [B, C, H, W]; iterated once per model, with equal rows each time.
+            batches: inputs [B, ...]; iterated once per model, with equal rows each time.
             bound: the smallest share of equal decisions that passes.
         """
         self._call, self._task, self._batches, self._bound = call, task, batches, bound
@@ -66,9 +67,9 @@ class Decisions:
         """Returns the decisions, [samples, ...], and whether all outputs are finite."""
         decisions, finite = [], True
         for batch in self._batches:
-            outputs = call(batch).float()
-            finite &= bool(torch.isfinite(outputs).all())
-            decisions.append(self._task.decide(outputs))
+            outputs = trees.map_leaves(lambda leaf: leaf.float() if leaf.is_floating_point() else leaf, call(batch))
+            finite &= all(bool(torch.isfinite(leaf).all()) for leaf in trees.leaves(outputs))
+            decisions.append(self._task.decide(self._task.pick(outputs)))
         return torch.cat(decisions), finite
 
     def agreement(self, call: Call) -> Agreement:

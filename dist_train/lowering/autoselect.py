@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dist_train import registry
+from dist_train import registry, trees
 from dist_train.lowering import inductor
 from dist_train.lowering.agreement import Decisions
 from dist_train.lowering.base import Call, LoweringUnavailable, Reference, Written
 from dist_train.lowering.comparison import compare_outputs
 from dist_train.lowering.latency import compare_latency
 from dist_train.lowering.trial import Trial
+from dist_train.programs.program import tree_call
 from dist_train.programs.torchscript import trace
+from dist_train.trees import Tree
 
 _NOISE = 1.05  # two measurements of one model's median differ by less
 
@@ -110,8 +112,8 @@ def _milliseconds(latency_ms: Mapping[str, float]) -> str:
 def choose_format(
     name: str,
     models: Mapping[str, Reference],
-    probe: Tensor,
-    images: Callable[[int], Tensor],
+    probe: Tree,
+    images: Callable[[int], Tree],
     batch_sizes: Sequence[int],
     threads: int,
     decisions: Decisions,
@@ -121,8 +123,8 @@ def choose_format(
     Args:
         name: of the model to choose for.
         models: `models[name]` and, to compare with in the same runtime, fp32.
-        probe: float32 [rows, C, H, W]; outputs are compared on it and on its first row.
-        images: batch size to float32 [B, C, H, W], for the latency. All runtimes are measured in turns.
+        probe: [rows, ...]; outputs are compared on it and on its first row.
+        images: batch size to inputs [B, ...], for the latency. All runtimes are measured in turns.
         decisions: of the model in memory; a runtime whose decisions do not agree with them is left out.
     """
     others = {"fp32": models["fp32"]} if name != "fp32" and "fp32" in models else {}
@@ -140,7 +142,7 @@ def choose_format(
     return Choice(name, trials, best)
 
 
-def _runtimes(model: Reference, probe: Tensor, threads: int) -> list[tuple[Trial, Make]]:
+def _runtimes(model: Reference, probe: Tree, threads: int) -> list[tuple[Trial, Make]]:
     """Returns a trial for each runtime, and the function that lowers a model to it."""
     if model.source is None:
         return [(Trial("torchscript", "pt2"), lambda each: (_as_script(each, probe), None))]
@@ -150,21 +152,28 @@ def _runtimes(model: Reference, probe: Tensor, threads: int) -> list[tuple[Trial
             missing = registry.export_formats.entry(format).missing()
             if missing:
                 raise LoweringUnavailable(f"pip install {' '.join(missing)}")
-            written: Written = registry.export_formats.get(format)(each.source, probe[:1], threads)
+            written = written_as(format, each, trees.take(probe, slice(1)), threads)
             return written.call, written
 
         return make
 
     def compiled(each: Reference) -> tuple[Call, None]:
         assert each.source is not None
-        return inductor.lower(each.source, probe[:1], threads).call, None
+        return inductor.lower(each.source, trees.take(probe, slice(1)), threads).call, None
 
     formats = [(Trial(format, format), writer(format)) for format in registry.export_formats.names()]
     return [*formats, (Trial("inductor", "pt2"), compiled)]
 
 
-def _as_script(model: Reference, probe: Tensor) -> Call:
-    return trace(model.source, probe) if isinstance(model.source, nn.Module) else model.call
+def written_as(format: str, model: Reference, example: Tree, threads: int) -> Written:
+    """Writes a model that has a source in a registered format. Raises as its function does."""
+    write: Callable[..., Written] = registry.export_formats.get(format)
+    # A format of another package may not know of dimensions that vary.
+    return write(model.source, example, threads, **({"dynamic": model.dynamic} if model.dynamic else {}))
+
+
+def _as_script(model: Reference, probe: Tree) -> Call:
+    return tree_call(trace(model.source, probe)) if isinstance(model.source, nn.Module) else model.call
 
 
 def _try(
@@ -173,7 +182,7 @@ def _try(
     name: str,
     model: Reference,
     others: Mapping[str, Reference],
-    probe: Tensor,
+    probe: Tree,
     decisions: Decisions,
 ) -> Trial:
     """Fills in `trial`: its calls and the comparison with the model in memory, or the reason why it is left out."""

@@ -6,13 +6,16 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
-Call = Callable[[Tensor], Tensor]
+from dist_train.programs.program import Call, tree_call
+from dist_train.programs.signature import Dynamic
+
+__all__ = ["FAILURES", "Call", "Lowered", "LoweringUnavailable", "Reference", "Written", "quiet", "tree_call"]
 
 FAILURES = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Errors that exporters and compilers raise for a model that they cannot take, beside those of their own."""
@@ -30,15 +33,17 @@ class Reference:
     """A model in memory, on the CPU: the source of a lowering, and the outputs that a runtime must reproduce.
 
     Attributes:
-        call: float32 [B, ...] to float32.
+        call: inputs [B, ...] to outputs.
         source: the input of a lowering: a float module in eval mode or a PT2E program. None for TorchScript, which has
             integer kernels of its own and cannot be lowered.
         half: bf16 or fp16 where that is the model's precision.
+        dynamic: dimensions of the inputs that vary besides the batch.
     """
 
     call: Call
     source: nn.Module | ExportedProgram | None
     half: str | None = None
+    dynamic: Dynamic = field(default_factory=dict)
 
     @property
     def quantized(self) -> bool:
@@ -52,7 +57,7 @@ class Lowered:
 
     Attributes:
         name: "openvino", "onnxruntime", "inductor"; "eager" or "torchscript" for a model that runs unchanged.
-        call: float32 [B, C, H, W] on the CPU, normalized, to float32 [B, classes], for any B >= 1.
+        call: inputs [B, ...] on the CPU, such as normalized images, to outputs, for any B >= 1.
     """
 
     name: str
@@ -65,10 +70,11 @@ class Written:
 
     Attributes:
         files: bytes by suffix, as {"xml": ..., "bin": ...}; the first is the one to open.
-        call: float32 [B, C, H, W] on the CPU, normalized, to float32, for any B >= 1.
+        call: inputs [B, ...] on the CPU, such as normalized images, to outputs, for any B >= 1.
         runtime: name and version of the runtime that `call` uses.
         usage: Python that runs the first file by its runtime alone, for the manifest. FILE is its path, and `images` a
-            NumPy array, float32 [B, C, H, W], normalized. The last of its statements is the outputs.
+            NumPy array, float32 [B, C, H, W], normalized; `inputs` a dict of arrays by leaf name, where the model takes
+            several. The last of its statements is the outputs, or a list of them.
     """
 
     files: dict[str, bytes]

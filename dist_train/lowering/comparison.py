@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,24 +10,42 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from dist_train import trees
 from dist_train.lowering import inductor, openvino
 from dist_train.lowering.base import Call, Lowered, LoweringUnavailable, Reference
 from dist_train.lowering.latency import compare_latency
+from dist_train.programs.program import tree_call
+from dist_train.programs.signature import Dynamic
 from dist_train.programs.torchscript import trace
+from dist_train.trees import Tree
 
 # Integer kernels round differently from the simulation. Measured: up to 0.072 for right runtimes, 0.8 and more for
 # wrong ones. A network may amplify roundings, though: see `is_rounding`.
 LARGEST_DIFFERENCE = 0.2
 
 
-def drawn_from(rows: Tensor, seed: int) -> Callable[[int], Tensor]:
+def drawn_from(rows: Tree, seed: int) -> Callable[[int], Tree]:
     """Returns a function that draws batches of any size from `rows`, [N, ...], with replacement."""
     generator = torch.Generator().manual_seed(seed)
-    return lambda size: rows[torch.randint(len(rows), (size,), generator=generator)]
+    return lambda size: trees.take(rows, torch.randint(trees.rows_of(rows), (size,), generator=generator))
 
 
-def relative_difference(actual: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference, in units of the largest expected output; NaN where an output is NaN."""
+def relative_difference(actual: Tree, expected: Tree) -> float:
+    """Largest absolute difference, in units of the largest expected output; NaN where an output is NaN.
+
+    The largest of the leaves, where the outputs are a tree. Of integers it is the share that differs.
+    """
+    if isinstance(actual, Tensor) and isinstance(expected, Tensor):
+        return _leaf_difference(actual, expected)
+    found, right = dict(trees.named_leaves(trees.plain(actual))), dict(trees.named_leaves(trees.plain(expected)))
+    if found.keys() != right.keys():
+        return math.nan
+    return largest(_leaf_difference(leaf, right[name]) for name, leaf in found.items())
+
+
+def _leaf_difference(actual: Tensor, expected: Tensor) -> float:
+    if not expected.is_floating_point():
+        return float((actual != expected).double().mean())
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
 
@@ -49,12 +68,12 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare_outputs(call: Call, reference: Reference, batches: Sequence[Tensor]) -> Comparison:
+def compare_outputs(call: Call, reference: Reference, batches: Sequence[Tree]) -> Comparison:
     """Compares a runtime with the model in memory.
 
     Args:
         call: the model in the runtime.
-        batches: float32 [B, C, H, W] each; include a batch of one row, for which OpenVINO alone was seen to go wrong.
+        batches: [B, ...] each; include a batch of one row, for which OpenVINO alone was seen to go wrong.
     """
     differences = [relative_difference(call(batch), reference.call(batch)) for batch in batches]
     rounding = all(is_rounding(each, reference, batch) for each, batch in zip(differences, batches, strict=True))
@@ -62,7 +81,7 @@ def compare_outputs(call: Call, reference: Reference, batches: Sequence[Tensor])
 
 
 @torch.no_grad()
-def is_rounding(difference: float, reference: Reference, images: Tensor) -> bool:
+def is_rounding(difference: float, reference: Reference, images: Tree) -> bool:
     """Decides whether a relative difference of a runtime's outputs may be rounding.
 
     Rounding is up to 0.2. An int8 program may also differ by as much as its own outputs change when its inputs move by
@@ -74,13 +93,27 @@ def is_rounding(difference: float, reference: Reference, images: Tensor) -> bool
     """
     if difference <= LARGEST_DIFFERENCE or not reference.quantized:
         return difference <= LARGEST_DIFFERENCE
+    return difference <= relative_difference(reference.call(trees.map_leaves(_moved, images)), reference.call(images))
+
+
+def _moved(images: Tensor) -> Tensor:
+    """Returns images moved by a tenth of a uint8 step (root mean square): of pixels, one in a hundred by a step.
+
+    Other integers, such as indices, stay as they are.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if images.dtype == torch.uint8:
+        chosen = torch.rand(images.shape, generator=generator) < 0.01
+        up = torch.where(images < 255, images + 1, images - 1)
+        return torch.where(chosen, up, images)
+    if not images.is_floating_point():
+        return images
     step = float(images.max() - images.min()) / 255
-    moved = images + 0.1 * step * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    return difference <= relative_difference(reference.call(moved), reference.call(images))
+    return images + 0.1 * step * torch.randn(images.shape, generator=generator)
 
 
 def time_models(
-    models: Mapping[str, Reference], images: Callable[[int], Tensor], batch_sizes: Sequence[int], threads: int
+    models: Mapping[str, Reference], images: Callable[[int], Tree], batch_sizes: Sequence[int], threads: int
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Measures the latency of each model in the fastest runtime whose outputs are right.
 
@@ -90,7 +123,7 @@ def time_models(
 
     Args:
         models: by name: fp32, bf16, fp16 or int8.
-        images: batch size to float32 [B, C, H, W].
+        images: batch size to inputs [B, ...].
 
     Returns:
         Median milliseconds by model and batch size, measured in turns; and the runtime's name by model.
@@ -104,18 +137,18 @@ def time_models(
         if each.source is None:
             lowered[name] = Lowered("torchscript", each.call)
         elif script and isinstance(each.source, nn.Module) and each.half is None:
-            lowered[name] = Lowered("torchscript", trace(each.source, images(2)))
+            lowered[name] = Lowered("torchscript", tree_call(trace(each.source, images(2))))
         elif script:
             lowered[name] = Lowered("eager", each.call)
         elif each.half is None:
-            lowered[name] = lower(each.source, images(1), threads)
+            lowered[name] = lower(each.source, images(1), threads, each.dynamic)
             for rows in batch_sizes:
                 require_same_outputs(name, lowered[name], each, images(rows))
         else:
             lowered[name] = _lower_half(each, models.get("fp32"), images, batch_sizes, threads)
 
     def without_gradients(call: Call) -> Call:
-        def timed(batch: Tensor) -> Tensor:
+        def timed(batch: Tree) -> Tree:
             with torch.no_grad():
                 return call(batch)
 
@@ -126,7 +159,7 @@ def time_models(
 
 
 def _lower_half(
-    half: Reference, fp32: Reference | None, images: Callable[[int], Tensor], batch_sizes: Sequence[int], threads: int
+    half: Reference, fp32: Reference | None, images: Callable[[int], Tree], batch_sizes: Sequence[int], threads: int
 ) -> Lowered:
     """Lowers the half model to the others' runtime if its outputs are right there; else keeps it in eager mode."""
     precision: openvino.Precision = "bf16" if half.half == "bf16" else "f16"
@@ -135,7 +168,7 @@ def _lower_half(
         if not openvino.missing_modules():
             if fp32 is None or fp32.source is None or not openvino.computes_in(precision):
                 return Lowered("eager", half.call)
-            lowered = openvino.lower(fp32.source, images(1), threads, precision)
+            lowered = openvino.lower(fp32.source, images(1), threads, precision, fp32.dynamic)
         else:
             lowered = inductor.lower(half.source, images(1), threads)
         for rows in batch_sizes:
@@ -145,7 +178,7 @@ def _lower_half(
     return lowered
 
 
-def require_same_outputs(name: str, lowered: Lowered, reference: Reference, images: Tensor) -> None:
+def require_same_outputs(name: str, lowered: Lowered, reference: Reference, images: Tree) -> None:
     """Checks a runtime before it is timed: the speed of wrong outputs is meaningless.
 
     Raises:
@@ -154,24 +187,25 @@ def require_same_outputs(name: str, lowered: Lowered, reference: Reference, imag
     found = compare_outputs(lowered.call, reference, [images])
     if not found.rounding:
         raise LoweringUnavailable(
-            f"latency was not measured: {lowered.name} answers differently for {name} at batch {len(images)} "
+            f"latency was not measured: {lowered.name} answers differently for {name} at batch {trees.rows_of(images)} "
             f"({found.difference:.2g} of the largest output)"
         )
 
 
-def lower(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> Lowered:
+def lower(model: nn.Module | ExportedProgram, example: Tree, threads: int, dynamic: Dynamic | None = None) -> Lowered:
     """Lowers `model` to the first runtime of this machine. To compare models, check that their `name`s are equal.
 
     Args:
         model: a converted model (Q/DQ), or a float one in eval mode.
-        example: float32 [B, C, H, W]; only its shape counts.
+        example: real rows [B, ...]; of floats only the shape counts.
+        dynamic: dimensions that vary besides the batch.
 
     Raises:
         LoweringUnavailable: there is no runtime (the message says what to install), or it refuses the model.
     """
     missing = openvino.missing_modules()
     if not missing:
-        return openvino.lower(model, example, threads)
+        return openvino.lower(model, example, threads, dynamic=dynamic)
     if inductor.compiler() is not None:
         return inductor.lower(model, example, threads)
     raise LoweringUnavailable(

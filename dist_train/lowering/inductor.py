@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from dist_train import trees
 from dist_train.errors import first_line
-from dist_train.lowering.base import FAILURES, Lowered, LoweringUnavailable, quiet
+from dist_train.lowering.base import FAILURES, Call, Lowered, LoweringUnavailable, quiet
 from dist_train.lowering.rewrites.quantized_graph import channels_with_zero_points
+from dist_train.programs.signature import rows
+from dist_train.trees import Tree
 
 
 def compiler() -> str | None:
@@ -23,13 +26,13 @@ def compiler() -> str | None:
 
 
 def lower(
-    model: nn.Module | ExportedProgram, example: Tensor, threads: int, batches: Sequence[int] = (1, 2, 3)
+    model: nn.Module | ExportedProgram, example: Tree, threads: int, batches: Sequence[int] = (1, 2, 3)
 ) -> Lowered:
     """Compiles `model` by Inductor with frozen weights, for batches of one and for any other size.
 
     Args:
         model: a converted model (Q/DQ), or a float one in eval mode. Its weights are frozen in: do not train it later.
-        example: float32 [B, C, H, W]; only its shape counts.
+        example: real rows [B, ...]; of floats only the shape counts.
         threads: of each call; the process's number is restored afterwards.
         batches: sizes to compile now: one, and the first other. From the second other size on Inductor makes the batch
             dynamic.
@@ -77,30 +80,31 @@ def _refuse_channels_with_zero_points(module: GraphModule) -> None:
 
 
 def _compiled_call(
-    module: nn.Module, example: Tensor, threads: int, batches: Sequence[int], dynamic: bool | None
-) -> Callable[[Tensor], Tensor]:
+    module: nn.Module, example: Tree, threads: int, batches: Sequence[int], dynamic: bool | None
+) -> Call:
     """Compiles as `lower` does. dynamic: of torch.compile; False compiles each batch size at its first call."""
     import torch._inductor.config as inductor_config
 
     compiled = torch.compile(module, dynamic=dynamic)
-    seen: set[torch.Size] = set()
+    seen: set[tuple[torch.Size, ...]] = set()
 
-    def call(images: Tensor) -> Tensor:
+    def call(inputs: Tree) -> Tree:
+        shapes = tuple(leaf.shape for leaf in trees.leaves(inputs))
         previous = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
             with torch.no_grad():
-                if images.shape in seen:
-                    return compiled(images)
+                if shapes in seen:
+                    return trees.plain(trees.call(compiled, inputs))
                 # A new shape may compile. The config is patched around the call, as `torch.compile(options=...)` comes
                 # too late for Q/DQ.
                 with quiet(), inductor_config.patch(freezing=True):
-                    outputs = compiled(images)
-                seen.add(images.shape)
+                    outputs = trees.plain(trees.call(compiled, inputs))
+                seen.add(shapes)
                 return outputs
         finally:
             torch.set_num_threads(previous)
 
     for batch in batches:
-        call(torch.zeros(batch, *example.shape[1:]))
+        call(rows(example, batch))
     return call

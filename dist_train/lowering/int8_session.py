@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import json
 from typing import Literal
 
-from torch import Tensor
 from torch.export import ExportedProgram
 
 from dist_train import registry
 from dist_train.lowering import onnx, openvino
-from dist_train.lowering.base import LoweringUnavailable
+from dist_train.lowering.base import Call, LoweringUnavailable
+from dist_train.programs.signature import output_names
+from dist_train.trees import Tree
 
 Runtime = Literal["openvino", "onnxruntime"]
 _FORMATS: dict[Runtime, str] = {"openvino": "openvino", "onnxruntime": "onnx"}  # the faster one first
@@ -33,26 +34,34 @@ def choose(wanted: Runtime | Literal["auto"]) -> Runtime:
     )
 
 
-def runtime_bytes(name: str, program: ExportedProgram, example: Tensor) -> bytes:
-    """Writes the program for the runtime `name` of `choose`. example: float32 [B, C, H, W]; only its shape counts.
+def runtime_bytes(name: str, program: ExportedProgram, example: Tree) -> bytes:
+    """Writes the program for the runtime `name` of `choose`; the names of several outputs go before it.
+
+    example: real rows [B, ...]; of floats only the shape counts.
 
     Raises:
         LoweringUnavailable: the program cannot be written as ONNX.
     """
-    return onnx.onnxruntime_bytes(program, example) if name == "onnxruntime" else onnx.onnx_bytes(program, example)
+    write = onnx.onnxruntime_bytes if name == "onnxruntime" else onnx.onnx_bytes
+    data, outputs = write(program, example), output_names(program, example)
+    return data if outputs == [""] else json.dumps(outputs).encode() + b"\n" + data
 
 
-def open_in(name: str, data: bytes, example: Tensor, threads: int) -> Callable[[Tensor], Tensor]:
+def open_in(name: str, data: bytes, example: Tree, threads: int) -> Call:
     """Opens the bytes of `runtime_bytes` in the runtime `name` of `choose`.
 
     Returns:
-        The model: float32 [B, C, H, W] on the CPU to float32, for any B >= 1.
+        The model: inputs [B, ...] on the CPU to outputs, for any B >= 1.
 
     Raises:
         LoweringUnavailable: the runtime is not installed, or it refuses the model.
     """
     if importlib.util.find_spec(name) is None:
         raise LoweringUnavailable(f"{name} not installed: pip install {name}")
+    outputs = [""]
+    if data[:1] == b"[":  # ONNX begins with another byte
+        header, _, data = data.partition(b"\n")
+        outputs = json.loads(header)
     if name == "openvino":
-        return openvino.open_onnx(data, example, threads)
-    return onnx.open_onnx(data, threads)[0]
+        return openvino.open_files([data], example, threads, outputs)
+    return onnx.open_onnx(data, threads, outputs)[0]

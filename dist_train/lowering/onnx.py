@@ -4,47 +4,58 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from dist_train import trees
 from dist_train.errors import first_line
-from dist_train.lowering.base import FAILURES, LoweringUnavailable, Written, quiet
+from dist_train.lowering.base import FAILURES, Call, LoweringUnavailable, Written, quiet
+from dist_train.programs.pt2 import export_program
+from dist_train.programs.signature import Dynamic, output_names, plain_outputs, rows, runtime_names, tree_of
+from dist_train.trees import Tree
 
 _KEPT = 2  # number of models whose ONNX is kept for the next runtime: fp32 and int8
-_kept: dict[tuple[int, torch.Size, str], tuple[weakref.ref[Any], bytes]] = {}
+_kept: dict[tuple[int, object, str], bytes] = {}
+INPUT, OUTPUT = "input", "logits"  # names where there is one
 
 
-def onnx_bytes(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
+def onnx_bytes(model: nn.Module | ExportedProgram, example: Tree, dynamic: Dynamic | None = None) -> bytes:
     """Exports the model as ONNX with a dynamic batch: QDQ for a converted model, float for a float one in eval mode.
 
-    Every runtime asks for it again, and tracing hundreds of nodes takes seconds. The newest results are kept while
-    their models live and have the same values.
+    Every runtime asks for it again, and tracing hundreds of nodes takes seconds. The newest results are kept: of an
+    exported program for any that is equal, as the gate of `convert` and the stage `export` each read the same bytes;
+    of a module, whose code cannot be compared, while it lives and has the same values.
 
     Args:
-        example: float32 [B, C, H, W]; only its shape [C, H, W] counts.
+        example: real rows [B, ...]; of floats only the shape and dtype count.
+        dynamic: dimensions that vary besides the batch; a program has its own.
 
     Raises:
         LoweringUnavailable: the model cannot be exported; with the first line of torch's reason.
     """
-    key = (id(model), example.shape[1:], _digest(model))
-    found = _kept.get(key)
-    if found is not None and found[0]() is model:
-        return found[1]
-    data = _export(model, example)
+    program = isinstance(model, ExportedProgram)
+    shapes = tuple((name, leaf.shape[1:]) for name, leaf in trees.named_leaves(example))
+    key = (0 if program else id(model), shapes, _digest(model))
+    if key in _kept:
+        return _kept[key]
+    data = _export(model, example, dynamic)
     while len(_kept) >= _KEPT:
         del _kept[next(iter(_kept))]
-    _kept[key] = weakref.ref(model, lambda _: _kept.pop(key, None)), data
+    _kept[key] = data
+    if not program:
+        weakref.finalize(model, _kept.pop, key, None)  # its address may become another's
     return data
 
 
 def _digest(model: nn.Module | ExportedProgram) -> str:
-    """Hashes the graph and all tensors, to notice a model that was changed in place."""
+    """Hashes the graph and all tensors: equal for equal programs, and another one if a module is changed in place."""
     if isinstance(model, ExportedProgram):
-        text, values = str(model.graph), {**model.state_dict, **model.constants}
+        text = f"{model.graph} {model.graph_signature} {model.range_constraints}"
+        values = {**model.state_dict, **model.constants}
     else:
         text = f"{model} {getattr(model, 'code', '')}"
         values = dict([*model.named_parameters(), *model.named_buffers()])
@@ -56,56 +67,84 @@ def _digest(model: nn.Module | ExportedProgram) -> str:
     return digest.hexdigest()
 
 
-def _export(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
+def _export(model: nn.Module | ExportedProgram, example: Tree, dynamic: Dynamic | None = None) -> bytes:
     from dist_train.lowering.rewrites.onnx_qdq import quantize_summands, read_joined
 
-    # Two rows, because torch.export makes a batch of one a constant.
-    zeros = torch.zeros(2, *example.shape[1:])
-    shapes: dict[str, Any] = (
-        {} if isinstance(model, ExportedProgram) else {"dynamic_shapes": ({0: Dim("batch", min=1)},)}
-    )
     try:
         with quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                model, (zeros,), dynamo=True, verbose=False, input_names=["input"], output_names=["logits"], **shapes
-            )
-            assert program is not None  # it is, with dynamo=True
-            proto = program.model_proto
-    except FAILURES as error:  # OnnxExporterError is a RuntimeError
+            proto = _program(model, example, dynamic).model_proto
+    except (*FAILURES, torch._dynamo.exc.TorchDynamoException) as error:  # OnnxExporterError is a RuntimeError
         raise LoweringUnavailable(f"torch.onnx.export cannot export this model: {first_line(error)}") from error
     quantize_summands(proto)
     read_joined(proto)
     return proto.SerializeToString()
 
 
-def write(model: nn.Module | ExportedProgram, example: Tensor, threads: int) -> Written:
+def _program(model: nn.Module | ExportedProgram, example: Tree, dynamic: Dynamic | None) -> Any:
+    # Two rows, because torch.export makes a batch of one a constant.
+    args, kwargs = trees.arguments(rows(example, 2))
+    names = [name for name, _ in trees.named_leaves(example)]
+    outputs = output_names(model, example)
+    shapes: dict[str, Any] = {}
+    if isinstance(model, nn.Module) and names == outputs == [""] and not dynamic:
+        shapes = {"dynamic_shapes": ({0: Dim("batch", min=1)},)}
+    elif isinstance(model, nn.Module):
+        model = export_program(plain_outputs(model, trees.call(model, rows(example, 2))), example, dynamic)
+    program = torch.onnx.export(
+        model,
+        args,
+        kwargs=kwargs,
+        dynamo=True,
+        verbose=False,
+        input_names=runtime_names(names, INPUT),
+        output_names=runtime_names(outputs, OUTPUT),
+        **shapes,
+    )
+    assert program is not None  # it is, with dynamo=True
+    return program
+
+
+def write(model: nn.Module | ExportedProgram, example: Tree, threads: int, dynamic: Dynamic | None = None) -> Written:
     """Writes `model.onnx` with the weights inside and a dynamic batch size; input `input`, output `logits`.
 
-    Arguments and errors as of `onnx_bytes`. The result's `call` runs the written file in ONNX Runtime.
+    Inputs and outputs of a tree have the names of its leaves. Arguments and errors as of `onnx_bytes`. The result's
+    `call` runs the written file in ONNX Runtime.
     """
-    data = onnxruntime_bytes(model, example)
-    call, runtime = open_onnx(data, threads)
-    usage = "import onnxruntime; onnxruntime.InferenceSession(FILE).run(None, {'input': images})[0]"
-    return Written({"onnx": data}, call, runtime, usage)
+    data = onnxruntime_bytes(model, example, dynamic)
+    outputs = output_names(model, example)
+    call, runtime = open_onnx(data, threads, outputs)
+    session = "import onnxruntime; onnxruntime.InferenceSession(FILE)"
+    found = f"{session}.run(None, {fed(example)})"
+    return Written({"onnx": data}, call, runtime, f"{found}[0]" if outputs == [""] else found)
 
 
-def onnxruntime_bytes(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
+def fed(example: Tree) -> str:
+    """Returns Python for the arrays that a runtime takes by name: of `images`, or of the dict `inputs` by leaf name."""
+    names = [name for name, _ in trees.named_leaves(example)]
+    taken = ["images" if not name else f"inputs[{name!r}]" for name in names]
+    pairs = zip(runtime_names(names, INPUT), taken, strict=True)
+    return f"{{{', '.join(f'{name!r}: {each}' for name, each in pairs)}}}"
+
+
+def onnxruntime_bytes(model: nn.Module | ExportedProgram, example: Tree, dynamic: Dynamic | None = None) -> bytes:
     """Exports as `onnx_bytes`, with biases in int32, which ONNX Runtime needs to compute in integers."""
     import onnx
 
     from dist_train.lowering.rewrites.onnx_qdq import quantize_biases
 
-    proto = onnx.load_from_string(onnx_bytes(model, example))
+    proto = onnx.load_from_string(onnx_bytes(model, example, dynamic))
     quantize_biases(proto)
     data: bytes = proto.SerializeToString()
     return data
 
 
-def open_onnx(data: bytes, threads: int) -> tuple[Callable[[Tensor], Tensor], str]:
+def open_onnx(data: bytes, threads: int, outputs: Sequence[str] = ("",)) -> tuple[Call, str]:
     """Opens an ONNX model in ONNX Runtime.
 
+    outputs: names of the model's outputs, as of `output_names`.
+
     Returns:
-        The model, float32 [B, C, H, W] to float32, for any B >= 1; and the runtime's name and version.
+        The model, inputs [B, ...] to outputs, for any B >= 1; and the runtime's name and version.
 
     Raises:
         LoweringUnavailable: it cannot run the model.
@@ -122,10 +161,17 @@ def open_onnx(data: bytes, threads: int) -> tuple[Callable[[Tensor], Tensor], st
     except _onnxruntime_errors() as error:
         raise LoweringUnavailable(f"ONNX Runtime cannot run this model: {first_line(error)}") from error
 
-    def call(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"input": images.contiguous().numpy()})[0])
+    def call(inputs: Tree) -> Tree:
+        return tree_of(outputs, [torch.from_numpy(each) for each in session.run(None, arrays_of(inputs))])
 
     return call, f"onnxruntime {onnxruntime.__version__}"
+
+
+def arrays_of(inputs: Tree) -> dict[str, Any]:
+    """Returns the NumPy arrays of a tree of inputs by the names that they have in ONNX."""
+    named = trees.named_leaves(inputs)
+    names = runtime_names([name for name, _ in named], INPUT)
+    return {name: leaf.contiguous().numpy() for name, (_, leaf) in zip(names, named, strict=True)}
 
 
 def _onnxruntime_errors() -> tuple[type[Exception], ...]:

@@ -2,43 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-Call = Callable[[Tensor], Tensor]
+from dist_train.lowering.onnx import arrays_of
+from dist_train.programs.program import Call
+from dist_train.programs.signature import tree_of
+from dist_train.trees import Tree
 
 
-def _onnx(file: Path) -> Call:
+def _onnx(file: Path, outputs: Sequence[str]) -> Call:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file)
-    return lambda images: torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
+    return lambda inputs: tree_of(outputs, [torch.from_numpy(each) for each in session.run(None, arrays_of(inputs))])
 
 
-def _openvino(file: Path) -> Call:
+def _openvino(file: Path, outputs: Sequence[str]) -> Call:
     from dist_train.lowering.openvino import shared_core
 
     core = shared_core()
 
-    def call(images: Tensor) -> Tensor:
+    def call(inputs: Tree) -> Tree:
         model = core.read_model(file)  # finds the weights beside it
-        model.reshape(list(images.shape))
-        return torch.from_numpy(
-            core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images.numpy())[0]
-        )
+        alone = isinstance(inputs, Tensor)
+        arrays = {0: inputs.contiguous().numpy()} if alone else arrays_of(inputs)
+        model.reshape({name: list(each.shape) for name, each in arrays.items()})
+        found = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(arrays)
+        return tree_of(outputs, [torch.from_numpy(found[place]) for place in range(len(outputs))])
 
     return call
 
 
-def _executorch(file: Path) -> Call:
+def _executorch(file: Path, outputs: Sequence[str]) -> Call:
     from executorch.runtime import Runtime
 
-    method = Runtime.get().load_program(file).load_method("forward")
-    return lambda images: torch.cat([method.execute((image,))[0].clone() for image in images.split(1)])
+    from dist_train.lowering.executorch import by_rows
+
+    program = Runtime.get().load_program(file)
+    return by_rows(program.load_method("forward"), outputs, program)
 
 
-OPENERS: dict[str, Callable[[Path], Call]] = {"onnx": _onnx, "openvino": _openvino, "executorch": _executorch}
-"""By built-in format: from a file to a function of contiguous float32 [B, C, H, W] on the CPU."""
+OPENERS: dict[str, Callable[[Path, Sequence[str]], Call]] = {
+    "onnx": _onnx,
+    "openvino": _openvino,
+    "executorch": _executorch,
+}
+"""By built-in format: from a file and its outputs' names to a function of contiguous inputs [B, ...] on the CPU."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
+from dist_train import trees
+from dist_train.cluster.instructions import wrong_here
 from dist_train.lowering.agreement import Agreement, Decisions
 from dist_train.lowering.base import Call, Reference, Written
 from dist_train.lowering.comparison import compare_outputs
 from dist_train.run_dir.gates import Gate
+from dist_train.trees import Tree
 
 
 @dataclass
@@ -37,12 +38,12 @@ class Trial:
     written: Written | None = None
     calls: dict[str, Call] = field(default_factory=dict)
 
-    def compare(self, call: Call, reference: Reference, probe: Tensor, decisions: Decisions | None) -> None:
+    def compare(self, call: Call, reference: Reference, probe: Tree, decisions: Decisions | None) -> None:
         """Measures the outputs on `probe` and on its first row; and the decisions if outputs differ by rounding only.
 
         `left_out` gets the reason where they differ by more.
         """
-        found = compare_outputs(call, reference, (probe, probe[:1]))
+        found = compare_outputs(call, reference, (probe, trees.take(probe, slice(1))))
         self.difference = found.difference
         if not found.rounding:
             self.left_out = f"answers differently ({found.difference:.2g} of the largest output)"
@@ -57,8 +58,10 @@ class Trial:
             value=self.agreed.share,
             bound=self.agreed.bound,
             passed=self.agreed.passed,
-            hint=f"leave {self.format} out and take another format or the program itself (pt2), or loosen "
-            "--convert.agreement_bound; and run again",
+            hint=wrong_here(
+                f"leave {self.format} out and take another format or the program itself (pt2), or loosen "
+                "--convert.agreement_bound; and run again"
+            ),
             detail=f"\nint8 as {self.format} is not written: {self.agreed.in_words()}",
             runtime=self.runtime,
             samples=self.agreed.samples,

@@ -5,9 +5,10 @@ Synchronised batch norms have collectives of their own in forward and backward, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -209,15 +210,45 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
     return [buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in _STATISTICS]
 
 
-def statistics_lookup(model: nn.Module) -> Callable[[], list[Tensor]]:
-    """Returns a fast `running_statistics(model)`, for models that assign new tensors to these buffers in forward."""
+def statistics_lookup(model: nn.Module, without: Collection[str] = ()) -> Callable[[], list[Tensor]]:
+    """Returns a fast `running_statistics(model)`, for models that assign new tensors to these buffers in forward.
+
+    without: names of modules whose statistics are left out.
+    """
     holders = {
         id(buffer): (module, name)
-        for module in model.modules()
+        for place, module in model.named_modules()
         for name, buffer in module.named_buffers(recurse=False)
-        if name in _STATISTICS
+        if name in _STATISTICS and place not in without
     }
     return lambda: [module.get_buffer(name) for module, name in holders.values()]
+
+
+def hold_batch_norms(model: nn.Module, names: Collection[str]) -> None:
+    """Keeps these batch norms in evaluation mode, whatever `train()` is called with, until the next call; others go on.
+
+    Copies of the model keep them, too.
+    """
+    released = False
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _BatchNorm) and name in names:
+            # A partial, whose copy belongs to the copied module.
+            module.__dict__["train"] = partial(_stay_in_evaluation, module)
+            module.training = False
+        elif isinstance(module, _BatchNorm) and _is_held(module):
+            del module.__dict__["train"]
+            released = True
+    if released:
+        model.train(model.training)
+
+
+def _stay_in_evaluation(norm: nn.Module, mode: bool = True) -> nn.Module:
+    norm.training = False
+    return norm
+
+
+def _is_held(norm: nn.Module) -> bool:
+    return getattr(norm.__dict__.get("train"), "func", None) is _stay_in_evaluation
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dist_train import registry
+from dist_train import hub, registry
 from dist_train.config.data import ModelConfig, is_weights_file
-from dist_train.errors import ConfigError, Problem
-from dist_train.models import timm
+from dist_train.errors import ConfigError, ModelError, Problem, first_line
+from dist_train.models import huggingface, timm
 from dist_train.models.weight_files import read_file
 from dist_train.models.weights import read_run
 
@@ -37,7 +37,7 @@ def model_arguments(config: ModelConfig, num_classes: int, in_channels: int) -> 
 
 
 def _wrong(config: ModelConfig, error: Exception, hint: str) -> ConfigError:
-    return ConfigError([Problem("model.args", f"the model {config.name}: {error}", hint=hint)])
+    return ConfigError([Problem("model.args", f"the model {config.name}: {first_line(error)}", hint=hint)])
 
 
 def build_model(config: ModelConfig, num_classes: int, in_channels: int) -> nn.Module:
@@ -45,15 +45,28 @@ def build_model(config: ModelConfig, num_classes: int, in_channels: int) -> nn.M
 
     Raises:
         ConfigError: it does not take an argument, or rejects its value.
+        ModelError: what it returns is no module.
     """
     arguments = model_arguments(config, num_classes, in_channels)
     try:
         model: nn.Module = registry.models.get(config.name)(**arguments)
-    except (TypeError, ValueError) as error:
-        if not config.args:
+    except (TypeError, ValueError, RuntimeError) as error:
+        # torch raises RuntimeError for sizes below 0 or beyond 64 bits, and a model of the user's for anything.
+        if not config.args or (isinstance(error, RuntimeError) and not _ours(config)):
             raise
         raise _wrong(config, error, f"look at model.args: {config.args}") from error
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ModelError(
+            f"the function of the model {config.name} returns {given}, not a torch.nn.Module",
+            "return a module: an object of the class",
+        )
     return model
+
+
+def _ours(config: ModelConfig) -> bool:
+    target = registry.models.entry(config.name).target
+    return isinstance(target, str) and target.startswith("dist_train.")
 
 
 def check_model(config: ModelConfig) -> None:
@@ -65,9 +78,13 @@ def check_model(config: ModelConfig) -> None:
     if config.name.startswith(timm.PREFIX):
         registry.models.get(config.name)  # says what to install
         timm.check_name(config.name)
+    if config.name.startswith(hub.PREFIX):
+        registry.models.get(config.name)
+        huggingface.check_args(config.name, config.args)
     model_arguments(config, num_classes=2, in_channels=1)
-    if config.weights is not None and not is_weights_file(config.weights):
-        _named(config)
+    weights = _weights(config)
+    if weights is not None and not is_weights_file(weights):
+        _named(config, weights)
 
 
 def initial_weights(config: ModelConfig) -> tuple[str, Callable[[], Mapping[str, Tensor]]] | None:
@@ -82,20 +99,31 @@ def initial_weights(config: ModelConfig) -> tuple[str, Callable[[], Mapping[str,
     if config.init_from is not None:
         run_dir = config.init_from
         return f"the run {run_dir}", lambda: read_run(run_dir)
-    if config.weights is None:
+    weights = _weights(config)
+    if weights is None:
         return None
-    if is_weights_file(config.weights):
-        path = Path(config.weights)
+    if is_weights_file(weights):
+        path = Path(weights)
         return str(path), lambda: read_file(path, config.weights_key)
-    return f"{config.weights} of {config.name}", _named(config)
+    return f"{weights} of {config.name}", _named(config, weights)
 
 
-def _named(config: ModelConfig) -> Callable[[], dict[str, Tensor]]:
-    assert config.weights is not None
-    named = registry.models.entry(config.name).weights
-    if named is None:
-        message = f"the model {config.name} has no weights by name, and {config.weights!r} is no file"
+def _weights(config: ModelConfig) -> str | None:
+    """Returns `model.weights`; for a model of Hugging Face those that it comes with, unless they are to be random."""
+    if not config.name.startswith(hub.PREFIX) or config.init_from is not None:
+        return config.weights
+    if config.weights is None:
+        return huggingface.default_weights(config.name, config.args)
+    return None if config.weights == huggingface.RANDOM else config.weights
+
+
+def _named(config: ModelConfig, weights: str) -> Callable[[], Mapping[str, Tensor]]:
+    entry = registry.models.entry(config.name).weights
+    if entry is None:
+        message = f"the model {config.name} has no weights by name, and {weights!r} is no file"
         hint = "give a .safetensors, .pt or .pth file; a path has a dot or a slash, as in ./FILE"
         raise ConfigError([Problem("model.weights", message, hint=hint)])
-    fetch: Callable[[], dict[str, Tensor]] = registry.resolve(named)(config.name, config.weights)
+    named = registry.resolve(entry)
+    further = {"args": config.args} if "args" in inspect.signature(named).parameters else {}
+    fetch: Callable[[], Mapping[str, Tensor]] = named(config.name, weights, **further)
     return fetch

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dist_train import trees
 from dist_train.errors import RunDirError
+from dist_train.trees import Tree
 
 _CONSTANT_SIZE = 16  # up to so many elements, a constant that forward creates is written out
 _SHOWN = 5  # differences that a message shows
@@ -48,7 +50,7 @@ class Operation:
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module, example: Tensor) -> list[list[Any]]:
+def fingerprint(model: nn.Module, example: Tree) -> list[list[Any]]:
     """Records the operators of a forward pass in training mode, then of one in eval mode.
 
     Training mode shows the settings of dropout and batch norms. Nothing is changed: the passes use copies of the
@@ -67,7 +69,7 @@ def fingerprint(model: nn.Module, example: Tensor) -> list[list[Any]]:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         named = {id(tensor): name for name, tensor in [*model.named_parameters(), *buffers.items()]}
         with torch.random.fork_rng(devices=[]), _layers(model) as path, _Recorder(named, path, example) as recorder:
-            torch.func.functional_call(model, buffers, (example,))
+            torch.func.functional_call(model, buffers, *trees.arguments(example))
         operations += recorder.operations
     model.train(mode)
     return [[each.layer, each.name, each.arguments] for each in operations]
@@ -120,11 +122,11 @@ def _layers(model: nn.Module) -> Iterator[list[str]]:
 class _Recorder(TorchDispatchMode):
     """Records every operator that is called in this mode."""
 
-    def __init__(self, named: Mapping[int, str], path: Sequence[str], example: Tensor) -> None:
+    def __init__(self, named: Mapping[int, str], path: Sequence[str], example: Tree) -> None:
         super().__init__()
         self.operations: list[Operation] = []
         self._named, self._path = named, path
-        self._made: dict[int, int] = {id(example): 0}
+        self._made: dict[int, int] = {id(leaf): 0 for leaf in trees.leaves(example)}
         self._alive: list[Tensor] = []  # an id may be given again once its tensor is gone
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -179,7 +181,7 @@ class SameModel:
         self._recorded: dict[str, Any] = {}
         self._found: dict[str, Any] = {}
 
-    def require(self, name: str, model: nn.Module, example: Tensor) -> None:
+    def require(self, name: str, model: nn.Module, example: Tree) -> None:
         """Takes the fingerprint of the `FLOAT` or `PREPARED` model, as built, before any state is loaded.
 
         Args:
@@ -188,7 +190,7 @@ class SameModel:
         Raises:
             RunDirError: the restored checkpoint has another fingerprint of that name; shows the first differences.
         """
-        self._where["device"] = example.device.type
+        self._where["device"] = trees.first_leaf(example).device.type
         self._found[name] = fingerprint(model, example)
         self._compare(name)
 

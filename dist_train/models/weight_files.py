@@ -1,44 +1,26 @@
-"""Reads weights from files that other programs wrote, without running code from them."""
+"""Finds the weights in files that other programs wrote, among all that they hold."""
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
-import struct
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from dist_train.errors import DataError, first_line
-from dist_train.models.weight_formats import AGAIN, SAVE, is_safetensors, refuse_other_formats
+from dist_train.errors import DataError
+from dist_train.models.weight_formats import SAVE
+from dist_train.models.weight_reader import Unknown, load_content
 
 # Prefixes that wrappers put before every key.
 _PREFIXES = ("module.", "_orig_mod.")
-_AVERAGES = ("ema", "swa", "average", "teacher")  # parts of the names of moving averages
+# Words in the names of moving averages: model_ema, swa_state_dict, ModelEMA; not semantic_head.
+_AVERAGES = {"ema", "swa", "avg", "average", "averaged"}
+_TEACHER = "teacher"  # an average of the student, or a network of its own
 # Names by which programs save the weights of their one model.
 _USUAL = {"state_dict", "model_state_dict", "model", "model_state", "net", "network", "module", "weights"}
 _SHOWN = 8
-# Damaged pickles raise these, too.
-_UNREADABLE = (
-    OSError,
-    RuntimeError,
-    EOFError,
-    SafetensorError,
-    pickle.UnpicklingError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    AssertionError,
-    struct.error,
-)
 
 
 class Weights(dict[str, Tensor]):
@@ -46,39 +28,18 @@ class Weights(dict[str, Tensor]):
 
     Attributes:
         notes: a line for each choice that was made in reading it.
+        absent: names of the model's tensors that it does not have, and that keep their initial values.
     """
 
     notes: tuple[str, ...] = ()
-
-
-class Unknown:
-    """Stands for an object of a class that is not torch's, such as argparse.Namespace: nothing of it is kept or run."""
-
-    kind = ""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Unknown:
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        return
-
-    def __setstate__(self, state: Any) -> None:
-        return
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        return
-
-    def append(self, value: Any) -> None:
-        return
-
-    def extend(self, values: Any) -> None:
-        return
+    absent: frozenset[str] = frozenset()
 
 
 def read_file(path: Path, key: str | None = None) -> Weights:
     """Reads the state_dict in a .safetensors file or a file of torch.save; it may lie beside other things.
 
-    It is taken where there is one only. Objects of classes that are not torch's are skipped; no code is run.
+    Of several, it is the moving average of the one beside it; else the one of a usual name among those of losses and
+    callbacks. A note says what was taken. Objects of classes that are not torch's are skipped; no code is run.
 
     Args:
         key: name of the state_dict in the file, dotted where it is nested, or a prefix of its tensors' names.
@@ -86,15 +47,17 @@ def read_file(path: Path, key: str | None = None) -> Weights:
     Raises:
         DataError: the file cannot be read, holds no state_dict or several, or has none of that key.
     """
-    loaded = _load(path)
+    loaded = load_content(path)
     if key is not None:
         return _plain(_at(path, loaded, key))
-    found = _without_other_parts(_states(loaded))
-    if not found:
+    states = _states(loaded)
+    if not states:
         raise DataError(f"{path} holds no state_dict: {_content(loaded)}", _remedy(path, loaded))
+    average, averaged = _average(states)
+    found = {average: states[average]} if averaged else _without_other_parts(states)
     if len(found) > 1:
         names = [
-            f"{name} ({len(state)} tensors{', a moving average' if _averaged(name) else ''})"
+            f"{name} ({len(state)} tensors{', a moving average' if is_average(name) else ''})"
             for name, state in found.items()
         ]
         raise DataError(
@@ -103,81 +66,45 @@ def read_file(path: Path, key: str | None = None) -> Weights:
         )
     ((name, state),) = found.items()
     weights = _plain(state)
-    others = [other for other in _states(loaded, 3) if other != name]
-    if name and (name not in _USUAL or others):
-        left = f", {', '.join(others[:_SHOWN])} left out" if others else ""
+    others = [other for other in _states(loaded, 3) if other not in (name, averaged)]
+    left = f", {', '.join(others[:_SHOWN])} left out" if others else ""
+    if averaged:
+        weights.notes = (average_taken(name, averaged) + left,)
+    elif name and (name not in _USUAL or others):
         weights.notes = (f"of what it holds, {name} was taken{left}",)
     return weights
 
 
-def _load(path: Path) -> Any:
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        raise DataError(f"cannot read weights from {path}: {error.strerror or error}", "check the path") from error
-    refuse_other_formats(path, head)
-    try:
-        if is_safetensors(head):
-            return _load_safetensors(path, head, size)
-        return _load_pickled(path)
-    except _UNREADABLE as error:
-        raise DataError(
-            f"cannot read weights from {path}: {_reason(error)}", f"{AGAIN}, or save a state_dict alone: {SAVE}"
-        ) from error
+def average_taken(average: str, averaged: str) -> str:
+    """Returns the note on an average that was taken in place of the model beside it, by their keys."""
+    return f"the moving average {average} was taken; for the model itself: --model.weights_key {averaged}"
 
 
-def _reason(error: Exception) -> str:
-    """Returns what is wrong with a file, without torch's advice to trust it."""
-    text = str(error)
-    if "Invalid magic number" in text:
-        return "it is a pickle of another program"
-    if "unrecognized function" in text or "is blocked" in text:
-        return "reading it would run code of its own"
-    return first_line(text.rpartition("WeightsUnpickler error:")[2] or type(error).__name__)
+def is_average(name: str) -> bool:
+    """Tells whether a key is one by which programs save a moving average of a model's weights."""
+    return not _AVERAGES.isdisjoint(word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name))
 
 
-def _load_safetensors(path: Path, head: bytes, size: int) -> dict[str, Tensor]:
-    length = int.from_bytes(head[:8], "little")
-    with path.open("rb") as file:
-        file.seek(8)
-        header = file.read(length)
-    if len(header) == length:
-        tensors = [value for name, value in json.loads(header).items() if name != "__metadata__"]
-        expected = 8 + length + max((value["data_offsets"][1] for value in tensors), default=0)
-    else:
-        expected = 8 + length
-    if size < expected:
-        raise DataError(f"{path} is truncated: it has {size} bytes, and its header says {expected}", AGAIN)
-    return load_file(path)
+def _average(states: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
+    """Returns the keys of the one average and of the one model that it is of, as timm does; "" where there are none.
 
-
-def _load_pickled(path: Path) -> Any:
-    """Reads a file of torch.save by torch's reader of plain data; other classes than its own are replaced by stubs.
-
-    torch lists the classes in a zip archive; in files of torch before 1.6 it refuses one after the other.
+    The average has all tensors of the model, in the same shapes.
     """
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise DataError(f"{path} is damaged: the checksum of {damaged} in it is another", AGAIN)
-    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-    while True:
-        stubs: list[Any] = [(type("Unknown", (Unknown,), {"kind": name}), name) for name in unknown]
-        try:
-            # As an open file, because torch decides by a path's suffix.
-            with torch.serialization.safe_globals(stubs), path.open("rb") as file:
-                return torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            refused = re.search(r"Unsupported global: GLOBAL (\S+) was not", str(error))
-            # torch leaves out the module of what is built in.
-            name = None if refused is None else refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
-            if name is None or name in unknown:
-                raise
-            unknown.append(name)
+    averages = [name for name in states if is_average(name)]
+    models = list(_usual({name: state for name, state in states.items() if name not in averages}))
+    if len(averages) != 1 or len(models) != 1 or _TEACHER in " ".join(states):
+        return "", ""
+    shapes, wanted = (_shapes(states[name]) for name in (averages[0], models[0]))
+    return (averages[0], models[0]) if wanted.items() <= shapes.items() else ("", "")
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a state_dict's tensors by their names without what wrappers put before them."""
+    return {
+        name.replace("_orig_mod.", "").removeprefix("module."): tuple(value.shape)
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _is_state(value: Any) -> bool:
@@ -207,17 +134,18 @@ def _states(loaded: Any, depth: int = 2) -> dict[str, Mapping[str, Any]]:
 
 
 def _without_other_parts(states: dict[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Leaves out the tensors of a loss, a callback, ..., if one state_dict has a usual name and none is an average."""
-    usual = {name: state for name, state in states.items() if name in _USUAL}
-    return usual if len(usual) == 1 and not any(_averaged(name) for name in states) else states
+    """Leaves out the tensors of a loss, a callback, ..., where none is an average."""
+    return states if any(is_average(name) or _TEACHER in name for name in states) else _usual(states)
+
+
+def _usual(states: dict[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Returns the one state_dict of a usual name; all where there are none or several."""
+    usual = {name: state for name, state in states.items() if name.rpartition(".")[2] in _USUAL}
+    return usual if len(usual) == 1 else states
 
 
 def _is_optimizer(value: Any) -> bool:
     return isinstance(value, Mapping) and "param_groups" in value
-
-
-def _averaged(name: str) -> bool:
-    return any(part in name.lower() for part in _AVERAGES)
 
 
 def _plain(state: Mapping[str, Any]) -> Weights:

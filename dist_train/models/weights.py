@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from dist_train.errors import CheckpointError, DataError, RunDirError
 from dist_train.models.first_conv import first_conv, fit_channels
-from dist_train.models.weight_files import Weights
+from dist_train.models.weight_files import Weights, average_taken, is_average
+from dist_train.models.weight_formats import SAVE
 from dist_train.run_dir.checkpoint import CheckpointFolder
 from dist_train.run_dir.paths import RunDir
 
@@ -29,13 +30,12 @@ def read_run(run_dir: Path) -> Weights:
     """
     folder = CheckpointFolder(RunDir(run_dir).checkpoints)
     try:
-        latest = folder.latest
-        if latest is None:
+        name, newest = folder.load_newest()
+        if name is None:
             raise DataError(
                 f"model.init_from: {run_dir} has no trained float model: it has saved no checkpoint yet",
                 "wait until it has saved one, or name another run",
             )
-        newest = folder.load(latest)
         finished = newest["finished_stages"]
         if "train" in finished:
             return Weights(folder.load(finished["train"])["payload"]["model"])
@@ -51,11 +51,33 @@ def read_run(run_dir: Path) -> Weights:
     return weights
 
 
+def require_dense(state: Mapping[str, Tensor], source: str) -> None:
+    """Raises DataError for a tensor that is no dense array of numbers: sparse, nested, quantized, or without values."""
+    for key, value in state.items():
+        kind = _kind(value)
+        if kind:
+            raise DataError(
+                f"{source} holds a tensor that cannot be loaded: {key} is {kind}",
+                f"save the weights in floats, dense and with values: {SAVE}",
+            )
+
+
+def _kind(value: Tensor) -> str:
+    """Describes a tensor that is no dense array of numbers; "" for one that is."""
+    if value.is_nested:
+        return "a nested tensor"
+    if value.is_quantized:
+        return f"quantized ({str(value.dtype).removeprefix('torch.')})"
+    if value.layout != torch.strided:
+        return f"sparse ({str(value.layout).removeprefix('torch.')})"
+    return "on the meta device, without values" if value.is_meta else ""
+
+
 def digest(state: Mapping[str, Tensor]) -> str:
-    """Returns the SHA-256 of names, shapes, dtypes and values."""
+    """Returns the SHA-256 of names, shapes, dtypes and values of dense tensors."""
     found = hashlib.sha256()
     for name, value in sorted(state.items()):
-        tensor = value.detach().cpu().contiguous()
+        tensor = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         found.update(tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
@@ -75,11 +97,14 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str, num
         a line for each part that was not loaded unchanged.
 
     Raises:
-        DataError: names are missing or unknown, or shapes differ elsewhere; names the layers and both shapes.
+        DataError: names are missing or unknown, or shapes differ elsewhere; names the layers and both shapes. Or a
+            tensor is no dense one, or its numbers are of another kind than the model's (integers for floats).
     """
+    require_dense(state, source)
     own = model.state_dict()
     # Files from before 2018 lack these counters, which only a BatchNorm without momentum reads.
-    required = [key for key in own if not key.endswith("num_batches_tracked")]
+    absent = state.absent if isinstance(state, Weights) else frozenset()
+    required = [key for key in own if not key.endswith("num_batches_tracked") and key not in absent]
     named, notes = _named_as(required, state, source)
     given = {key: value for key, value in named.items() if key in own or not key.startswith(_AUXILIARY)}
     missing = [key for key in required if key not in given]
@@ -87,7 +112,9 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str, num
     if missing or unknown:
         listed = " and".join(filter(None, (_some("lacks", missing), _some("has besides", unknown))))
         raise DataError(f"{source} is of another model: it{listed}", "--model.name and --model.args of its own model")
-    _require_finite({name: given[name] for name, _ in model.named_parameters() if name in given}, source)
+    parameters = {name: given[name] for name, _ in model.named_parameters() if name in given}
+    _require_numbers(own, given, set(parameters), source)
+    _require_finite({name: value.to(own[name].dtype) for name, value in parameters.items()}, source)
     notes += _fit_first_conv(model, own, given, source)
     different = [key for key in given if given[key].shape != own[key].shape]
     head = _head(own, given, different, num_outputs)
@@ -112,6 +139,7 @@ def _named_as(required: list[str], state: Mapping[str, Tensor], source: str) -> 
     """Returns `state` with the model's names, where only a prefix differs, and a line for each change.
 
     Wrappers, Lightning and programs of several networks put `module.`, `model.` or `student.` before all names of one.
+    Of a model and its moving average (`model.`, `model_ema.`) the average is taken.
 
     Raises:
         DataError: the model's names are there under several prefixes.
@@ -123,6 +151,11 @@ def _named_as(required: list[str], state: Mapping[str, Tensor], source: str) -> 
     first = required[0]
     prefixes = [key.removesuffix(first) for key in state if key.endswith(f".{first}")]
     found = [prefix for prefix in prefixes if all(prefix + key in state for key in required)]
+    averages = [prefix for prefix in found if is_average(prefix)]
+    if len(found) == 2 and len(averages) == 1:
+        (other,) = set(found).difference(averages)
+        notes.append(average_taken(averages[0].rstrip("."), other.rstrip(".")))
+        found = averages
     if len(found) > 1:
         raise DataError(
             f"{source} holds the model's weights several times, under {', '.join(found)}",
@@ -130,7 +163,7 @@ def _named_as(required: list[str], state: Mapping[str, Tensor], source: str) -> 
         )
     if found:
         (prefix,) = found
-        if prefix != "module.":
+        if prefix not in ("module.", *averages):
             notes.append(f"its names without {prefix}")
         others = [key for key in state if not key.startswith(prefix)]
         if others:
@@ -140,6 +173,31 @@ def _named_as(required: list[str], state: Mapping[str, Tensor], source: str) -> 
     if all(key.startswith(inner) and key.removeprefix(inner) in state for key in required):
         return {inner + key: value for key, value in state.items()}, notes
     return state, notes
+
+
+def _require_numbers(own: Mapping[str, Tensor], given: Mapping[str, Tensor], parameters: set[str], source: str) -> None:
+    """Raises DataError where floats, integers or complex numbers stand for another kind.
+
+    A buffer, as a mask or a count, may be of another kind where all its values stay the same.
+    """
+    for key, value in given.items():
+        here = own.get(key)
+        if here is None or _numbers(value) == _numbers(here):
+            continue
+        if key in parameters or not torch.equal(value.to(here.dtype).to(value.dtype), value):
+            raise DataError(
+                f"{source} does not fit the model: {key} is {_numbers(value)} ({_dtype(value)}) there, "
+                f"{_numbers(here)} ({_dtype(here)}) in the model",
+                "give the weights from before they were quantized or converted: model.float().state_dict()",
+            )
+
+
+def _numbers(tensor: Tensor) -> str:
+    return "floats" if tensor.is_floating_point() else "complex numbers" if tensor.is_complex() else "integers"
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _require_finite(given: Mapping[str, Tensor], source: str) -> None:
@@ -169,7 +227,8 @@ def _head(own: Mapping[str, Tensor], given: Mapping[str, Tensor], different: lis
     fits = all(
         given[key].dim() == own[key].dim() > 0
         and given[key].shape[1:] == own[key].shape[1:]
-        and own[key].shape[0] == num_outputs
+        # A detector's head has columns of each anchor, and of the background.
+        and (own[key].shape[0] == num_outputs or ".classification_head." in key)
         for key in different
     )
     return " and ".join(dict.fromkeys(key.rpartition(".")[0] for key in different)) if fits else ""

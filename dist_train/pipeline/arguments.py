@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,18 +10,21 @@ import torch
 
 from dist_train import registry
 from dist_train.config.data import is_weights_file
-from dist_train.config.stages import FitConfig, QATConfig
+from dist_train.config.fit import FitConfig
+from dist_train.config.stages import QATConfig
 from dist_train.config.tree import Config
 from dist_train.console.progress import check_epoch_format
 from dist_train.data.datasets.builtin import check_args
 from dist_train.errors import ConfigError, Problem, SetupError
-from dist_train.lowering import inductor
 from dist_train.models.build import check_model
+from dist_train.pipeline.extension import check_extension, extends
 from dist_train.quantization.backend import build_backend
 from dist_train.run_dir.checkpoint import CheckpointFolder
 from dist_train.run_dir.paths import RunDir
 from dist_train.tasks import Task
+from dist_train.training.compilation import missing_compiler
 from dist_train.training.evaluate import metric_names
+from dist_train.training.optim_arguments import check_optim_and_schedule
 from dist_train.training.selection import INT8
 
 
@@ -35,48 +36,36 @@ def check_arguments(config: Config) -> None:
         SetupError: a library or a compiler is missing.
     """
     problems: list[Problem] = []
+    hints: list[str] = []
     checks: list[Callable[[], object]] = [
         lambda: check_args(config.data),
         lambda: check_model(config.model),
         lambda: registry.tasks.get(config.task.name)(2, config.task.args),
         lambda: _require_initial_weights(config),
+        lambda: check_extension(config),
         lambda: _check_metrics_without_data(config),
+        lambda: check_optim_and_schedule(config),
     ]
     for check in checks:
         try:
             check()
         except ConfigError as error:
             problems += [problem for problem in error.problems if problem not in problems]
+            hints += [error.hint] if error.hint else []
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems, "; ".join(hints))
     if config.quantizes:
         build_backend(config.qat)  # raises if libraries or integer kernels are missing
-    if config.compile and any(isinstance(getattr(config, stage, None), FitConfig) for stage in config.stages):
+    if config.compile is True and any(isinstance(getattr(config, stage, None), FitConfig) for stage in config.stages):
         _require_compiler(on_gpu=config.run.device != "cpu" and torch.cuda.is_available())
 
 
 def _require_compiler(on_gpu: bool) -> None:
-    """Raises SetupError without the compiler that torch.compile would ask for only at the first step.
-
-    Inductor compiles C++ on the CPU; Triton compiles its launchers on GPUs, in C.
-    """
-    if on_gpu:
-        found, variable, package = _c_compiler(), "CC", "gcc"
-    else:
-        found, variable, package = inductor.compiler(), "CXX", "g++"
-    if found is None:
-        named = f": {variable} is {os.environ[variable]}, which is no program" if variable in os.environ else ""
-        raise SetupError(
-            f"compile is true, and torch.compile finds no {'C' if on_gpu else 'C++'} compiler{named}",
-            f"apt-get install {package}, or name one in {variable}, or --compile false",
-        )
-
-
-def _c_compiler() -> str | None:
-    """Returns the path of the C compiler that Triton will use ($CC, gcc or clang), or None."""
-    if "CC" in os.environ:
-        return shutil.which(os.environ["CC"])
-    return shutil.which("gcc") or shutil.which("clang")
+    """Raises SetupError without the compiler that torch.compile would ask for only at the first step."""
+    missing = missing_compiler(on_gpu)
+    if missing is not None:
+        what, hint = missing
+        raise SetupError(f"compile is true, and torch.compile finds {what}", f"{hint}, or --compile false")
 
 
 def _check_metrics_without_data(config: Config) -> None:
@@ -98,17 +87,23 @@ def _metric_problems(config: Config, task: Task) -> list[Problem]:
     problems = [] if config.log.epoch_format is None else check_epoch_format(config.log.epoch_format, names)
     for section in config.stages:
         settings = getattr(config, section, None)
-        wanted = settings.select_by if isinstance(settings, FitConfig) else None
-        known = [*names, *(f"{INT8}{name}" for name in names)] if isinstance(settings, QATConfig) else names
-        if wanted is not None and wanted not in known:
-            hint = f"the metrics are {', '.join(known)}"
-            problems.append(Problem(f"{section}.select_by", f"{config.task.name} has no metric {wanted!r}", hint=hint))
+        if not isinstance(settings, FitConfig):
+            continue
+        of_int8 = [f"{INT8}{name}" for name in names] if isinstance(settings, QATConfig) else []
+        computed = (settings.select_by or "").startswith(INT8)  # int8 is evaluated for select_by alone
+        for key, wanted, known in (
+            ("select_by", settings.select_by, [*names, *of_int8]),
+            ("schedule.metric", settings.schedule.metric, [*names, *(of_int8 if computed else [])]),
+        ):
+            if wanted is not None and wanted not in known:
+                hint = f"the metrics are {', '.join(known)}"
+                problems.append(Problem(f"{section}.{key}", f"{config.task.name} has no metric {wanted!r}", hint=hint))
     return problems
 
 
 def holds_its_weights(config: Config, folder: CheckpointFolder) -> bool:
-    """Tells whether checkpoints hold the model, so that its initial weights are no longer needed."""
-    return config.stages[0] == "train" and folder.latest is not None
+    """Tells whether checkpoints hold the model, of this run or of the one it extends: no initial weights are needed."""
+    return config.stages[0] == "train" and (folder.latest is not None or extends(config))
 
 
 def _no_file(weights: Path) -> Problem:
@@ -132,6 +127,6 @@ def _require_initial_weights(config: Config) -> None:
         return
     if weights is not None and is_weights_file(weights) and not Path(weights).is_file():
         raise ConfigError([_no_file(Path(weights))])
-    if other is not None and not RunDir(other).config.is_file():
+    if other is not None and not RunDir(other).config.is_file() and not RunDir(other).checkpoints.is_dir():
         hint = "give the directory of a run that was trained, as in runs/NAME"
         raise ConfigError([Problem("model.init_from", f"{other} is not a run directory", hint=hint)])

@@ -1,4 +1,4 @@
-"""Resolves `auto` for this machine: strategy, precision, device, threads, workers, each with its reason."""
+"""Resolves `auto` for this machine: strategy, precision, device, threads, workers, qat.engine, with the reasons."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dist_train.cluster.instructions import sums_overflow
 from dist_train.config.checks.strategy import Precision, accelerate_precision
 from dist_train.config.tree import Config
+from dist_train.distributed.devices import visible_gpus
 from dist_train.distributed.world import World
 from dist_train.errors import SetupError
 
@@ -25,6 +27,7 @@ class Facts:
         threads_kept: True if `threads` was recorded at the first start of the run.
         workers: data workers of a rank with `data.workers: auto`.
         bf16: the feature for native bfloat16, such as "AVX-512 BF16"; "" if some rank's device lacks one.
+        sums_overflow: True if int8 runtimes of some rank's CPU may overflow.
     """
 
     world_size: int = 1
@@ -36,6 +39,7 @@ class Facts:
     threads_kept: bool = False
     workers: int = 1
     bf16: str = ""
+    sums_overflow: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,13 @@ class Choices:
 
     Attributes:
         strategy: registered name.
+        engine: `qat.engine`; "auto" where a backend decides by itself.
         lines: progress lines that explain the choices and all other settings that were `auto`.
     """
 
     strategy: str
     precision: Precision
+    engine: str
     lines: tuple[str, ...]
 
 
@@ -58,14 +64,15 @@ def look(world: World, threads: int, threads_kept: bool) -> Facts:
         world_size=world.world_size,
         local_world_size=world.local_world_size,
         device=world.device.type,
-        cuda_devices=torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        cuda_devices=visible_gpus(),
         cores=world.cores,
         threads=threads,
         threads_kept=threads_kept,
         workers=world.share_of_cores(),
     )
-    kinds = world.gather(_native_bf16(facts.device))
-    return replace(facts, bf16=kinds[0] if all(kinds) else "")
+    kinds = world.gather((_native_bf16(facts.device), sums_overflow()))
+    native = [bf16 for bf16, _ in kinds]
+    return replace(facts, bf16=native[0] if all(native) else "", sums_overflow=any(each for _, each in kinds))
 
 
 def _native_bf16(device: str) -> str:
@@ -76,12 +83,19 @@ def _native_bf16(device: str) -> str:
     return "AVX-512 BF16" if torch.cpu._is_avx512_bf16_supported() else ""
 
 
-def choose(config: Config, facts: Facts, environ: Mapping[str, str], kept: Precision | None = None) -> Choices:
-    """Resolves strategy and precision.
+def choose(
+    config: Config,
+    facts: Facts,
+    environ: Mapping[str, str],
+    kept: Precision | None = None,
+    kept_engine: str | None = None,
+) -> Choices:
+    """Resolves strategy, precision and engine.
 
     Args:
         environ: `os.environ`, with the variables of `accelerate launch`.
         kept: the precision of the interrupted run that this one resumes. Results depend on it, so `auto` keeps it.
+        kept_engine: the same of the engine.
 
     Raises:
         SetupError: the accelerate config has another precision than at the run's first start.
@@ -104,17 +118,22 @@ def choose(config: Config, facts: Facts, environ: Mapping[str, str], kept: Preci
         said.append(f"{_count(facts.threads, 'thread')} per rank ({why})")
     if config.data.workers == "auto":
         said.append(f"at most {_count(facts.workers, 'data worker')} per rank ({_shared(facts)})")
+    engine, why = _engine(config, facts, kept_engine)
+    if why:
+        said.append(f"qat.engine {engine} ({why})")
     theirs = accelerate_precision(environ)
     if config.strategy != "accelerate" and theirs not in (None, "fp32", precision):
         remarks.append(f"accelerate's mixed_precision {theirs} is not used: --strategy accelerate would use it")
     lines = [f"auto: {', '.join(said)}"] if said else []
-    return Choices(strategy, precision, (*lines, *remarks))
+    return Choices(strategy, precision, engine, (*lines, *remarks))
 
 
 def _strategy(asked: str, facts: Facts) -> tuple[str, str]:
     if asked == "dp" and (facts.device != "cuda" or facts.cuda_devices < 2):
         seen = "runs on the CPU" if facts.device != "cuda" else f"sees {_count(facts.cuda_devices, 'CUDA device')}"
         return "single", f"dp needs two CUDA devices, and this process {seen}"
+    if asked == "fsdp" and facts.world_size == 1:
+        return "single", _ranks(1)
     if asked in ("auto", "ddp"):
         return ("ddp" if facts.world_size > 1 else "single"), _ranks(facts.world_size)
     return asked, ""
@@ -144,6 +163,16 @@ def _precision(
     if facts.device == "cuda":
         return "fp16", f"{this} has no bfloat16"
     return "fp32", f"{this} would emulate bf16 and fp16"
+
+
+def _engine(config: Config, facts: Facts, kept: str | None) -> tuple[str, str]:
+    asked = config.qat.engine
+    # What nobody converts runs in no runtime, and other backends have the engine of the machine's architecture.
+    if asked != "auto" or config.qat.backend != "pt2e" or "convert" not in config.stages:
+        return asked, ""
+    if kept is not None:
+        return kept, "" if kept == "auto" else "as at the first start"
+    return ("x86", "a CPU without VNNI: 127 steps keep sums in 16 bits") if facts.sums_overflow else (asked, "")
 
 
 def _device(facts: Facts) -> str:

@@ -38,7 +38,7 @@ _VARIABLES = (
 )
 
 
-def describe(world: World, threads: int, strategy: str, precision: str) -> dict[str, Any]:
+def describe(world: World, threads: int, strategy: str, precision: str, engine: str) -> dict[str, Any]:
     """Returns versions, machine, ranks, and the environment variables in `_VARIABLES`."""
     packages = {}
     for name in _PACKAGES:
@@ -60,6 +60,7 @@ def describe(world: World, threads: int, strategy: str, precision: str) -> dict[
         "threads_per_rank": threads,
         "strategy": strategy,
         "precision": precision,
+        "qat_engine": engine,
         "commit": _commit(),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }

@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
 import os
-import shlex
-import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from dist_train import registry
+from dist_train.cluster.elastic import Agent, agent_of
 from dist_train.cluster.rank_plan import detect
-from dist_train.config.load import differences, dump
 from dist_train.config.tree import Config
 from dist_train.console.progress import Progress
 from dist_train.console.results_table import print_results
-from dist_train.distributed.polling import attempts
 from dist_train.distributed.process_group import join
 from dist_train.distributed.watchdog.rank_side import watched
 from dist_train.distributed.watchdog.stop_signals import listening
 from dist_train.distributed.world import World
-from dist_train.errors import ConfigError, PeerError, Preempted, Problem, RunDirError, SetupError, keep_traceback
+from dist_train.errors import DataError, PeerError, Preempted, Problem, keep_traceback
+from dist_train.pipeline.after_stop import after_lost_peer, after_stop
 from dist_train.pipeline.arguments import check_arguments
 from dist_train.pipeline.environment import describe
+from dist_train.pipeline.extension import take_up_training
+from dist_train.pipeline.opening import agree_on_config, check_shared, earlier_results, open_run_dir
+from dist_train.pipeline.packing import OFF, settled_pack
+from dist_train.pipeline.recovery import agree_on_checkpoint, rebuild_config, record
+from dist_train.pipeline.resumed_data import compare_files, require_same_content
+from dist_train.pipeline.sampling import expect, require_same_weights
 from dist_train.pipeline.set_up import advise, open_session
-from dist_train.run_dir.files import read_json, replace_json, replace_text
-from dist_train.run_dir.ledger import Ledger, NoLedger, record_expectation
-from dist_train.run_dir.paths import RunDir, recorded_config, refuse_foreign
-from dist_train.run_dir.status import fail, stopped_under_this_agent, was_preempted
+from dist_train.run_dir.agents import let_go_on, restart_mark, stopped_under_this_agent
+from dist_train.run_dir.files import replace_json
+from dist_train.run_dir.lease import PATIENCE_SECONDS, Lease, this_process
+from dist_train.run_dir.ledger import Ledger, NoLedger
+from dist_train.run_dir.paths import RunDir
+from dist_train.run_dir.record import engine_of, recorded_environment
+from dist_train.run_dir.retry import retried, told
+from dist_train.run_dir.status import fail, was_preempted
 from dist_train.stages.base import Stage, Stopwatch
 from dist_train.stages.context import Context
+from dist_train.stages.train import TRAINING
 from dist_train.trackers.base import Trackers
 from dist_train.trackers.status import Status
-
-_SEEN_SECONDS = 20.0  # how long a file of rank 0 may take to appear on all nodes
 
 
 def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
@@ -51,31 +58,45 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
         ConfigError: the run directory holds a run with other settings that affect the result.
         RunDirError: the directory is not a run directory.
         Preempted: the run was asked to stop (SIGTERM, SIGUSR2, the file STOP), and can be resumed.
+        NodeLeft: a Preempted that this rank's agent is to answer with a restart, as another node leaves.
         DistTrainError: this rank failed; PeerError if another rank was the cause.
     """
     check_arguments(config)
     run_dir = RunDir(config.run_dir)
-    done = _earlier_results(config, run_dir)
+    done = earlier_results(config, run_dir)
     if done is not None:
-        if detect(os.environ).rank == 0:
-            print(f"this run is done: {run_dir.path}; to start another, choose another --run.name or --run.dir")
-            print_results(done)
-        return done
+        return _shown(done, run_dir)
     if stopped_under_this_agent(run_dir, os.environ):
         raise Preempted("the run was asked to stop, so it does not resume although the launcher restarted it")
+    agent = agent_of(os.environ)
+    if agent.elastic and run_dir.status.exists():
+        let_go_on(run_dir, os.environ, more=1)  # where the ranks fail to meet, their next restart goes on, too
     attempt: int | None = None
+    leases: list[Lease] = []
     try:
         with (
             listening() as stop,
-            watched(config, stop) as heartbeat,
-            join(config.run, config.debug.collectives) as world,
+            watched(config, stop, agent, restart_mark(run_dir, os.environ, 1)) as heartbeat,
+            # The watchdog tells a rank that is slow from one that is stuck; a timeout of torch's does not.
+            join(config.run, config.debug.collectives, stop, at_least=heartbeat.verdict_by) as world,
         ):
             world.stop, world.heartbeat = stop, heartbeat
-            _agree_on_config(config, world)
-            attempt = world.on_rank_0(lambda: _open(config, run_dir), "opening the run directory")
-            heartbeat.identify(world.rank, world.world_size, attempt)
-            _check_shared(run_dir, world)
-            return _run(config, run_dir, world, attempt, warnings)
+            agree_on_config(config, world)
+            ranks = world.gather(this_process(world.rank))
+            attempt = world.on_rank_0(
+                lambda: open_run_dir(config, run_dir, ranks, leases),
+                "opening the run directory",
+                world.timeout + PATIENCE_SECONDS,
+            )
+            if attempt is None:  # the start that was before this one has finished the run
+                done = earlier_results(config, run_dir)
+                assert done is not None
+                return _shown(done, run_dir)
+            heartbeat.identify(world.rank, world.world_size, attempt, leases[0].number if leases else None)
+            check_shared(run_dir, world)
+            if agent.elastic:
+                let_go_on(run_dir, os.environ)
+            return _run(config, run_dir, world, attempt, warnings, agent)
     except BaseException as error:
         if attempt is not None and not isinstance(error, Preempted):
             with suppress(OSError):  # a full disk must not hide the original error
@@ -83,149 +104,82 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
             if not isinstance(error, PeerError):
                 keep_traceback(error, run_dir.failure(attempt, detect(os.environ).rank))
             if isinstance(error, PeerError) and was_preempted(run_dir, attempt):
-                reason = "another rank was asked to stop and did not stop in time; the last checkpoint is kept"
-                raise Preempted(reason) from error
+                raise after_lost_peer(run_dir, attempt, stop, agent) from error
         raise
+    finally:
+        for lease in leases:
+            lease.release()
 
 
-def _earlier_results(config: Config, run_dir: RunDir) -> dict[str, Any] | None:
-    """Returns the results if the run is done, else None. Refuses any other directory. Reads only."""
-    if not run_dir.status.exists():
-        refuse_foreign(run_dir)
-        return None
-    if not run_dir.config.exists():
-        return None  # killed before the config was written
-    recorded = recorded_config(run_dir)
-    if config.debug.fast_dev_run != recorded.get("debug", {}).get("fast_dev_run", False):
-        raise RunDirError(
-            f"{run_dir.path} holds a run with another debug.fast_dev_run", "--run.dir DIR, with a new or empty folder"
-        )
-    if config.debug.fast_dev_run or not (run_dir.checkpoints / "latest.json").exists():
-        return None  # starts from the beginning
-    changed = differences(recorded, config)
-    if changed:
-        raise ConfigError(
-            changed,
-            f"{run_dir.path} holds a run with other settings: undo the change to resume it, "
-            "or start a new one with --run.name NEW or --run.dir DIR" + _going_on(config, run_dir, changed),
-        )
-    status = read_json(run_dir.status)
-    results: dict[str, Any] | None = read_json(run_dir.results)
-    return results if status is not None and status["state"] == "done" else None
+def _shown(done: dict[str, Any], run_dir: RunDir) -> dict[str, Any]:
+    """Returns the results of a run that is done; rank 0 prints them."""
+    if detect(os.environ).rank == 0:
+        print(f"this run is done: {run_dir.path}; to start another, choose another --run.name or --run.dir")
+        print_results(done)
+    return done
 
 
-def _going_on(config: Config, run_dir: RunDir, changed: Sequence[Problem]) -> str:
-    """Says how a new run goes on from the weights of this one, where it would train the same model."""
-    if config.stages[0] != "train" or any(each.place.startswith(("model.", "stages")) for each in changed):
-        return ""
-    options = f"--run.dir NEW --model.init_from {shlex.quote(str(run_dir.path))}"
-    if config.model.weights is not None:
-        options += " --model.weights null --model.weights_key null"
-    return f"\n  -> to go on from its weights in a new run: the same command with {options}"
-
-
-def _open(config: Config, run_dir: RunDir) -> int:
-    """Creates the run directory and returns the number of this attempt. Rank 0 only.
-
-    Raises:
-        RunDirError: it cannot be created or written to.
-    """
-    try:
-        if config.debug.fast_dev_run:
-            run_dir.clear()
-        run_dir.path.mkdir(parents=True, exist_ok=True)
-        status = read_json(run_dir.status)
-        attempt = 0 if status is None else int(status["restarts"]) + 1
-        run_dir.forget(attempt)
-        Status(run_dir, config.run.name, attempt).set()
-        if not (run_dir.checkpoints / "latest.json").exists():
-            replace_text(run_dir.config, dump(config))
-    except OSError as error:
-        raise RunDirError(
-            f"{run_dir.path} cannot be used: {error}", "--run.dir DIR, with a folder that you can write to"
-        ) from error
-    return attempt
-
-
-def _check_shared(run_dir: RunDir, world: World) -> None:
-    """Checks that every rank sees rank 0's files, so that the run does not first fail at a checkpoint. Collective.
-
-    Raises:
-        SetupError: the run directory is not on a shared file system.
-    """
-    if world.world_size == 1:
-        return
-    token = world.on_rank_0(lambda: uuid.uuid4().hex, "agreeing on a token")
-    path = run_dir.path / f".token-{token}"
-    world.on_rank_0(lambda: path.write_text(token) and None, "writing a token")
-    for _ in attempts(_SEEN_SECONDS):
-        if path.exists():
-            break
-        with suppress(OSError):  # the parent may be missing, too
-            os.listdir(run_dir.path.parent)  # makes NFS refresh its cache
-    seen = world.gather(path.exists())
-    if world.is_main:
-        path.unlink()
-    if not all(seen):
-        blind = [rank for rank, sees in enumerate(seen) if not sees]
-        raise SetupError(
-            f"run.dir is not shared: ranks {blind} do not see {run_dir.path} as rank 0 does",
-            "--run.dir DIR, with a folder on a file system that all nodes share",
-        )
-
-
-def _run(config: Config, run_dir: RunDir, world: World, attempt: int, warnings: Sequence[Problem]) -> dict[str, Any]:
-    known = read_json(run_dir.environment) or {}
+def _run(
+    config: Config, run_dir: RunDir, world: World, attempt: int, warnings: Sequence[Problem], agent: Agent
+) -> dict[str, Any]:
+    say = Progress(world.is_main, config.log.interval).warn
+    began = agree_on_checkpoint(run_dir, config.stages, world, say) is not None
+    known: dict[str, Any] = world.on_rank_0(lambda: recorded_environment(run_dir), "reading the former environment")
+    if began and not known:
+        say(f"{run_dir.environment} is lost, and no checkpoint has a copy: threads, precision, engine are chosen anew")
     threads = known.get("threads_per_rank") if config.run.threads_per_rank == "auto" else None
-    began = (run_dir.checkpoints / "latest.json").exists()
-    precision = known.get("precision") if began else None
-    session = open_session(config, run_dir, world, threads=threads, precision=precision)
+    kept = (known.get("precision"), engine_of(known)) if began and known else (None, None)
+    # A run that is older than packs began without one.
+    pack = known.get("pack", OFF) if began and known else None
+    session = open_session(
+        config, run_dir, world, threads=threads, precision=kept[0], engine=kept[1], pack=pack, packs=True
+    )
     choices, progress = session.choices, session.progress
-    world.barrier("reading the former environment")
+    copies: dict[str, Any] = {}
     if world.is_main:
-        replace_json(run_dir.environment, describe(world, session.threads, choices.strategy, choices.precision))
+        environment = describe(world, session.threads, choices.strategy, choices.precision, choices.engine)
+        environment["pack"] = settled_pack(session.config.data)
+        retry, path = config.checkpoint.retry, run_dir.environment
+        retried(lambda: replace_json(path, environment), retry, str(path))
+        copies = record(rebuild_config(run_dir, config, say), environment, attempt)
     for line in choices.lines:
         progress.say(line)
-    status = Status(run_dir, config.run.name, attempt)
+    status = Status(run_dir, config.run.name, attempt, config.checkpoint.retry)
     trackers = Trackers([], [status] if world.is_main else [], progress.say)
     for name in config.trackers if world.is_main else []:
         trackers.add(name, partial(registry.trackers.get(name), run_dir, config.run.name, attempt), config)
     ledger = Ledger(run_dir, world.rank, world.world_size, attempt) if config.debug.ledger else NoLedger()
     try:
-        context = session.build(trackers, ledger)
+        context = session.build(trackers, ledger, copies)
         advise(context, warnings)
-        if world.is_main and config.debug.ledger:
-            _expect(context)
-        _run_stages(context, attempt, status)
+        try:
+            _run_stages(context, attempt, status)
+        except BaseException:
+            context.checkpoints.close(progress.warn)
+            raise
     except BaseException as error:
-        if isinstance(error, Preempted) and world.is_main:
-            status.preempted()
-            run_dir.stop.unlink(missing_ok=True)  # the request is fulfilled, so the same command may resume
+        if isinstance(error, Preempted):
+            if world.is_main:
+                status.preempted()
+            error = after_stop(error, world, run_dir, agent, config.stop.grace)
         with suppress(OSError):
             ledger.close()
             trackers.close()
-        raise
+        raise error
     # The status becomes `done` only after every rank is done.
     ledger.close()
     world.barrier("end")
     if world.is_main:
-        context.checkpoints.keep_ends()
-        replace_json(run_dir.results, context.results)
-        status.set(state="done")
+        told(context.checkpoints.keep_ends, run_dir.checkpoints)
+        retry = config.checkpoint.retry
+        retried(lambda: replace_json(run_dir.results, context.results), retry, str(run_dir.results))
+        status.end("done")
         run_dir.stop.unlink(missing_ok=True)  # a late request must not stop the next run
+        run_dir.forget_agents()
         trackers.close()
         print_results(context.results)
         _say_paths(run_dir, progress)
     return context.results
-
-
-def _expect(context: Context) -> None:
-    """Records the number of samples that an epoch consumes, for the ledger's check."""
-    data, size = context.config.data, context.data.train_samples
-    per_epoch = size - size % data.global_batch_size if data.drop_last else size
-    if context.config.debug.fast_dev_run:
-        per_epoch = min(per_epoch, 2 * data.global_batch_size)
-    record_expectation(context.run_dir, size, per_epoch)
 
 
 def _run_stages(context: Context, attempt: int, status: Status) -> None:
@@ -233,6 +187,13 @@ def _run_stages(context: Context, attempt: int, status: Status) -> None:
     interrupted = checkpoints.newest()
     if interrupted is not None:
         _take_up(context, interrupted, attempt)
+    else:
+        take_up_training(context)
+    if world.is_main and config.debug.ledger:
+        expect(context)
+    if not config.debug.fast_dev_run:  # which nothing resumes
+        data, record = context.data, context.run_dir.data_files
+        compare_files(config.data, data.splits, record, world, interrupted is None, context.progress.warn)
     context.results["world_size"] = world.world_size
     if world.world_size not in context.results["world_sizes"]:
         context.results["world_sizes"].append(world.world_size)
@@ -247,9 +208,22 @@ def _run_stages(context: Context, attempt: int, status: Status) -> None:
         stage.restore(context, product)
         context.products[name] = product
         if not done:
+            _require_finite(context)
             checkpoints.save_stage(name, product)
             if world.is_main:
-                replace_json(context.run_dir.results, context.results)
+                told(lambda: replace_json(context.run_dir.results, context.results), context.run_dir.results)
+        product.pop(TRAINING, None)  # as large as the model, and of no use to later stages
+
+
+def _require_finite(context: Context) -> None:
+    """Raises DataError where a task's own metric is no number: results.json holds none."""
+    for model, figures in context.results["models"].items():
+        for metric, value in figures.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise DataError(
+                    f"the metric {metric} of {model} is {value}",
+                    f"let the task {context.config.task.name} give a number, such as 0, where nothing is counted",
+                )
 
 
 def _take_up(context: Context, interrupted: dict[str, Any], attempt: int) -> None:
@@ -259,6 +233,9 @@ def _take_up(context: Context, interrupted: dict[str, Any], attempt: int) -> Non
         DataError: data or weights have changed.
     """
     context.data.require_same_data(interrupted["data"])
+    # A checkpoint of an earlier version holds no content.
+    require_same_content(context.data, interrupted.get("content", {}), context.progress.warn)
+    require_same_weights(context.data, interrupted.get("row_weights", ""))
     context.require_same_weights(interrupted["results"])
     context.same_model.restore(interrupted["same_model"])
     context.results.clear()
@@ -280,15 +257,6 @@ def _run_stage(stage: Stage, context: Context, status: Status) -> dict[str, Any]
     context.results["stages"].setdefault(stage.name, {})["seconds"] = stopwatch.seconds
     context.resume = None
     return product
-
-
-def _agree_on_config(config: Config, world: World) -> None:
-    digests = world.gather(hashlib.sha256(dump(config).encode()).hexdigest())
-    if len(set(digests)) > 1:
-        raise SetupError(
-            "the ranks were started with different configurations",
-            "start all ranks with the same command and the same files",
-        )
 
 
 def _say_paths(run_dir: RunDir, progress: Progress) -> None:

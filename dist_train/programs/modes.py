@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 _NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled  # (enabled, block, *inputs)
-_AUTOCAST = torch.ops.higher_order.wrap_with_autocast  # (device type, dtype, enabled, cache enabled, block, *inputs)
+AUTOCAST = torch.ops.higher_order.wrap_with_autocast  # (device type, dtype, enabled, cache enabled, block, *inputs)
 
 
 def mode_blocks(module: GraphModule) -> Iterator[tuple[Node, Node, tuple[Any, ...]]]:
@@ -22,16 +22,21 @@ def mode_blocks(module: GraphModule) -> Iterator[tuple[Node, Node, tuple[Any, ..
         arguments: Any = node.args
         if node.op == "call_function" and node.target is _NO_GRAD:
             yield node, arguments[1], arguments[2:]
-        elif node.op == "call_function" and node.target is _AUTOCAST and not arguments[2]:
+        elif node.op == "call_function" and node.target is AUTOCAST and not arguments[2]:
             yield node, arguments[4], arguments[5:]
 
 
-def inline_modes(module: GraphModule) -> None:
-    """Replaces the blocks of `mode_blocks` by their contents, in place."""
+def inline_modes(module: GraphModule, kind: Any = None) -> None:
+    """Replaces the blocks of `mode_blocks` by their contents, in place.
+
+    kind: operator of the blocks that are replaced; None: all.
+    """
     for node, block, inputs in mode_blocks(module):  # lazily: inputs change as blocks before are replaced
+        if kind not in (None, node.target):
+            continue
         inner = module.get_submodule(str(block.target))
         assert isinstance(inner, GraphModule)
-        inline_modes(inner)
+        inline_modes(inner, kind)
         values: dict[Node, Any] = dict(zip(inner.graph.find_nodes(op="placeholder"), inputs, strict=True))
         with module.graph.inserting_before(node):
             outputs: Any = module.graph.graph_copy(inner.graph, values)

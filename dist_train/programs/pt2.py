@@ -6,7 +6,7 @@ From reading torch 2.14's `torch/export/pt2_archive/_package.py` and `torch/_exp
 - Compiled libraries are loaded.
 - Symbolic expressions go through `sympy.sympify`, which calls `eval`.
 - Guard code is executed.
-- Operators are looked up by attribute from `torch`.
+- Operators are looked up by attribute from `torch`. Two of aten's open files of the program's choice.
 
 Our own files have none of these, so `load_program` refuses them. This narrows the risk and does not remove it: load
 programs only from a source you trust.
@@ -15,24 +15,29 @@ programs only from a source you trust.
 from __future__ import annotations
 
 import io
-import json
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 # Importing this registers the operators quantized_decomposed.*, which programs need; torchao is not needed.
 from torch.ao.quantization.fx._decomposed import quantized_decomposed_lib  # noqa: F401
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from dist_train import trees
 from dist_train.errors import ArtifactError, first_line
+from dist_train.programs.archive import FILE_OPERATORS, read_records, refuse, refuse_operator
 from dist_train.programs.modes import inline_modes, mode_blocks
+from dist_train.programs.operators import is_trusted
+from dist_train.programs.signature import Dynamic, dynamic_shapes, rows_to_trace
+from dist_train.trees import Tree
+from dist_train.untrusted import last_element, parse_json
 
 OPERATORS = "torch.ao.quantization.fx._decomposed"
 """The module of torch that registers the operators of int8 programs, which every reader of such a file imports."""
@@ -48,22 +53,18 @@ _RECORD = re.compile(
     r"|models/model\.json"
     r"|archive_format|archive_version|byteorder|\.data/(version|serialization_id)"
 )
+_TENSOR_FILE = {"weights": re.compile(r"weight_\d+"), "constants": re.compile(r"tensor_\d+")}
+_MOST_VALUES, _MOST_BYTES = 2_000_000, 32 * 2**20  # of model.json: a node of the graph has about 115, and 1.6 KB
 _OPERATOR = re.compile(
     r"torch\.ops\.(aten|quantized_decomposed)\.\w+\.\w+"
     r"|_operator\.(getitem|add|sub|mul|truediv|floordiv|mod|neg|pow|eq|ne|lt|le|gt|ge|and_|or_)"
     r"|torch\.sym_(int|float|not|max|min|ite)"
 )
+_FOREIGN = re.compile(r"torch\.ops\.(?!aten\.|quantized_decomposed\.)(\w+)\.(\w+)\.\w+")
 _EXPRESSION = re.compile(  # sympy's srepr: no attributes, no strings but the names of symbols
     r"(Symbol\('[su]\d+'(, \w+=(True|False))*\)|[su](?=\d)|\d"
     r"|Integer|Add|Mul|Pow|FloorDiv|PythonMod|Mod|CeilDiv|Max|Min|[-+*/(), ])+"
 )
-
-
-def _refuse(what: str) -> ArtifactError:
-    return ArtifactError(
-        f"the exported program holds {what}, which is refused because it can carry code",
-        "export a model without custom operators; load files only from a source you trust",
-    )
 
 
 def _expressions(tree: Any) -> Iterator[str]:
@@ -79,47 +80,78 @@ def _expressions(tree: Any) -> Iterator[str]:
             yield from _expressions(value)
 
 
+def _config(text: bytes) -> Any:
+    return parse_json(text, _MOST_VALUES, _MOST_BYTES)
+
+
+def _nodes(tree: Any) -> Iterator[Any]:
+    """Yields the nodes of a graph, and of the graphs that its nodes take as arguments."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            if key == "nodes" and isinstance(value, list):
+                yield from value
+            yield from _nodes(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _nodes(value)
+
+
+def _check_tensors(payloads: Mapping[str, Mapping[str, Any]], records: Mapping[str, bytes]) -> None:
+    """Checks that each tensor lies in a file of the archive, within its bytes."""
+    for kind, entries in payloads.items():
+        for name, entry in entries.items():
+            file, meta = entry["path_name"], entry["tensor_meta"]
+            if not _TENSOR_FILE[kind].fullmatch(file):
+                raise refuse(f"the tensor {name!r} in a file {file!r}")
+            sizes, strides = ([each["as_int"] for each in meta[key]] for key in ("sizes", "strides"))
+            reached = last_element(sizes, strides, meta["storage_offset"]["as_int"])
+            if reached > len(records[f"data/{kind}/{file}"]):  # an element has a byte or more
+                raise ValueError(f"the tensor {name!r} reaches beyond its file")
+
+
 def check_archive(data: bytes) -> None:
     """Checks a `.pt2` archive without deserializing it by torch.
 
     Raises ArtifactError where it is no archive, or holds anything that our own exports never hold.
     """
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            names = archive.namelist()
-            records = {name.partition("/")[2]: archive.read(name) for name in names}
-        if len(records) != len(names):
-            raise _refuse("two files of one name")
+        records = read_records(data)
         for name in records:
             if not _RECORD.fullmatch(name):
-                raise _refuse(f"the file {name!r}")
-        payloads = [json.loads(records[f"data/{kind}/model_{kind}_config.json"]) for kind in ("weights", "constants")]
-        model = json.loads(records["models/model.json"])
-        nodes = model["graph_module"]["graph"]["nodes"]
-        pickled = [key for payload in payloads for key, entry in payload["config"].items() if entry["use_pickle"]]
+                raise refuse(f"the file {name!r}")
+        payloads = {kind: _config(records[f"data/{kind}/model_{kind}_config.json"])["config"] for kind in _TENSOR_FILE}
+        model = _config(records["models/model.json"])
+        nodes = list(_nodes(model["graph_module"]))
+        pickled = [key for payload in payloads.values() for key, entry in payload.items() if entry["use_pickle"]]
         targets = [node["target"] for node in nodes]
         metadata = [key for node in nodes for key in node["metadata"]]
         symbols = list(model["range_constraints"])
         guards = model["guards_code"]
         example = records["data/sample_inputs/model.pt"]
-    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not pickled:
+            _check_tensors(payloads, records)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"this is not an exported program (.pt2): {error!r}", "copy it again from where it was exported"
         ) from error
     if pickled:
-        raise _refuse(f"the pickled tensor {pickled[0]!r}")
+        raise refuse(f"the pickled tensor {pickled[0]!r}")
     if example:
-        raise _refuse("pickled example inputs")
+        raise refuse("pickled example inputs")
     if guards:
-        raise _refuse(f"guard code ({guards[0]!r})")
+        raise refuse(f"guard code ({guards[0]!r})")
     if metadata:
-        raise _refuse(f"metadata of nodes ({metadata[0]!r})")
+        raise refuse(f"metadata of nodes ({metadata[0]!r})")
     for target in targets:
-        if not _OPERATOR.fullmatch(target):
-            raise _refuse(f"the operator {target!r}")
+        foreign = _FOREIGN.fullmatch(target) if isinstance(target, str) else None
+        if foreign:
+            if not is_trusted(f"{foreign[1]}::{foreign[2]}"):
+                raise refuse_operator(f"{foreign[1]}::{foreign[2]}")
+        elif not isinstance(target, str) or not _OPERATOR.fullmatch(target) or target.split(".")[-2] in FILE_OPERATORS:
+            raise refuse(f"the operator {str(target)[:80]!r}")
     for expression in [*symbols, *_expressions(model)]:
         if not isinstance(expression, str) or not _EXPRESSION.fullmatch(expression):
-            raise _refuse(f"the expression {str(expression)[:80]!r}")
+            raise refuse(f"the expression {str(expression)[:80]!r}")
 
 
 def has_integers(data: bytes) -> bool:
@@ -132,23 +164,27 @@ def has_integers(data: bytes) -> bool:
         )
 
 
-def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
+def export_program(model: nn.Module, example: Tree, dynamic: Dynamic | None = None) -> ExportedProgram:
     """Exports a model in eval mode on the CPU, with a dynamic batch size, for inference: see `inline_modes`.
 
-    example: [B, ...]; only its shape without B and its dtype count. Raises as `torch.export.export` does.
+    Args:
+        example: tree of real rows [B, ...], as the model takes it; values of a tensor do not count.
+        dynamic: dimensions that vary besides the batch.
+
+    Raises as `torch.export.export` does.
     """
-    program = _exported(model, example)
+    program = _exported(model, example, dynamic)
     if not any(mode_blocks(program.graph_module)):
         return program
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     inline_modes(module)
-    return _exported(module, example)
+    return _exported(module, example, dynamic)
 
 
-def _exported(model: nn.Module, example: Tensor) -> ExportedProgram:
-    zeros = torch.zeros((2, *example.shape[1:]), dtype=example.dtype)  # one row would make the batch size a constant
-    return torch.export.export(model, (zeros,), dynamic_shapes=({0: Dim("batch", min=1)},))
+def _exported(model: nn.Module, example: Tree, dynamic: Dynamic | None) -> ExportedProgram:
+    args, kwargs = trees.arguments(rows_to_trace(example, dynamic))
+    return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes(model, example, dynamic))
 
 
 @contextmanager
@@ -160,12 +196,13 @@ def _without_traces(program: ExportedProgram) -> Iterator[None]:
         for graph in graphs
         for node in graph.nodes
     ]
-    example = program.example_inputs
-    program.example_inputs = None
+    example, guards = program.example_inputs, program._guards_code
+    # Symbols and their ranges tell the same as the guards' code, which would be executed.
+    program.example_inputs, program._guards_code = None, []
     try:
         yield
     finally:
-        program.example_inputs = example
+        program.example_inputs, program._guards_code = example, guards
         for meta, traces in hidden:
             meta.update(traces)
 
@@ -195,7 +232,7 @@ def load_program(data: bytes) -> ExportedProgram:
     check_archive(data)
     try:
         return torch.export.load(io.BytesIO(data))
-    except RuntimeError as error:
+    except Exception as error:  # torch trusts the fields of a file, so a crafted one raises any error
         raise ArtifactError(
             f"torch {torch.__version__} cannot read the exported program: {first_line(error)}",
             "compare with `versions` in manifest.json, and pip install that torch",

@@ -1,7 +1,8 @@
 """A traced model as bytes (a TorchScript archive), equal in every process, with the integer kernels that it needs.
 
-A TorchScript file is a program: it may read and write files, and its archive is unpickled. It cannot be made safe
-against malice, and nothing here tries to: load such files only from a source you trust.
+A TorchScript file is a program: it may read and write files, also while it is loaded, and its archive is unpickled.
+Operators and classes that do so are refused by their names. That is no proof of a file that was made to harm: load
+such files only from a source you trust.
 """
 
 from __future__ import annotations
@@ -12,11 +13,17 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dist_train import trees
 from dist_train.errors import ArtifactError, QuantizationError, first_line
+from dist_train.programs.archive import check_script, read_records
+from dist_train.programs.signature import rows
+from dist_train.trees import Tree
+from dist_train.untrusted import BeyondLimits
 
 _MANGLED = re.compile(rb"___torch_mangle_(\d+)")  # a counter of the process makes the names of classes unique
 _TRACES = (".debug_pkl", ".data/serialization_id")  # the tracing process's file paths; a hash of the file names
@@ -56,33 +63,51 @@ def _without_deprecation() -> Iterator[None]:
 
 
 @torch.no_grad()
-def trace(model: nn.Module, example: Tensor) -> torch.jit.ScriptModule:
+def trace(model: nn.Module, example: Tree) -> torch.jit.ScriptModule:
     """Traces and freezes `model`, in eval mode: parameters become constants, modules become one function.
 
-    example: [B, ...]; only its shape without B and its dtype count.
+    Args:
+        example: tree of real rows [B, ...], as the model takes it; of floats only shapes and dtypes count.
 
     Raises:
         QuantizationError: the traced model's outputs are wrong for batch sizes that it was not traced with.
     """
-    shape, generator = example.shape[1:], torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     with _without_deprecation(), warnings.catch_warnings():
         # Warns about branches on shapes; whether they matter is measured below.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        traced = torch.jit.trace(model, torch.zeros(2, *shape, dtype=example.dtype), check_trace=False)
+        args, kwargs = trees.arguments(rows(example, 2))
+        given: dict[str, Any] = {"example_kwarg_inputs": kwargs} if kwargs else {"example_inputs": args}
+        # Not strict where the model returns a dict.
+        strict = isinstance(example, Tensor) and isinstance(trees.plain(model(*args)), Tensor)
+        traced = torch.jit.trace(model, **given, check_trace=False, strict=strict)
         # Without numeric optimization: folding batch norms here would change the outputs.
         frozen = torch.jit.freeze(traced, optimize_numerics=False)
-    for rows in (1, 3):
-        inputs = torch.rand(rows, *shape, generator=generator).to(example.dtype)
+    for count in (1, 3):
+        inputs = trees.map_leaves(lambda leaf: _drawn(leaf, generator), rows(example, count))
         try:
-            same = torch.equal(frozen(inputs), model(inputs))
+            same = _equal(trees.call(frozen, inputs), trees.call(model, inputs))
         except RuntimeError:  # a shape that does not fit
             same = False
         if not same:
             raise QuantizationError(
-                f"the traced model's outputs differ from those of {type(model).__name__} for a batch of {rows}",
-                "make forward free of branches and shapes that depend on the data or the batch size",
+                f"the traced model's outputs differ from those of {type(model).__name__} for a batch of {count}",
+                "make forward free of branches and shapes that depend on the data or the batch size, "
+                "or --qat.backend pt2e",
             )
     return frozen
+
+
+def _drawn(leaf: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns random floats for a leaf of floats. Integers, such as indices of an embedding, stay as they are."""
+    if not leaf.is_floating_point():
+        return leaf
+    return torch.rand(leaf.shape, generator=generator).to(leaf.dtype)
+
+
+def _equal(one: Tree, other: Tree) -> bool:
+    pairs = zip(trees.leaves(trees.plain(one)), trees.leaves(trees.plain(other)), strict=True)
+    return all(torch.equal(left, right) for left, right in pairs)
 
 
 def script_bytes(script: torch.jit.ScriptModule, engine: str) -> bytes:
@@ -124,13 +149,15 @@ def script_engine(data: bytes) -> str:
         return archive.read(name).decode()
 
 
-def load_script(data: bytes) -> Callable[[Tensor], Tensor]:
+def load_script(data: bytes) -> Callable[..., Tree]:
     """Loads a model from the bytes of `script_bytes`, as a function on the CPU. Only from a source you trust.
 
     Raises:
-        ArtifactError: this is no such archive, or this torch cannot read it or lacks its integer kernels.
+        ArtifactError: this is no such archive, this torch cannot read it or lacks its integer kernels, or its code
+            names an operator that does more than compute.
     """
     try:
+        check_script(read_records(data))
         engine = script_engine(data)
         if engine not in torch.backends.quantized.supported_engines:
             raise ArtifactError(
@@ -139,15 +166,14 @@ def load_script(data: bytes) -> Callable[[Tensor], Tensor]:
             )
         with integer_kernels(engine), _without_deprecation():
             script = torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
-    except (zipfile.BadZipFile, KeyError, RuntimeError, UnicodeDecodeError) as error:
+    except (zipfile.BadZipFile, BeyondLimits, KeyError, RuntimeError, UnicodeDecodeError) as error:
         raise ArtifactError(
             f"torch {torch.__version__} cannot read the TorchScript model: {first_line(error)}",
             "copy it again from where it was exported; compare with `versions` in manifest.json",
         ) from error
 
-    def call(inputs: Tensor) -> Tensor:
+    def call(*args: Any, **kwargs: Any) -> Tree:
         with integer_kernels(engine):
-            outputs: Tensor = script(inputs)
-        return outputs
+            return script(*args, **kwargs)
 
     return call

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import nn
 
 from dist_train import registry
 from dist_train.config.stages import QATConfig, RuleConfig
 from dist_train.errors import EXIT_CONFIG, QuantizationError
 from dist_train.programs.program import Program
+from dist_train.programs.signature import Dynamic
 from dist_train.quantization.prepared import PreparedModel
+from dist_train.trees import Tree
 
 _METHODS = ("check", "prepare", "convert", "serialize")
 
@@ -25,7 +27,7 @@ class QuantizationBackend(Protocol):
     Everything else that a stage asks of a backend, such as the quality of each layer, is a method of `PreparedModel`.
     """
 
-    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
+    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tree | None = None) -> None:
         """Checks the untrained model before the first stage, so that nobody trains in vain.
 
         Args:
@@ -36,12 +38,13 @@ class QuantizationBackend(Protocol):
             QuantizationError: as `prepare`.
         """
 
-    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedModel:
+    def prepare(self, model: nn.Module, example: Tree, rules: Sequence[RuleConfig] = ()) -> PreparedModel:
         """Places fake-quantize modules.
 
         Args:
             model: the float model, on any device, in either mode.
-            example: [B, C, H, W], or the model's one input; only its shape, dtype and device count.
+            example: tree of real rows [B, ...] as the model takes it, on its device. Of floats only shape and dtype
+                count; integers may be indices.
             rules: exceptions for modules: other settings, or floating point; see `rules.resolve_rules`.
 
         Raises:
@@ -51,8 +54,11 @@ class QuantizationBackend(Protocol):
     def convert(self, prepared: PreparedModel) -> nn.Module:
         """Converts a prepared model to an integer model, on the CPU, in eval mode."""
 
-    def serialize(self, converted: nn.Module, example: Tensor) -> Program:
-        """Serializes the result of `convert`: equal bytes in every process, and a dynamic batch size."""
+    def serialize(self, converted: nn.Module, example: Tree) -> Program:
+        """Serializes the result of `convert`: equal bytes in every process, and a dynamic batch size.
+
+        Dimensions that vary besides, which `build_backend` gave the constructor, are dynamic too.
+        """
 
 
 @contextmanager
@@ -65,15 +71,17 @@ def as_configuration() -> Iterator[None]:
         raise
 
 
-def build_backend(config: QATConfig) -> QuantizationBackend:
-    """Builds the backend that a config names, with `engine` and `gradient_bound` where its constructor takes them.
+def build_backend(config: QATConfig, dynamic: Dynamic | None = None) -> QuantizationBackend:
+    """Builds the backend that a config names, with `engine`, `gradient_bound`, `dynamic` as its constructor takes them.
+
+    dynamic: dimensions of the inputs that vary besides the batch.
 
     Raises:
         QuantizationError: this torch or this machine does not have it, or it lacks a method of `QuantizationBackend`.
     """
     factory = registry.quantization_backends.get(config.backend)
     taken = inspect.signature(factory).parameters
-    settings = {"engine": config.engine, "gradient_bound": config.gradient_bound}
+    settings = {"engine": config.engine, "gradient_bound": config.gradient_bound, "dynamic": dynamic or {}}
     backend: QuantizationBackend = factory(**{name: value for name, value in settings.items() if name in taken})
     lacking = [name for name in _METHODS if not callable(getattr(backend, name, None))]
     if lacking:

@@ -7,18 +7,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from dist_train import trees
+from dist_train.programs.signature import rows
+from dist_train.trees import Tree
 
-def settled_batch_norms(model: nn.Module, example: Tensor) -> list[str]:
+
+def settled_batch_norms(model: nn.Module, example: Tree) -> list[str]:
     """Returns the batch norms that normalize by their running statistics in training mode, too, by name.
 
     A `train()` of the model's own may keep them in evaluation mode, or a subclass of BatchNorm never asks for the mode.
 
     Args:
         model: a copy, which is changed.
+        example: as of `QuantizationBackend.prepare`.
     """
     model.train()
     found = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
@@ -27,9 +32,10 @@ def settled_batch_norms(model: nn.Module, example: Tensor) -> list[str]:
     if not own:
         return settled
     seen = _Normalizations()
-    devices = [example.device] if example.is_cuda else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices), seen:
-        model(torch.zeros((2, *example.shape[1:]), dtype=example.dtype, device=example.device))
+    device = trees.first_leaf(example).device
+    inputs = trees.map_leaves(lambda leaf: leaf.to(device), rows(example, 2))
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), seen:
+        trees.call(model, inputs)
     return settled + [name for name, module in own.items() if seen.training.get(id(module.running_var)) is False]
 
 

@@ -8,15 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dist_train import trees
 from dist_train.config.stages import QATConfig, RuleConfig
 from dist_train.errors import QuantizationError, first_line
+from dist_train.programs.signature import rows
 from dist_train.quantization.backend import QuantizationBackend
 from dist_train.quantization.error_location import graph_error_location
-from dist_train.quantization.gradient_causes import gradient_causes
+from dist_train.quantization.gradient_causes import gradient_causes, refuse_random
 from dist_train.quantization.gradients import FLOAT32_BOUND, gradient_difference, in_lines
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
 from dist_train.quantization.rules import resolve_rules, skipped_modules
+from dist_train.trees import Tree
 
 FAILURES = (QuantizationError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Errors that our backends, torchao, torch.ao and their kernels raise for a model that they cannot take."""
@@ -33,7 +36,7 @@ _SEED = 0
 def dry_run(
     backend: QuantizationBackend,
     model: nn.Module,
-    example: Tensor,
+    example: Tree,
     rules: Sequence[RuleConfig],
     instead: str = "pt2e",
     serialize: bool = True,
@@ -65,9 +68,11 @@ def dry_run(
             f"{type(model).__name__} cannot be prepared for quantization{place}: {first_line(error)}",
             f"{rule}, or --qat.backend {instead}",
         ) from error
-    _require_equal_gradients(prepared, model, example, gradient_bound, instead)
+    inputs = _rows(example)
+    refuse_random(model, inputs)
+    _require_equal_gradients(prepared, model, inputs, gradient_bound, instead)
     ranges = Ranges(prepared)
-    ends = torch.ones(len(ranges), device=example.device)
+    ends = torch.ones(len(ranges), device=trees.first_leaf(example).device)
     ranges.assign(-ends, ends)  # arbitrary: the ranges of an untrained model may not be finite
     with torch.no_grad():
         try:
@@ -75,13 +80,13 @@ def dry_run(
             if serialize:
                 backend.serialize(converted, example)
             else:
-                converted(example.cpu())
+                trees.call(converted, trees.map_leaves(lambda leaf: leaf.cpu(), example))
         except QuantizationError:
             raise
         except FAILURES as error:
             layer, place = graph_error_location(error)
             raise QuantizationError(
-                f"the integer kernels cannot compute {type(model).__name__} on inputs {list(example.shape[1:])}"
+                f"the integer kernels cannot compute {type(model).__name__} on inputs {_shapes(example)}"
                 f"{place}: {first_line(error)}",
                 _instead_of_kernels(layer, first_line(error), instead),
             ) from error
@@ -108,19 +113,31 @@ def _drawn(model: nn.Module) -> nn.Module:
     return model
 
 
+def _rows(example: Tree) -> Tree:
+    """Returns rows of the example; of a float tensor alone random ones."""
+    inputs, device = rows(example, _ROWS), trees.first_leaf(example).device
+    if isinstance(inputs, Tensor) and inputs.is_floating_point():
+        inputs.normal_(generator=torch.Generator().manual_seed(_SEED))
+    return trees.map_leaves(lambda leaf: leaf.to(device), inputs)
+
+
+def _shapes(example: Tree) -> str:
+    """`[3, 32, 32]`, or `ids [7], mask [7]`."""
+    return ", ".join(f"{name} {list(leaf.shape[1:])}".strip() for name, leaf in trees.named_leaves(example))
+
+
 def _require_equal_gradients(
-    prepared: PreparedModel, model: nn.Module, example: Tensor, bound: float, instead: str
+    prepared: PreparedModel, model: nn.Module, inputs: Tree, bound: float, instead: str
 ) -> None:
     """Raises QuantizationError where `prepared` would train otherwise than `model`; see the gate `gradients`."""
-    generator = torch.Generator().manual_seed(_SEED)
-    inputs = torch.zeros((_ROWS, *example.shape[1:]), dtype=example.dtype)
-    if inputs.is_floating_point():
-        inputs.normal_(generator=generator)
-    inputs = inputs.to(example.device)
 
-    def loss(outputs: Tensor) -> Tensor:
-        weights = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(_SEED))
-        return (outputs * weights.to(outputs)).mean()
+    def weighted(output: Tensor) -> Tensor:
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(_SEED))
+        return (output * weights.to(output)).mean()
+
+    def loss(outputs: Tree) -> Tensor:
+        floats = [leaf for leaf in trees.leaves(trees.plain(outputs)) if leaf.is_floating_point()]
+        return torch.stack([weighted(leaf) for leaf in floats]).sum()
 
     prepared.fake_quantize(False)
     prepared.observe(False)

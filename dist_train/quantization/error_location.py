@@ -43,12 +43,12 @@ def error_location(model: nn.Module, error: BaseException) -> str:
     return ""
 
 
-def cannot_trace(tracer: str, model: nn.Module, error: BaseException, obstacles: str, other: str) -> QuantizationError:
-    """Returns the error for a model that `tracer` cannot trace, because of `obstacles`; `other` is a backend to try."""
+def cannot_trace(tracer: str, model: nn.Module, error: BaseException, others: str) -> QuantizationError:
+    """Returns the error for a model that `tracer` cannot trace; `others` says which backend might."""
     return QuantizationError(
         f"{tracer} cannot trace {error_location(model, error) or type(model).__name__}: {first_line(error)}",
-        f"make forward free of {obstacles} that depend on the data, or try --qat.backend {other}; "
-        "or eager, where the model has stubs of its own",
+        "make forward free of branches and shapes that depend on values: torch.where chooses between two results; "
+        f"{others}; eager traces nothing, and needs a model with stubs of its own",
     )
 
 

@@ -171,6 +171,13 @@ class ActivationFakeQuantize(_FakeQuantize):
         return f"{self.quant_min}..{self.quant_max}, {state}"
 
 
+class NarrowActivationFakeQuantize(ActivationFakeQuantize):
+    """ActivationFakeQuantize whose range ends at 127, for integer kernels that add products in int16."""
+
+    def __init__(self, *, quant_max: int = 255, **settings: Any) -> None:
+        super().__init__(quant_max=quant_max, range_max=min(127, quant_max), **settings)
+
+
 class WeightFakeQuantize(_FakeQuantize):
     """Fake quantization of weights to signed integers, per output channel or per tensor.
 
@@ -217,7 +224,7 @@ class WeightFakeQuantize(_FakeQuantize):
         weight: [out_channels, ...].
         """
         values = weight.detach().float()
-        dims = tuple(range(0 if self.per_tensor else 1, weight.dim()))
+        dims = tuple(dim for dim in range(weight.dim()) if self.per_tensor or dim != self.ch_axis)
         if self.qscheme in (torch.per_channel_symmetric, torch.per_tensor_symmetric):
             scale = (values.abs().amax(dims, keepdim=True) / self.quant_max).clamp(min=SMALLEST_SCALE)
             return scale, torch.zeros_like(scale)
@@ -252,3 +259,9 @@ class WeightFakeQuantize(_FakeQuantize):
     def extra_repr(self) -> str:
         granularity = "tensor" if self.per_tensor else "channel"
         return f"{self.quant_min}..{self.quant_max} per {granularity}, enabled={self.enabled}"
+
+
+class TransposedWeightFakeQuantize(WeightFakeQuantize):
+    """WeightFakeQuantize for transposed convolutions: weights and scales are [in_channels, out_channels, ...]."""
+
+    ch_axis = 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import keyword
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -41,6 +43,29 @@ def refuse_cumulative_average(model: nn.Module) -> None:
             raise QuantizationError(
                 f"{name}: a batch norm with momentum=None (a cumulative average) cannot be folded for training",
                 f"set {name}.momentum to a number, such as 0.1",
+            )
+
+
+def refuse_names(model: nn.Module, taken: Container[str] = (), instead: str = "") -> None:
+    """Raises QuantizationError for a module or tensor whose name no traced model can have.
+
+    Args:
+        taken: names at the top of the model that its traced one has itself.
+        instead: what to type for a backend that takes such a name, "" for none.
+    """
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    for name in (name for name, _ in itertools.chain(model.named_modules(), tensors)):
+        word = next((part for part in name.split(".") if keyword.iskeyword(part)), None)
+        if word is not None:
+            raise QuantizationError(
+                f"{name}: the code of a traced model cannot hold the name `{word}`, a keyword of Python",
+                "rename it in the model",
+            )
+        top = name.partition(".")[0]
+        if top in taken:
+            raise QuantizationError(
+                f"the model has an attribute named `{top}`, which its traced graph has itself",
+                f"rename it in the model{instead}",
             )
 
 

@@ -22,7 +22,10 @@ def layer_of(node: Node) -> str:
 def module_of(node: Node) -> str:
     """Returns the path of a node's module, as in `named_modules()`; "" for the model itself."""
     stack = node.meta.get("nn_module_stack")
-    return str(list(stack.values())[-1][0]).removeprefix("L['self']").removeprefix(".") if stack else ""
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    return path.removeprefix("L['self']").removeprefix("_export_root").removeprefix(".")
 
 
 def _first_layer(quantizer: Node, modules: dict[str, nn.Module]) -> Node:

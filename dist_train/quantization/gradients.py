@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from dist_train import trees
 from dist_train.quantization.prepared import PreparedModel
+from dist_train.trees import Tree
 
 FLOAT32_BOUND = 0.25
 """Difference in float32 up to which models are equal: a value that crossed a kink moved MobileNetV2's by up to 0.2."""
@@ -24,11 +26,11 @@ _RANDOM = 1e-3  # difference beyond which random numbers of the model's own coul
 _SHOWN = 0.1  # from which difference on a failure names the parameter
 _MOST_LINES = 8
 
-Loss = Callable[[Tensor], Tensor]
+Loss = Callable[[Tree], Tensor]
 
 
 def gradient_difference(
-    prepared: PreparedModel, model: nn.Module, inputs: Tensor, loss: Loss, quick: bool = False
+    prepared: PreparedModel, model: nn.Module, inputs: Tree, loss: Loss, quick: bool = False
 ) -> tuple[float, list[str], torch.dtype]:
     """Compares the gradients of a loss for every parameter, in evaluation and in training mode. Changes nothing.
 
@@ -38,7 +40,7 @@ def gradient_difference(
 
     Args:
         prepared: with fake quantization and observers off, and the float model's parameters.
-        inputs: [B, ...], float32.
+        inputs: [B, ...], as the models take them.
         loss: returns a scalar of the model's outputs.
         quick: leaves evaluation mode out where training mode can be compared.
 
@@ -46,7 +48,8 @@ def gradient_difference(
         the largest difference relative to the float model's gradients by their norms, inf where only one model has a
         gradient; a line for each parameter that is off by more than a tenth; and the dtype of the comparison.
     """
-    with torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []):
+    device = trees.first_leaf(inputs).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             return *_compared(prepared, model, inputs, loss, quick, torch.float64), torch.float64
         except (RuntimeError, TypeError):  # something in it is written for float32
@@ -60,11 +63,11 @@ def in_lines(lines: list[str]) -> str:
 
 
 def _compared(
-    prepared: PreparedModel, model: nn.Module, inputs: Tensor, loss: Loss, quick: bool, dtype: torch.dtype
+    prepared: PreparedModel, model: nn.Module, inputs: Tree, loss: Loss, quick: bool, dtype: torch.dtype
 ) -> tuple[float, list[str]]:
     worst, lines = 0.0, list[str]()
     pairs = _pairs(model, prepared)
-    inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
+    inputs = trees.map_leaves(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, inputs)
     for training in (True, False):
         actual, reference = (copy.deepcopy(each).to(dtype).train(training) for each in (prepared, model))
         _switch_dropout_off(reference)
@@ -101,11 +104,11 @@ def _switch_dropout_off(model: nn.Module) -> None:
             module.training = False
 
 
-def _gradients(model: nn.Module, inputs: Tensor, loss: Loss) -> dict[str, Tensor | None]:
+def _gradients(model: nn.Module, inputs: Tree, loss: Loss) -> dict[str, Tensor | None]:
     """Returns the gradient of the loss for each trained parameter; None where there is none."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with torch.enable_grad():
-        value = loss(model(inputs))
+        value = loss(trees.call(model, inputs))
         if not value.requires_grad:
             return dict.fromkeys(trained)
         found = torch.autograd.grad(value, list(trained.values()), allow_unused=True)

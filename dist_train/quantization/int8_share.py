@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from dist_train.config.stages import QATConfig
+from dist_train.programs.signature import Dynamic
 from dist_train.quantization.backend import build_backend
 from dist_train.quantization.dry_run import FAILURES
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.rules import resolve_rules, skipped_modules
+from dist_train.trees import Tree
 
 LEAST_SHARE = 0.9
 """Share of the weights below which a user is warned: the model is then not as small and fast as "int8" promises."""
@@ -33,10 +35,12 @@ class Int8Share:
     Attributes:
         int8: elements that are converted to integers, of 8 bits or of a rule's width, by the module that holds them.
         left_float: elements that stay in floating point, by module, the largest first.
+        embeddings: those of these modules that are embeddings: tables that are read, not multiplied.
     """
 
     int8: Mapping[str, int]
     left_float: Mapping[str, int]
+    embeddings: frozenset[str] = frozenset()
 
     @property
     def share(self) -> float:
@@ -52,11 +56,15 @@ class Int8Share:
             "float": sum(self.left_float.values()),
             "int8_modules": len(self.int8),
             "float_modules": dict(self.left_float),
+            **({"float_embeddings": sorted(self.embeddings)} if self.embeddings else {}),
         }
 
     def in_words(self) -> str:
         """`83.1 % of the weights are int8; float: encoder.0 (1,024), head (512) and 3 more`."""
-        names = [f"{name} ({count:,})" for name, count in list(self.left_float.items())[:_SHOWN]]
+        names = [
+            f"{name} ({count:,}{', embedding' if name in self.embeddings else ''})"
+            for name, count in list(self.left_float.items())[:_SHOWN]
+        ]
         more = len(self.left_float) - len(names)
         left = f"; float: {', '.join(names)}{f' and {more} more' if more else ''}" if names else ""
         return f"{in_percent(self.share)} % of the weights are int8{left}"
@@ -86,10 +94,14 @@ def int8_share(model: nn.Module, prepared: PreparedModel) -> Int8Share | None:
         of_int8 = next((name for name in shared if name in converted), None)
         name = of_int8 or shared[0]
         (left if of_int8 is None else int8)[name.rpartition(".")[0] or name] += sizes[key]
-    return Int8Share(dict(int8), dict(sorted(left.items(), key=lambda each: -each[1])))
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    embeddings = frozenset(name for name, module in model.named_modules() if isinstance(module, kinds)) & left.keys()
+    return Int8Share(dict(int8), dict(sorted(left.items(), key=lambda each: -each[1])), embeddings)
 
 
-def advise(model: nn.Module, example: Tensor, settings: QATConfig, found: Int8Share) -> str:
+def advise(
+    model: nn.Module, example: Tree, settings: QATConfig, found: Int8Share, dynamic: Dynamic | None = None
+) -> str:
     """Explains why weights stay in floating point: by rules of the config, or because the backend does not take them.
 
     Other backends are tried, to name one that quantizes more.
@@ -101,19 +113,38 @@ def advise(model: nn.Module, example: Tensor, settings: QATConfig, found: Int8Sh
     skipped = skipped_modules(resolve_rules(model, settings.rules))
     by_rules = sum(count for name, count in found.left_float.items() if name in skipped)
     parts = [f"qat.rules leave {by_rules:,} of them in floating point"] if by_rules else []
-    shares = {name: _share_of(model, example, settings, name) for name in _ALTERNATIVES if name != settings.backend}
+    embedded = sum(found.left_float[name] for name in found.embeddings)
+    if embedded:
+        parts.append(f"embeddings, {embedded:,} of them, stay in floating point: they are read, not multiplied")
+    if embedded == sum(found.left_float.values()):
+        return "; ".join(parts)
+    shares = {
+        name: _share_of(model, example, settings, name, dynamic) for name in _ALTERNATIVES if name != settings.backend
+    }
     best = max(shares, key=lambda name: shares[name])
     if shares[best] > found.share + 0.01:
         parts.append(f"--qat.backend {best} quantizes {in_percent(shares[best])} %")
     elif not by_rules:
         parts.append("no other backend quantizes more, so only the quantized part gets smaller and faster")
-    return "; ".join(parts)
+    return "; ".join([*parts, *_recurrent(model, found)])
 
 
-def _share_of(model: nn.Module, example: Tensor, settings: QATConfig, backend: str) -> float:
+def _recurrent(model: nn.Module, found: Int8Share) -> list[str]:
+    """Says of the largest recurrent layer in floating point why it is, and what to do."""
+    for name in found.left_float:
+        layer = model.get_submodule(name) if name in dict(model.named_modules()) else None
+        if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
+            return [
+                f"{name}: torch computes nn.{type(layer).__name__} in one operator, without int8 kernels; "
+                "a 1-d convolution, attention, or nn.Linear in a loop of the model's own becomes int8"
+            ]
+    return []
+
+
+def _share_of(model: nn.Module, example: Tree, settings: QATConfig, backend: str, dynamic: Dynamic | None) -> float:
     """Computes the share of another backend; 0 where it does not take the model."""
     try:
-        other = build_backend(settings.model_copy(update={"backend": backend, "engine": "auto"}))
+        other = build_backend(settings.model_copy(update={"backend": backend, "engine": "auto"}), dynamic)
         found = int8_share(model, other.prepare(model, example, settings.rules))
     except FAILURES:
         return 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
+from dist_train import trees
 from dist_train.quantization.fx_nodes import layer_of
 from dist_train.quantization.prepared import PreparedModel
+from dist_train.trees import Tree
 
 Kinds = tuple[type[nn.Module], ...]  # of fake-quantize modules with the buffers `scale` and `zero_point`
 
 
 @torch.no_grad()
-def layer_sqnr(prepared: PreparedModel, converted: nn.Module, inputs: Tensor) -> dict[str, float]:
+def layer_sqnr(prepared: PreparedModel, converted: nn.Module, inputs: Tree) -> dict[str, float]:
     """Measures the SQNR of each layer of the integer model, in dB, the worst layer first.
 
     Every layer gets the inputs that the fake-quantized model computed for it, so that a wrong layer does not spoil the
@@ -31,7 +33,7 @@ def layer_sqnr(prepared: PreparedModel, converted: nn.Module, inputs: Tensor) ->
     Args:
         prepared: with known ranges; not changed.
         converted: the backend's `convert` of `prepared`; not changed.
-        inputs: float32 [B, ...], real data.
+        inputs: [B, ...], real data.
 
     Returns:
         Ratio by layer; empty for a backend that does not tell, see `PreparedModel.layer_sqnr`.
@@ -140,24 +142,25 @@ class _Corrected(Interpreter):
 
 
 def compare_graphs(
-    prepared: GraphModule, wanted: Mapping[str, str], converted: GraphModule, inputs: Tensor, kinds: Kinds
+    prepared: GraphModule, wanted: Mapping[str, str], converted: GraphModule, inputs: Sequence[Tensor], kinds: Kinds
 ) -> dict[str, float]:
     """Compares two graphs, see `layer_sqnr`.
 
     Args:
         prepared: the fake-quantized graph.
         wanted: from the names of its nodes whose outputs are compared to the names of the nodes in `converted`.
+        inputs: leaves, in the order of the graphs' inputs.
         kinds: classes of the fake-quantize modules.
     """
     recorder = _Recorder(prepared, wanted, kinds)
-    recorder.run(inputs)
+    recorder.run(*inputs, enable_io_processing=False)
     corrected = _Corrected(converted, recorder.outputs)
-    corrected.run(inputs)
+    corrected.run(*inputs, enable_io_processing=False)
     return corrected.ratios
 
 
 def compare_modules(
-    prepared: nn.Module, converted: nn.Module, heads: Collection[str], inputs: Tensor, kinds: Kinds
+    prepared: nn.Module, converted: nn.Module, heads: Collection[str], inputs: Tree, kinds: Kinds
 ) -> dict[str, float]:
     """Compares two models whose modules have the same names, see `layer_sqnr`.
 
@@ -192,12 +195,12 @@ def compare_modules(
             module.register_forward_hook(keep(name, quantizer))
         elif name in heads:
             module.register_forward_hook(keep(name, None))
-    prepared(inputs)
+    trees.call(prepared, inputs)
     hooks = [
         module.register_forward_hook(compare(name)) for name, module in converted.named_modules() if name in expected
     ]
     try:
-        converted(inputs)
+        trees.call(converted, inputs)
     finally:
         for each in hooks:
             each.remove()

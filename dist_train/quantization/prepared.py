@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-from torch import Tensor, nn
+from torch import nn
 
+from dist_train.errors import QuantizationError
+from dist_train.models.batch_norm import hold_batch_norms
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
+from dist_train.trees import Tree
 
 
 class PreparedModel(nn.Module, ABC):
@@ -87,6 +90,33 @@ class PreparedModel(nn.Module, ABC):
         self.batch_norm_frozen = True
         self.train(self.training)
 
+    def hold_batch_norms(self, names: Collection[str]) -> None:
+        """Makes these batch norms, by the float model's names, keep their statistics in training; others go on."""
+        hold_batch_norms(self, [self.batch_norms[name] for name in names if name in self.batch_norms])
+
+    def recompute(self, names: Sequence[str]) -> None:
+        """Makes backward compute these layers anew, by the float model's names; none, to keep all activations.
+
+        Raises:
+            QuantizationError: the backend cannot.
+        """
+        if names:
+            raise QuantizationError(
+                f"a {type(self).__name__} cannot compute layers anew in backward",
+                "leave activation_checkpointing out of qat, or --qat.backend pt2e",
+            )
+
+    def float_names(self) -> dict[str, str]:
+        """Returns the float model's name of each parameter, by the name here. The default: they are the same."""
+        return {name: name for name, _ in self.named_parameters()}
+
+    def modules_of_blocks(self, names: Sequence[str]) -> list[list[str]]:
+        """Returns the modules here that make up these blocks of the float model: those whose forward is called.
+
+        None, the default, for a backend that computes by a graph alone.
+        """
+        return []
+
     def integer_weights(self) -> Collection[str] | None:
         """Returns the float model's names of the parameters that conversion turns into integers.
 
@@ -94,7 +124,7 @@ class PreparedModel(nn.Module, ABC):
         """
         return None
 
-    def layer_sqnr(self, converted: nn.Module, inputs: Tensor) -> dict[str, float]:
+    def layer_sqnr(self, converted: nn.Module, inputs: Tree) -> dict[str, float]:
         """Compares each layer of `converted` with the same layer here; see `layer_sqnr.layer_sqnr`, which calls this.
 
         It may change this model, which is a copy on the CPU, in eval mode. An empty dict, the default, for a backend

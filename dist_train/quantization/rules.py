@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from dist_train.config.stages import RuleConfig, TypeMatch
+from dist_train.config.fit import TypeMatch
+from dist_train.config.stages import RuleConfig
 from dist_train.errors import QuantizationError, ask_for, nearest
 
 

@@ -10,7 +10,7 @@ pt2e alone:
                                                 (see graph_rewrite.py)
     torchao.quantization.pt2e.quantizer.x86_inductor_quantizer
                                                 X86InductorQuantizer.annotate and _annotate_with_config (quantizer.py)
-    torchao.quantization.pt2e.qat_utils._get_aten_graph_module_for_pattern
+    torchao.quantization.pt2e.qat_utils._get_aten_graph_module_for_pattern, _fuse_conv_bn_qat_helper
                                                 replaced while preparing (pattern_cache.py)
     torchao.quantization.pt2e.FakeQuantizeBase  the base by which convert finds fake-quantize modules; their
                                                 `with_args` and `calculate_qparams`
@@ -30,6 +30,14 @@ fx and eager, whose unit tests ran with torch 2.11, 2.14 and 2.15 (.ci/versions)
     torch.ao.nn.intrinsic.qat                   that fusing keeps the tensors of batch norms (`statistics_names`)
     ___torch_mangle_<n>, .debug_pkl             removed from an archive by programs/torchscript.py
 
+pt2e and fx, of attention (attention.py, torch_ao/window_attention.py), whose tests compare results with torch's own:
+
+    nn.TransformerEncoderLayer._sa_block, _ff_block
+                                                called by a forward without the fast path
+    nn.modules.linear.NonDynamicallyQuantizableLinear
+                                                the class of MultiheadAttention's out_proj
+    torchvision.models.swin_transformer         attributes of ShiftedWindowAttention and ShiftedWindowAttentionV2
+
 Everything:
 
     torch.ao.quantization.fx._decomposed        registers the operators of quantized programs (programs/pt2.py)
@@ -38,8 +46,12 @@ Everything:
     torch._foreach_copy_, torch._foreach_mul_   copies and scales lists of tensors in one kernel
     torch.cpu._is_amx_tile_supported, _is_avx512_bf16_supported
                                                 bfloat16 in hardware; there is no public query
+    torch.utils.data._utils.signal_handling._error_if_any_worker_fails
+                                                which data worker ended, and by which signal (data/workers.py)
+    _BaseDataLoaderIter._shutdown, _workers     set on an iterator that could not start its workers; how they ended
     torch.utils._python_dispatch.TorchDispatchMode
                                                 the operators of a model (models/fingerprint.py)
+    DTensor.__create_chunk_list__               a rank's part of a tensor in shards (run_dir/shards.py)
     nn.modules.batchnorm._BatchNorm, conv._ConvNd, dropout._DropoutNd
                                                 the common bases of layers
     node.meta["nn_module_stack"]                the module path of a node, for names and messages

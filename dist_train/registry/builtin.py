@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dist_train.registry import torchvision_names
+from dist_train.registry import torch_names, torchvision_names
 from dist_train.registry.registry import Entry, Registry
 
 models = Registry(
@@ -24,14 +24,26 @@ models = Registry(
         for name in torchvision_names.QUANTIZABLE
     }
     | {
+        name: Entry("dist_train.models.detection:build", weights="dist_train.models.detection:named_weights")
+        for name in torchvision_names.DETECTION
+    }
+    | {
         "small_resnet": Entry("dist_train.models.small:small_resnet"),
         "small_fcn": Entry("dist_train.models.small:small_fcn"),
+        "small_ssd": Entry("dist_train.models.detection:small_ssd"),
         "mlp": Entry("dist_train.models.small:mlp"),
+        "text_transformer": Entry("dist_train.models.text:text_transformer"),
     },
     prefixes={
         "timm/": Entry(
             "dist_train.models.timm:build", requires={"timm": "timm"}, weights="dist_train.models.timm:named_weights"
-        )
+        ),
+        "hf/": Entry(
+            "dist_train.models.huggingface:build",
+            requires={"transformers": "transformers"},
+            extra="hf",
+            weights="dist_train.models.huggingface:named_weights",
+        ),
     },
 )
 
@@ -46,7 +58,17 @@ datasets = Registry(
         "cifar10": Entry("dist_train.data.datasets.cifar:cifar10"),
         "cifar100": Entry("dist_train.data.datasets.cifar:cifar100"),
         "image_folder": Entry("dist_train.data.datasets.image_folder:image_folder"),
+        "languages": Entry("dist_train.data.datasets.languages:languages"),
         "fake": Entry("dist_train.data.datasets.fake:fake"),
+        "coco": Entry("dist_train.data.datasets.coco:coco"),
+        "shapes": Entry("dist_train.data.datasets.shapes:shapes"),
+    },
+    prefixes={
+        "hf/": Entry(
+            "dist_train.data.datasets.huggingface:huggingface",
+            requires={"datasets": "datasets", "transformers": "transformers"},
+            extra="hf",
+        )
     },
 )
 
@@ -59,6 +81,8 @@ tasks = Registry(
         "multilabel": Entry("dist_train.tasks.multilabel:Multilabel"),
         "regression": Entry("dist_train.tasks.regression:Regression"),
         "segmentation": Entry("dist_train.tasks.segmentation:Segmentation"),
+        "detection": Entry("dist_train.tasks.detection:Detection"),
+        "tokens": Entry("dist_train.tasks.tokens:Tokens"),
     },
 )
 
@@ -70,6 +94,7 @@ strategies = Registry(
         "single": Entry("dist_train.strategies.single:Single"),
         "dp": Entry("dist_train.strategies.data_parallel:DP"),
         "ddp": Entry("dist_train.strategies.ddp:DDP"),
+        "fsdp": Entry("dist_train.strategies.fsdp:FSDP"),
         "accelerate": Entry("dist_train.strategies.accelerate:Accelerate", requires={"accelerate": "accelerate"}),
     },
 )
@@ -125,6 +150,24 @@ stages = Registry(
 )
 
 
+# Called with (params, lr=..., **args); torch's own classes are called alike.
+optimizers = Registry(
+    "optimizer",
+    "dist_train.optimizers",
+    {name: Entry(f"torch.optim:{kind}") for name, kind in torch_names.FUSED_OPTIMIZERS.items()}
+    | {name: Entry(f"torch.optim:{name}") for name in torch_names.OPTIMIZERS},
+)
+
+
+# Called with (optimizer, total_steps, **args); torch's own classes with (optimizer, **args).
+schedules = Registry(
+    "schedule",
+    "dist_train.schedules",
+    {name: Entry(f"torch.optim.lr_scheduler:{kind}") for name, kind in torch_names.OWN_SCHEDULES.items()}
+    | {name: Entry(f"torch.optim.lr_scheduler:{name}") for name in torch_names.SCHEDULES},
+)
+
+
 register_model = models.register
 
 
@@ -144,3 +187,9 @@ register_quantization_backend = quantization_backends.register
 
 
 register_stage = stages.register
+
+
+register_optimizer = optimizers.register
+
+
+register_schedule = schedules.register

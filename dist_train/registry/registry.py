@@ -24,16 +24,23 @@ class Entry:
         requires: importable modules that it needs, with the pip requirement that brings each.
         weights: for a model with trained weights by name, a function of (model name, weights name) or "module:attr"; it
             checks the names and returns a function that fetches the state_dict.
+        extra: the extra of dist-train that brings all that it needs, where there is one.
     """
 
     target: Any
     settings: Any = None
     requires: dict[str, str] = field(default_factory=dict)
     weights: Any = None
+    extra: str = ""
 
     def missing(self) -> list[str]:
         """Returns the pip requirements that are not installed. Imports nothing."""
         return [pip for module, pip in self.requires.items() if importlib.util.find_spec(module) is None]
+
+    def to_install(self) -> str:
+        """Returns the command that installs what is missing."""
+        packages = f"'dist-train[{self.extra}]'" if self.extra else " ".join(self.missing())
+        return f"pip install {packages}"
 
 
 class Registry:
@@ -115,7 +122,7 @@ class Registry:
         entry = self.entry(name)
         missing = entry.missing()
         if missing:
-            raise SetupError(f"the {self.kind} {name!r} needs {', '.join(missing)}", f"pip install {' '.join(missing)}")
+            raise SetupError(f"the {self.kind} {name!r} needs {', '.join(missing)}", entry.to_install())
         return resolve(entry.target)
 
     def settings(self, name: str) -> Any:

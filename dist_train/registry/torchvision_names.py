@@ -25,6 +25,11 @@ SEGMENTATION = _names(
     lraspp_mobilenet_v3_large
     """
 )
+DETECTION = _names(
+    """
+    fcos_resnet50_fpn retinanet_resnet50_fpn ssdlite320_mobilenet_v3_large
+    """
+)
 QUANTIZABLE = _names(
     """
     quantized_googlenet quantized_inception_v3 quantized_mobilenet_v2 quantized_mobilenet_v3_large

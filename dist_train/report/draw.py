@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from dist_train.console.results_table import is_share
 from dist_train.report.charts import Chart, Curve
 
 # PNGs use these colours. In an SVG each becomes a variable that the style sheet sets for light and dark.
@@ -141,6 +142,60 @@ def confusion_image(matrix: Sequence[Sequence[float]], classes: Sequence[str]) -
                         ink = "white" if shares[row][column] > 0.5 else _INK
                         axes.text(column, row, f"{value:g}", ha="center", va="center", fontsize=7, color=ink)
         return _png(figure)
+
+
+_MARKERS = "os^DvP*X"
+
+
+def points_image(rows: Sequence[dict[str, Any]], sizes: Sequence[str], metric: str) -> bytes:
+    """Draws a benchmark as a PNG: a panel for each batch size, and in it a point for each row that was timed.
+
+    rows: of the benchmark's results. A colour is a model, a marker a format with its runtime.
+    """
+    timed = [row for row in rows if row["latency_ms"] and row["score"] is not None]
+    models = list(dict.fromkeys(row["model"] for row in timed))
+    kinds = list(dict.fromkeys(_kind(row) for row in timed))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(1.2 + 3.4 * len(sizes), 3.8), layout="constrained")
+        panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+        for axes, size in zip(panels, sizes, strict=True):
+            for row in timed:
+                axes.plot(
+                    row["latency_ms"][size]["median"],
+                    row["score"],
+                    marker=_MARKERS[kinds.index(_kind(row)) % len(_MARKERS)],
+                    color=SERIES[models.index(row["model"]) % len(SERIES)],
+                    linestyle="",
+                    alpha=0.8,
+                )
+            axes.set_title(f"batch {size}", fontsize=10, fontweight="bold", color=_INK, pad=8)
+            axes.set_xlabel("ms, median", color=_MUTED, fontsize=8)
+            axes.set_xscale("log")
+            axes.grid(color=_GRID, linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.tick_params(length=0, labelsize=8)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_minor_locator(NullLocator())
+        panels[0].set_ylabel(metric, color=_MUTED, fontsize=8)
+        if is_share(metric):
+            panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
+        labels = [(SERIES[place % len(SERIES)], "s", name) for place, name in enumerate(models)]
+        labels += [(_MUTED, _MARKERS[place % len(_MARKERS)], kind) for place, kind in enumerate(kinds)]
+        figure.legend(
+            handles=[Line2D([], [], color=c, marker=m, linestyle="", label=_cut(name)) for c, m, name in labels],
+            loc="outside lower center",
+            ncols=4,
+            frameon=False,
+            fontsize=8,
+            labelcolor=_MUTED,
+        )
+        return _png(figure)
+
+
+def _kind(row: dict[str, Any]) -> str:
+    runtime = row["runtime"].partition(" ")[0]
+    return runtime if runtime == row["format"] else f"{row['format']}, {runtime}"
 
 
 def _png(figure: Figure) -> bytes:

@@ -57,8 +57,8 @@ def page(runs: Sequence[RunRecord], drawn: Sequence[tuple[Chart, Markup]]) -> st
 def _heading(number: int, run: RunRecord) -> dict[str, Any]:
     world = run.environment.get("world_size")
     facts = (
-        run.config.get("model", {}).get("name"),
-        run.config.get("data", {}).get("name"),
+        (run.config.get("model") or {}).get("name"),
+        (run.config.get("data") or {}).get("name"),
         world and f"{world} rank{'s' if world > 1 else ''}",
         run.environment.get("gpu") or run.environment.get("device"),
         "" if run.state == "done" else f"{run.status.get('stage')}, step {run.status.get('step')}",

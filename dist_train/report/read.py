@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_train.errors import RunDirError, escaped
+from pydantic import BaseModel
+
+from dist_train.errors import RunDirError, escaped, printable
+from dist_train.report.schema import ConfigFile, Details, Environment, Line, Results, Status, checked
 from dist_train.run_dir.files import read_json
-from dist_train.run_dir.paths import RunDir, recorded_config
+from dist_train.run_dir.paths import RunDir
+from dist_train.run_dir.record import recorded_config
+from dist_train.untrusted import parse_json
 
 _NO_SCALARS = ("time", "stage", "epoch", "step", "attempt")
 
@@ -64,8 +68,8 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
     Raises:
         RunDirError: a directory holds no run, or one of its files is damaged.
     """
-    configs = [recorded_config(RunDir(path)) for path in paths]
-    names = [str(config.get("run", {}).get("name", path)) for config, path in zip(configs, paths, strict=True)]
+    configs = [checked(_printable(recorded_config(RunDir(path))), ConfigFile, RunDir(path).config) for path in paths]
+    names = [str((config.get("run") or {}).get("name", path)) for config, path in zip(configs, paths, strict=True)]
     return [
         _read(RunDir(path), name if names.count(name) == 1 else str(path), config)
         for path, name, config in zip(paths, names, configs, strict=True)
@@ -76,20 +80,27 @@ def _read(run_dir: RunDir, label: str, config: dict[str, Any]) -> RunRecord:
     found = {path.stem: _printable_json(path) for path in sorted(run_dir.report.glob("[!.]*.json"))}
     # A user may keep other JSON files there.
     details = {
-        name: each for name, each in found.items() if isinstance(each, dict) and {"metrics", "worst"} <= set(each)
+        name: checked(each, Details, run_dir.details(name))
+        for name, each in found.items()
+        if isinstance(each, dict) and {"metrics", "worst"} <= set(each)
     }
-    results = _printable_json(run_dir.results) or {}
+    results = _fields(read_json(run_dir.results), Results, run_dir.results)
     order = dict.fromkeys([*results.get("models", {}), *details])
     return RunRecord(
         path=run_dir.path,
         label=escaped(label),
         config=_printable(config),
-        status=_printable_json(run_dir.status) or {},
-        environment=_printable_json(run_dir.environment) or {},
+        status=_fields(read_json(run_dir.status), Status, run_dir.status),
+        environment=_fields(read_json(run_dir.environment), Environment, run_dir.environment),
         results=results,
         points=join_attempts(read_points(run_dir.metrics)),
         details={name: details[name] for name in order if name in details},
     )
+
+
+def _fields(value: Any, model: type[BaseModel], path: Path) -> dict[str, Any]:
+    """Checks a JSON object by its schema; {} where there is none."""
+    return {} if value is None else dict(checked(_printable(value), model, path))
 
 
 def _printable_json(path: Path) -> Any:
@@ -102,7 +113,7 @@ def _printable(value: Any) -> Any:
         return {_printable(key): _printable(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_printable(each) for each in value]
-    return escaped(value) if isinstance(value, str) else value
+    return printable(value) if isinstance(value, str) else value
 
 
 def read_points(path: Path) -> list[Point]:
@@ -113,13 +124,13 @@ def read_points(path: Path) -> list[Point]:
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     return [point for number, line in enumerate(lines, start=1) for point in _points(line, f"{path}, line {number}")]
 
 
 def _points(line: str, where: str) -> Iterator[Point]:
     try:
-        entry = json.loads(line)
+        entry = checked(parse_json(line), Line, where)
         for name, value in entry.items():
             if name not in _NO_SCALARS:
                 number = None if value is None else float(value)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_train.errors import RunDirError
+from dist_train.errors import RunDirError, csv_cell
 from dist_train.report import tables
 from dist_train.report.charts import charts
 from dist_train.report.draw import chart_images, confusion_image
@@ -16,6 +15,7 @@ from dist_train.report.page import page
 from dist_train.report.read import RunRecord, read_runs
 from dist_train.run_dir.files import replace_bytes, replace_json
 from dist_train.run_dir.paths import RunDir
+from dist_train.untrusted import read_json_file
 
 _MOST_PAIRS = 1000  # of classes, in a CSV in place of a matrix
 _WRITTEN = ".written.json"  # lists our files: others are not overwritten or removed
@@ -48,28 +48,32 @@ def _contents(runs: Sequence[RunRecord]) -> dict[str, bytes]:
         ("layers", tables.layers(runs)),
         ("stages", tables.stages(runs)),
     ):
-        contents[f"tables/{name}.csv"] = _csv(found)
+        contents[f"tables/{name}.csv"] = csv_bytes(found)
     for number, run in enumerate(runs):
         prefix = f"run{number}-" if len(runs) > 1 else ""
         classes = tables.per_class(run)
         if classes is not None:
-            contents[f"tables/{prefix}per_class.csv"] = _csv(classes)
+            contents[f"tables/{prefix}per_class.csv"] = csv_bytes(classes)
         for model, details in run.details.items():
-            contents[f"tables/{prefix}worst-{model}.csv"] = _csv(tables.worst(details))
+            contents[f"tables/{prefix}worst-{model}.csv"] = csv_bytes(tables.worst(details))
             names, matrix, mistakes = details["classes"], tables.confusion(details), tables.mistakes(details)
             if matrix is not None:
                 rows = [[name, *row] for name, row in zip(names, matrix, strict=True)]
-                contents[f"tables/{prefix}confusion-{model}.csv"] = _csv(tables.Table(["target", *names], rows))
+                contents[f"tables/{prefix}confusion-{model}.csv"] = csv_bytes(tables.Table(["target", *names], rows))
                 contents[f"plots/{prefix}confusion-{model}.png"] = confusion_image(matrix, names)
             elif mistakes is not None:
-                contents[f"tables/{prefix}confused-{model}.csv"] = _csv(tables.confused(mistakes, names, _MOST_PAIRS))
+                contents[f"tables/{prefix}confused-{model}.csv"] = csv_bytes(
+                    tables.confused(mistakes, names, _MOST_PAIRS)
+                )
     contents["report.html"] = page(runs, [(chart, svg) for chart, svg, _ in drawn]).encode()
     return contents
 
 
-def _csv(found: tables.Table) -> bytes:
+def csv_bytes(found: tables.Table) -> bytes:
+    """Writes a table as CSV; texts that a spreadsheet would compute begin with an apostrophe."""
     file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([found.headers, *found.rows])
+    rows = [[csv_cell(cell) if isinstance(cell, str) else cell for cell in row] for row in [found.headers, *found.rows]]
+    csv.writer(file, lineterminator="\n").writerows(rows)
     return file.getvalue().encode()
 
 
@@ -96,9 +100,13 @@ def _put(folder: Path, contents: dict[str, bytes]) -> None:
 def _ours(folder: Path) -> list[str]:
     """Lists the files of an earlier report in this folder; names that lead out of it are ignored."""
     try:
-        names = json.loads((folder / _WRITTEN).read_text(encoding="utf-8"))
+        names = read_json_file(folder / _WRITTEN)
     except FileNotFoundError:
         return []
     except ValueError as error:
         raise RunDirError(f"{folder / _WRITTEN} is damaged: {error}", "--output DIR, with a new folder") from error
-    return [name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RunDirError(f"{folder / _WRITTEN} is damaged: it is no list of names", "--output DIR, with a new folder")
+    return [
+        name for name in names if "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
+    ]

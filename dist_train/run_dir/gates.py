@@ -9,6 +9,7 @@ from typing import Any
 from dist_train.errors import GateError
 from dist_train.run_dir.files import replace_json
 from dist_train.run_dir.paths import RunDir
+from dist_train.run_dir.retry import told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class Gates:
         self._results["gates"][gate.name] = gate.record()
         self._results.get("gates_skipped", {}).pop(gate.name, None)
         if not gate.holds and self._is_main:
-            replace_json(self._run_dir.results, self._results)
+            told(lambda: replace_json(self._run_dir.results, self._results), self._run_dir.results)
         gate.require(with_detail=self._is_main)
 
     def skip(self, name: str, reason: str) -> None:

@@ -1,16 +1,20 @@
-"""The ledger: records the samples of each rank and step, and checks that each was consumed once per epoch."""
+"""The ledger: records the samples of each rank and step, and checks that each was consumed once, or as drawn."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dist_train.errors import RunDirError
-from dist_train.run_dir.files import LineFile, read_json, replace_json
+from dist_train.run_dir.expectation import Draw, are_ints, expected
+from dist_train.run_dir.expectation import record_expectation as record_expectation
+from dist_train.run_dir.files import LineFile, read_json
 from dist_train.run_dir.paths import RunDir
 
 
@@ -56,12 +60,6 @@ class NoLedger:
         return
 
 
-def record_expectation(run_dir: RunDir, train_samples: int, per_epoch: int) -> None:
-    """Writes the number of samples, and the number that an epoch must consume; called by rank 0."""
-    run_dir.ledger.mkdir(parents=True, exist_ok=True)
-    replace_json(run_dir.ledger / "expected.json", {"train_samples": train_samples, "per_epoch": per_epoch})
-
-
 @dataclass
 class LedgerReport:
     """Result of `check`.
@@ -74,6 +72,7 @@ class LedgerReport:
         skipped: stage -> number of steps whose fp16 gradients overflowed, and their samples. These samples went through
             the model in their turn, but no weight learned from them. Loss scaling works like that, so it is reported
             and no problem.
+        drawn: True if the samples were drawn by weight: each step is compared with its draw.
     """
 
     epochs: dict[tuple[str, int], int] = field(default_factory=dict)
@@ -81,6 +80,7 @@ class LedgerReport:
     problems: list[str] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
     skipped: dict[str, tuple[int, int]] = field(default_factory=dict)
+    drawn: bool = False
 
     @property
     def ok(self) -> bool:
@@ -100,12 +100,26 @@ class LedgerReport:
         lines += [f"PROBLEM: {problem}" for problem in self.problems] + [
             f"not finished: {text}" for text in self.unfinished
         ]
-        verdict = (
-            f"each sample {'that can be decoded ' if self.left_out else ''}was consumed exactly once an epoch"
-            if self.ok
-            else "this ledger does not show that each sample was consumed exactly once an epoch"
-        )
-        return "\n".join([*lines, verdict])
+        told = f"each sample {'that can be decoded ' if self.left_out else ''}was consumed exactly once an epoch"
+        if self.drawn:
+            told = "each step consumed exactly the samples that were drawn for it by weight"
+        if not self.ok:
+            told = f"this ledger does not show that {told.replace('that can be decoded ', '')}"
+        return "\n".join([*lines, told])
+
+
+_NUMBERS = ("epoch", "step", "attempt", "world_size")
+
+
+def _is_line(entry: Any) -> bool:
+    """Tells whether a value that was read from a ledger is one rank's line of a step."""
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("stage"), str)
+        and isinstance(entry.get("skipped"), bool)
+        and are_ints(entry.get(name) for name in _NUMBERS)
+        and all(isinstance(ids, list) and are_ints(ids) for ids in (entry.get("ids"), entry.get("left_out", [])))
+    )
 
 
 def read_steps(run_dir: Path) -> dict[tuple[str, int], list[dict[str, Any]]]:
@@ -124,6 +138,8 @@ def read_steps(run_dir: Path) -> dict[tuple[str, int], list[dict[str, Any]]]:
                 continue
             try:
                 entry = json.loads(line)
+                if not _is_line(entry):
+                    raise ValueError
             except ValueError:
                 if number == len(lines):
                     continue  # torn by a kill; no checkpoint covers its step
@@ -138,23 +154,42 @@ def read_steps(run_dir: Path) -> dict[tuple[str, int], list[dict[str, Any]]]:
     return steps
 
 
-def check(run_dir: Path) -> LedgerReport:
-    """Checks that each sample of the training set was consumed exactly once in each epoch.
+BatchOf = Callable[[str, int], Sequence[int]]
+"""Maps stage and step to the ids of its global batch."""
+
+
+def check(run_dir: Path, replay: Callable[[Draw, np.ndarray | None], BatchOf] | None = None) -> LedgerReport:
+    """Checks that each sample of the training set was consumed exactly once in each epoch, or as it was drawn.
+
+    Args:
+        replay: makes the draw again, from the settings of it and the ids of the rows (None: 0, 1, ...); needed for a
+            run that draws by weight.
 
     Raises:
         RunDirError: there is no ledger, or it cannot be read.
     """
     steps = read_steps(run_dir)
-    expected = read_json(RunDir(run_dir).ledger / "expected.json")
-    if expected is None:
-        # A ledger without its run is compared with itself: each epoch must hold every sample of any epoch.
+    folder = RunDir(run_dir).ledger
+    recorded, report = read_json(folder / "expected.json"), LedgerReport()
+    if recorded is None:
+        # Compared with itself, a ledger shows what is repeated; not what is missing from all of its epochs.
         seen = {
             number for lines in steps.values() for line in lines for number in [*line["ids"], *line.get("left_out", [])]
         }
-        expected = {"train_samples": max(seen, default=-1) + 1, "per_epoch": len(seen)}
-    report = LedgerReport()
+        recorded = {"train_samples": max(seen, default=-1) + 1, "per_epoch": len(seen)}
+        report.problems.append(
+            f"{folder / 'expected.json'} is missing, so that nobody can tell whether a sample is missing from all "
+            "epochs"
+        )
+    total, per_epoch, more = expected(recorded, folder)
+    allowed: Container[int] = range(total) if more.ids is None else set(more.ids.tolist())
+    batch_of: BatchOf | None = None
+    if more.draw is not None:
+        assert replay is not None
+        report.drawn, batch_of = True, replay(more.draw, more.ids)
     epochs: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
-    last: dict[str, int] = {}
+    undecoded: Counter[tuple[str, int]] = Counter()
+    last = {stage: first["step"] - 1 for stage, first in more.first.items()}
     order = list(dict.fromkeys(stage for stage, _ in steps))
     for (stage, step), lines in sorted(steps.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
         if len(lines) != lines[0]["world_size"]:
@@ -171,28 +206,48 @@ def check(run_dir: Path) -> LedgerReport:
             epochs[stage, line["epoch"]].update(line["ids"])
             if line.get("left_out"):
                 report.left_out.setdefault((stage, line["epoch"]), set()).update(line["left_out"])
+                undecoded[stage, line["epoch"]] += len(line["left_out"])
+        if batch_of is not None:
+            report.problems += _not_as_drawn(stage, step, lines, batch_of(stage, step))
     for (stage, epoch), ids in epochs.items():
         report.epochs[stage, epoch] = ids.total()
         repeated = [number for number, times in ids.items() if times > 1]
-        if repeated:
+        if repeated and not report.drawn:
             report.problems.append(
                 f"{stage} epoch {epoch}: {len(repeated)} samples more than once, such as {repeated[:5]}"
             )
-        foreign = [number for number in ids if not 0 <= number < expected["train_samples"]]
+        foreign = [number for number in ids if number not in allowed]
         if foreign:
             report.problems.append(
                 f"{stage} epoch {epoch}: ids that the training set does not have, such as {foreign[:5]}"
             )
-        left_out = report.left_out.get((stage, epoch), set())
-        both = sorted(left_out & ids.keys())
+        both = sorted(report.left_out.get((stage, epoch), set()) & ids.keys())
         if both:
             report.problems.append(f"{stage} epoch {epoch}: consumed and left out, such as {both[:5]}")
-        if len(ids) + len(left_out) < expected["per_epoch"]:
-            later = (stage, epoch + 1) in epochs
-            text = f"{stage} epoch {epoch}: {len(ids)} of {expected['per_epoch']} samples"
-            (report.problems if later else report.unfinished).append(text)
-        if len(ids) > expected["per_epoch"]:
+        first_epoch = min(each for other, each in epochs if other == stage)
+        consumed_before = more.first[stage]["consumed"] if stage in more.first and epoch == first_epoch else 0
+        due = per_epoch - consumed_before
+        # By the number of rows where they may repeat, else by that of different ones.
+        found = ids.total() if report.drawn else len(ids)
+        if found + undecoded[stage, epoch] < due:
+            text = f"{stage} epoch {epoch}: {found} of {due} samples"
+            (report.problems if (stage, epoch + 1) in epochs else report.unfinished).append(text)
+        if found > due:
             report.problems.append(
-                f"{stage} epoch {epoch}: {len(ids)} samples, and drop_last leaves only {expected['per_epoch']}"
+                f"{stage} epoch {epoch}: {found} samples, and drop_last leaves only {due}"
+                if not report.drawn
+                else f"{stage} epoch {epoch}: {found} samples, and {due} were drawn"
             )
     return report
+
+
+def _not_as_drawn(stage: str, step: int, lines: list[dict[str, Any]], batch: Sequence[int]) -> list[str]:
+    """Says how the samples of a step differ from those that were drawn for it; which rank had which does not matter."""
+    consumed = Counter(number for line in lines for number in [*line["ids"], *line.get("left_out", [])])
+    drawn = Counter(batch)
+    if consumed == drawn:
+        return []
+    others, missing = list((consumed - drawn).elements()), list((drawn - consumed).elements())
+    parts = [f"{len(others)} that were not drawn, such as {others[:5]}"] if others else []
+    parts += [f"not {len(missing)} that were, such as {missing[:5]}"] if missing else []
+    return [f"{stage} step {step}: it consumed {', and '.join(parts)}"]

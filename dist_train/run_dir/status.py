@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
-import psutil
-
-from dist_train.errors import ForeignError, PeerError
+from dist_train.errors import ForeignError, PeerError, RunDirError
 from dist_train.run_dir.files import read_json, replace_json
 from dist_train.run_dir.paths import RunDir
+from dist_train.run_dir.saved import Moment, pointed
+
+
+def read_status(run_dir: RunDir) -> dict[str, Any] | None:
+    """Reads status.json; None where it is missing or damaged: the next attempt writes it anew."""
+    try:
+        fields = read_json(run_dir.status)
+    except (RunDirError, OSError):
+        return None
+    whole = isinstance(fields, dict) and isinstance(fields.get("restarts"), int) and {"state", "stage"} <= set(fields)
+    return fields if whole else None
 
 
 def fail(run_dir: RunDir, attempt: int, error: BaseException) -> None:
@@ -20,9 +27,11 @@ def fail(run_dir: RunDir, attempt: int, error: BaseException) -> None:
     The echo of a rank that stopped as it was asked to is no failure. Nor is an error after the run is done, when ranks
     only have to leave.
     """
-    fields = read_json(run_dir.status) or {"stage": None, "step": 0}
+    fields = read_status(run_dir) or {"stage": None, "step": 0}
     echo = isinstance(error, PeerError)
     ours = fields.get("restarts") == attempt
+    if fields.get("restarts", 0) > attempt:
+        return  # another start has taken the directory over
     if ours and (fields.get("state") == "done" or (echo and fields.get("state") == "preempted")):
         return
     if not (ours and fields.get("state") == "failed") or (_is_echo(fields["error"]) and not echo):
@@ -32,7 +41,7 @@ def fail(run_dir: RunDir, attempt: int, error: BaseException) -> None:
 
 def preempt(run_dir: RunDir, attempt: int) -> None:
     """Notes that the attempt ended as it was asked to, unless a rank noted more than an echo of it."""
-    fields = read_json(run_dir.status)
+    fields = read_status(run_dir)
     if fields is None or fields.get("restarts") != attempt:
         return
     if fields.get("state") == "running" or (fields.get("state") == "failed" and _is_echo(fields.get("error"))):
@@ -42,35 +51,25 @@ def preempt(run_dir: RunDir, attempt: int) -> None:
 
 
 def was_preempted(run_dir: RunDir, attempt: int) -> bool:
-    fields = read_json(run_dir.status)
+    fields = read_status(run_dir)
     return fields is not None and (fields["state"], fields["restarts"]) == ("preempted", attempt)
-
-
-def stopped_under_this_agent(run_dir: RunDir, environ: Mapping[str, str]) -> bool:
-    """Tells if torchrun's agent restarted this rank although the ranks before it had ended as they were asked to.
-
-    The agent does so if one of them had to be killed: to it, any exit code but 0 is a failure. A stop from before the
-    agent began does not count.
-    """
-    if environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return False
-    fields = read_json(run_dir.status)
-    if fields is None or fields["state"] != "preempted":
-        return False
-    return run_dir.status.stat().st_mtime > psutil.Process(os.getppid()).create_time()
 
 
 def saved_step(run_dir: RunDir, fields: Mapping[str, Any]) -> int:
     """Returns the stage's steps in the newest checkpoint; 0 if that is of an earlier stage."""
-    stage, latest = fields["stage"], read_json(run_dir.checkpoints / "latest.json")
-    name = "" if latest is None else str(latest["name"])
-    within = re.fullmatch(rf"{re.escape(str(stage))}-(\d+)(-open)?", name)
-    if within is not None:
-        return int(within[1])
-    if name == f"{stage}-end":
-        results = read_json(run_dir.results) or {"stages": {}}
-        return int(results["stages"].get(stage, {}).get("steps", 0))
-    return 0
+    moment = Moment.named(pointed(run_dir.checkpoints)[0] or "")
+    if moment is None or moment.stage != fields["stage"]:
+        return 0
+    return moment.step if moment.step is not None else steps_of(run_dir, moment.stage) or 0
+
+
+def steps_of(run_dir: RunDir, stage: str) -> int | None:
+    """Returns the steps of a finished stage by results.json; None where that does not tell."""
+    try:
+        steps = read_json(run_dir.results)["stages"][stage]["steps"]
+    except (RunDirError, OSError, KeyError, TypeError):
+        return None
+    return steps if isinstance(steps, int) else None
 
 
 def _is_echo(text: object) -> bool:

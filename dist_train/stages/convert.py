@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from dist_train import trees
 from dist_train.artifact.deployable import simulation
+from dist_train.cluster.instructions import wrong_here
 from dist_train.config.stages import ConvertConfig
 from dist_train.lowering.base import Lowered
 from dist_train.programs.program import Program, open_program
+from dist_train.programs.signature import dynamic_of
 from dist_train.quantization.int8_share import LEAST_SHARE, advise, int8_share
 from dist_train.quantization.layer_sqnr import layer_sqnr, sqnr_as_json, sqnr_table
 from dist_train.quantization.prepared import PreparedModel
@@ -23,6 +26,7 @@ from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
 from dist_train.stages.int8_evaluation import agreement_bound, convert_on_rank_0, judge, open_in_runtime
 from dist_train.training.evaluate import evaluate
+from dist_train.trees import Tree
 
 _NOISE_ROWS = 8  # few, because the outputs of all layers are held for them
 
@@ -34,14 +38,14 @@ class Convert(Stage):
 
     def run(self, context: Context) -> dict[str, Any]:
         prepared = context.prepared()
-        probe: dict[str, torch.Tensor] = {}
+        probe: dict[str, Tree] = {}
 
         def inspect(converted: nn.Module) -> dict[str, Any]:
             # The artifact must reproduce these outputs, so they are computed in memory, before serialisation.
             probe["inputs"] = context.data.probe_inputs()
             with torch.no_grad():
-                probe["outputs"] = converted(probe["inputs"])
-            noise = layer_sqnr(prepared, converted, probe["inputs"][:_NOISE_ROWS])
+                probe["outputs"] = trees.plain(trees.call(converted, probe["inputs"]))
+            noise = layer_sqnr(prepared, converted, trees.take(probe["inputs"], slice(_NOISE_ROWS)))
             return {"noise": noise, "weights": count_weights(context, prepared)}
 
         context.progress.say(f"{self.name}: rank 0 converts to int8")
@@ -92,6 +96,7 @@ class Convert(Stage):
             f"set --convert.runtime to another runtime or none, and do not deploy it in {opened.name}; "
             "or loosen --convert.agreement_bound; then run again"
         )
+        hint = wrong_here(hint) if program.lowers else hint
         context.gates.check(
             dataclasses.replace(
                 gate,
@@ -119,7 +124,7 @@ class Converted:
 
     program: Program
     ranges_sha256: str
-    probe: dict[str, Tensor]
+    probe: dict[str, Tree]
 
     @classmethod
     def of(cls, product: Mapping[str, Any]) -> Converted:
@@ -133,5 +138,6 @@ def count_weights(context: Context, prepared: PreparedModel) -> dict[str, Any] |
         return None
     line = found.in_words()
     if found.share < LEAST_SHARE:
-        line += f"; {advise(context.float_copy(), context.data.example(2), context.config.qat, found)}"
+        dynamic = dynamic_of(context.data.described)
+        line += f"; {advise(context.float_copy(), context.data.example(2), context.config.qat, found, dynamic)}"
     return {**found.as_json(), "said": line}

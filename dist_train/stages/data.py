@@ -6,21 +6,24 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
+import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 
 from dist_train.config.tree import Config
 from dist_train.data.arrays import ImageArrays
 from dist_train.data.augment.mix import Mix, NoMix
 from dist_train.data.augment.steps import Augmentation
+from dist_train.data.content import Content
 from dist_train.data.items import rows_in
 from dist_train.data.loader import EstimationLoader, EvaluationLoader, Source, TrainLoader
-from dist_train.data.permutation import derive_key
-from dist_train.data.sampler import ElasticDistributedSampler
+from dist_train.data.packs.index import packed_as
+from dist_train.data.row_weights import weights_digest
+from dist_train.data.sampler import ElasticDistributedSampler, seed_of_stage
 from dist_train.data.splits import Splits, describe_data
 from dist_train.data.stack import CheckTargets
 from dist_train.distributed.world import World
 from dist_train.errors import DataError
+from dist_train.trees import Tree, map_leaves
 
 
 @dataclass(kw_only=True)
@@ -29,12 +32,16 @@ class RunData:
 
     Attributes:
         check_targets: of the task; checks the targets of every batch that is not of image arrays.
+        content: items of each split, as they were read at set-up; the same on all ranks.
+        weights: of the training rows, float64, by which they are drawn; None: each is taken once an epoch.
     """
 
     config: Config
     world: World
     splits: Splits
     check_targets: CheckTargets | None = None
+    content: dict[str, Content] = field(default_factory=dict)
+    weights: np.ndarray | None = None
     _kept_source: Source | None = field(default=None, init=False)
 
     @cached_property
@@ -42,9 +49,14 @@ class RunData:
         """The data's description for an artifact's manifest; see `describe_data`."""
         return describe_data(self.splits)
 
-    def example(self, rows: int) -> torch.Tensor:
-        """Returns a synthetic batch of zeros, float32 [rows, C, H, W], on the CPU."""
-        return torch.zeros(rows, *self.splits.input_shape)
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Digest of `weights`; "" for none."""
+        return weights_digest(self.weights)
+
+    def example(self, rows: int) -> Tree:
+        """Returns the first training rows that can be decoded as the model takes them, on the CPU, contiguous."""
+        return self.splits.example(rows)
 
     def require_same_data(self, recorded: str) -> None:
         """Refuses to resume on other data, as samples would be lost or repeated.
@@ -53,6 +65,14 @@ class RunData:
             DataError: the dataset's content (of a map-style dataset, its length) has changed.
         """
         if recorded != self.splits.fingerprint:
+            began, now = (packed_as(text) for text in (recorded, self.splits.fingerprint))
+            if began != now:
+                again = "dist-train pack CONFIG, with the settings of the run, and the same command"
+                elsewhere = "--data.cache_dir FOLDER, one without a pack of these images"
+                raise DataError(
+                    f"this run began with {began} and would go on with {now}, whose crops are others",
+                    f"{again if '+pack' in recorded else elsewhere}; or start a new run with another --run.dir",
+                )
             raise DataError(
                 f"the dataset {self.config.data.name} has changed since this run began",
                 "restore the same data, or start a new run with another --run.dir",
@@ -72,11 +92,15 @@ class RunData:
             skip_corrupt=data.on_corrupt == "skip",
             size=self.train_samples if isinstance(split, IterableDataset) else None,
             check_targets=self.check_targets,
+            collate=self.splits.collate_of(split),
+            dynamic=self.splits.dynamic,
+            example=self.splits.example,  # not of this object, which keeps a source: workers end with it
         )
 
     @property
     def _evaluation_source(self) -> Source:
         if self._kept_source is None:
+            assert self.splits.eval is not None  # open_splits has asked
             self._kept_source = self.source(self.splits.eval, self.config.run.seed)
         return self._kept_source
 
@@ -98,7 +122,7 @@ class RunData:
 
         Order and augmentation are functions of (seed, stage, epoch, sample id).
         """
-        data, seed = self.config.data, derive_key("stage", self.config.run.seed, stage)
+        data, seed = self.config.data, seed_of_stage(self.config.run.seed, stage)
         # With sync_batchnorm ranks communicate in each micro-batch, so the sampler cuts equally many for each rank.
         # Otherwise each rank cuts its share by itself.
         joint = stage == "train" and self.config.sync_batchnorm
@@ -111,15 +135,20 @@ class RunData:
             drop_last=data.drop_last,
             global_batch_size=data.global_batch_size,
             micro_batch_size=data.micro_batch_size if joint else None,
+            weights=self.weights,
+            replacement=data.sampling is None or data.sampling.replacement,
+            samples=None if data.sampling is None else data.sampling.samples,
         )
         mix = Mix(data.mix, seed) if stage == "train" and (data.mix.mixup or data.mix.cutmix) else NoMix()
         own = None if joint else data.micro_batch_size
-        return TrainLoader(self.source(self.splits.train, seed), sampler, own, mix)
+        # In shards, too, ranks communicate in each micro-batch.
+        alike = self.config.strategy == "fsdp"
+        return TrainLoader(self.source(self.splits.train, seed), sampler, own, mix, alike)
 
-    def probe_inputs(self, rows: int = 16) -> torch.Tensor:
-        """Returns the first rows of the evaluation set as model inputs: float32 [rows, C, H, W], CPU, contiguous."""
+    def probe_inputs(self, rows: int = 16) -> Tree:
+        """Returns the first rows of the evaluation set as the model takes them, on the CPU, contiguous."""
         batches = EvaluationLoader(self._evaluation_source, rows, 1, 0, rows)
-        return next(iter(batches)).inputs.cpu().contiguous()
+        return map_leaves(lambda leaf: leaf.cpu().contiguous(), next(iter(batches)).inputs)
 
     def evaluation_batches(self) -> EvaluationLoader:
         """Returns this rank's part of the evaluation set."""

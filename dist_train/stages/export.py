@@ -6,21 +6,23 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
-
+from dist_train import trees
 from dist_train.artifact.bundle import Bundle, chosen_models
 from dist_train.artifact.deployable import Deployable, deploy_float, deploy_half, deploy_int8, simulation
 from dist_train.artifact.export import ExportJob, export_models
+from dist_train.artifact.pixel_input import PixelInput, pixel_input
 from dist_train.config.stages import ExportConfig
 from dist_train.errors import ArtifactError
 from dist_train.lowering import LoweringUnavailable
 from dist_train.lowering.autoselect import slower_than_float
 from dist_train.lowering.comparison import drawn_from, time_models
+from dist_train.programs.signature import dynamic_of
 from dist_train.run_dir.gates import Gate
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
 from dist_train.stages.convert import Converted
 from dist_train.stages.int8_evaluation import agreement_bound, format_decisions
+from dist_train.trees import Tree
 
 
 class Export(Stage):
@@ -67,7 +69,9 @@ class Export(Stage):
         half = products["half"]["dtype"] if "half" in products else None
         probe = context.data.probe_inputs() if converted is None else converted.probe["inputs"]
         names = chosen_models(self.settings.models, half, converted is not None)
-        deployables = _deployables(context, converted, half, probe, names)
+        pixels = pixel_input(context.data.described, self.settings.input)
+        deployables = _deployables(context, converted, half, probe, names, pixels)
+        probe = probe if pixels is None else pixels.pixels(probe)
         job = ExportJob(
             folder=context.run_dir.export,
             formats=self.settings.formats,
@@ -100,7 +104,7 @@ class Export(Stage):
         }
 
     def _time(
-        self, context: Context, deployables: dict[str, Deployable], probe: Tensor, figures: dict[str, dict[str, Any]]
+        self, context: Context, deployables: dict[str, Deployable], probe: Tree, figures: dict[str, dict[str, Any]]
     ) -> None:
         """Times every model and adds `latency_ms` and `runtime` to its figures."""
         images = drawn_from(probe, context.config.run.seed)
@@ -120,15 +124,23 @@ class Export(Stage):
 
 
 def _deployables(
-    context: Context, converted: Converted | None, half: str | None, probe: Tensor, exported: Sequence[str]
+    context: Context,
+    converted: Converted | None,
+    half: str | None,
+    probe: Tree,
+    exported: Sequence[str],
+    pixels: PixelInput | None,
 ) -> dict[str, Deployable]:
-    """Returns all models of the run. Models that are not exported are sized and timed as well, if possible."""
-    float_model, models = context.float_copy(), {}
-    makers: dict[str, Callable[[], Deployable]] = {"fp32": lambda: deploy_float(float_model, probe)}
+    """Returns all models of the run. Models that are not exported are sized and timed as well, if possible.
+
+    probe: normalized, also where the models are to take pixels.
+    """
+    float_model, models, dynamic = context.float_copy(), {}, dynamic_of(context.data.described)
+    makers: dict[str, Callable[[], Deployable]] = {"fp32": lambda: deploy_float(float_model, probe, pixels, dynamic)}
     if half is not None:
-        makers[half] = lambda: deploy_half(float_model, half, probe)
+        makers[half] = lambda: deploy_half(float_model, half, probe, pixels, dynamic)
     if converted is not None:
-        makers["int8"] = lambda: _int8(context, converted)
+        makers["int8"] = lambda: _int8(context, converted, pixels)
     for name, make in makers.items():
         try:
             models[name] = make()
@@ -139,7 +151,9 @@ def _deployables(
     return models
 
 
-def _int8(context: Context, converted: Converted) -> Deployable:
+def _int8(context: Context, converted: Converted, pixels: PixelInput | None) -> Deployable:
     bits = context.config.qat.simulated_bits
-    deployable = deploy_int8(converted.program, converted.probe["outputs"], bits)
+    names = [name for name, _ in trees.named_leaves(converted.probe["inputs"])]
+    dynamic = dynamic_of(context.data.described)
+    deployable = deploy_int8(converted.program, converted.probe["outputs"], bits, pixels, names, dynamic)
     return dataclasses.replace(deployable, decisions=format_decisions(context, deployable))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from dist_train.quantization.prepared import PreparedModel
 from dist_train.run_dir.gates import Gate
 from dist_train.stages.context import Context
 from dist_train.tasks import Task
+from dist_train.trees import plain
 
 _ROWS = 16
 
@@ -52,7 +55,11 @@ def gradient_difference(
 ) -> tuple[float, list[str], torch.dtype]:
     """As `gradients.gradient_difference`, of the task's mean loss on `batch`."""
 
-    def loss(outputs: Tensor) -> Tensor:
-        return task.loss(outputs, batch.targets).mean()
+    def loss(outputs: Any) -> Tensor:
+        picked = task.pick(plain(outputs))
+        if not task.sums_losses:
+            return task.loss(picked, batch.targets).mean()
+        total, count = task.summed_loss(picked, batch.targets)
+        return total / max(float(count), 1.0)
 
     return gradients.gradient_difference(prepared, model, batch.inputs, loss)

@@ -9,6 +9,7 @@ from dist_train.models.half_precision import HalfModel, choose_dtype, require_ha
 from dist_train.stages.base import Stage
 from dist_train.stages.context import Context
 from dist_train.training.evaluate import evaluate
+from dist_train.trees import map_leaves
 
 
 class Half(Stage):
@@ -22,7 +23,7 @@ class Half(Stage):
         dtype, why = world.on_rank_0(lambda: choose_dtype(self.settings.dtype, world.device), "choosing a dtype")
         context.progress.say(f"{self.name}: {dtype}, {why}")
         model = HalfModel(context.model, dtype)
-        require_half(model, context.data.example(2).to(world.device))
+        require_half(model, map_leaves(lambda leaf: leaf.to(world.device), context.data.example(2)))
         evaluation = evaluate(model, context.data.evaluation_batches(), context.task, world)
         context.results["models"][dtype] = dict(evaluation.metrics)
         context.keep_details(dtype, evaluation)

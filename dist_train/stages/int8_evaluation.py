@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from dist_train import trees
 from dist_train.artifact.deployable import Deployable
 from dist_train.distributed.world import World
 from dist_train.errors import NonFiniteLossError
@@ -21,8 +23,9 @@ from dist_train.programs.pt2 import load_program
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.stages.context import Context
 from dist_train.training.evaluate import Evaluation, agreement, evaluate
+from dist_train.trees import Tree, map_leaves
 
-Call = Callable[[Tensor], Tensor]
+Call = Callable[..., Any]
 T = TypeVar("T")
 # For a fast dev run: after two training steps the outputs are close together, and rounding changes some decisions.
 _UNTRAINED_BOUND = 0.9
@@ -45,9 +48,11 @@ def convert_on_rank_0(
         rank.
     """
     world, made = context.world, list[Program]()
+    whole = context.strategy.whole(prepared, everywhere=False)
 
     def convert() -> T:
-        converted = context.backend.convert(prepared.eval())
+        assert isinstance(whole, PreparedModel)
+        converted = context.backend.convert(whole.eval())
         found = inspect(converted)
         made.append(context.backend.serialize(converted, context.data.example(2)))
         return found
@@ -60,12 +65,21 @@ def convert_on_rank_0(
 
 
 def on_cpu(call: Call, world: World) -> Call:
-    """Wraps a model that runs on the CPU, so that inputs and outputs are on the rank's device."""
+    """Wraps a model that runs on the CPU, so that inputs and outputs are on the rank's device.
 
-    def on_device(inputs: Tensor) -> Tensor:
-        return call(inputs.cpu().contiguous()).to(world.device)
+    A module takes a tree of inputs as `trees.call` gives it, another function takes the tree.
+    """
+    run = partial(trees.call, call) if isinstance(call, nn.Module) else call
+
+    def on_device(inputs: Tree) -> Tree:
+        outputs = trees.plain(run(_on_cpu(inputs)))
+        return map_leaves(lambda leaf: leaf.to(world.device) if isinstance(leaf, Tensor) else leaf, outputs)
 
     return on_device
+
+
+def _on_cpu(inputs: Tree) -> Tree:
+    return map_leaves(lambda leaf: leaf.cpu().contiguous(), inputs)
 
 
 def evaluate_int8(context: Context, call: Call) -> Evaluation:
@@ -104,8 +118,8 @@ def format_decisions(context: Context, deployable: Deployable) -> Decisions:
     class Inputs:
         """Iterates over the batches' inputs, which are read again for each model."""
 
-        def __iter__(self) -> Iterator[Tensor]:
-            return (batch.inputs.cpu().contiguous() for batch in sample)
+        def __iter__(self) -> Iterator[Tree]:
+            return (deployable.takes(_on_cpu(batch.inputs)) for batch in sample)
 
     return Decisions(deployable.call, context.task, Inputs(), agreement_bound(context))
 

@@ -15,6 +15,7 @@ from dist_train.quantization.float_checks import float_literals
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.run_dir.gates import Gate
 from dist_train.stages.context import Context
+from dist_train.trees import Tree, call, leaves, plain
 
 _VARIANCES = (1e-5, 10.0)  # variances of an untrained network are near 1, which would hide a wrong eps
 
@@ -126,5 +127,10 @@ def _draw_variances(pairs: Sequence[tuple[nn.Module, nn.Module]], seed: int) -> 
                 weight.mul_(growth.to(weight.device))
 
 
-def _relative_difference(actual: nn.Module, expected: nn.Module, inputs: torch.Tensor) -> float:
-    return relative_difference(actual(inputs).double(), expected(inputs).double())
+def _relative_difference(actual: nn.Module, expected: nn.Module, inputs: Tree) -> float:
+    """Returns the largest difference of the outputs' tensors."""
+    pair = [
+        [each for each in leaves(plain(call(model, inputs))) if isinstance(each, torch.Tensor)]
+        for model in (actual, expected)
+    ]
+    return largest(relative_difference(one.double(), other.double()) for one, other in zip(*pair, strict=True))

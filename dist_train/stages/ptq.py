@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dist_train import trees
 from dist_train.config.stages import PTQConfig
 from dist_train.data.arrays import Batch
 from dist_train.distributed.world import World
@@ -114,7 +115,7 @@ def initialise_ranges(prepared: PreparedModel, batches: Iterable[Batch], world: 
     world.heartbeat.begin("evaluate")
     for batch in batches:
         world.heartbeat.enter("evaluate")
-        prepared(batch.inputs)
+        trees.call(prepared, batch.inputs)
     ranges.update(world.all_reduce(ranges.observed(), "max"), averaging=1.0)
     ranges.require_known()
     if settings.ranges != "min_max":
@@ -123,7 +124,7 @@ def initialise_ranges(prepared: PreparedModel, batches: Iterable[Batch], world: 
         with histograms.counting():
             for batch in batches:
                 world.heartbeat.enter("evaluate")
-                prepared(batch.inputs)
+                trees.call(prepared, batch.inputs)
         world.all_reduce(histograms.counts, "sum")
         if settings.ranges == "percentile":
             ranges.assign(*percentile_ranges(histograms, settings.percentile))

@@ -23,6 +23,7 @@ from dist_train.stages.ptq import calibrate, lost_points
 from dist_train.stages.train import StageLearner, ema_sample, run_loop
 from dist_train.training.evaluate import Evaluation
 from dist_train.training.hooks import FreezeSchedule, Hook
+from dist_train.training.parts import float_names, resolve_parts
 from dist_train.training.recalibration import estimate_moments, estimate_ranges
 from dist_train.training.reduction import StepReduction
 from dist_train.training.selection import INT8
@@ -43,7 +44,7 @@ class QAT(Stage):
         for problem in clipping_undone(context.config):
             context.progress.warn(str(problem))
         prepared = context.prepared()
-        learner = QuantizedLearner(context, self.settings, prepared)
+        learner = QuantizedLearner(context, self.name, self.settings, prepared)
         if context.quantized is None:
             gate_prepare(context, prepared)
             gate_gradients(context, prepared)
@@ -55,7 +56,7 @@ class QAT(Stage):
         figures = {name: value for name, value in state.metrics.items() if not name.startswith(INT8)}
         context.results["models"]["fake_quant"] = figures
         context.keep_details("fake_quant", learner.evaluation_of(state))
-        return {"quantized": state.chosen.state_dict()}
+        return {"quantized": context.after_training(state.chosen).state_dict()}
 
     def _is_left_out(self, context: Context) -> bool:
         """Tells whether ptq is within the budget; prints and records it. Equal on all ranks, because metrics are."""
@@ -90,9 +91,12 @@ class QAT(Stage):
 class QuantizedLearner(StageLearner):
     """Trains the prepared model."""
 
-    def __init__(self, context: Context, settings: QATConfig, prepared: PreparedModel) -> None:
+    def __init__(self, context: Context, stage: str, settings: QATConfig, prepared: PreparedModel) -> None:
         self._ranges = Ranges(prepared, settings.observer)
-        super().__init__(prepared, StepReduction(context.world, prepared, self._ranges, settings.averaging))
+        reduction = StepReduction(context.world, prepared, self._ranges, settings.averaging)
+        parts = resolve_parts(context.config, stage, context.model)
+        names = float_names(prepared, context.model) if parts else {}
+        super().__init__(prepared, reduction, parts, names, settings.unfreeze_at, parts.recomputed)
         self._context, self._settings, self._prepared = context, settings, prepared
 
     def hooks(self, total_steps: int) -> Sequence[Hook]:
@@ -112,7 +116,8 @@ class QuantizedLearner(StageLearner):
         """Re-estimates only the statistics that are not frozen; the averaged steps used frozen ones as constants."""
         assert isinstance(averaged, PreparedModel)
         context, batches = self._context, ema_sample(self._context, self._settings)
-        if not self._prepared.batch_norm_frozen:
-            estimate_moments(averaged, batches, context.world, context.strategy.autocast)
-        if not self._ranges.frozen:
-            estimate_ranges(averaged, batches, context.world, context.strategy.autocast)
+        with context.strategy.unsharded(averaged):
+            if not self._prepared.batch_norm_frozen:
+                estimate_moments(averaged, batches, context.world, context.strategy.autocast)
+            if not self._ranges.frozen:
+                estimate_ranges(averaged, batches, context.world, context.strategy.autocast)

@@ -7,26 +7,31 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import nn
 
 from dist_train.config.advice import idle_settings
-from dist_train.config.stages import FitConfig, TrainConfig
+from dist_train.config.fit import FitConfig
+from dist_train.config.stages import TrainConfig
 from dist_train.data.arrays import ImageArrays
-from dist_train.data.loader import EstimationLoader
-from dist_train.errors import DataError
+from dist_train.data.loader import EstimationLoader, TrainLoader
+from dist_train.errors import DataError, ModelError
 from dist_train.models.batch_norm import synchronised_batch_norms
 from dist_train.stages.base import Stage
+from dist_train.stages.compilation import compilation
 from dist_train.stages.context import Context
 from dist_train.training.evaluate import Evaluation
 from dist_train.training.hooks import Hook
 from dist_train.training.learner import Learner
 from dist_train.training.loop import Fit, fit
+from dist_train.training.parts import Parts, resolve_parts
 from dist_train.training.profiler import NoProfile, Profile
 from dist_train.training.recalibration import estimate_moments
 from dist_train.training.reduction import StepReduction
 from dist_train.training.state import TrainState
 from dist_train.training.unused import find_unused
+
+TRAINING = "training"
+"""Key of a stage's product, with the loop's state after its last step. Only a run that goes on from there needs it."""
 
 
 class Train(Stage):
@@ -35,12 +40,15 @@ class Train(Stage):
     settings: TrainConfig
 
     def run(self, context: Context) -> dict[str, Any]:
-        learner = FloatLearner(context, self.settings)
+        learner = FloatLearner(context, self.settings, resolve_parts(context.config, self.name, context.model))
         with _batch_norms(context):
             state = run_loop(context, self.name, self.settings, learner)
         context.results["models"]["fp32"] = dict(state.metrics)
         context.keep_details("fp32", learner.evaluation_of(state))
-        return {"model": state.chosen.state_dict()}
+        product: dict[str, Any] = {"model": context.after_training(state.chosen).state_dict()}
+        if state.ended is not None:
+            product[TRAINING] = state.ended
+        return product
 
     def restore(self, context: Context, product: dict[str, Any]) -> None:
         context.model.load_state_dict(product["model"])
@@ -77,8 +85,10 @@ class StageLearner(Learner):
 class FloatLearner(StageLearner):
     """Trains the float model."""
 
-    def __init__(self, context: Context, settings: FitConfig) -> None:
-        super().__init__(context.model, StepReduction(context.world, context.model))
+    def __init__(self, context: Context, settings: FitConfig, parts: Parts | None = None) -> None:
+        reduction = StepReduction(context.world, context.model)
+        recomputed = parts.recomputed if parts is not None else ()
+        super().__init__(context.model, reduction, parts, None, settings.unfreeze_at, recomputed)
         self._context, self._settings = context, settings
 
     def hooks(self, total_steps: int) -> Sequence[Hook]:
@@ -89,7 +99,8 @@ class FloatLearner(StageLearner):
 
     def recalibrate(self, averaged: nn.Module) -> None:
         context = self._context
-        estimate_moments(averaged, ema_sample(context, self._settings), context.world, context.strategy.autocast)
+        with context.strategy.unsharded(averaged):
+            estimate_moments(averaged, ema_sample(context, self._settings), context.world, context.strategy.autocast)
 
 
 def ema_sample(context: Context, settings: FitConfig) -> EstimationLoader:
@@ -119,41 +130,68 @@ def run_loop(context: Context, stage: str, settings: FitConfig, learner: Learner
         for problem in idle_settings(stage, settings, epochs, steps):
             progress.warn(str(problem))
     progress.data_hint = _data_hint(context)
-    _look_for_unused_parameters(context, stage, learner.model)
-    run = Fit(
+    freezing = learner.freezing
+    begun = context.resume or (context.extension if stage == "train" else None) or {"step": 0}
+    if len(freezing) and (freezing.for_good or begun["step"] // steps < (settings.unfreeze_at or 0)):
+        until = "" if freezing.for_good else f" until epoch {settings.unfreeze_at}"
+        progress.say(f"{stage}: freezes {freezing}{until}")
+    try:
+        if freezing.for_good:
+            freezing.enter(0)
+        _look_for_unused_parameters(context, stage, learner.model)
+        run = _set_up(context, stage, settings, learner, loader, epochs, steps)
+        state = fit(run, context.resume, context.extension if stage == "train" else None)
+    finally:
+        freezing.release()
+    context.results["stages"].setdefault(stage, {}).update(_outcome(run, state))
+    return state
+
+
+def _set_up(
+    context: Context, stage: str, settings: FitConfig, learner: Learner, loader: TrainLoader, epochs: int, steps: int
+) -> Fit:
+    return Fit(
         stage=stage,
-        config=config,
+        config=context.config,
         settings=settings,
         epochs=epochs,
         steps_per_epoch=steps,
         loader=loader,
+        example=context.example(),
         task=context.task,
         strategy=context.strategy,
+        compilation=compilation(context, stage, settings, learner.model, loader, epochs * steps),
         learner=learner,
         checkpoints=context.checkpoints,
         ledger=context.ledger,
         trackers=context.trackers,
-        progress=progress,
+        progress=context.progress,
         profile=_profile(context, stage),
+        keeps_end=stage == "train" and context.config.checkpoint.keep.training,
     )
-    state = fit(run, context.resume)
-    context.results["stages"].setdefault(stage, {}).update(_outcome(run, state))
-    return state
 
 
 def _look_for_unused_parameters(context: Context, stage: str, model: nn.Module) -> None:
     """Warns of parameters without a gradient, and prepares the strategy for them. Collective.
 
     Raises:
-        ModelError: no parameter can be trained.
+        ModelError: no parameter can be trained; or steps leave some out, and the config forbids to look for them.
     """
-    example = context.data.example(2).to(context.world.device)
-    if context.config.model.channels_last:
-        example = example.contiguous(memory_format=torch.channels_last)
-    unused = find_unused(model, example, context.world, context.strategy.autocast)
+    unused = find_unused(model, context.example(), context.world, context.strategy.autocast)
+    asked = context.config.find_unused_parameters
+    if unused and asked is False and context.world.world_size > 1:
+        raise unused.refusal(stage)
     for line in unused.lines(stage):
         context.progress.warn(line)
-    context.strategy.find_unused_parameters = context.config.find_unused_parameters or bool(unused)
+    if unused.at_times and context.config.strategy == "fsdp" and context.world.world_size > 1:
+        raise ModelError(
+            f"{stage}: strategy fsdp cannot train layers that some steps leave out: their gradients would be 0, and "
+            "momentum and weight decay would change them",
+            "--strategy ddp; or take what drops them at random out of the model (stochastic depth, layer drop)",
+        )
+    if unused and asked == "auto" and context.world.world_size > 1:
+        context.progress.say(f"auto: {stage} looks for unused parameters in every step, as set-up found some")
+    context.strategy.find_unused_parameters = bool(unused) if asked == "auto" else asked
 
 
 def _for_this_batch(context: Context, stage: str, settings: FitConfig) -> FitConfig:
@@ -163,6 +201,9 @@ def _for_this_batch(context: Context, stage: str, settings: FitConfig) -> FitCon
         return settings
     scaled = optim.scaled(batch)
     context.progress.say(f"{stage}: lr {scaled.lr:.6g} = {optim.lr:g} x {batch} / {optim.base_batch_size}")
+    for number, (before, after) in enumerate(zip(optim.groups, scaled.groups, strict=True)):
+        if before.lr is not None:
+            context.progress.say(f"{stage}: lr of groups.{number} {after.lr:.6g}, scaled alike")
     return settings.model_copy(update={"optim": scaled})
 
 

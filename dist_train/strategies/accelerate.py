@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from dist_train.distributed.world import World
 from dist_train.errors import SetupError
 from dist_train.strategies.base import Strategy
 from dist_train.strategies.ddp import require_all_reduced, warm_up_ddp
+from dist_train.trees import Tree
 
 
 class Accelerate(Strategy):
@@ -64,14 +66,15 @@ class Accelerate(Strategy):
             return context
         return nullcontext()
 
-    def warm_up_buckets(self, wrapped: nn.Module, inputs: torch.Tensor) -> None:
+    def warm_up_buckets(self, wrapped: nn.Module, inputs: Tree) -> None:
         if isinstance(wrapped, DistributedDataParallel):
             warm_up_ddp(self, wrapped, inputs)
 
     def require_all_reduced(self, wrapped: nn.Module) -> None:
         if isinstance(wrapped, DistributedDataParallel):
             assert isinstance(wrapped.module, _Shell)
-            require_all_reduced(wrapped, wrapped.module.model)
+            model = wrapped.module.model
+            require_all_reduced(wrapped, [name for name, each in model.named_parameters() if each.requires_grad])
 
     def autocast(self) -> AbstractContextManager[object]:
         context: AbstractContextManager[object] = self._accelerator.autocast()
@@ -86,9 +89,8 @@ class _Shell(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        outputs: torch.Tensor = self.model(x)
-        return outputs
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
 
 
 def _accelerator(world: World, precision: Precision) -> Accelerator:

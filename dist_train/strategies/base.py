@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,10 +15,30 @@ from torch import nn
 from dist_train.config.checks.strategy import Precision
 from dist_train.distributed.world import World
 from dist_train.errors import NonFiniteLossError
+from dist_train.strategies.shards import clip_grad_norm
+from dist_train.trees import Tree
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # A smaller scale wastes fp16's range at its low end. GradScaler alone would halve the scale to 0 and skip every step.
 _SMALLEST_LOSS_SCALE = 2.0**-10
+
+Summed = Callable[[], torch.Tensor]
+"""Returns sums over the ranks, float32 [N], once backward is done."""
+
+
+@contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """In this context, forwards may change the model's buffers; at its end they are as they were."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
 
 
 @dataclass(frozen=True)
@@ -39,6 +62,8 @@ class Strategy(ABC):
             its state.
         find_unused_parameters: True if the wrapper must expect steps in which parameters get no gradient; read by
             `wrap`.
+        mesh: the device mesh that parameters are spread over; None where each rank holds them whole.
+        carried: number of values that `summed_in_backward` gets at most; read by `wrap`.
     """
 
     scaler: torch.amp.GradScaler
@@ -48,11 +73,44 @@ class Strategy(ABC):
         self.world = world
         self._precision = precision
         self.find_unused_parameters = False
+        self.carried = 0
+        self.mesh: DeviceMesh | None = None
         self.new_scaler()
 
     def new_scaler(self) -> None:
         """Makes a fresh `scaler` at the start of a stage, because the scale depends on the stage's gradients."""
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self._precision == "fp16")
+
+    def shard(self, model: nn.Module, blocks: Sequence[Sequence[str]] = ()) -> str:
+        """Spreads the parameters of a model over the ranks, in place, before its optimizer is built. Collective.
+
+        The default, for a strategy that keeps a whole model on each rank, does nothing.
+
+        Args:
+            blocks: names of modules, those of a block together; a rank holds one block whole at a time.
+
+        Returns:
+            a text for people on how it is spread; "" if it is not.
+        """
+        return ""
+
+    def copy(self, model: nn.Module) -> nn.Module:
+        """Returns a copy of a model, whose parameters are spread alike. Collective."""
+        return copy.deepcopy(model)
+
+    def unsharded(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Returns a context in which each rank holds the whole model, and may call it as often as it likes. Collective.
+
+        Outside of it, all ranks call a model in shards equally often.
+        """
+        return nullcontext()
+
+    def whole(self, model: nn.Module, *, everywhere: bool = True) -> nn.Module | None:
+        """Returns the model whole: a copy where it is in shards, else itself. Collective.
+
+        everywhere: on each rank, on its device; else on rank 0 alone, on the CPU, and None on the others.
+        """
+        return model
 
     @abstractmethod
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -63,11 +121,19 @@ class Strategy(ABC):
         """Returns a context in which backward accumulates gradients without averaging them over ranks."""
 
     @abstractmethod
-    def warm_up_buckets(self, wrapped: nn.Module, inputs: torch.Tensor) -> None:
+    def warm_up_buckets(self, wrapped: nn.Module, inputs: Tree) -> None:
         """Runs throwaway steps until the wrapper works as in any later step, so that resuming is exact.
 
         Leaves gradients and buffers as they were.
         """
+
+    def summed_in_backward(self, loss: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, Summed]:
+        """Sums float32 values [N] over the ranks during the backward of `loss`, a step's last one. Collective.
+
+        Returns:
+            the loss to call `backward` with, and a function that returns the sums once that is done.
+        """
+        return loss, self.world.start_all_reduce(values, "sum").wait
 
     def require_all_reduced(self, wrapped: nn.Module) -> None:
         """Checks that a step's backward averaged all gradients over the ranks. Called after each step's last backward.
@@ -99,13 +165,15 @@ class Strategy(ABC):
     def step(self, optimizer: torch.optim.Optimizer, model: nn.Module, max_norm: float | None) -> StepOutcome:
         """Clips the gradients to `max_norm` and steps the optimizer, unless fp16 gradients overflowed.
 
+        `max_norm`: infinity only measures their norm.
+
         All ranks skip the same steps, because they hold the same averaged gradients.
 
         Raises:
             NonFiniteLossError: the gradients are not finite even at the smallest loss scale: fp16 is not the cause.
         """
         self.scaler.unscale_(optimizer)  # the norm is taken of the unscaled gradients
-        norm = None if max_norm is None else nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        norm = None if max_norm is None else clip_grad_norm(model.parameters(), max_norm)
         before = self.scaler.get_scale()
         self.scaler.step(optimizer)
         self.scaler.update()

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_train import trees
 from dist_train.errors import SetupError
 from dist_train.strategies.base import StepOutcome, Strategy
+from dist_train.trees import Tree
 
 
 class DP(Strategy):
@@ -26,7 +28,7 @@ class DP(Strategy):
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def warm_up_buckets(self, wrapped: nn.Module, inputs: Tensor) -> None:
+    def warm_up_buckets(self, wrapped: nn.Module, inputs: Tree) -> None:
         return
 
     def backward(self, loss: Tensor) -> None:
@@ -60,8 +62,9 @@ class Replicated(nn.DataParallel[nn.Module]):
         if self.notes_gradients:
             self._note_gradients(replicas)
         outputs = super().parallel_apply(replicas, inputs, kwargs)
-        self._used = [(replica, len(arguments[0])) for replica, arguments in zip(replicas, inputs, strict=True)]
-        return outputs
+        given = [positional or named for positional, named in zip(inputs, kwargs, strict=True)]
+        self._used = [(replica, trees.rows_of(each)) for replica, each in zip(replicas, given, strict=True)]
+        return [trees.plain(each) for each in outputs]  # torch gathers dicts and tuples only
 
     def _note_gradients(self, replicas: Sequence[nn.Module]) -> None:
         if self._reached is None:

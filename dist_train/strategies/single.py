@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
 from torch import nn
 
 from dist_train.strategies.base import Strategy
+from dist_train.trees import Tree
 
 
 class Single(Strategy):
@@ -19,5 +19,5 @@ class Single(Strategy):
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def warm_up_buckets(self, wrapped: nn.Module, inputs: torch.Tensor) -> None:
+    def warm_up_buckets(self, wrapped: nn.Module, inputs: Tree) -> None:
         return

@@ -13,8 +13,9 @@ from torchmetrics.wrappers import LambdaInputTransformer
 
 from dist_train.config.base import Settings
 from dist_train.errors import DataError
-from dist_train.tasks.base import Task, task_args, wrong_targets
-from dist_train.tasks.counts import LabelConfusion, LabelPrecision
+from dist_train.tasks.base import Task, one_output, require_tensor, task_args, wrong_targets
+from dist_train.tasks.label_counts import LabelConfusion, LabelPrecision
+from dist_train.trees import Tree
 
 # With fixed thresholds, average precision needs only counts: ranks add up, and no scores are kept.
 _THRESHOLDS = 201
@@ -39,21 +40,27 @@ class Multilabel(Task):
         self._num_labels = num_labels
         self._pos_weight = task_args("multilabel", _Args, args).pos_weight
 
+    def pick(self, outputs: Tree) -> torch.Tensor:
+        return one_output(outputs, "multilabel")
+
     def check_outputs(self, outputs: torch.Tensor) -> None:
         if outputs.shape != (2, self._num_labels):
             raise DataError(
-                f"the model's outputs for 2 images have shape {list(outputs.shape)}, "
+                f"the model's outputs for 2 samples have shape {list(outputs.shape)}, "
                 f"but the data has {self._num_labels} labels",
                 "give the model a head of num_classes outputs; model.args must not set another number",
             )
 
-    def check_targets(self, targets: torch.Tensor) -> None:
+    def check_targets(self, targets: Tree) -> None:
+        require_tensor(targets, "multilabel")
         if targets.dim() != 2 or targets.shape[1] != self._num_labels:
             raise wrong_targets("multilabel", f"[N, {self._num_labels}] of 0 and 1", targets)
-        if not bool(((targets == 0) | (targets == 1)).all()):
+        others = targets[(targets != 0) & (targets != 1)]
+        if others.numel():
             raise DataError(
-                f"multilabel targets must be 0 or 1, got {float(targets.min()):g}..{float(targets.max()):g}",
-                "--task.name regression for numbers, classification for one class index a sample",
+                f"multilabel targets must be 0 or 1, got {float(others[0]):g}",
+                "round them in the dataset: (target >= 0.5).float(); or --task.name regression for numbers, "
+                "classification for one class index a sample",
             )
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

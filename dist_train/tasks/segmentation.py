@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-import torchmetrics
-from torchmetrics.classification import MulticlassAccuracy
+from pydantic import Field
 
 from dist_train.config.base import Settings
 from dist_train.errors import DataError
-from dist_train.tasks.base import Task, require_classes, task_args, wrong_targets
-from dist_train.tasks.counts import ClassIoU, MeanIoU, confusion
+from dist_train.tasks.base import Metrics, Task, one_output, require_classes, require_tensor, task_args, wrong_targets
+from dist_train.tasks.counter import Counts
+from dist_train.tasks.counts import Accuracy, ClassIoU, MeanIoU, confusion
+from dist_train.trees import Tree
 
 
 class _Args(Settings):
-    ignore_index: int = 255
+    ignore_index: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 255
     """Target of pixels that count neither in the loss nor in the metrics."""
 
 
@@ -34,6 +35,9 @@ class Segmentation(Task):
         self._num_classes = num_classes
         self._ignore_index = task_args("segmentation", _Args, args).ignore_index
 
+    def pick(self, outputs: Tree) -> torch.Tensor:
+        return one_output(outputs, "segmentation")
+
     def check_outputs(self, outputs: torch.Tensor) -> None:
         if outputs.dim() != 4 or outputs.shape[:2] != (2, self._num_classes):
             raise DataError(
@@ -42,7 +46,8 @@ class Segmentation(Task):
                 "--model.name small_fcn, or fcn_resnet50 for RGB images",
             )
 
-    def check_targets(self, targets: torch.Tensor) -> None:
+    def check_targets(self, targets: Tree) -> None:
+        require_tensor(targets, "segmentation")
         if targets.is_floating_point() or targets.dim() != 3:
             raise wrong_targets("segmentation", "uint8 or int64 [N, H, W]", targets)
         if targets.dtype != torch.uint8 or 0 <= self._ignore_index <= 255:
@@ -66,20 +71,14 @@ class Segmentation(Task):
         # The decisions for a whole evaluation set stay in memory until they are compared.
         return answer.to(torch.uint8) if self._num_classes <= 256 else answer
 
-    def metrics(self) -> torchmetrics.MetricCollection:
-        chosen: dict[str, torchmetrics.Metric | torchmetrics.MetricCollection] = {
-            "mean_iou": MeanIoU(self._num_classes, self._ignore_index),
-            "pixel_accuracy": MulticlassAccuracy(self._num_classes, average="micro", ignore_index=self._ignore_index),
-        }
-        return torchmetrics.MetricCollection(chosen, compute_groups=False)
+    def metrics(self) -> Metrics:
+        shape = (self._num_classes, self._ignore_index)
+        return Counts({"mean_iou": MeanIoU(*shape), "pixel_accuracy": Accuracy(*shape)})
 
-    def details(self) -> torchmetrics.MetricCollection:
+    def details(self) -> Metrics:
         """Makes `confusion` of pixels, int64 [classes, classes], rows are true classes, and `per_class`, IoUs.
 
         Above `DENSE_CLASSES` classes, the results of `ConfusedPairs` stand in place of `confusion`.
         """
-        ignored = self._ignore_index
-        return torchmetrics.MetricCollection(
-            {**confusion(self._num_classes, ignored), "per_class": ClassIoU(self._num_classes, ignored)},
-            compute_groups=False,
-        )
+        shape = (self._num_classes, self._ignore_index)
+        return Counts({**confusion(*shape), "per_class": ClassIoU(*shape)})

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from dist_train.errors import text_of
+from dist_train.errors import STOPS, text_of
 from dist_train.run_dir.paths import RunDir
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ class Trackers:
         try:
             tracker = make()
             tracker.begin(config)
-        except Exception as error:  # a tracker is other people's code, often about a network, and may raise anything
+        except STOPS:
+            raise
+        except BaseException as error:  # a tracker is other people's code, often about a network: it may raise anything
             self._say(f"the tracker {name} does not start, and is left out: {_in_a_line(error)}")
         else:
             self._trackers.append(tracker)
@@ -79,10 +81,12 @@ class Trackers:
         for tracker in tuple(self._trackers):
             try:
                 act(tracker)
-            except Exception as error:  # as in `add`
+            except STOPS:
+                raise
+            except BaseException as error:  # as in `add`
                 self._trackers.remove(tracker)
                 self._say(f"the tracker {type(tracker).__name__} failed, and is left out: {_in_a_line(error)}")
 
 
-def _in_a_line(error: Exception) -> str:
+def _in_a_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {text_of(error)}".split())

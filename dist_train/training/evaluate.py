@@ -7,16 +7,21 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 
+from dist_train import trees
 from dist_train.data.arrays import Batch
 from dist_train.data.loader import EvaluationLoader
 from dist_train.distributed.world import World
-from dist_train.errors import NonFiniteLossError
+from dist_train.errors import DataError, NonFiniteLossError
 from dist_train.tasks import Task
 from dist_train.tasks.agreement import same_share
 from dist_train.training.evaluation_details import Details
+from dist_train.training.outputs import in_float
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    call: Callable[[torch.Tensor], torch.Tensor],
+    call: Callable[..., Any],
     batches: Iterable[Batch],
     task: Task,
     world: World,
@@ -47,28 +52,39 @@ def evaluate(
     """Evaluates a model that is already in eval mode. Collective: every rank calls it with its own part of the data.
 
     Args:
-        call: the model, or a function that runs it: inputs [B, ...] to outputs [B, ...].
+        call: the model, which takes a tree of inputs as `trees.call` gives it; or a function of that tree.
 
     Returns:
-        the evaluation. `metrics` has the task's metrics, `loss` (the mean) and `count`, the number of samples over all
-            ranks. `skipped_samples` is the number that could not be decoded, absent if zero; `count` excludes them.
+        the evaluation. `metrics` has the task's metrics, `loss` (the mean, by the task's own count if it has one) and
+            `count`, the number of samples over all ranks. `skipped_samples` is the number that could not be decoded,
+            absent if zero; `count` excludes them.
 
     Raises:
         NonFiniteLossError: on every rank, if the loss is NaN or infinite.
     """
     metrics = task.metrics().to(world.device)
-    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+    # Loss, samples, stop, and the count of losses that are not one a sample.
+    sums = torch.zeros(3 + task.sums_losses, dtype=torch.float64, device=world.device)
+    run = partial(trees.call, call) if isinstance(call, nn.Module) else call
     details = Details(task, world.device)
     decisions = []
     world.heartbeat.begin("evaluate")
     for batch in batches:
         world.heartbeat.enter("evaluate")
         with autocast():
-            outputs = call(batch.inputs)
-        outputs = outputs.float()
-        losses = task.loss(outputs, batch.targets)
-        sums[0] += losses.double().sum()
-        sums[1] += len(batch.targets)
+            given = run(batch.inputs)
+        rows = len(batch.ids)
+        outputs = task.pick(in_float(given, rows, rows))
+        losses = None
+        if task.sums_losses:
+            total, counted = task.summed_loss(outputs, batch.targets)
+            sums[0] += total.double()
+            sums[3] += counted
+            losses = task.sample_losses(outputs, batch.targets)
+        else:
+            losses = task.loss(outputs, batch.targets)
+            sums[0] += losses.double().sum()
+        sums[1] += rows
         metrics.update(outputs, batch.targets)
         decisions.append(task.decide(outputs))
         details.update(batch, outputs, losses, decisions[-1])
@@ -84,16 +100,30 @@ def evaluate(
             "the loss of the evaluation is not finite",
             "lower the learning rate or set clip_grad_norm; the checkpoints of earlier epochs are whole",
         )
-    own = torch.cat(decisions).cpu() if decisions else torch.empty(0, dtype=torch.int64)
+    own = _joined(decisions)
     counts = {"count": count}
     if isinstance(batches, EvaluationLoader) and count < batches.total:
         counts["skipped_samples"] = batches.total - count
-    return Evaluation({**values, "loss": float(sums[0]) / max(count, 1), **counts}, own, details, bool(sums[2]))
+    loss = float(sums[0]) / (float(sums[3]) or 1.0 if task.sums_losses else max(count, 1))
+    return Evaluation({**values, "loss": loss, **counts}, own, details, bool(sums[2]))
+
+
+def _joined(decisions: list[torch.Tensor]) -> torch.Tensor:
+    if not decisions:
+        return torch.empty(0, dtype=torch.int64)
+    shapes = {tuple(each.shape[1:]) for each in decisions}
+    if len(shapes) > 1:
+        raise DataError(
+            f"the task's decide gives decisions of {' and '.join(str(list(shape)) for shape in sorted(shapes)[:2])} a "
+            "sample, by batch",
+            "let it give one shape, for example padded to a length that no row exceeds",
+        )
+    return torch.cat(decisions).cpu()
 
 
 def metric_names(task: Task) -> list[str]:
     """Returns the metrics of an evaluation without `count`: the names that `select_by` accepts."""
-    return [*(str(name) for name in task.metrics().keys(keep_base=False)), "loss"]
+    return [*map(str, task.metrics()), "loss"]
 
 
 def agreement(left: Evaluation, right: Evaluation, task: Task, world: World) -> float:

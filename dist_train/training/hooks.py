@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from dist_train.config.stages import QATConfig, steps_in
+from dist_train.config.fit import steps_in
+from dist_train.config.stages import QATConfig
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
 from dist_train.training.reduction import StepReduction

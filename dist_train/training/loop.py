@@ -1,4 +1,4 @@
-"""Trains a model: `fit` is the one loop of float and quantization-aware training, `train_step` is one rank's step.
+"""Trains a model: `fit` is the one loop of float and quantization-aware training.
 
 The order within a step is fixed: seed, forward and backward, reduction, clip, optimizer, schedule, average, ledger.
 An epoch ends with the evaluation, then the checkpoint.
@@ -6,48 +6,55 @@ An epoch ends with the evaluation, then the checkpoint.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
-from dist_train.config.stages import FitConfig
+from dist_train.config.fit import FitConfig
 from dist_train.config.tree import Config
 from dist_train.console.progress import Progress, epoch_line, plain_line
-from dist_train.data.loader import MicroBatch, StepBatch, TrainLoader, seed_everything
+from dist_train.data.loader import TrainLoader, seed_everything
 from dist_train.data.permutation import derive_key
 from dist_train.errors import Preempted
-from dist_train.models.batch_norm import synchronised
 from dist_train.run_dir.ledger import Ledger, NoLedger
 from dist_train.strategies.base import StepOutcome, Strategy
 from dist_train.tasks import Task
 from dist_train.trackers.base import Trackers
+from dist_train.training.compilation import Compilation
 from dist_train.training.learner import Learner
 from dist_train.training.profiler import NoProfile, Profile
-from dist_train.training.reduction import StepSums
 from dist_train.training.same_state import require_same_everywhere, require_sound
 from dist_train.training.selection import Selection
 from dist_train.training.state import TrainState
+from dist_train.training.step import train_step
 from dist_train.training.step_log import StepLog
+from dist_train.trees import Tree
 
 
 class Checkpoints(Protocol):
-    """Saves and loads the loop's state. Collective: every rank calls it."""
+    """Saves and loads the loop's state. Every rank calls it."""
 
     def save_step(
         self, stage: str, step: int, state: dict[str, Any], best_first: Sequence[int], needed: int | None
     ) -> None:
-        """Saves the state of `step` and removes older ones.
+        """Saves the state of `step` as it is now, and removes older ones; may go on with that after it returns.
 
         Keeps the state of step `needed`, and as many of the evaluated steps `best_first` as configured.
         """
 
+    def settle(self) -> None:
+        """Waits until the state is saved. Collective.
+
+        Raises:
+            CheckpointError: it cannot be saved; PeerError on the other ranks.
+        """
+
     def load_step(self, stage: str, step: int) -> dict[str, Any]:
-        """Loads the state that was saved at `step`."""
+        """Loads the state that was saved at `step`. Collective."""
 
 
 @dataclass(kw_only=True)
@@ -57,6 +64,8 @@ class Fit:
     Attributes:
         settings: settings of the stage, with the learning rate for this global batch size.
         epochs, steps_per_epoch: length of the training; a fast dev run has fewer than the settings say.
+        example: inputs as the model takes them, two rows, on the device.
+        keeps_end: set `TrainState.ended` after the last step.
     """
 
     stage: str
@@ -65,54 +74,27 @@ class Fit:
     epochs: int
     steps_per_epoch: int
     loader: TrainLoader
+    example: Tree
     task: Task
     strategy: Strategy
+    compilation: Compilation
     learner: Learner
     checkpoints: Checkpoints
     ledger: Ledger | NoLedger
     trackers: Trackers
     progress: Progress
     profile: Profile | NoProfile
+    keeps_end: bool = False
 
     @property
     def total_steps(self) -> int:
         return self.epochs * self.steps_per_epoch
 
 
-def train_step(model: nn.Module, batch: StepBatch, task: Task, strategy: Strategy) -> StepSums:
-    """Runs forward and backward on this rank's share; gradients are those of the global batch's mean loss (law 2).
-
-    DDP averages gradients over ranks, so the local sum of losses is multiplied by the world size.
-    """
-    scale, heartbeat = strategy.world.world_size / batch.global_count, strategy.world.heartbeat
-    loss_sum = score_sum = torch.zeros((), device=strategy.world.device)
-    for number, micro in enumerate(batch.micro_batches, start=1):
-        with nullcontext() if number == len(batch.micro_batches) else strategy.no_sync(model):
-            heartbeat.enter("forward")
-            with strategy.autocast(), synchronised(strategy.world, micro.rows):
-                outputs = model(micro.inputs)
-            real = outputs[: micro.rows].float()
-            # A rank without rows still joins the gradients' all-reduce, with zeros.
-            loss = _losses(task, real, micro).sum() if micro.rows else outputs.float().sum() * 0
-            heartbeat.enter("backward")
-            strategy.backward(loss * scale)
-        loss_sum = loss_sum + loss.detach()
-        if micro.rows:
-            score_sum = score_sum + task.score(real.detach(), micro.targets).sum()
-    strategy.require_all_reduced(model)
-    return StepSums(loss_sum, score_sum, batch.rows, batch.global_count)
-
-
-def _losses(task: Task, outputs: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
-    """Returns the loss per row, float [rows]. A mixed row weights the losses of its own and its partner's target."""
-    losses = task.loss(outputs, micro.targets)
-    if micro.partner_targets is None:
-        return losses
-    return micro.weight * losses + (1 - micro.weight) * task.loss(outputs, micro.partner_targets)
-
-
-def fit(run: Fit, resume: dict[str, Any] | None) -> TrainState:
+def fit(run: Fit, resume: dict[str, Any] | None, extended: dict[str, Any] | None = None) -> TrainState:
     """Trains the learner's model in place to the last step, from the state `resume` or from the beginning.
+
+    extended: state of another run's training to begin with, see `TrainState.extend`; not where this run resumes.
 
     Returns:
         the state: its `chosen` model, in eval mode, is the stage's result, with the metrics in `metrics`.
@@ -124,9 +106,25 @@ def fit(run: Fit, resume: dict[str, Any] | None) -> TrainState:
     run.strategy.new_scaler()
     selection = Selection(run.settings, run.task.headline, run.task.lower_is_better)
     scaler = run.strategy.scaler
-    state = TrainState(run.learner.model, run.settings, run.total_steps, run.steps_per_epoch, selection, scaler)
+    learner = run.learner
+    if spread := run.strategy.shard(learner.model, learner.blocks):
+        run.progress.say(f"{run.stage}: {spread}")
+    state = TrainState(
+        learner.model,
+        run.settings,
+        run.total_steps,
+        run.steps_per_epoch,
+        selection,
+        scaler,
+        groups=learner.parts.groups,
+        names=learner.names,
+        freezing=learner.freezing,
+        copied=run.strategy.copy,
+    )
     if resume is not None:
         state.load_state_dict(resume)
+    elif extended is not None:
+        state.extend(extended)
     if (state.step < run.total_steps and not selection.stop) or state.epoch_open:
         run.progress.begin(run.stage, run.total_steps, state.step, run.task.score_name)
         run.profile.begin(state.step, run.total_steps)
@@ -134,10 +132,15 @@ def fit(run: Fit, resume: dict[str, Any] | None) -> TrainState:
             _train(run, state)
         finally:
             run.profile.end()
+            run.learner.recompute(False)
         run.progress.end()
     state.chosen_step = state.step
     best = selection.best_step
-    if run.settings.select == "best" and best is not None and best != state.step:
+    replaced = run.settings.select == "best" and best is not None and best != state.step
+    if run.keeps_end:
+        state.end(replaced=replaced)
+    if replaced:
+        assert best is not None
         state.take_model(run.checkpoints.load_step(run.stage, best))
     state.chosen.eval()
     return state
@@ -145,7 +148,11 @@ def fit(run: Fit, resume: dict[str, Any] | None) -> TrainState:
 
 def _train(run: Fit, state: TrainState) -> None:
     model, config, hooks = state.model.train(), run.config, run.learner.hooks(run.total_steps)
-    wrapped = run.strategy.wrap(_compiled(model) if config.compile else model)
+    freezing = run.learner.freezing
+    freezing.enter((state.step - state.epoch_open) // run.steps_per_epoch)
+    run.learner.recompute(True)
+    run.learner.reduction.counts_losses = run.task.sums_losses
+    wrapped = _wrap(run, model)
     world = run.strategy.world
     lag = 1 if world.device.type == "cuda" else 0
     log = StepLog(run.stage, run.total_steps, config.log.every_steps, run.progress, run.trackers, lag)
@@ -156,8 +163,12 @@ def _train(run: Fit, state: TrainState) -> None:
         _end_epoch(run, state, (state.step - 1) // run.steps_per_epoch)
     while state.step < run.total_steps and not state.selection.stop:
         epoch, first = divmod(state.step, run.steps_per_epoch)
+        if freezing.enter(epoch):
+            run.progress.say(f"{run.stage}: epoch {epoch + 1}/{run.epochs}: unfreezes {freezing}")
+            del wrapped  # the strategy wraps the parameters that learn
+            wrapped, first_step, first_epoch = _wrap(run, model), True, epoch
         # The first epoch compiles the model for every batch shape, which may take longer than the watchdog's timeout.
-        world.heartbeat.patience = world.timeout if config.compile and epoch == first_epoch else 0.0
+        world.heartbeat.patience = world.timeout if run.compilation.active and epoch == first_epoch else 0.0
         world.heartbeat.begin("data")
         for batch in log.clock.timed(run.loader.epoch(epoch, first, run.steps_per_epoch)):
             step = state.step
@@ -169,29 +180,30 @@ def _train(run: Fit, state: TrainState) -> None:
                     run.strategy.warm_up_buckets(wrapped, batch.micro_batches[0].inputs)
             run.profile.before_step(step)
             seed_everything(derive_key("step", config.run.seed, run.stage, step, world.rank))
-            sums = train_step(wrapped, batch, run.task, run.strategy)
-            pending = run.learner.reduction(sums, step)
+            train_step(wrapped, batch, run.task, run.strategy, run.learner.reduction)
+            pending = run.learner.reduction.finish(step)
             world.heartbeat.enter("update")
             log.add(pending, step, epoch, state.optimizer.param_groups[0]["lr"], batch.global_count)
-            if run.loader.may_leave_out:
+            if run.loader.may_leave_out or run.task.sums_losses:
                 pending.rescale(state.model)
             outcome = _update(run, state, with_norm=log.logs(step))
             log.updated(outcome.grad_norm)
             run.ledger.record(run.stage, epoch, step, batch.ids, skipped=outcome.skipped, left_out=batch.left_out)
             if first_step:
-                require_same_everywhere(run.strategy, state, run.stage)
+                state.require_states_alike()
+                require_same_everywhere(run.strategy, state, run.stage, run.example)
                 first_step = False
             every = config.checkpoint.every_steps
             due = every is not None and state.step % every == 0
             if (due or log.stop_agreed) and state.step % run.steps_per_epoch:
                 state.left_out += log.drain()
-                require_sound(run.strategy, state, run.stage)
+                require_sound(run.strategy, state, run.stage, run.example)
                 _save(run, state)
                 _stop_if(log.stop_agreed, run, state)
             world.heartbeat.begin("data")
         world.heartbeat.patience = 0.0
         state.left_out += log.drain()
-        require_sound(run.strategy, state, run.stage)
+        require_sound(run.strategy, state, run.stage, run.example)
         state.epoch_open = True
         if log.stop_agreed:  # the evaluation may take longer than stop.grace
             _save(run, state)
@@ -199,26 +211,22 @@ def _train(run: Fit, state: TrainState) -> None:
         _end_epoch(run, state, epoch)
 
 
+def _wrap(run: Fit, model: nn.Module) -> nn.Module:
+    run.strategy.carried = run.learner.reduction.size
+    gc.collect()  # ends what an earlier wrapper has hooked into the parameters
+    return run.compilation.wrap(model, run.strategy)
+
+
 def _stop_if(agreed: bool, run: Fit, state: TrainState) -> None:
-    """Ends the run if the ranks agreed to stop; the state must be saved already.
+    """Ends the run if the ranks agreed to stop, once the state that was given to `_save` is on the disk.
 
     Raises:
         Preempted: on all ranks, if `agreed`.
+        CheckpointError: what rank 0 saves beside the loop has failed, which is why it agreed; PeerError on the others.
     """
     if agreed:
+        run.checkpoints.settle()
         raise Preempted(f"stopped in {run.stage} after step {state.step} of {run.total_steps}, which is saved")
-
-
-def _compiled(model: nn.Module) -> nn.Module:
-    """Returns the model compiled for training. Evaluation runs the model uncompiled, to save compiling its shapes.
-
-    Shapes are static. With dynamic shapes the kernels would depend on which shape came first, and so on where a run was
-    resumed. Reaching the recompile limit is an error for the same reason: torch would silently run uncompiled code.
-    """
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
-    return compiled
 
 
 def _update(run: Fit, state: TrainState, with_norm: bool) -> StepOutcome:
@@ -226,7 +234,8 @@ def _update(run: Fit, state: TrainState, with_norm: bool) -> StepOutcome:
     # Clipping at infinity computes the norm and multiplies the gradients by exactly 1.
     unclipped = math.inf if with_norm else None
     outcome = run.strategy.step(state.optimizer, state.model, run.settings.clip_grad_norm or unclipped)
-    state.optimizer.zero_grad(set_to_none=True)
+    for parameter in state.parameters:  # as zero_grad, without its profiling
+        parameter.grad = None
     if outcome.skipped:
         # As in torch's AMP recipe, a skipped step advances neither schedule nor average.
         state.skipped += 1
@@ -250,23 +259,28 @@ def _report_left_out(run: Fit, state: TrainState, epoch: int) -> None:
 
 def _end_epoch(run: Fit, state: TrainState, epoch: int) -> None:
     _report_left_out(run, state, epoch)
-    last, stop = state.step == run.total_steps, False
+    last, stop, evaluated = state.step == run.total_steps, False, None
+    run.learner.recompute(False)
     if last or (epoch + 1) % run.settings.evaluate_every == 0:
         if state.average is not None:
             # Its buffers are copies from the last step's model and do not fit the average.
             run.learner.recalibrate(state.average.module)
         state.chosen.eval()
         evaluation = run.learner.evaluate(state.chosen)
-        require_same_everywhere(run.strategy, state, run.stage)  # some buffers follow the rows of evaluations
+        # Some state follows the rows of evaluations.
+        require_same_everywhere(run.strategy, state, run.stage, run.example)
         state.metrics, stop = evaluation.metrics, evaluation.stop
         state.model.train()
         run.trackers.log(
             run.stage, epoch, state.step - 1, {f"eval_{name}": value for name, value in state.metrics.items()}
         )
         state.selection.add(state.step, state.metrics)
+        evaluated = state.metrics
         place = (run.stage, epoch + 1, run.epochs, state.metrics)
         form = run.config.log.epoch_format
         run.progress.say(plain_line(*place) if form is None else epoch_line(form, *place))
+    run.learner.recompute(True)
+    state.schedule.end_epoch(evaluated)
     if state.selection.stop and not last:
         run.progress.say(_stopped(run, state, epoch + 1))
     state.epoch_open = False

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from dist_train import trees
 from dist_train.data.arrays import Batch
 from dist_train.distributed.world import World
 from dist_train.models.batch_norm import batch_moments, running_statistics
@@ -47,7 +48,7 @@ def estimate_moments(
                 continue
             torch._foreach_copy_(statistics, before)
             with autocast():
-                model(batch.inputs)
+                trees.call(model, batch.inputs)
             own = torch.cat([torch.ones_like(sums[:1]), *(buffer.double().flatten() for buffer in statistics)])
             sums += len(batch.ids) * own
     world.all_reduce(sums, "sum")
@@ -72,5 +73,5 @@ def estimate_ranges(
         for batch in batches:
             world.heartbeat.enter("evaluate")
             with autocast():
-                model(batch.inputs)
+                trees.call(model, batch.inputs)
     ranges.update(world.all_reduce(ranges.observed(), "max"), averaging=1.0)

@@ -1,17 +1,20 @@
-"""Reduces loss, statistics and ranges over the ranks after each backward: at most two flat all-reduces (law 3)."""
+"""Reduces loss, statistics and ranges over the ranks as backward runs: a SUM with the gradients, and a MAX (law 3)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from dist_train.distributed.world import World
+from dist_train.distributed.world import Reducing, World
 from dist_train.errors import DataError, NonFiniteLossError
 from dist_train.models.batch_norm import statistics_lookup
 from dist_train.quantization.ranges import Ranges
+from dist_train.strategies.base import Strategy, Summed
+from dist_train.strategies.shards import local
 
 
 @dataclass(frozen=True)
@@ -22,17 +25,19 @@ class StepSums:
         loss, score: float32 tensors [] on the device.
         rows: number of this rank's samples that could be decoded.
         global_count: number of samples planned for all ranks.
+        count: what a task's summed losses are counted by, float32 [] on the device; None for a loss of each sample.
     """
 
     loss: torch.Tensor
     score: torch.Tensor
     rows: int
     global_count: int
+    count: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class StepMeans:
-    """Means over the `count` real samples of all ranks."""
+    """Means over the `count` real samples of all ranks; of a loss that is counted otherwise, over its own count."""
 
     loss: float
     score: float
@@ -71,7 +76,9 @@ class PendingMeans:
         self._step = step
         self._world = world
         self._own_loss = own_loss
-        self._rows = totals[2]
+        self._rows = totals[2].round()
+        # What a summed loss is counted by may be no integer, as a sum of weights.
+        self._count = self._rows if len(totals) == _SCALARS else totals[_SCALARS]
         self._totals = HostCopy(totals)
 
     def means(self) -> StepMeans:
@@ -81,7 +88,7 @@ class PendingMeans:
             NonFiniteLossError: on every rank, if any rank's loss is NaN or infinite; names the step and the ranks.
             DataError: on every rank, if no rank had a sample.
         """
-        loss, score, count, stop = self._totals.wait().tolist()
+        loss, score, count, stop, *counted = self._totals.wait().tolist()
         if not math.isfinite(loss):
             losses = self._world.gather(float(self._own_loss))
             ranks = [str(rank) for rank, own in enumerate(losses) if not math.isfinite(own)]
@@ -91,17 +98,36 @@ class PendingMeans:
                 "lower the learning rate, set clip_grad_norm, or look for bad samples: "
                 "--debug.ledger true writes each step's ids",
             )
-        if count == 0:
+        if round(count) == 0:
             raise DataError(
                 f"none of the {self._global_count} samples of step {self._step} can be decoded",
                 "check the files and the disk; --data.on_corrupt error names the first bad file",
             )
-        return StepMeans(loss / count, score / count, int(count), stop > 0)
+        count = round(count)  # DDP's mean, times the number of ranks
+        mean = loss / count if not counted else loss / counted[0] if counted[0] else 0.0
+        return StepMeans(mean, score / count, count, stop > 0)
 
     def rescale(self, model: nn.Module) -> None:
-        """Rescales gradients from a mean over the planned count to one over the real count."""
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        torch._foreach_mul_(gradients, self._global_count / self._rows)
+        """Rescales gradients from a mean over the planned samples to one over the real ones, or the loss's own count.
+
+        Where nothing was counted, they become 0.
+        """
+        gradients = [local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+        factor = self._global_count / self._count
+        torch._foreach_mul_(gradients, factor.masked_fill(self._count == 0, 0.0))
+
+
+_SCALARS = 4  # loss, score, rows, stop
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A reduction between `begin` and `finish`; `summed` and `observed` are None with one rank."""
+
+    sums: StepSums
+    totals: torch.Tensor
+    summed: Summed | None
+    observed: Reducing | None
 
 
 class StepReduction:
@@ -110,6 +136,9 @@ class StepReduction:
     A SUM carries the loss, the score, the stop flag and BatchNorm's running statistics, weighted by each rank's share
     of the rows. Running statistics are linear in the batch statistics, so averaging the former averages the latter.
     A MAX carries the ranges. A rank without rows has weight 0: its statistics and ranges are ignored.
+
+    Attributes:
+        counts_losses: True where the task's losses are counted otherwise than by samples; the count travels along.
 
     Args:
         model: the unwrapped module, whose buffers running_mean and running_var are averaged.
@@ -121,51 +150,97 @@ class StepReduction:
         self._world = world
         self._ranges = ranges
         self._averaging = averaging
+        self._model = model
         self._statistics = statistics_lookup(model)
+        self._frozen = False
+        self._started: _Started | None = None
+        self._counts: tuple[tuple[float, float], torch.Tensor] | None = None
+        self.counts_losses = False
 
     def freeze_statistics(self) -> None:
         """Stops averaging BatchNorm's statistics, which are frozen; averaging equal values would still round them."""
-        self._statistics = list
+        self._statistics, self._frozen = list, True
+
+    def leave_out(self, batch_norms: Collection[str]) -> None:
+        """Stops averaging the statistics of some modules, by name, which are frozen; those of others go on."""
+        if not self._frozen:
+            self._statistics = statistics_lookup(self._model, batch_norms)
 
     def freeze_ranges(self) -> None:
         """Stops merging the ranges, which are frozen."""
         self._ranges = None
 
-    @torch.no_grad()
-    def __call__(self, sums: StepSums, step: int) -> PendingMeans:
-        """Reduces one step; writes the averaged statistics and merged ranges into the model. Collective."""
-        rows, stop = (
-            torch.full((), float(value), device=sums.loss.device) for value in (sums.rows, self._world.stop_wanted())
-        )
-        totals = torch.stack([sums.loss.float(), sums.score.float(), rows, stop])
+    @property
+    def size(self) -> int:
+        """Number of values that are summed in a step."""
+        return _SCALARS + self.counts_losses + sum(buffer.numel() for buffer in self._statistics())
+
+    def begin(self, sums: StepSums, loss: torch.Tensor, strategy: Strategy) -> torch.Tensor:
+        """Begins to reduce a step whose last forward is done, as backward runs. Collective.
+
+        All of it is known after forward. The sum travels with the gradients, the maximum beside them.
+
+        Returns:
+            the loss to call backward with.
+        """
+        counts = float(sums.rows), float(self._world.stop_wanted())
+        if self._counts is None or self._counts[0] != counts:  # hardly ever change
+            self._counts = counts, torch.tensor(counts, device=sums.loss.device)
+        totals = torch.cat([sums.loss.float().view(1), sums.score.float().view(1), self._counts[1]])
+        if sums.count is not None:
+            totals = torch.cat([totals, sums.count.float().view(1)])
+        summed = observed = None
         if self._world.world_size > 1:
-            totals = self._sum(totals, sums)
+            with torch.no_grad():
+                flat = self._weighted(totals, sums)
+                if self._ranges is not None:
+                    observed = self._world.start_all_reduce(self._observed(self._ranges, sums.rows), "max")
+            loss, summed = strategy.summed_in_backward(loss, flat)
+        self._started = _Started(sums, totals, summed, observed)
+        return loss
+
+    @torch.no_grad()
+    def finish(self, step: int) -> PendingMeans:
+        """Writes the averaged statistics and merged ranges into the model. Collective.
+
+        Called after backward, which reads the old ones.
+        """
+        assert self._started is not None, "begin() comes first"
+        started, self._started = self._started, None
+        sums, totals = started.sums, started.totals
+        if started.summed is not None:
+            totals = self._averaged(started.summed(), sums)
         if self._ranges is not None:
-            self._merge(self._ranges, sums.rows)
+            # Replicas within a rank (DataParallel) are merged by backward, so a single rank's ranges are read after it.
+            observed = self._observed(self._ranges, sums.rows) if started.observed is None else started.observed.wait()
+            self._ranges.update(observed, self._averaging)
         return PendingMeans(totals, sums.loss, sums.global_count, step, self._world)
 
-    def _sum(self, scalars: torch.Tensor, sums: StepSums) -> torch.Tensor:
-        weight, statistics = sums.rows / sums.global_count, self._statistics()
-        # The copied rows of a rank without own rows may give infinite statistics; 0 * inf would give all ranks NaN.
-        own = [
-            buffer.float().flatten() * weight if sums.rows else torch.zeros_like(buffer, dtype=torch.float32).flatten()
-            for buffer in statistics
-        ]
-        flat = self._world.all_reduce(torch.cat([scalars, *own]), "sum")
+    def _weighted(self, scalars: torch.Tensor, sums: StepSums) -> torch.Tensor:
+        """Returns scalars [4 or 5] and this rank's statistics, weighted by its share of the rows, in one tensor."""
+        statistics = [buffer.float().flatten() for buffer in self._statistics()]
+        flat = torch.cat([scalars, *statistics])
+        if sums.rows:
+            flat[len(scalars) :] *= sums.rows / sums.global_count
+        else:
+            # The copied rows of a rank without own rows may give infinite statistics; 0 * inf would give all ranks NaN.
+            flat[len(scalars) :] = 0
+        return flat
+
+    def _averaged(self, flat: torch.Tensor, sums: StepSums) -> torch.Tensor:
+        """Writes the statistics of all ranks into the model; returns the scalars' sums, float32 [4 or 5]."""
+        statistics, scalars = self._statistics(), _SCALARS + (sums.count is not None)
         if statistics:
             # The weights add up to 1, except if samples were left out; only this sum tells. Multiplying by 1 is exact.
-            averages = flat[len(scalars) :] * (sums.global_count / flat[2])
+            averages = flat[scalars:] * (sums.global_count / flat[2].round())
             pieces = averages.split([buffer.numel() for buffer in statistics])
             torch._foreach_copy_(
                 statistics,
                 [piece.view_as(buffer) for piece, buffer in zip(pieces, statistics, strict=True)],
             )
-        return flat[: len(scalars)]
+        return flat[:scalars]
 
-    def _merge(self, ranges: Ranges, rows: int) -> None:
+    def _observed(self, ranges: Ranges, rows: int) -> torch.Tensor:
         if rows == 0:
             ranges.drop()
-        observed = ranges.observed()
-        if self._world.world_size > 1:
-            self._world.all_reduce(observed, "max")
-        ranges.update(observed, self._averaging)
+        return ranges.observed()

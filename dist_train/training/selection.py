@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from dist_train.config.stages import FitConfig
+from dist_train.config.fit import FitConfig
 
 INT8 = "int8_"  # prefix of the converted model's metrics
 
@@ -21,8 +21,13 @@ class Selection:
     def __init__(self, config: FitConfig, headline: str, lower_is_better: Collection[str]) -> None:
         self.metric = config.select_by or headline
         self.history: list[tuple[int, float]] = []
-        self._sign = -1.0 if self.metric.removeprefix(INT8) in lower_is_better else 1.0
+        self._lower = lower_is_better
+        self._sign = -1.0 if self.lower_is_better(self.metric) else 1.0
         self._stopping = config.early_stopping
+
+    def lower_is_better(self, metric: str) -> bool:
+        """Tells whether a metric's smallest value is the best, also of the converted model's."""
+        return metric.removeprefix(INT8) in self._lower
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds the evaluation after `step` optimizer steps."""

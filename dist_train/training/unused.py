@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from dist_train import trees
 from dist_train.distributed.world import World
 from dist_train.errors import ModelError
+from dist_train.trees import Tree
 
 _TRIALS = 8  # passes of a model that draws random numbers, which may leave out other layers each time
 _SHOWN = 4
@@ -48,6 +50,14 @@ class Unused:
             )
         return found
 
+    def refusal(self, stage: str) -> ModelError:
+        """Returns the error for several ranks that are not to look for unused parameters."""
+        return ModelError(
+            f"{stage}: some steps do not use {_listed([*self.always, *self.at_times])}, and find_unused_parameters is "
+            "false: the ranks would wait for gradients that never come",
+            "--find_unused_parameters auto, or true; or take the layer out of the model, or freeze it",
+        )
+
 
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
@@ -56,7 +66,7 @@ def _listed(names: list[str]) -> str:
 
 def find_unused(
     model: nn.Module,
-    example: Tensor,
+    example: Tree,
     world: World,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Unused:
@@ -106,14 +116,15 @@ def find_unused(
 def _trial(
     model: nn.Module,
     trained: dict[str, nn.Parameter],
-    example: Tensor,
+    example: Tree,
     seed: int,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> tuple[set[str], bool]:
     """Returns the parameters that a pass used, and whether its forward drew random numbers."""
     used: set[str] = set()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    devices = [example.device] if example.device.type == "cuda" else []
+    device = trees.first_leaf(example).device
+    devices = [device] if device.type == "cuda" else []
 
     def note(name: str, parameter: Tensor) -> None:
         used.add(name)
@@ -122,12 +133,13 @@ def _trial(
     try:
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
             torch.manual_seed(seed)
-            before = _generators(example)
+            before = _generators(device)
             with autocast():
-                outputs = torch.func.functional_call(model, buffers, (example,))
-            random = _generators(example) != before
-            if outputs.requires_grad:
-                outputs.float().sum().backward()
+                outputs = torch.func.functional_call(model, buffers, *trees.arguments(example))
+            random = _generators(device) != before
+            sums = [leaf.float().sum() for leaf in _tensors(outputs) if leaf.requires_grad]
+            if sums:
+                torch.stack(sums).sum().backward()
     finally:
         for hook in hooks:
             hook.remove()
@@ -136,8 +148,12 @@ def _trial(
     return used, random
 
 
-def _generators(example: Tensor) -> list[bytes]:
+def _tensors(outputs: object) -> list[Tensor]:
+    return [leaf for leaf in trees.leaves(trees.plain(outputs)) if isinstance(leaf, Tensor)]
+
+
+def _generators(device: torch.device) -> list[bytes]:
     states = [torch.get_rng_state()]
-    if example.device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(example.device))
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
     return [state.numpy().tobytes() for state in states]

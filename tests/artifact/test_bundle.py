@@ -46,7 +46,15 @@ def test_the_first_model_is_model_and_the_others_have_their_names(scripted: Depl
 
 
 def test_what_an_earlier_export_wrote_is_kept(tmp_path) -> None:
-    fields = dict.fromkeys(("task", "input", "normalization", "classes", "ranges_sha256", "world_sizes", "metrics"))
+    fields = {
+        "task": "classification",
+        "input": {"shape": [None, 3, 16, 16], "dtype": "float32"},
+        "normalization": None,
+        "classes": [],
+        "ranges_sha256": None,
+        "world_sizes": [1],
+        "metrics": {},
+    }
     first = Bundle("fp32")
     first.add(deploy_float(float_net(), images(4)))
     first.files["model.onnx"] = b"earlier"

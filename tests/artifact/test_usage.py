@@ -16,10 +16,12 @@ from dist_train.programs.program import Program
 from dist_train.programs.pt2 import OPERATORS, program_bytes
 from tests.support.converted_nets import converted_net, float_net, images, program_of
 from tests.support.foreign_process import answers
+from tests.support.overflow import needs_vnni
 
 pytestmark = pytest.mark.heavy
 
 
+@needs_vnni
 def test_every_file_is_run_as_the_manifest_says_without_dist_train(tmp_path: Path) -> None:
     net = float_net(channels_last=True)
     converted = converted_net(net)

@@ -45,7 +45,7 @@ def test_the_program_prints_the_function_that_a_shell_loads(tmp_path: Path) -> N
     [
         (["r"], ["plain,run", "plain,report"]),
         (["config", "s"], ["plain,show", "plain,schema"]),
-        (["launch", ""], ["plain,torchrun", "plain,accelerate", "plain,slurm"]),
+        (["launch", ""], ["plain,torchrun", "plain,accelerate", "plain,slurm", "plain,kubernetes"]),
         (["launch", "slurm", "--c"], ["plain,--cpus-per-process"]),
         (["launch", "torchrun", "--c"], []),
         (["launch", "torchrun", "--nproc-per-node", "2", "mi"], ["plain,mine.yaml"]),

@@ -40,11 +40,11 @@ def test_every_setting_has_a_row_that_says_whether_it_may_change_on_resume() -> 
 def test_types_bounds_and_defaults_are_told() -> None:
     tables = _tables()
     assert tables["train"]["optim.lr"][:2] == ["float > 0", "`0.1`"]
-    assert tables["data"]["workers"][:3] == ["int ≥ 0 or `auto`", "`auto`", "may change"]
+    assert tables["data"]["workers"][:3] == ["int ≥ 0 ≤ 1024 or `auto`", "`auto`", "may change"]
     assert tables["run"]["device"][0] == "`auto`, `cpu`, `cuda`"
     assert tables["train"]["early_stopping.patience"][1] == "required"
     assert tables["profile"]["steps"][:2] == ["2 int ≥ 0", "required"]
-    assert tables["data"]["augment[random_crop].padding"][0] == "int ≥ 1"
+    assert tables["data"]["augment[random_crop].padding"][0] == "int ≥ 1 ≤ 65536"
     assert "`random_crop`" in tables["data"]["augment"][0]
 
 

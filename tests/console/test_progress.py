@@ -153,3 +153,11 @@ def test_a_terminal_without_a_width_gets_lines() -> None:
         and lines[1].startswith("train: step 20/20  loss 0.05")
         and lines[2:] == ["done"]
     )
+
+
+def test_escapes_in_names_do_not_reach_the_terminal() -> None:
+    stream = io.StringIO()
+    progress = Progress(True, 1e6, stream)
+    progress.say("reads \x1b]0;owned\x07\x1b[2Jcat.png\nsecond line")
+    progress.warn("skips \rcat.png")
+    assert stream.getvalue() == ("reads \\x1b]0;owned\\x07\\x1b[2Jcat.png\nsecond line\nwarning: skips \\x0dcat.png\n")

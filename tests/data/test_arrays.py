@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.utils.data import Dataset, TensorDataset
 
 from dist_train.data.arrays import ImageArrays
-from dist_train.data.splits import Splits, open_splits
+from dist_train.data.open_splits import open_splits
+from dist_train.data.splits import Splits
 from dist_train.distributed.world import World
 from dist_train.errors import DataError, PeerError
 

@@ -119,16 +119,21 @@ def test_items_of_two_shapes_are_named_with_both(kind: str, workers: int) -> Non
         ({6: (torch.zeros(3, 2, 2, dtype=torch.uint8), 1)}, "inputs have dtypes float32 and uint8", "one dtype"),
         ({6: (torch.zeros(3, 2, 2), torch.zeros(2))}, "their targets have shapes [] and [2]", "one shape"),
         ({6: (PIL.Image.new("RGB", (2, 2)), 0)}, "the input of item 6 of Planted is a PIL image", "ToImage()"),
-        ({6: ({"image": 1, "mask": 2}, 0)}, "the input of item 6 of Planted is a dict (image, mask)", "one tensor"),
-        ({6: (torch.zeros(3, 2, 2), {"box": 1})}, "the target of item 6 of Planted is a dict (box)", "one entry"),
+        ({6: ({"image": 1, "mask": 2}, 0)}, "inputs are a tensor and a tree of image, mask", "the same inputs"),
+        ({6: (torch.zeros(3, 2, 2), {"box": 1})}, "targets are a tensor and a tree of box", "the same targets"),
         ({6: (torch.zeros(3, 2, 2), (1, 2))}, "the target of item 6 of Planted is a tuple of 2", "torch.tensor("),
         ({6: (torch.zeros(3, 2, 2), "cat")}, "the target of item 6 of Planted is a str", "index of the class"),
         ({6: (torch.zeros(3, 2, 2), None)}, "the target of item 6 of Planted is None", "a number"),
-        ({6: (torch.zeros(3, 2, 2).to_sparse(), 0)}, "the input of item 6 of Planted is a Tensor", "one tensor"),
-        ({6: (torch.zeros(3, dtype=torch.int64), 0)}, "item 6 of Planted has dtype int64", ".float()"),
+        (
+            {6: (torch.zeros(3, 2, 2).to_sparse(), 0)},
+            "the input of item 6 of Planted is a tensor of another layout",
+            "to_dense",
+        ),
+        ({6: (torch.zeros(3, 2, 2).long(), 0)}, "their inputs have dtypes float32 and int64", "one dtype"),
         ({6: (np.array(["a"]), 0)}, "the input of item 6 of Planted is a ndarray", "one tensor"),
         ({6: None}, "item 6 of Planted is None, not a pair", "CorruptSampleError"),
-        ({6: (torch.zeros(3, 2, 2), 2**70)}, "item 6 of Planted: ", "correct it"),
+        ({6: (torch.zeros(3, 2, 2), 2**70)}, f"the target of item 6 of Planted is {2**70}, and", "index of the class"),
+        ({6: (torch.zeros(3, 2, 2), np.uint64(2**63))}, f"the target of item 6 of Planted is {2**63}, and", "index"),
     ],
 )
 def test_items_that_cannot_be_taken_are_refused_with_what_to_return(
@@ -142,8 +147,22 @@ def test_items_that_cannot_be_taken_are_refused_with_what_to_return(
 
 def test_batches_of_two_dtypes_are_refused() -> None:
     others = {index: (torch.zeros(3, 2, 2, dtype=torch.uint8), 0) for index in range(8, 16)}
-    with pytest.raises(DataError, match="items 0 and 8 of Planted are not alike: their inputs are torch.float32"):
+    with pytest.raises(
+        DataError, match="items 0 and 8 of Planted are not alike: their inputs have dtypes float32 and uint8"
+    ):
         batches(Planted(others))
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        ((torch.zeros(3, 4, 4), 0), "their inputs have shapes [3, 2, 2] and [3, 4, 4]"),
+        ((torch.zeros(3, 2, 2), torch.zeros(2)), "their targets have shapes [] and [2]"),
+    ],
+)
+def test_batches_of_two_shapes_are_refused(item: Any, said: str) -> None:
+    error = refusal(Planted(dict.fromkeys(range(8, 16), item)))
+    assert error.message == f"items 0 and 8 of Planted are not alike: {said}" and "one shape" in error.hint
 
 
 @pytest.mark.parametrize("workers", [0, 1])

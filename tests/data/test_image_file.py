@@ -21,6 +21,7 @@ from torchvision.io import decode_image
 from dist_train.data import image_file
 from dist_train.data.image_file import centre, read_image
 from dist_train.errors import CorruptSampleError, DataError
+from tests.support.crafted import MOST_MEGABYTES, refusal
 from tests.support.image_files import photo
 
 PICTURE = photo(1, (200, 100, 50))
@@ -204,8 +205,8 @@ def _half(content: bytes) -> bytes:
         ("head.png", _rows(PICTURE, "PNG")[:12], "cannot be decoded"),
         *((f"half.{kind}", _half(_rows(PICTURE, kind)), "cannot be decoded") for kind in ("PNG", "JPEG", "WEBP")),
         *((f"half.{kind}", _half(_rows(_INDEXED, kind)), "cannot be decoded") for kind in ("GIF", "BMP", "TIFF")),
-        ("huge.png", _huge_png(), r"cannot be decoded: Image size \(3600000000 pixels\) exceeds limit"),
-        ("huge.jpg", _huge_jpeg(), r"cannot be decoded: Image size \(3600000000 pixels\) exceeds limit"),
+        ("huge.png", _huge_png(), "is too large: 3600000000 pixels, where 100,000,000 pixels are the most"),
+        ("huge.jpg", _huge_jpeg(), "is too large: 3600000000 pixels, where 100,000,000 pixels are the most"),
         ("script.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be decoded: not a JPEG"),
     ],
 )
@@ -269,3 +270,45 @@ def test_the_shorter_edge_is_scaled_and_the_centre_cut_out_at_any_size() -> None
     assert not torch.equal(own_size, image[:, :32, :32]), "an image of the input's size is cut like all others"
     assert centre(image, 10, 20, None).shape == (3, 10, 20)
     assert torch.equal(centre(image, 48, 60, None), image)
+
+
+def _blank(width: int, height: int) -> bytes:
+    """A PNG of zeros: a few KB whatever its size."""
+    lines = zlib.compress(bytes((width // 8 + 1) * height), 9)
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", lines), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+@pytest.mark.parametrize("kind", ["pixels", "bytes", "endless"])
+def test_an_image_beyond_the_limit_takes_little_memory(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "large.png"
+    if kind == "pixels":
+        path.write_bytes(_blank(13_000, 13_000))  # Pillow itself would take it, and 1 GB
+    elif kind == "bytes":
+        with path.open("wb") as file:
+            file.truncate(3 * 2**30)  # sparse
+    else:
+        path = Path("/dev/zero")
+    found = refusal("from dist_train.data.image_file import read_image", "read_image(sys.argv[1])", path)
+    assert found.kind == "CorruptSampleError", found
+    assert "is too large" in found.text and "--max-pixels N" in found.text
+    assert found.megabytes < MOST_MEGABYTES
+
+
+def test_the_limit_is_set_higher_and_lower(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(_blank(80, 50))
+    assert read_image(tmp_path / "a.png", most_pixels=4000).shape == (3, 50, 80)
+    with pytest.raises(CorruptSampleError, match="80 x 50 pixels, where 3,999 pixels are the most"):
+        read_image(tmp_path / "a.png", most_pixels=3999)
+
+
+def test_a_line_is_cut_before_it_is_scaled(tmp_path: Path) -> None:
+    """Scaled as a whole, 1 x 60,000 pixels would have 4 billion at 256 pixels."""
+    (tmp_path / "line.png").write_bytes(_blank(60_000, 1))
+    call = "assert centre(read_image(sys.argv[1]), 224, 224, 256).shape == (3, 224, 224)"
+    found = refusal("from dist_train.data.image_file import centre, read_image", call, tmp_path / "line.png")
+    assert found.kind == ""
+    assert found.megabytes < MOST_MEGABYTES

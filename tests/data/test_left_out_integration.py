@@ -16,8 +16,10 @@ from dist_train.distributed.world import World
 from dist_train.errors import CorruptSampleError, DataError
 from dist_train.tasks import Classification
 from dist_train.training.evaluate import evaluate
-from dist_train.training.loop import fit, train_step
-from dist_train.training.optim import build_optimizer, build_schedule
+from dist_train.training.loop import fit
+from dist_train.training.optim import build_optimizer
+from dist_train.training.schedule import build_schedule
+from dist_train.training.step import train_step
 from tests.support.ranks import call
 from tests.support.training_loops import CLASSES, arrays, flat, make, mlp, normed
 
@@ -110,7 +112,8 @@ def _statistics(world: World, damaged: list[int]) -> dict[str, Any]:
     model = normed()
     run = make(world, model, size=6, batch=6, dataset=Damaged(6, damaged)).run
     (batch,) = run.loader.epoch(0, 0, 1)
-    run.learner.reduction(train_step(run.strategy.wrap(model.train()), batch, run.task, run.strategy), 0).means()
+    train_step(run.strategy.wrap(model.train()), batch, run.task, run.strategy, run.learner.reduction)
+    run.learner.reduction.finish(0).means()
     return {"mean": model[1].running_mean.tolist(), "ids": batch.ids, "left out": list(batch.left_out)}
 
 
@@ -126,6 +129,7 @@ def on_two_ranks() -> list[dict[str, Any]]:
     return call(2, "tests.data.test_left_out_integration:_all", 2)
 
 
+@pytest.mark.slow
 def test_training_without_them_is_training_on_the_others_in_the_same_steps(on_two_ranks: list[dict[str, Any]]) -> None:
     for number, damaged in enumerate(DAMAGED):
         expected = _by_hand(damaged)
@@ -163,8 +167,9 @@ def test_where_nothing_is_damaged_nothing_changes() -> None:
 
 
 def test_a_step_of_which_nothing_can_be_decoded_ends_the_run() -> None:
+    first = ElasticDistributedSampler(range(SIZE), 1, 0, seed=5, global_batch_size=BATCH).global_batch(0).tolist()
     with pytest.raises(DataError, match="none of the 6 samples of step 0") as caught:
-        _fit(World(), list(range(SIZE)), None)
+        _fit(World(), first, None)
     assert "--data.on_corrupt error" in caught.value.hint
 
 

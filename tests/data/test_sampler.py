@@ -134,7 +134,7 @@ def test_epochs_and_seeds_give_other_orders() -> None:
     assert order(1, 3) == order(1, 3)
 
 
-def test_a_late_step_of_a_huge_epoch_evaluates_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_step_of_a_huge_epoch_evaluates_a_few_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated = 0
     network = permutation.Permutation._network
 
@@ -148,8 +148,8 @@ def test_a_late_step_of_a_huge_epoch_evaluates_one_batch(monkeypatch: pytest.Mon
     ids = sampler.rank_slice(10**9).ids
     first = iter(sampler)
     assert [next(first) for _ in range(64)] == ids.tolist()
-    # Two slices of 64; a few elements may have to walk.
-    assert 128 <= evaluated <= 132
+    # A window of slices, two at least; a few elements may have to walk.
+    assert 128 <= evaluated <= 1100
 
 
 @given(SIZES, WORLDS, st.booleans(), st.booleans())

@@ -16,7 +16,7 @@ import pytest
 from dist_train.config.tree import RunConfig
 from dist_train.distributed.process_group import join
 from dist_train.errors import EXIT_CONFIG, EXIT_DONE, DistTrainError
-from dist_train.pipeline import run as pipeline
+from dist_train.pipeline import opening
 from dist_train.run_dir.paths import RunDir
 from tests.support.ranks import ROOT, Ranks, free_port
 
@@ -150,13 +150,13 @@ def test_a_run_directory_that_not_all_ranks_see_is_named(tmp_path: Path) -> None
 
 def main(folder: str) -> int:
     """Runs with an unshared run directory: the ranks see different folders at its path, and rank 1's is missing."""
-    pipeline._SEEN_SECONDS = 2.0  # a longer wait would not help, the folder is not shared
+    opening._SEEN_SECONDS = 2.0  # a longer wait would not help, the folder is not shared
     try:
         with join(RunConfig(device="cpu", timeout=40)) as world:
             run_dir = RunDir(Path(folder) / str(world.rank) / "run")
             if world.is_main:
                 run_dir.path.mkdir()
-            pipeline._check_shared(run_dir, world)
+            opening.check_shared(run_dir, world)
     except DistTrainError as error:
         print(f"dist-train: {error}", file=sys.stderr)
         return error.exit_code

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed import TCPStore
 
 from dist_train.config.tree import RunConfig
@@ -170,6 +171,23 @@ def _waits_and_broadcasts(world: World) -> dict[str, Any]:
         time.sleep(2.5)
     found["last"] = world.on_rank_0(lambda: "bye", "leaving")
     return found
+
+
+def _stray(world: World, value: float) -> str:
+    if world.rank == 1:  # as from a model's forward, on this rank alone
+        dist.all_reduce(torch.full((1,), value))
+        return ""
+    try:
+        return str(world.stop_agreed())
+    except SetupError as error:
+        return error.message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("value", "said"), [(1.0, ""), (7.0, "the ranks call different collectives")])
+def test_a_collective_on_one_rank_alone_is_no_request_to_stop(value: float, said: str) -> None:
+    first, _ = call(2, "tests.distributed.test_world_integration:_stray", value)
+    assert first != "True" and said in first
 
 
 def test_what_ranks_do_together() -> None:

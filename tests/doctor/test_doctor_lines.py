@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from dist_train.doctor.checks import Check, run
 from dist_train.doctor.versions import unmet
 from dist_train.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED
 from dist_train.registry import Entry
+from tests.support.compilers import hide_compiler
 from tests.support.ranks import free_port
 
 NOTHING = Subject()
@@ -111,9 +113,15 @@ def test_what_the_configuration_asks_for_is_bad_where_it_is_missing_and_a_warnin
 
 
 def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    hide_compiler(monkeypatch)
     (line,) = lowering.check_inductor(Subject())
     assert line.level == "warning" and "no C++ compiler" in line.text and "g++" in line.hint
+
+
+@pytest.mark.parametrize("check", [lowering.check_onnx, lowering.check_inductor])
+def test_a_format_that_nobody_asks_for_is_not_tried(check: Callable[[Subject], Iterable[Line]]) -> None:
+    (line,) = check(Subject())
+    assert line.level == "good" and "--deep tries it" in line.text
 
 
 def test_versions_that_do_not_go_together_are_found_in_the_packages_own_words() -> None:
@@ -171,7 +179,7 @@ def test_shared_memory_that_workers_batches_do_not_fit_into_is_a_warning(
 def test_less_cores_by_quota_than_by_affinity_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cpu.max").write_text("50000 100000\n")
     monkeypatch.setattr(machine, "_CGROUP", tmp_path)
-    line = list(machine.check_limits(Subject()))[-1]
+    (line,) = (each for each in machine.check_limits(Subject()) if each.text.startswith("cores: "))
     assert line.level == "warning" and "0.5 by its cgroup's quota" in line.text
     assert line.hint.startswith("--run.threads_per_rank 1 ")
 

@@ -33,8 +33,9 @@ from dist_train.run_dir.checkpoint import CheckpointFolder
 from dist_train.run_dir.files import read_json
 from dist_train.run_dir.paths import RunDir
 from dist_train.stages.export import Export
+from tests.support.compilers import hide_compiler
 from tests.support.ranks import Ranks, train, train_done
-from tests.support.small_runs import own_torch_settings
+from tests.support.torch_settings import own_torch_settings
 
 ARGS: dict[str, Any] = {"num_train": 203, "num_eval": 61, "num_classes": 6, "channels": 1, "height": 8, "width": 8}
 CONFIG = f"""
@@ -158,11 +159,12 @@ def test_formats_are_written_read_back_and_listed_with_their_hashes(run: Path, s
     torch.testing.assert_close(torch.from_numpy(answer), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @needs("onnx", "openvino")
 def test_auto_writes_the_fastest_and_leaves_its_table_in_the_results(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    hide_compiler(monkeypatch)
     monkeypatch.delitem(registry.export_formats._entries, "executorch")
     assert main(["export", str(run), "--model", "fp32", "--format", "auto"]) == 0
     rows = read_json(RunDir(run).results)["models"]["fp32"]["runtimes"]
@@ -179,7 +181,7 @@ def test_auto_writes_the_fastest_and_leaves_its_table_in_the_results(
 def test_auto_in_a_run_chooses_warns_and_tells_the_manifest_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    hide_compiler(monkeypatch)
     settings = ["--export.formats", "[auto]", "--import", "tests.support.slow_format", "--train.epochs", "2"]
     settings += ["--export.latency_batch_sizes", "[1]"]
     path = config(tmp_path, "[train, ptq, convert, export]")

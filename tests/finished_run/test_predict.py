@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_train.errors import DataError, UsageError
-from dist_train.finished_run.predict import Prediction, image_files, require_format, shown
+from dist_train.errors import ArtifactError, DataError, UsageError
+from dist_train.finished_run.predict import Prediction, image_files, predict, require_format, shown
 
 
 def test_folders_and_patterns_are_expanded_in_order_and_other_files_left_out(tmp_path: Path) -> None:
@@ -44,7 +45,7 @@ def test_other_tasks_give_their_raw_outputs_and_only_as_json() -> None:
     manifest = {"task": "regression", "classes": []}
     text = shown(Prediction("a.png", torch.tensor([0.5, -1.0])), manifest, "json", 1)
     assert text == '{"file": "a.png", "outputs": [0.5, -1.0]}'
-    with pytest.raises(UsageError, match="csv is for classification, and the artifact's task is regression"):
+    with pytest.raises(UsageError, match="csv is for classification and detection, not for regression"):
         require_format(manifest, "csv")
 
 
@@ -60,3 +61,38 @@ def test_names_that_are_no_utf8_are_printed_escaped() -> None:
     assert shown(Prediction(name, torch.tensor([0.0])), manifest, "csv", 1) == r"caf\xe9/\xe9t\xe9.png,cat,1.000000"
     found = json.loads(shown(Prediction(name, torch.tensor([0.0])), manifest, "json", 1))
     assert found["file"] == r"caf\xe9/\xe9t\xe9.png"
+
+
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [
+        ("=1+1.png", "'=1+1.png"),
+        ("@SUM(A1).png", "'@SUM(A1).png"),
+        ("+cmd|' /C calc'!A0", "'+cmd|' /C calc'!A0"),
+        ("-2+3", "'-2+3"),
+        ("\t=1", "\\x09=1"),
+        ("-1", "-1"),
+        ("\x1b[2Jcat", "\\x1b[2Jcat"),
+        ("two\nlines", "two\\x0alines"),
+    ],
+)
+def test_names_that_a_spreadsheet_or_terminal_would_obey_are_text(name: str, cell: str) -> None:
+    manifest = {"task": "classification", "classes": [name]}
+    text = shown(Prediction(name, torch.tensor([0.0])), manifest, "csv", 1)
+    assert next(csv.reader([text])) == [cell, cell, "1.000000"]
+    assert json.loads(shown(Prediction("a.png", torch.tensor([0.0])), manifest, "json", 1))["predictions"][0] == {
+        "class": name,
+        "probability": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"), [([None, 7], "not images"), ([None, 3, 8, 8], "trained on finished tensors")]
+)
+def test_a_model_of_finished_tensors_does_not_guess_what_an_image_becomes(
+    shape: list[int | None], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = {"input": {"shape": shape}, "normalization": {"mean": [], "std": []}, "classes": []}
+    monkeypatch.setattr("dist_train.finished_run.predict.load_artifact", lambda *_, **__: (None, manifest))
+    with pytest.raises(ArtifactError, match=said):
+        next(predict("export", ["a.png"]))

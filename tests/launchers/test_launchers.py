@@ -17,7 +17,7 @@ from dist_train.cli import main
 from dist_train.config.load import load
 from dist_train.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 from dist_train.launchers import accelerate, slurm_script, torchrun
-from dist_train.launchers.job import Job, outcome
+from dist_train.launchers.job import Job, failure, outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
@@ -224,16 +224,27 @@ def test_words_before_the_configuration_are_the_launcher_s_and_words_after_it_ar
 ) -> None:
     (tmp_path / "small.yaml").write_text("run: {name: small}\nstages: [train]\n")
     monkeypatch.chdir(tmp_path)
-    ours = ["--sbatch.qos", "long", "--nodes=1:2", "--sbatch.mail-type=END", "--env", "A=b c", "--sbatch.qos", "short"]
+    ours = [
+        "--sbatch.qos",
+        "long",
+        "--nodes=1:2",
+        "--sbatch.mail-type=END",
+        "--sbatch.comment=--x=y",
+        "--env",
+        "A=b c",
+        "--sbatch.qos",
+        "short",
+    ]
     words = ["launch", "slurm", "--dry-run", *ours, "small.yaml"]
-    assert main([*words, "--train.optim.lr=0.5", "--run.seed", "3"]) == EXIT_DONE
+    assert main([*words, "--train.optim.lr=0.5", "--run.seed", "3", "--wandb.project=--mine"]) == EXIT_DONE
     script = capsys.readouterr().out
     for line in (
         "#SBATCH --nodes=1-2",
         "#SBATCH --mail-type=END",
+        "#SBATCH --comment=--x=y",
         "#SBATCH --qos=short",
         "export A='b c'",
-        "arguments=(small.yaml --train.optim.lr=0.5 --run.seed 3 --run.dir runs/small)",
+        "arguments=(small.yaml --train.optim.lr=0.5 --run.seed 3 --wandb.project=--mine --run.dir runs/small)",
     ):
         assert line in script.splitlines()
     assert main([*words, "--nodes", "3"]) == EXIT_CONFIG
@@ -276,13 +287,61 @@ def test_status_json_decides_the_exit_code(
     assert outcome(before, after, code) == expected
 
 
+@pytest.mark.parametrize(
+    ("after", "wrong", "expected"),
+    [
+        (RUNNING, False, EXIT_PREEMPTED),
+        (RUNNING, True, EXIT_CONFIG),
+        ({"state": "failed", "restarts": 1}, False, EXIT_FAILED),
+    ],
+)
+def test_a_launch_that_is_stopped_before_its_ranks_begin_can_be_repeated(
+    after: dict[str, object], wrong: bool, expected: int
+) -> None:
+    assert outcome(RUNNING, after, 1, wrong, asked=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("after", "code", "expected"),
+    [
+        ({"state": "preempted", "restarts": 1}, 1, EXIT_PREEMPTED),
+        ({"state": "running", "restarts": 2}, 1, EXIT_PREEMPTED),  # the others have begun again
+        ({"state": "done", "restarts": 2}, 1, EXIT_DONE),
+        ({"state": "failed", "restarts": 1}, 1, EXIT_FAILED),
+    ],
+)
+def test_a_launch_whose_node_was_told_to_leave_an_elastic_run_can_be_repeated(
+    after: dict[str, object], code: int, expected: int
+) -> None:
+    assert outcome(RUNNING, after, code, asked=True, elastic=True) == expected
+
+
+def test_a_launch_that_was_told_to_leave_a_fixed_number_of_nodes_fails_where_its_ranks_are_gone() -> None:
+    assert outcome(RUNNING, {"state": "running", "restarts": 1}, 1, asked=True) == EXIT_FAILED
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        (RUNNING, "the run failed before it began"),
+        ({"state": "failed", "restarts": 1, "error": "planted"}, "the run failed: planted"),
+        (
+            {"state": "running", "restarts": 1, "stage": "train", "step": 3},
+            "the run failed in train at step 3: its ranks ended without a word, as if killed",
+        ),
+    ],
+)
+def test_why_a_launch_failed_is_said(after: dict[str, object], said: str) -> None:
+    assert failure(RUNNING, after) == said
+
+
 def made_by(file: Path) -> list[str]:
     """The words after `dist-train` in a file's line "Made by"."""
     (line,) = re.findall(r"^# Made by: dist-train (launch .*)$", file.read_text(), re.MULTILINE)
     return shlex.split(line)
 
 
-@pytest.mark.parametrize("name", ["torchrun.sh", "accelerate.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("name", ["torchrun.sh", "accelerate.sh", "slurm.sbatch", "kubernetes.yaml"])
 def test_the_ready_files_are_what_launch_prints(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,7 +349,7 @@ def test_the_ready_files_are_what_launch_prints(
     assert main(made_by(LAUNCH / name)) == EXIT_DONE
     printed = capsys.readouterr().out
     ready = (LAUNCH / name).read_text()
-    if not name.endswith(".sbatch"):
+    if name.endswith(".sh"):
         ready = "".join(line for line in ready.splitlines(keepends=True) if not line.startswith("#"))
     assert printed == ready, f"dist-train {shlex.join(made_by(LAUNCH / name))}"
 
@@ -308,8 +367,8 @@ def test_the_ready_config_files_of_accelerate_are_those_that_launch_writes(
 @pytest.mark.parametrize(
     ("words", "wrong", "hint"),
     [
-        ([], "launch needs a launcher", "torchrun,accelerate,slurm"),
-        (["mpirun", "small.yaml"], "unknown command launch mpirun", "torchrun, accelerate, slurm"),
+        ([], "launch needs a launcher", "torchrun,accelerate,slurm,kubernetes"),
+        (["mpirun", "small.yaml"], "unknown command launch mpirun", "torchrun, accelerate, slurm, kubernetes"),
         (["torchrun"], "needs a configuration", "CONFIG"),
         (["torchrun", "--nproc-per-nod", "2", "small.yaml"], "no option --nproc-per-nod", "--nproc-per-node"),
         (["torchrun", "--train.epochs", "2", "small.yaml"], "no option --train.epochs", "come after it"),

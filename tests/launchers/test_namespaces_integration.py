@@ -93,7 +93,7 @@ def test_a_machine_that_dies_and_comes_back_joins_the_run_which_ends_as_if_nothi
 def test_without_a_network_all_processes_end_and_with_it_the_same_commands_end_the_run(
     machines: TwoMachines, tmp_path: Path, undisturbed: bytes
 ) -> None:
-    run = TwoNodes(machines, machines.first, tmp_path, "--shutdown-timeout", "5", config=("--run.timeout", "15"))
+    run = TwoNodes(machines, machines.first, tmp_path, "--shutdown-timeout", "5", config=("--watchdog.timeout", "15"))
     run.in_mid_training()
     machines.cut()
     assert run.exit_codes() == [1, 1], machines.printed()

@@ -120,7 +120,7 @@ def test_a_task_for_each_rank_trains_the_weights_of_an_agent_on_each_node(cluste
 @pytest.mark.slow
 def test_a_failure_of_the_ranks_is_the_exit_code_of_launch(tmp_path: Path) -> None:
     (tmp_path / "small.yaml").write_text(SMALL)
-    words = ("torchrun", "--nproc-per-node", "2", *OPTIONS, "--train.optim.lr", "1e30")
+    words = ("torchrun", "--nproc-per-node", "2", *OPTIONS, "--train.optim.lr", "1e6")
     assert "not finite" in finish(start(tmp_path, *words), expected=1)
     words = ("torchrun", "--nproc-per-node", "2", *OPTIONS, "--model.args", "{colour: red}")
     assert "colour" in finish(start(tmp_path, *words), expected=78)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import pytest
@@ -10,13 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from dist_train import registry
+from dist_train.lowering import latency
 from dist_train.lowering.agreement import Decisions
 from dist_train.lowering.autoselect import Choice, choose_format, cost, slower_than_float
 from dist_train.lowering.base import LoweringUnavailable, Reference, Written
 from dist_train.tasks import Classification
+from tests.support.clock import Clock
+from tests.support.compilers import hide_compiler
 from tests.support.converted_nets import float_net, images
 
 pytestmark = pytest.mark.heavy
+
+clock = Clock()
 
 
 def runtime(seconds: float, factor: float = 1.0, extra: float = 0.0, of_float: float = 0.0) -> registry.Entry:
@@ -24,7 +28,7 @@ def runtime(seconds: float, factor: float = 1.0, extra: float = 0.0, of_float: f
 
     def write(model: nn.Module, example: Tensor, threads: int) -> Written:
         def call(batch: Tensor) -> Tensor:
-            time.sleep(seconds + (extra if isinstance(model, Int8) else of_float))
+            clock.sleep(seconds + (extra if isinstance(model, Int8) else of_float))
             answer: Tensor = model(batch)
             return factor * answer
 
@@ -65,7 +69,8 @@ def decisions(model: nn.Module) -> Decisions:
 
 @pytest.fixture
 def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, registry.Entry]], Choice]:
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    hide_compiler(monkeypatch)
+    monkeypatch.setattr(latency, "time", clock)
 
     def choose(formats: dict[str, registry.Entry]) -> Choice:
         monkeypatch.setattr(registry.export_formats, "_entries", formats)
@@ -79,7 +84,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, registry.Entr
 def test_the_fastest_that_answers_right_is_chosen_and_the_others_say_why_not(choose) -> None:
     choice = choose(
         {
-            "quick": runtime(0.004, of_float=0.02),
+            "quick": runtime(0.004, of_float=0.08),
             "slow": runtime(0.02, of_float=0.05),
             "wrong": runtime(0.0, factor=-1.0),
             "refusing": registry.Entry(refusing),

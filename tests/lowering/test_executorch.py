@@ -100,6 +100,7 @@ def test_int8_answers_as_in_process(rules) -> None:
     assert written.runtime.startswith("executorch ")
 
 
+@pytest.mark.slow
 def test_every_int8_layer_runs_in_integers_and_what_is_skipped_in_float() -> None:
     _, program = quantized(residual(), [{"match": "stem", "skip": True}])
     outside, inside = operators(program)
@@ -122,6 +123,7 @@ def test_a_channel_whose_bias_would_overflow_int32_stays_right() -> None:
     assert (write(program).call(images(8)) - expected).abs().max() < 0.02 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_the_program_is_not_changed() -> None:
     net = residual().to(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -137,6 +139,7 @@ def test_the_program_is_not_changed() -> None:
     assert torch.equal(program.module()(images(4)), answer)
 
 
+@pytest.mark.slow
 def test_a_model_in_channels_last_goes_in_float_and_int8() -> None:
     net = residual().to(memory_format=torch.channels_last)
     converted, program = quantized(net)

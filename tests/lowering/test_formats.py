@@ -10,6 +10,7 @@ from dist_train.lowering.base import LoweringUnavailable
 from dist_train.lowering.openvino import shared_core
 from dist_train.models.half_precision import HalfModel
 from tests.support.converted_nets import float_net, images
+from tests.support.overflow import needs_vnni
 
 pytestmark = pytest.mark.heavy
 
@@ -21,6 +22,7 @@ def write(name: str):
     return registry.export_formats.get(name)
 
 
+@needs_vnni
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
 def test_int8_goes_to_the_runtimes_of_qdq_with_any_batch(name, program, converted):
     written = write(name)(program, images(2), 1)

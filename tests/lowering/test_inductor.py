@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dist_train.cluster.instructions import sums_overflow
 from dist_train.config.stages import RuleConfig
 from dist_train.lowering import LoweringUnavailable
 from dist_train.lowering.inductor import compiler, lower
 from dist_train.quantization.pt2e.backend import PT2EBackend, export_converted
 from dist_train.quantization.ranges import Ranges
+from tests.support.compilers import hide_compiler
 from tests.support.converted_nets import float_net, images
+from tests.support.overflow import needs_vnni
 
 pytestmark = pytest.mark.heavy
 
@@ -19,6 +22,7 @@ needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler"
 
 @pytest.mark.slow
 @needs_compiler
+@needs_vnni
 def test_int8_answers_are_close_and_come_from_int8_kernels(converted):
     import torch._inductor.config
     from torch._dynamo.utils import counters
@@ -39,7 +43,7 @@ def test_int8_answers_are_close_and_come_from_int8_kernels(converted):
 
 
 def test_without_a_compiler_it_says_what_to_install(converted, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    hide_compiler(monkeypatch)
     with pytest.raises(LoweringUnavailable, match=r"install g\+\+"):
         lower(converted, images(1), threads=1)
 
@@ -58,11 +62,12 @@ def test_int8_on_images_of_one_channel_is_right_at_every_batch_size():
         torch.nn.Flatten(),
         torch.nn.Linear(1024, 10),
     ).eval()
-    prepared = PT2EBackend().prepare(net.to(memory_format=torch.channels_last), inputs[:2]).eval()
+    backend = PT2EBackend(engine="x86" if sums_overflow() else "auto")
+    prepared = backend.prepare(net.to(memory_format=torch.channels_last), inputs[:2]).eval()
     ranges = Ranges(prepared)
     prepared(inputs)
     ranges.update(ranges.observed(), 1.0)
-    program = export_converted(PT2EBackend().convert(prepared), inputs[:2])
+    program = export_converted(backend.convert(prepared), inputs[:2])
     expected = program.module()(inputs)
     lowered = lower(program, inputs[:1], 1)
     for rows in (1, 2, 5, 16):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from torch import Tensor
 
-from dist_train.lowering import LoweringUnavailable, compare_latency, lower, measure_latency
+from dist_train.lowering import LoweringUnavailable, compare_latency, latency, lower, measure_latency
 from dist_train.lowering.openvino import missing_modules
+from tests.support.clock import Clock
+from tests.support.compilers import hide_compiler
 from tests.support.converted_nets import images
 
 
@@ -20,18 +20,20 @@ def test_openvino_comes_first(converted):
 
 @pytest.mark.skipif(not missing_modules(), reason="only without OpenVINO")
 def test_without_any_runtime_it_says_what_to_install(converted, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    hide_compiler(monkeypatch)
     with pytest.raises(LoweringUnavailable, match=r"pip install 'dist-train\[openvino,onnx\]'"):
         lower(converted, images(1), threads=1)
 
 
-def test_calls_take_turns_on_the_same_input_and_the_slower_one_is_slower():
+def test_calls_take_turns_on_the_same_input_and_the_slower_one_is_slower(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(latency, "time", clock)
     order: list[tuple[str, int]] = []
 
     def sleeper(name: str, seconds: float):
         def call(batch: Tensor) -> Tensor:
             order.append((name, len(batch)))
-            time.sleep(seconds)
+            clock.sleep(seconds)
             return batch
 
         return call
@@ -39,8 +41,8 @@ def test_calls_take_turns_on_the_same_input_and_the_slower_one_is_slower():
     calls = {"fast": sleeper("fast", 0.001), "slow": sleeper("slow", 0.02)}
     result = compare_latency(calls, lambda size: torch.zeros(size, 1), batch_sizes=(1, 3), seconds=0.05)
     assert {name: list(times) for name, times in result.items()} == {"fast": ["1", "3"], "slow": ["1", "3"]}
-    assert all(result["fast"][size] < result["slow"][size] for size in ("1", "3"))
-    assert result["slow"]["1"] >= 20  # milliseconds: a sleep is never shorter than asked
+    assert result["fast"] == pytest.approx({"1": 1.1, "3": 1.1})  # milliseconds, a look at the clock in them
+    assert result["slow"] == pytest.approx({"1": 20.1, "3": 20.1})
     timed = [name for name, size in order if size == 1][4:]  # after two warm-up calls of each
     assert timed[0::2] == ["fast"] * (len(timed) // 2)
     assert timed[1::2] == ["slow"] * (len(timed) // 2)

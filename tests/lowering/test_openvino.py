@@ -14,12 +14,14 @@ from torch import nn
 from dist_train.lowering import LoweringUnavailable
 from dist_train.lowering.openvino import lower, missing_modules, onnx_bytes
 from tests.support.converted_nets import converted_net, images
+from tests.support.overflow import needs_vnni
 
 pytestmark = pytest.mark.heavy
 
 needs_openvino = pytest.mark.skipif(bool(missing_modules()), reason=f"not installed: {', '.join(missing_modules())}")
 
 
+@needs_vnni
 @needs_openvino
 @pytest.mark.parametrize("kind", ["converted", "program"])
 def test_int8_answers_are_close_to_the_converted_model(kind, converted, program):
@@ -50,6 +52,7 @@ def test_any_batch_and_memory_format_gives_the_same_rows(converted):
     torch.testing.assert_close(rows, whole)
 
 
+@pytest.mark.slow
 @needs_openvino
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_resnet18_is_right_at_every_batch_size(count, converted_resnet18):
@@ -151,6 +154,7 @@ print("alive")
 """
 
 
+@pytest.mark.slow
 @needs_openvino
 def test_a_signal_after_a_model_was_freed_by_another_thread_ends_nothing() -> None:
     done = subprocess.run(

@@ -85,6 +85,71 @@ def test_a_wrong_shape_names_the_layer_and_both_shapes() -> None:
     assert same(fresh, untouched), "nothing was loaded"
 
 
+ODD = {
+    "sparse (sparse_coo)": lambda weight: weight.to_sparse(),
+    "sparse (sparse_csr)": lambda weight: weight.flatten(1).to_sparse_csr(),
+    "a nested tensor": lambda weight: torch.nested.nested_tensor([weight[0, 0], weight[1, 0]]),
+    "on the meta device, without values": lambda weight: weight.to("meta"),
+    "quantized (qint8)": lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
+    "quantized (quint8)": lambda weight: torch.quantize_per_channel(
+        weight, torch.full((len(weight),), 0.1), torch.zeros(len(weight)), 0, torch.quint8
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("kind", ODD)
+def test_a_tensor_that_is_no_dense_array_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    state, path = small().state_dict(), tmp_path / "odd.pt"
+    name = next(name for name, value in state.items() if value.dim() == 4)
+    torch.save(state | {name: ODD[kind](state[name].clone())}, path)
+    with pytest.raises(DataError) as caught:
+        load_weights(small(seed=1), read_file(path), "odd.pt", num_outputs=5)
+    assert f"odd.pt holds a tensor that cannot be loaded: {name} is {kind}" in caught.value.message
+    assert "model.state_dict()" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("dtype", "numbers"),
+    [
+        (torch.int64, "integers (int64)"),
+        (torch.int8, "integers (int8)"),
+        (torch.bool, "integers (bool)"),
+        (torch.complex64, "complex numbers (complex64)"),
+    ],
+)
+def test_numbers_of_another_kind_than_the_models_are_refused(dtype: torch.dtype, numbers: str) -> None:
+    state = small().state_dict()
+    with pytest.raises(DataError) as caught:
+        load_weights(small(seed=1), state | {"head.weight": state["head.weight"].to(dtype)}, "odd.pt", num_outputs=5)
+    said = f"odd.pt does not fit the model: head.weight is {numbers} there, floats (float32) in the model"
+    assert caught.value.message == said and "float()" in caught.value.hint
+
+
+def test_a_buffer_of_another_kind_is_taken_where_its_values_stay() -> None:
+    trained, fresh = small(), small(seed=1)
+    counts = {name: value for name, value in trained.state_dict().items() if name.endswith("num_batches_tracked")}
+    assert counts
+    load_weights(fresh, trained.state_dict() | {name: value.half() for name, value in counts.items()}, "half.pt", 5)
+    assert same(fresh, trained)
+    with pytest.raises(DataError, match="floats .float32. there, integers .int64. in the model"):
+        load_weights(fresh, trained.state_dict() | {name: torch.tensor(0.5) for name in counts}, "odd.pt", 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_floats_of_another_width_are_taken(dtype: torch.dtype) -> None:
+    state = {name: value.to(dtype) if value.dim() else value for name, value in small().state_dict().items()}
+    fresh = small(seed=1)
+    assert load_weights(fresh, state, "wide.pt", num_outputs=5) == []
+    assert torch.equal(fresh.state_dict()["head.weight"], state["head.weight"].float())
+
+
+def test_a_weight_that_float32_cannot_hold_is_refused() -> None:
+    state = small().state_dict()
+    with pytest.raises(DataError, match="head.weight has NaN or inf"):
+        load_weights(small(), state | {"head.weight": state["head.weight"].double() * 1e300}, "wide.pt", num_outputs=5)
+
+
 def test_a_layer_of_the_heads_width_that_is_no_head_is_not_replaced() -> None:
     fresh = nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 3))
     with pytest.raises(DataError, match=r"0.weight is \[6, 8\] there, \[5, 8\] in the model; 0.bias is"):

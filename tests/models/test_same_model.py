@@ -37,7 +37,7 @@ def editable(num_classes: int) -> nn.Module:
     return Editable(num_classes)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_code_that_changed_between_two_attempts_is_refused_and_undone_it_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -104,6 +104,7 @@ def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return call(request.param, "tests.models.test_sync_batchnorm_integration:everything")
 
 
+@pytest.mark.slow
 def test_a_layer_over_ranks_is_one_on_the_concatenated_rows(alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
     for shares in SHARES[len(ranks)]:
         expected, found = alone[str(shares)], [answer[str(shares)] for answer in ranks]

@@ -146,9 +146,9 @@ def test_a_mask_may_hold_inf(tmp_path: Path) -> None:
 
 
 CHOICES: dict[str, tuple[Any, str, str, str]] = {
-    "an average beside": (
-        {"model": OTHER, "model_ema": STATE, "args": argparse.Namespace()},
-        "model (9 tensors), model_ema (9 tensors, a moving average)",
+    "two averages beside": (
+        {"model": OTHER, "model_ema": STATE, "model_swa": OTHER, "args": argparse.Namespace()},
+        "model (9 tensors), model_ema (9 tensors, a moving average), model_swa (9 tensors, a moving average)",
         "--model.weights_key model, or --model.weights_key model_ema",
         "model_ema",
     ),

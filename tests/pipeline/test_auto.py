@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dist_train.cluster.instructions import sums_overflow
 from dist_train.config.checks.strategy import Precision
 from dist_train.config.tree import Config
 from dist_train.distributed.world import World
@@ -61,6 +62,7 @@ LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "bf16"}
             "auto: precision bf16 (this GPU has bfloat16)",
         ),
         (FIXED, OLD_CPU, {}, "single", "fp32", "strategy ddp runs as single: 1 rank"),
+        ({**FIXED, "strategy": "fsdp"}, OLD_CPU, {}, "single", "fp32", "strategy fsdp runs as single: 1 rank"),
         ({**FIXED, "strategy": "dp"}, TWO_GPUS, {}, "dp", "fp32", ""),
         (
             {**FIXED, "strategy": "dp"},
@@ -128,10 +130,28 @@ def test_a_resumed_run_whose_accelerate_config_changed_is_refused() -> None:
     assert choose(config, BF16_CPU, {}, kept="bf16").precision == "bf16", "evaluated later, without accelerate launch"
 
 
+def test_a_run_to_int8_keeps_to_127_steps_where_a_rank_s_cpu_would_overflow() -> None:
+    wide, narrow = Facts(), Facts(sums_overflow=True)
+    config = Config.model_validate({**ALONE, "data": {"workers": 0, "name": "digits"}})
+    chosen = choose(config, narrow, {})
+    assert chosen.engine == "x86"
+    assert chosen.lines == ("auto: qat.engine x86 (a CPU without VNNI: 127 steps keep sums in 16 bits)",)
+    assert (choose(config, wide, {}).engine, choose(config, wide, {}).lines) == ("auto", ())
+    kept = choose(config, wide, {}, kept_engine="x86")
+    assert kept.engine == "x86" and kept.lines == ("auto: qat.engine x86 (as at the first start)",)
+    assert choose(config, narrow, {}, kept_engine="auto").engine == "auto", "begun where it had 255 steps"
+    for settings in ({"engine": "onednn"}, {"backend": "fx"}):
+        other = Config.model_validate({**ALONE, "qat": settings})
+        assert choose(other, narrow, {}).engine == settings.get("engine", "auto")
+    alone = Config.model_validate({**ALONE, "stages": ["train"]})
+    assert choose(alone, narrow, {}).engine == "auto", "nothing is converted"
+
+
 def test_the_facts_of_this_machine_are_those_that_torch_gives() -> None:
     import torch
 
     facts = look(World(), threads=3, threads_kept=True)
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     assert bool(facts.bf16) == native and facts.threads == 3 and facts.threads_kept
+    assert facts.sums_overflow == sums_overflow()
     assert facts.cores == facts.workers >= 1 and facts.device == "cpu"

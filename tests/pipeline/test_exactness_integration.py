@@ -26,7 +26,7 @@ data:
   global_batch_size: 24
   micro_batch_size: 5
   augment: [{name: random_crop, padding: 1}, {name: random_horizontal_flip}]
-model: {name: small_resnet, args: {width: 8}, channels_last: true}
+model: {name: small_resnet, args: {width: 4, blocks: 1}, channels_last: true}
 train:
   epochs: 4
   optim: {lr: 0.05, weight_decay: 0.0005}
@@ -92,20 +92,26 @@ def lines(run_dir: Path) -> int:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("world_size", "shares"),
-    [(2, [(0.2, 0.3), (0.45, 0.55)]), pytest.param(3, [(0.1, 0.5)] * 10, marks=pytest.mark.slow)],
-    ids=["2", "3"],
+    ("world_size", "shares", "strategy"),
+    [
+        (2, [(0.2, 0.3), (0.45, 0.55)], "ddp"),
+        pytest.param(3, [(0.1, 0.5)] * 6, "ddp", marks=pytest.mark.slow),
+        pytest.param(2, [(0.2, 0.3), (0.45, 0.55)], "fsdp", marks=pytest.mark.slow),
+        pytest.param(3, [(0.1, 0.5)] * 6, "fsdp", marks=pytest.mark.slow),
+    ],
+    ids=["2", "3", "2-fsdp", "3-fsdp"],
 )
 def test_killed_at_random_moments_a_run_ends_like_an_undisturbed_one(
-    world_size: int, shares: list[tuple[float, float]], config: Path, tmp_path: Path
+    world_size: int, shares: list[tuple[float, float]], strategy: str, config: Path, tmp_path: Path
 ) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    train_done(world_size, *command(config, undisturbed), cold=True)
+    options = ["--strategy", strategy]
+    train_done(world_size, *command(config, undisturbed), *options, cold=True)
     total = lines(undisturbed)
     draw = random.Random(world_size)
     hit = []
     for attempt, share in enumerate(shares):
-        with train(world_size, *command(config, killed)) as ranks:
+        with train(world_size, *command(config, killed), *options) as ranks:
             opened = ranks.until(
                 lambda attempt=attempt: (read_json(RunDir(killed).status) or {}).get("restarts") == attempt
             )
@@ -124,12 +130,12 @@ def test_killed_at_random_moments_a_run_ends_like_an_undisturbed_one(
             ranks.wait(60)
             assert time.monotonic() - start < 40
     assert len(set(hit)) >= 2, hit
-    train_done(world_size, *command(config, killed))
+    train_done(world_size, *command(config, killed), *options)
     assert_same_result(undisturbed, killed)
 
 
 # Ten steps of QAT, a checkpoint after each: BatchNorm freezes before step 3, the ranges before step 5.
-BOUNDARIES = CONFIG.replace("num_train: 403", "num_train: 240").replace("{width: 8}", "{width: 4, blocks: 1}")
+BOUNDARIES = CONFIG.replace("num_train: 403", "num_train: 240")
 BOUNDARIES = BOUNDARIES.replace("epochs: 4", "epochs: 1").replace("{epochs: 3, ", "{epochs: 1, ")
 BOUNDARIES = BOUNDARIES.replace("every_steps: 4", "every_steps: 1")
 

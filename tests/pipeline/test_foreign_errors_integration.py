@@ -24,6 +24,10 @@ class Unspeakable(Exception):
         raise RuntimeError("no text")
 
 
+class Own(BaseException):
+    """No Exception: what `except Exception` lets through."""
+
+
 KINDS: dict[str, Callable[[], BaseException]] = {
     "several lines": lambda: ValueError("first line\nsecond line"),
     "torch": lambda: RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
@@ -31,6 +35,8 @@ KINDS: dict[str, Callable[[], BaseException]] = {
     "a full disk": lambda: OSError(errno.ENOSPC, "No space left on device"),
     "memory": lambda: MemoryError(),
     "exit": lambda: SystemExit(3),
+    "exit as if done": lambda: SystemExit(0),
+    "an own kind": lambda: Own("first line"),
     "no text": lambda: Unspeakable(),
     "an end": lambda: StopIteration(),
     "a module": lambda: ModuleNotFoundError("No module named 'albumentations'", name="albumentations"),
@@ -42,6 +48,8 @@ TEXTS = {
     "a full disk": "make room on that disk",
     "memory": "--data.micro_batch_size",
     "exit": "SystemExit: 3 (",
+    "exit as if done": "in place of exit()",
+    "an own kind": "Own: first line (",
     "no text": "Unspeakable",
     "an end": "StopIteration",
     "a module": "pip install albumentations",
@@ -91,14 +99,35 @@ class TrippingStage(dist_train.Stage):
         pass
 
 
-def end_of_run(place: str, kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, calls: int) -> int:
+@dist_train.register_tracker("tripping")
+class TrippingTracker(dist_train.Tracker):
+    def begin(self, config: Any) -> None:
+        if planted.get("tracker") == "begins":
+            trip("tracker")
+
+    def log(self, stage: str, epoch: int, step: int, scalars: Any) -> None:
+        trip("tracker")
+
+
+def end_of_run(place: str, kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, calls: int, *options: str) -> int:
     config = folder / "small.yaml"
     config.write_text(CONFIG)
     for key, value in {"place": place, "kind": kind, "calls": calls}.items():
         monkeypatch.setitem(planted, key, value)
-    words = ("--model.name", "tripping", "--model.args", "{}", "--task.name", "tripping", "--train.epochs", "1")
+    words = (
+        "--model.name",
+        "tripping",
+        "--model.args",
+        "{}",
+        "--task.name",
+        "tripping",
+        "--train.epochs",
+        "1",
+        "--checkpoint.retry",
+        "0",
+    )
     stages = "[train, tripping]" if place == "stage" else "[train]"
-    return run_here("run", str(config), *words, "--stages", stages, "--run.dir", str(folder / "run"))
+    return run_here("run", str(config), *words, "--stages", stages, "--run.dir", str(folder / "run"), *options)
 
 
 def check_words(code: int, text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,11 +154,51 @@ def test_each_kind_of_error_is_said_in_words(
     ("place", "calls"),
     [("model", 0), ("task", 0), ("forward", 8), ("evaluation", 0), ("stage", 0)],
 )
+@pytest.mark.parametrize("kind", ["several lines", "exit as if done", "an own kind"])
 def test_an_error_names_the_place_that_raised_it(
-    place: str, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: str,
+    calls: int,
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    code = end_of_run(place, "several lines", tmp_path, monkeypatch, calls)
-    check_words(code, f"ValueError: first line ({__file__}:", tmp_path, capsys)
+    code = end_of_run(place, kind, tmp_path, monkeypatch, calls)
+    said = {"several lines": "ValueError: first line", "exit as if done": "SystemExit: 0", "an own kind": "Own: first"}
+    check_words(code, said[kind], tmp_path, capsys)
+
+
+@pytest.mark.parametrize("kind", ["several lines", "exit as if done", "an own kind"])
+@pytest.mark.parametrize("place", ["begins", "logs"])
+def test_a_tracker_that_raises_anything_is_left_out(
+    place: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(planted, "tracker", place)
+    code = end_of_run("tracker", kind, tmp_path, monkeypatch, 0, "--trackers", "[jsonl, tripping]")
+    said = capsys.readouterr().out
+    assert code == 0 and "is left out: " in said and read_json(tmp_path / "run" / "status.json")["state"] == "done"
+
+
+@pytest.mark.parametrize("kind", ["several lines", "exit as if done", "an own kind", "a module"])
+def test_a_module_that_cannot_be_imported_keeps_its_traceback(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"broken_{list(KINDS).index(kind)}"
+    (tmp_path / f"{name}.py").write_text(f"from {__name__} import KINDS\n\nraise KINDS[{kind!r}]()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "small.yaml").write_text(CONFIG)
+    assert run_here("run", str(tmp_path / "small.yaml"), "--import", name) == 78
+    said = capsys.readouterr().err
+    assert f"{name} (--import): cannot be imported: " in said and f"{name}.py:3)" in said and TEXTS[kind] in said
+    kept = Path(said.partition("traceback: ")[2].strip()).read_text()
+    assert "Traceback (most recent call last)" in kept and "raise KINDS" in kept
+
+
+def test_a_module_that_is_not_there_needs_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "small.yaml").write_text(CONFIG)
+    assert run_here("run", str(tmp_path / "small.yaml"), "--import", "not_there_at_all") == 78
+    said = capsys.readouterr().err
+    assert "give the name of a module in the working directory" in said and "traceback" not in said
 
 
 @pytest.mark.parametrize("file", ["checkpoint", "results.json", "metrics"])

@@ -31,7 +31,7 @@ def _same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
     return left.keys() == right.keys() and all(torch.allclose(left[key], right[key]) for key in left)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [False, True])
 def test_the_refusal_says_how_to_go_on_and_that_works(
     stopped: bool, runs: Runs, capsys: pytest.CaptureFixture[str]
@@ -46,6 +46,10 @@ def test_the_refusal_says_how_to_go_on_and_that_works(
     assert "train.epochs: was 3, is 5" in said
     options = f"--run.dir NEW --model.init_from {shlex.quote(str(first))}"
     assert f"-> to go on from its weights in a new run: the same command with {options}\n" in said
+    further = f"train.epochs in all: the same command with --run.dir NEW --train.extend_from {shlex.quote(str(first))}"
+    assert further in said
+    assert runs("first run", "--checkpoint.every_steps", "3", "--train.schedule.name", "constant", *task) == EXIT_CONFIG
+    assert "extend_from" not in capsys.readouterr().err, "there are no more epochs to train"
 
     assert runs("second", "--model.init_from", str(first), *TINY_STEP) == 0
     printed = capsys.readouterr().out
@@ -56,7 +60,7 @@ def test_the_refusal_says_how_to_go_on_and_that_works(
     assert (unfinished in printed) == stopped
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_run_that_began_with_weights_goes_on_without_them(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(runs.folder / "begin.pt")
     assert runs("first", *TINY_STEP) == 0

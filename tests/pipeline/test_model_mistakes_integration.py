@@ -20,7 +20,7 @@ class _Dictionary(nn.Module):
         self.fc = nn.Linear(64, num_classes)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"out": self.fc(x.flatten(1))}
+        return {"classes": self.fc(x.flatten(1)), "pixels": x}
 
 
 @dist_train.register_model("dictionary")
@@ -44,7 +44,7 @@ def runs(tmp_path: Path) -> Runs:
     [
         (["plain_layers", "--model.args", "{dtype: float64}"], "its 0.weight is float64", "return model.float()"),
         (["plain_layers", "--model.args", "{dtype: bfloat16}"], "its 0.weight is bfloat16", "--precision bf16"),
-        (["dictionary", "--model.args", "{}"], "the model returns a dict, not a tensor", "return only the logits"),
+        (["dictionary", "--model.args", "{}"], "returns a dict (classes, pixels), not a tensor", "only the logits"),
     ],
 )
 def test_it_ends_with_78_before_the_first_step(

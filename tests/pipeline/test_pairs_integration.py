@@ -45,6 +45,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 # 1973, Discrete Mathematics 6: no array of six rows covers more than ten columns).
 ROWS = list(zip(*([0, *(int(row in on) for row in range(5))] for on in combinations(range(5), 3)), strict=True))
 RESUMED = (3, 4)
+IN_CI = (3, 4, 5)
 DEADLINE = 400.0  # seconds; for a run that compiles on ranks that share cores
 
 
@@ -75,9 +76,11 @@ def states(run_dir: Path) -> dict[str, bytes]:
     return found
 
 
-@pytest.mark.slow
+# The rows in CI have each option on and off; only all six have all pairs.
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("row", range(6))
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=pytest.mark.slow if row in IN_CI else pytest.mark.long) for row in range(6)]
+)
 def test_they_train_evaluate_and_convert_together(row: int, tmp_path: Path) -> None:
     world_size, words = command(row, tmp_path, "run")
     train_done(world_size, *words, deadline=DEADLINE)

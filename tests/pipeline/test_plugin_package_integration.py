@@ -25,7 +25,11 @@ strategy: clamped
 stages: [train, norms, qat, convert]
 train: {epochs: 4, optim: {lr: 0.5}}
 norms: {order: 1}
-qat: {epochs: 1, backend: float_head}
+qat:
+  epochs: 1
+  backend: float_head
+  optim: {name: normed_sgd, lr: 0.01, args: {longest: 0.5}}
+  schedule: {name: falling, args: {last: 0.2}}
 trackers: [jsonl, csv]
 log: {every_steps: 1}
 """
@@ -67,6 +71,8 @@ def trained(folder: Path, path: Path, *arguments: str) -> dict[str, Any]:
     lines = [line.split(",") for line in (run_dir.path / "scalars.csv").read_text().splitlines()]
     steps = [line for line in lines if line[0] == "train" and line[2] == "loss"]
     assert len(steps) == 16 and float(steps[-1][3]) < float(steps[0][3])
+    rates = [float(line[3]) for line in lines if line[0] == "qat" and line[2] == "lr"]
+    assert rates == pytest.approx([0.01, 0.008, 0.006, 0.004])
     return results
 
 

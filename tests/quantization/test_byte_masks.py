@@ -97,7 +97,7 @@ def test_a_compiled_step_keeps_no_bools_and_has_the_gradients_of_an_eager_one(ac
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "instead"),
     [("fake_quantize.equal_mask", torch.eq), ("pt2e.prepared_graph.use_byte_masks", lambda graph: None)],

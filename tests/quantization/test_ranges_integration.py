@@ -42,8 +42,8 @@ def test_ranges_are_equal_on_all_ranks_at_every_step_and_those_of_one_process(
     assert found[0]["ends"][0][2] == EXTREME, "the extreme value is in one micro-batch of one rank"
 
 
-def test_a_step_costs_two_collectives_besides_the_gradients(ranks: list[dict[str, Any]]) -> None:
-    assert all(rank["moving_average"]["collectives"] == [2] * STEPS for rank in ranks)
+def test_a_step_costs_one_collective_besides_the_gradients(ranks: list[dict[str, Any]]) -> None:
+    assert all(rank["moving_average"]["collectives"] == [1] * STEPS for rank in ranks)
 
 
 def test_stock_fake_quantization_under_ddp_fails_both(ranks: list[dict[str, Any]]) -> None:

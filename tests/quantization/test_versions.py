@@ -49,7 +49,7 @@ def test_other_versions_are_refused_with_the_command(
     )
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch_ao.fx", "torch_ao.eager"])
 def test_fx_and_eager_import_no_torchao(backend: str) -> None:
     program = (

@@ -93,6 +93,17 @@ def test_what_comes_from_a_run_is_text_and_not_markup(tmp_path: Path) -> None:
     assert shown.tags.count("script") == 1 and evil in shown
 
 
+def test_escapes_and_formulas_of_a_run_are_shown_and_not_obeyed(tmp_path: Path) -> None:
+    evil = "\x1b[2J\u202egnp"
+    run = RunDir(finished(tmp_path / "run", name="=1+1"))
+    replace_json(run.details("fp32"), details([evil, '=HYPERLINK("http://a")', "-1"]))
+    page = write_report([run.path], tmp_path / "out").read_text()
+    assert r"\x1b[2J\u202egnp" in page and "\x1b" not in page and "\u202e" not in page
+    cells = [row[0] for row in rows(tmp_path / "out" / "tables" / "confusion-fp32.csv")]
+    assert cells[1:] == [r"\x1b[2J\u202egnp", '\'=HYPERLINK("http://a")', "-1"]
+    assert rows(tmp_path / "out" / "tables" / "curves.csv")[1][0] == "'=1+1"
+
+
 def test_a_run_of_classes_that_are_no_utf8_has_a_page(tmp_path: Path) -> None:
     latin = os.fsdecode(b"caf\xe9")
     run = RunDir(finished(tmp_path / latin, name=latin))
@@ -242,15 +253,20 @@ def test_files_of_somebody_else_are_not_overwritten(tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
-def test_the_command_takes_runs_and_an_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_takes_runs_and_an_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second, out = finished(tmp_path / "a", "x"), finished(tmp_path / "b", "y"), tmp_path / "deep" / "out"
     assert main(["report", str(first), str(second), f"--output={out}"]) == 0
     assert capsys.readouterr().out == f"{out / 'report.html'}\n"
     assert main(["report", str(first), "--output", str(out)]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(first), "--output=--odd"]) == 0 and (tmp_path / "--odd" / "report.html").is_file()
     for arguments, message in (
         ([], "report: missing argument 'RUN_DIR"),
         ([str(tmp_path)], "has no config.yaml"),
         ([str(first), "--output"], "--output has no value"),
+        ([str(first), "--output", "--open"], "--output has no value"),
         ([str(first), "--open"], "report has no option --open"),
     ):
         assert main(["report", *arguments]) == 78

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.run_dir.files import read_json, replace_bytes, replace_json
+from dist_train.run_dir.files import last_line, read_json, replace_bytes, replace_json
 from dist_train.run_dir.paths import RunDir
 from dist_train.trackers.jsonl import JsonLines
 
@@ -62,3 +62,20 @@ def test_metrics_stay_strict_json_and_are_added_to_across_attempts(tmp_path: Pat
         (line["attempt"], line["stage"], line["epoch"], line["step"], line["loss"], line["f1"]) for line in lines
     ] == [(number, "train", 0, number, 0.5, None) for number in (0, 1)]
     assert all(line["time"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", None),
+        ('{"a": 1}', None),
+        ('{"a": 1}\n', {"a": 1}),
+        ('{"a": 1}\n{"a": 2}\n{"a', {"a": 2}),
+        (f'{{"a": "{"x" * 20_000}"}}\n{{"b": "{"y" * 20_000}"}}\n{{"torn', {"b": "y" * 20_000}),
+        ("{}\nno json\n", None),
+    ],
+)
+def test_the_last_line_is_the_last_whole_one(text: str, expected: object, tmp_path: Path) -> None:
+    (tmp_path / "lines.jsonl").write_text(text)
+    assert last_line(tmp_path / "lines.jsonl") == expected
+    assert last_line(tmp_path / "none.jsonl") is None

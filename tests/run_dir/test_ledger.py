@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dist_train.errors import RunDirError
+from dist_train.run_dir.expectation import Draw, Expectation
 from dist_train.run_dir.files import LineFile
 from dist_train.run_dir.ledger import Ledger, NoLedger, check, read_steps, record_expectation
 from dist_train.run_dir.paths import RunDir
@@ -197,9 +199,26 @@ def test_without_a_ledger_it_says_how_to_get_one(tmp_path: Path) -> None:
 def test_without_its_expectation_a_ledger_is_compared_with_itself(tmp_path: Path) -> None:
     write(tmp_path, 1, 0, range(6))
     (RunDir(tmp_path).ledger / "expected.json").unlink()
-    assert check(tmp_path).ok
+    (lost,) = check(tmp_path).problems
+    assert "expected.json is missing, so that nobody can tell whether a sample is missing from all epochs" in lost
     edit(tmp_path, 0, 2, ids=[8])  # of the first epoch; the second still has all ten
-    assert check(tmp_path).problems == ["train epoch 0: 9 of 10 samples"]
+    assert check(tmp_path).problems == [lost, "train epoch 0: 9 of 10 samples"]
+
+
+@pytest.mark.parametrize("line", ['{"ids": 3}', "[]", "3", '{"stage": "train"}', '"\\u0000"'])
+def test_a_line_that_is_json_and_no_line_is_named(line: str, tmp_path: Path) -> None:
+    write(tmp_path, 1, 0, range(6))
+    file = RunDir(tmp_path).ledger_of(0)
+    file.write_text(line + "\n" + file.read_text())
+    with pytest.raises(RunDirError, match=r"rank0\.jsonl:1 is not a ledger line"):
+        check(tmp_path)
+
+
+def test_a_damaged_expectation_is_named(tmp_path: Path) -> None:
+    write(tmp_path, 1, 0, range(6))
+    (RunDir(tmp_path).ledger / "expected.json").write_text("{}")
+    with pytest.raises(RunDirError, match=r"expected\.json is damaged"):
+        check(tmp_path)
 
 
 def test_no_ledger_writes_nothing(tmp_path: Path) -> None:
@@ -230,3 +249,79 @@ def test_a_whole_line_file_is_only_added_to(tmp_path: Path) -> None:
         assert (tmp_path / "deep" / "lines.jsonl").read_text().endswith(f'{{"number":{number}}}\n')
         file.close()
     assert len((tmp_path / "deep" / "lines.jsonl").read_text().splitlines()) == 3
+
+
+DRAW = Draw(
+    weights=np.ones(SAMPLES),
+    seed=0,
+    replacement=True,
+    samples=SAMPLES,
+    global_batch_size=BATCH,
+    drop_last=False,
+    steps_per_epoch=3,
+)
+
+
+def drawn(path: Path, ids: np.ndarray | None = None) -> None:
+    record_expectation(RunDir(path), SAMPLES, SAMPLES, Expectation(ids, DRAW))
+
+
+def replay(draw: Draw, ids: np.ndarray | None) -> Callable[[str, int], list[int]]:
+    """The draw of `plan`."""
+    assert (draw.weights == 1).all() and draw.global_batch_size == BATCH
+    return lambda stage, step: [n if ids is None else int(ids[n]) for n in plan(1, step // 3, step % 3)[0]]
+
+
+def test_a_draw_is_compared_step_by_step_whichever_rank_had_a_sample(tmp_path: Path) -> None:
+    write(tmp_path, 2, 0, range(6))
+    drawn(tmp_path)
+    report = check(tmp_path, replay)
+    assert report.ok and report.drawn and "exactly the samples that were drawn for it" in str(report)
+    edit(tmp_path, 0, 1, ids=[4, 4])
+    report = check(tmp_path, replay)
+    assert report.problems == [
+        "train step 1: it consumed 1 that were not drawn, such as [4], and not 1 that were, such as [5]"
+    ]
+
+
+def test_a_drawn_sample_that_cannot_be_decoded_is_told(tmp_path: Path) -> None:
+    write(tmp_path, 2, 0, range(6))
+    drawn(tmp_path)
+    edit(tmp_path, 1, 1, ids=[6], left_out=[7])
+    assert check(tmp_path, replay).ok
+
+
+def test_a_drawn_epoch_under_way_is_not_finished(tmp_path: Path) -> None:
+    write(tmp_path, 1, 0, range(5))
+    drawn(tmp_path)
+    report = check(tmp_path, replay)
+    assert not report.problems and report.unfinished == ["train epoch 1: 8 of 10 samples"]
+
+
+def test_ids_of_a_part_of_a_dataset(tmp_path: Path) -> None:
+    write(tmp_path, 1, 0, range(3))
+    record_expectation(RunDir(tmp_path), SAMPLES, SAMPLES, Expectation(np.arange(SAMPLES)))
+    assert check(tmp_path).ok
+    record_expectation(RunDir(tmp_path), SAMPLES, SAMPLES, Expectation(np.arange(SAMPLES) + 1))
+    assert check(tmp_path).problems == ["train epoch 0: ids that the training set does not have, such as [0]"]
+
+
+def test_a_stage_that_went_on_from_another_run_begins_where_it_did(tmp_path: Path) -> None:
+    write(tmp_path, 1, 0, range(4, 9))
+    assert not check(tmp_path).ok
+    first = {"train": {"step": 4, "consumed": BATCH}}
+    record_expectation(RunDir(tmp_path), SAMPLES, SAMPLES, Expectation(first=first))
+    report = check(tmp_path)
+    assert report.ok, report
+    assert report.epochs == {("train", 1): 6, ("train", 2): 10}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"draw": {"seed": 1}}, {"draw": 3}, {"first": {"train": {}}}, {"ids_sha256": 5}, {"draw": {"a": 1}}]
+)
+def test_damaged_parts_of_an_expectation_are_named(changes: dict[str, object], tmp_path: Path) -> None:
+    write(tmp_path, 1, 0, range(3))
+    path = RunDir(tmp_path).ledger / "expected.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(RunDirError, match="is damaged"):
+        check(tmp_path, replay)

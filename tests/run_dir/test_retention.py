@@ -76,3 +76,22 @@ def test_another_stage_begins_anew() -> None:
             record = made.note(stage, f"{stage}{number}")
             hours.now += 1.0
     assert record["hourly"] == ["qat1", "qat2"]
+
+
+def test_what_an_older_one_needs_stays_with_it() -> None:
+    made = retention(last=2, best=1)
+    made.note("train", "a", needed="a")
+    made.note("train", "b", needed="a")
+    record = made.note("train", "c", needed="c")
+    assert made.choose(["a", "b", "c"], ["c"], {"c"}) == {"a", "b", "c"}, "b is of no use without a"
+    resumed = retention(last=2, best=1)
+    resumed.restore(record)
+    resumed.note("train", "d", needed="c")
+    assert resumed.choose(["a", "b", "c", "d"], ["c"], {"c", "d"}) == {"c", "d"}
+
+
+def test_at_the_end_of_a_stage_the_newest_stays_with_what_it_needs() -> None:
+    made = retention(last=2, best=1, every_hours=1e-12)
+    for name, needed in (("a", "a"), ("b", "a"), ("c", "a")):
+        made.note("train", name, needed)
+    assert made.at_end(["a", "b", "c"]) == {"a", "c"} and made.at_end([]) == set()

@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dist_train.config.stages import OptimConfig, ScheduleConfig
+from dist_train.config.fit import OptimConfig, ScheduleConfig
 from dist_train.errors import CheckpointError
 from dist_train.run_dir import state_codec as codec
-from dist_train.training.optim import build_optimizer, build_schedule
+from dist_train.training.optim import build_optimizer
+from dist_train.training.schedule import build_schedule
 
 DTYPES = [
     torch.bool,

@@ -36,6 +36,7 @@ def test_within_the_budget_qat_is_left_out_and_ptq_is_converted(
     assert "qat: left out, as ptq loses" in printed, "the summary has it too"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "little"), [(8, True), (2, False)])
 def test_without_a_budget_ptq_says_what_it_lost_and_where_that_is_little_how_to_leave_qat_out(
     bits: int, little: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -51,6 +52,7 @@ def test_without_a_budget_ptq_says_what_it_lost_and_where_that_is_little_how_to_
     assert f"{line}{hint if little else ''}\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_was_left_out_stays_so_when_a_run_goes_on(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     drifting = [*SETTINGS, "--qat.budget", "100", "--import", "tests.support.faulty_parts", "--qat.backend", "drifting"]
@@ -62,6 +64,7 @@ def test_what_was_left_out_stays_so_when_a_run_goes_on(tmp_path: Path) -> None:
     assert without_times(runs.results("run")) == without_times(runs.results("whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "verdict"),
     [

@@ -82,7 +82,7 @@ MOBILE = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_stock_pt2e_does_to_mobilenet_v3_is_caught(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = Runs(tmp_path)
     stages = ["--stages", "[train, ptq]", "--train.epochs", "1"]
@@ -103,7 +103,8 @@ def mobilenet_of_few_steps(num_classes: int) -> nn.Module:
     return model
 
 
-@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_mobilenet_v3_trains_and_converts_right(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     trained = ["--train.epochs", "12", "--train.evaluate_every", "12", "--train.optim.name", "adam"]
@@ -138,7 +139,7 @@ def test_int8_is_judged_in_the_runtime_and_a_wrong_one_fails_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs, settings, seen = Runs(tmp_path), ["--stages", "[train, ptq, convert]"], []
-    right = openvino.open_onnx
+    right = openvino.open_files
 
     def wrong(*args: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         call = right(*args)
@@ -146,7 +147,7 @@ def test_int8_is_judged_in_the_runtime_and_a_wrong_one_fails_the_run(
         return lambda images: call(images).roll(1, 1)
 
     with monkeypatch.context() as planted:
-        planted.setattr(openvino, "open_onnx", wrong)
+        planted.setattr(openvino, "open_files", wrong)
         assert runs("run", *settings) == 1
     error = capsys.readouterr().err
     assert "the gate `lowered` failed in openvino" in error and "the cause is openvino, not the layers" in error
@@ -236,8 +237,13 @@ def test_a_program_that_is_not_what_was_converted_fails_at_export(
     assert gates(runs)["size"]["value"] > 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("model", "bound"), [("resnet18", 0.27), ("mobilenet_v2", 0.3)])
+@pytest.mark.parametrize(
+    ("model", "bound"),
+    [
+        pytest.param("resnet18", 0.27, marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2", 0.3, marks=pytest.mark.long),
+    ],
+)
 def test_the_artifact_of_a_model_of_usual_size_is_about_a_quarter(model: str, bound: float, tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     data = "{num_train: 16, num_eval: 8, num_classes: 1000, channels: 3, height: 32, width: 32}"

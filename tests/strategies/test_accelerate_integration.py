@@ -20,7 +20,8 @@ from dist_train.strategies.base import Strategy
 from dist_train.strategies.ddp import DDP
 from dist_train.strategies.single import Single
 from dist_train.training.loop import fit
-from tests.support.ranks import ROOT, call, free_port
+from tests.pipeline.test_trees_integration import command as tree_run
+from tests.support.ranks import ROOT, call, free_port, train_done
 from tests.support.training_loops import flat, make, mlp, normed
 
 # As `accelerate config` writes it. MULTI_CPU without MPI would start one process only.
@@ -97,6 +98,21 @@ def test_quantization_aware_training_runs_in_the_precision_of_the_accelerate_con
     assert results["world_size"] == 2 and all(gate["passed"] for gate in results["gates"].values())
     models = results["models"]
     assert models["int8"]["top1"] == pytest.approx(models["fake_quant"]["top1"], abs=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_batches_that_are_trees_train_as_under_ddp_compiled_or_not(tmp_path: Path) -> None:
+    epochs = ["--train.epochs", "2"]
+    done = launch(tmp_path, "'no'", *tree_run(tmp_path, tmp_path / "accelerate", "--strategy", "accelerate", *epochs))
+    assert done.returncode == 0, done.stdout
+    train_done(2, *tree_run(tmp_path, tmp_path / "ddp", "--compile", "false", *epochs))
+    train_done(2, *tree_run(tmp_path, tmp_path / "compiled", "--compile", "true", *epochs))
+    found = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("accelerate", "ddp", "compiled")]
+    assert [each["world_size"] for each in found] == [2, 2, 2]
+    for each in found[1:]:
+        for name, value in each["models"]["fp32"].items():
+            assert value == pytest.approx(found[0]["models"]["fp32"][name], rel=1e-5), name
 
 
 def _trained(world: World, strategy: type[Strategy], precision: Any = "fp32") -> dict[str, Any]:

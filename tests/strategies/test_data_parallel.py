@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from dist_train.data.items import item_of
+from dist_train.data.stack import Stack
 from dist_train.distributed.world import World
 from dist_train.errors import SetupError
 from dist_train.quantization.prepared import PreparedModel
@@ -19,8 +22,10 @@ from dist_train.quantization.ranges import Ranges
 from dist_train.strategies.data_parallel import DP, Replicated
 from dist_train.strategies.single import Single
 from dist_train.training.loop import fit
+from dist_train.trees import call, map_leaves, named_leaves, plain, rows_of, take
 from tests.support.tiny_nets import TinyNet, calibrate
 from tests.support.training_loops import flat, make, normed
+from tests.support.tree_parts import Bag, Pair, Pairs, Texts
 
 
 class OnCPU(Replicated):
@@ -32,14 +37,14 @@ class OnCPU(Replicated):
         self.src_device_obj, self.dim = torch.device("cpu"), 0
 
     def scatter(self, inputs: tuple[Any, ...], kwargs: Any, device_ids: Sequence[Any]) -> Any:
-        pieces = [(piece,) for piece in inputs[0].chunk(len(device_ids))]
-        return pieces, [{} for _ in pieces]
+        places = torch.arange(rows_of(inputs or kwargs)).chunk(len(device_ids))
+        return [take(inputs, rows) for rows in places], [take(kwargs, rows) for rows in places]
 
     def replicate(self, module: nn.Module, device_ids: Sequence[Any]) -> list[nn.Module]:
         return [_replica(module, first=number == 0) for number in range(len(device_ids))]
 
-    def gather(self, outputs: Any, output_device: Any) -> torch.Tensor:
-        return torch.cat(outputs)
+    def gather(self, outputs: Any, output_device: Any) -> Any:
+        return map_leaves(lambda *parts: torch.cat(parts), *outputs)
 
 
 def _replica(module: nn.Module, first: bool) -> nn.Module:
@@ -62,7 +67,7 @@ def apply_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the replicas one after the other; torch's parallel_apply needs a GPU's stream."""
 
     def in_turn(replicas: Sequence[nn.Module], inputs: Any, kwargs: Any, devices: Any) -> list[Any]:
-        return [replica(*arguments) for replica, arguments in zip(replicas, inputs, strict=True)]
+        return [replica(*given, **named) for replica, given, named in zip(replicas, inputs, kwargs, strict=True)]
 
     monkeypatch.setattr(importlib.import_module("torch.nn.parallel.data_parallel"), "parallel_apply", in_turn)
 
@@ -165,6 +170,38 @@ def test_a_buffer_that_follows_each_replicas_own_data_is_refused_by_name(first: 
     with pytest.raises(SetupError, match=r"the buffer 0\.centre differs between the GPUs"):
         fit(made.run, None)
     assert made.memory.saved == ([2] if first else [])
+
+
+@dataclass
+class Scores:
+    logits: torch.Tensor
+    hidden: tuple[torch.Tensor, ...]
+    loss: torch.Tensor | None = None
+
+
+class OfDataclass(Bag):
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+        return Scores(super().forward(ids, mask)["logits"], (ids * 2, mask))
+
+
+@pytest.mark.usefixtures("apply_in_turn")
+@pytest.mark.parametrize("kind", [Bag, OfDataclass, Pair])
+def test_trees_under_dp_are_cut_and_joined_by_leaf(kind: type[nn.Module]) -> None:
+    dataset: Any = Pairs(7) if kind is Pair else Texts(7)
+    inputs = Stack("data")([item_of(index, dataset[index], dataset) for index in range(7)])[0].inputs
+    whole = kind()
+    split = copy.deepcopy(whole)
+    expected = plain(call(whole, inputs))
+    strategy = DP(World(), "fp32")
+    strategy._replicated = OnCPU(split, 3)
+    outputs = call(strategy._replicated, inputs)
+    pairs = list(zip(named_leaves(expected), named_leaves(outputs), strict=True))
+    assert all(one[0] == other[0] and torch.allclose(one[1], other[1]) for one, other in pairs)
+    for run, found in ((strategy.backward, outputs), (torch.Tensor.backward, expected)):
+        scores = found if isinstance(found, torch.Tensor) else found["logits"]
+        run(scores.square().mean())
+    for mine, theirs in zip(split.parameters(), whole.parameters(), strict=True):
+        assert mine.grad is not None and theirs.grad is not None and torch.allclose(mine.grad, theirs.grad)
 
 
 @pytest.mark.usefixtures("apply_in_turn")

@@ -17,7 +17,8 @@ from dist_train.errors import NonFiniteLossError
 from dist_train.run_dir.ledger import Ledger, check, record_expectation
 from dist_train.run_dir.paths import RunDir
 from dist_train.strategies.single import Single
-from dist_train.training.loop import fit, train_step
+from dist_train.training.loop import fit
+from dist_train.training.step import train_step
 from tests.support.ranks import call
 from tests.support.training_loops import Watch, flat, make, mlp
 
@@ -128,7 +129,7 @@ def test_the_forward_is_in_the_precision_and_parameters_and_gradients_are_float3
     model[-1].register_forward_hook(lambda module, inputs, outputs: seen.append(outputs.dtype))  # type: ignore[index]
     run = make(World(), model, precision=precision, size=10).run
     (batch,) = run.loader.epoch(0, 0, 1)
-    train_step(run.strategy.wrap(model), batch, run.task, run.strategy)
+    train_step(run.strategy.wrap(model), batch, run.task, run.strategy, run.learner.reduction)
     assert seen == [dtype]
     assert {each.dtype for each in model.parameters()} == {torch.float32}
     assert {each.grad.dtype for each in model.parameters() if each.grad is not None} == {torch.float32}

@@ -121,8 +121,42 @@ def test_a_layer_that_set_up_saw_used_and_one_rank_leaves_out_later_is_named(con
     with train(2, *config) as ranks:
         codes = ranks.wait(100)
         assert codes[1] == 78 and codes[0] != 0, ranks.printed()
-        said = "a step on this rank did not use the parameters middle.weight, middle.bias, as others did"
+        said = "a step on rank 1 did not use the parameters middle.weight, middle.bias, as others did"
         assert said in ranks.output(1) and "-> --find_unused_parameters true" in ranks.output(1), ranks.printed()
         assert said in ranks.output(0) and "Traceback" not in ranks.printed()
     with train(2, *config, "--find_unused_parameters", "true") as ranks:
         assert ranks.wait(100) == [0, 0], ranks.printed()
+
+
+@dist_train.register_model("layer_too_many")
+def layer_too_many(num_classes: int, in_channels: int) -> nn.Module:
+    return _Middle(num_classes, in_channels, rarely=False)
+
+
+class _LayerDrop(_Middle):
+    """Drops its middle layer at random in training, each rank by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        if not self.training or float(torch.rand(())) < 0.5:
+            x = x + self.middle(x).relu()
+        outputs: Tensor = self.head(x.mean((2, 3)))
+        return outputs
+
+
+@dist_train.register_model("layer_drop")
+def layer_drop(num_classes: int, in_channels: int) -> nn.Module:
+    return _LayerDrop(num_classes, in_channels, rarely=True)
+
+
+@pytest.mark.parametrize("model", ["layer_too_many", "layer_drop"])
+def test_auto_looks_where_set_up_finds_some_and_false_refuses_them(model: str, config: list[str]) -> None:
+    named = "old.weight, old.bias" if model == "layer_too_many" else "middle.weight, middle.bias"
+    with train(2, *config, "--model.name", model, "--find_unused_parameters", "false") as ranks:
+        assert ranks.wait(100) == [78, 78], ranks.printed()
+        said = f"some steps do not use 2 parameters: {named}, and find_unused_parameters is false"
+        assert said in ranks.output(0) and "-> --find_unused_parameters auto" in ranks.output(0), ranks.printed()
+    with train(2, *config, "--model.name", model) as ranks:
+        assert ranks.wait(100) == [0, 0], ranks.printed()
+        assert ranks.output(0).count("auto: train looks for unused parameters in every step") == 1
+        assert named in ranks.output(0)

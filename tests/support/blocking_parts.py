@@ -2,17 +2,21 @@
 
 HOLD is `place rank count how`. When this rank comes to the place for the count-th time (from 0), it writes the file
 `reached` in HOLD_DIR and blocks. It waits until the file `go` exists (how: wait), or for ever in a C call that keeps
-the interpreter's lock (how: lock). Without HOLD nothing blocks.
+the interpreter's lock (how: lock). It does not block, and finds a full disk (how: full). Without HOLD nothing blocks.
+
+The place `disk` is fsync in the thread that writes checkpoints beside the loop, SYNCS times for each.
 """
 
 from __future__ import annotations
 
 import atexit
 import ctypes
+import errno
 import os
+import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,7 @@ from dist_train.stages.export import Export
 from dist_train.tasks import Classification
 from dist_train.trackers.base import Tracker
 
+SYNCS = 7  # the three files of a checkpoint, its folder; after it is renamed the folder above; latest.json, and again
 _seen: Counter[str] = Counter()
 
 
@@ -43,6 +48,8 @@ def hold(place: str) -> None:
         return
     folder = Path(os.environ["HOLD_DIR"])
     (folder / "reached").touch()
+    if how == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if how == "lock":
         mutex = ctypes.create_string_buffer(64)  # a pthread_mutex_t, zeros: of the plain kind
         for _ in range(2):  # the second time never returns, and no signal interrupts it
@@ -65,6 +72,15 @@ class _Rows(torch.utils.data.Dataset[Any]):
 
 
 atexit.register(hold, "exit")
+
+
+def _held_fsync(descriptor: int, fsync: Callable[[int], None] = os.fsync) -> None:
+    if threading.current_thread().name == "checkpoint":
+        hold("disk")
+    fsync(descriptor)
+
+
+os.fsync = _held_fsync
 
 
 @dist_train.register_dataset("held")

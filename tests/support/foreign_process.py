@@ -20,7 +20,8 @@ sys.meta_path.insert(0, Missing())  # an editable installation is found from eve
 import numpy
 folder, rows = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
 models = json.loads((folder / "manifest.json").read_text())["models"]
-shape = json.loads((folder / "manifest.json").read_text())["input"]["shape"][1:]
+taken = json.loads((folder / "manifest.json").read_text())["input"]
+shape = taken["shape"][1:]
 outputs = {}
 
 def run(file, usage, images):
@@ -31,6 +32,8 @@ def run(file, usage, images):
 
 def outputs_of(key, file, usage, rows):
     drawn = numpy.random.default_rng(0).random((max(rows), *shape), dtype=numpy.float32)
+    if taken.get("dtype") == "uint8":
+        drawn = (drawn * 255).astype(numpy.uint8)
     outputs[key] = {count: numpy.asarray(run(file, usage, drawn[:count])).tolist() for count in rows}
 
 for name, model in models.items():

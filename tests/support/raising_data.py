@@ -28,6 +28,10 @@ class Unpicklable(Exception):
         raise pickle.PicklingError("never sent")
 
 
+class Own(BaseException):
+    pass
+
+
 class Mute(Exception):
     def __str__(self) -> str:
         raise RuntimeError("says nothing")
@@ -53,6 +57,8 @@ KINDS: dict[str, Callable[[], None]] = {
     "MemoryError": _raiser(MemoryError()),
     "StopIteration": _raiser(StopIteration()),
     "SystemExit: 3": _raiser(SystemExit(3)),
+    "SystemExit: 0": _raiser(SystemExit(0)),
+    "Own: planted": _raiser(Own("planted")),
     "AssertionError": _raiser(AssertionError()),
     "TwoArguments: cat.png is damaged at 7": _raiser(TwoArguments("cat.png", 7)),
     "Unpicklable: planted": _raiser(Unpicklable("planted")),

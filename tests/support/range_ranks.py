@@ -25,8 +25,8 @@ from dist_train.quantization.ranges import Ranges
 from dist_train.stages.ptq import initialise_ranges
 from dist_train.strategies.ddp import DDP
 from dist_train.tasks import Classification
-from dist_train.training.loop import train_step
 from dist_train.training.reduction import StepReduction
+from dist_train.training.step import train_step
 
 FEATURES, CLASSES, STEPS, MICRO_BATCHES, ROWS = 6, 4, 3, 3, 4  # rows of a micro-batch
 EXTREME = 10.0
@@ -109,8 +109,10 @@ def ours(world: World, observer: Any) -> dict[str, Any]:
     alone = copy.deepcopy(model)
     inputs, targets = data(world.world_size)
     strategy = DDP(world, "fp32")
-    wrapped, ranges = strategy.wrap(model), Ranges(model, observer)
+    ranges = Ranges(model, observer)
     reduction = StepReduction(world, model, ranges, AVERAGING)
+    strategy.carried = reduction.size
+    wrapped = strategy.wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     found, digests, collectives = [], [], []
     for step in range(STEPS):
@@ -120,8 +122,9 @@ def ours(world: World, observer: Any) -> dict[str, Any]:
         ]
         count = targets[step].numel()
         with counted() as calls:
-            sums = train_step(wrapped, StepBatch(list(range(12)), own, count), Classification(CLASSES, {}), strategy)
-            reduction(sums, step)
+            batch = StepBatch(list(range(12)), own, count)
+            train_step(wrapped, batch, Classification(CLASSES, {}), strategy, reduction)
+            reduction.finish(step)
         optimizer.step()
         optimizer.zero_grad()
         found.append(_ends(model))

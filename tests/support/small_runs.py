@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,13 @@ import torch
 
 import dist_train
 from dist_train.cli import main
+from dist_train.errors import EXIT_INTERRUPTED
 from dist_train.run_dir import state_codec as codec
 from dist_train.run_dir.checkpoint import CheckpointFolder
 from dist_train.run_dir.files import read_json
 from dist_train.run_dir.paths import RunDir
 from dist_train.tasks import Classification
+from tests.support.torch_settings import own_torch_settings
 
 STEPS = 11
 """Optimizer steps of an epoch."""
@@ -35,8 +35,8 @@ log: {every_steps: 1}
 """
 
 
-class Interrupted(BaseException):
-    """Ends a run as a kill of the process would."""
+class Interrupted(KeyboardInterrupt):
+    """Ends a run, which keeps its checkpoints."""
 
 
 @dist_train.register_task("interruptible")
@@ -73,9 +73,8 @@ class Runs:
         Interruptible.at, Interruptible.seen = interrupt_at, 0
         given = [] if interrupt_at is None and "--task.name" not in options else ["--task.name", "interruptible"]
         try:
-            return run_here("run", str(self.config), "--run.dir", str(self.folder / name), *given, *options)
-        except Interrupted:
-            return -1
+            code = run_here("run", str(self.config), "--run.dir", str(self.folder / name), *given, *options)
+            return -1 if interrupt_at is not None and code == EXIT_INTERRUPTED else code
         finally:
             Interruptible.at = None
 
@@ -92,14 +91,3 @@ class Runs:
         """The bytes of every tensor in a stage's final checkpoint."""
         _, tensors = codec.encode(self.checkpoints(name).load(f"{stage}-end")["payload"])
         return {key: tensor.contiguous().view(torch.uint8).numpy().tobytes() for key, tensor in tensors.items()}
-
-
-@contextlib.contextmanager
-def own_torch_settings() -> Iterator[None]:
-    """Restores threads and determinism, which a run sets for its process and other tests share."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)

@@ -15,14 +15,16 @@ from torch.utils.data import Dataset, IterableDataset
 
 from dist_train.config.checks.strategy import Precision
 from dist_train.config.data import MixConfig
-from dist_train.config.stages import FitConfig
+from dist_train.config.fit import FitConfig
 from dist_train.config.tree import Config
 from dist_train.console.progress import Progress
 from dist_train.data.arrays import ImageArrays
 from dist_train.data.augment.mix import Mix
 from dist_train.data.augment.steps import Augmentation
+from dist_train.data.dynamic import Dynamic
 from dist_train.data.loader import EvaluationLoader, Source, TrainLoader
 from dist_train.data.sampler import ElasticDistributedSampler
+from dist_train.data.stack import Collate
 from dist_train.distributed.world import World
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize
 from dist_train.quantization.ranges import Ranges
@@ -30,9 +32,11 @@ from dist_train.run_dir.ledger import Ledger, NoLedger
 from dist_train.run_dir.paths import RunDir
 from dist_train.strategies.base import Strategy
 from dist_train.strategies.ddp import DDP
+from dist_train.strategies.fsdp import FSDP
 from dist_train.strategies.single import Single
 from dist_train.tasks import Classification, Task
 from dist_train.trackers.base import Tracker, Trackers
+from dist_train.training.compilation import Compiled, Uncompiled
 from dist_train.training.evaluate import Evaluation, evaluate
 from dist_train.training.hooks import Hook
 from dist_train.training.learner import Learner
@@ -111,6 +115,9 @@ class Memory:
         self.states[step] = copy.deepcopy(state)
         self.saved.append(step)
 
+    def settle(self) -> None:
+        return
+
     def load_step(self, stage: str, step: int) -> dict[str, Any]:
         return copy.deepcopy(self.states[step])
 
@@ -179,6 +186,8 @@ def make(
     recalibrate: Callable[[nn.Module], None] = lambda averaged: None,
     dataset: Dataset[Any] | None = None,
     mix: MixConfig | None = None,
+    collate: Collate | None = None,
+    dynamic: Dynamic | None = None,
 ) -> Made:
     """A run of the loop over `size` samples, by SGD at 0.1 with momentum unless `config` (of FitConfig) changes it.
 
@@ -189,7 +198,18 @@ def make(
         Augmentation([], seed=0, mean=(0.5,), std=(0.25,)),
     )
     streamed = isinstance(data, IterableDataset)
-    source = Source(data, augmentation, world.device, False, 0, 0, skip_corrupt=True, size=size if streamed else None)
+    source = Source(
+        data,
+        augmentation,
+        world.device,
+        False,
+        0,
+        0,
+        skip_corrupt=True,
+        size=size if streamed else None,
+        collate=collate,
+        dynamic=dynamic,
+    )
     sampler = ElasticDistributedSampler(
         range(size),
         world.world_size,
@@ -199,7 +219,7 @@ def make(
         global_batch_size=batch,
         micro_batch_size=joint_micro,
     )
-    loader = TrainLoader(source, sampler, micro, Mix(mix, 5) if mix else None)
+    loader = TrainLoader(source, sampler, micro, Mix(mix, 5) if mix else None, alike=strategy_class is FSDP)
     strategy = (strategy_class or (DDP if world.world_size > 1 else Single))(world, precision)
     chosen_task = task or Classification(CLASSES, {})
     ranges = Ranges(model)
@@ -210,7 +230,8 @@ def make(
         quantizers = [module for module in chosen.modules() if isinstance(module, ActivationFakeQuantize)]
         for quantizer in quantizers:
             quantizer.observing = False
-        found = evaluate(chosen, EvaluationLoader(source, 16, world.world_size, world.rank), chosen_task, world)
+        with strategy.unsharded(chosen):
+            found = evaluate(chosen, EvaluationLoader(source, 16, world.world_size, world.rank), chosen_task, world)
         for quantizer in quantizers:
             quantizer.observing = True
         return found
@@ -219,7 +240,6 @@ def make(
     whole = Config.model_validate(
         {
             "run": {"seed": 7},
-            "compile": compile,
             "checkpoint": {"every_steps": checkpoint_every},
             "log": {"every_steps": log_every},
         }
@@ -232,8 +252,10 @@ def make(
         epochs=epochs,
         steps_per_epoch=loader.steps_per_epoch,
         loader=loader,
+        example=source.copies(2),
         task=chosen_task,
         strategy=strategy,
+        compilation=Compiled() if compile else Uncompiled(),
         learner=Given(model, reduction, hooks, evaluate_with or evaluation, recalibrate),
         checkpoints=memory,
         ledger=ledger or NoLedger(),

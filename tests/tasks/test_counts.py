@@ -21,23 +21,17 @@ from torchmetrics.classification import (
 )
 
 from dist_train import registry
-from dist_train.tasks import Task
-from dist_train.tasks.counts import _FEW, DENSE_CLASSES, MOST_PAIRS, ConfusedPairs, LabelPrecision
-from tests.support.small_runs import own_torch_settings
+from dist_train.tasks import Classification, Task
+from dist_train.tasks.counter import Counts
+from dist_train.tasks.counts import _FEW, DENSE_CLASSES, MOST_PAIRS, ConfusedPairs
+from dist_train.tasks.label_counts import LabelPrecision
+from tests.support.torch_settings import own_torch_settings
 
 THRESHOLDS = 201
 
 
-@pytest.fixture(autouse=True)
-def _usual() -> Iterator[None]:
-    """Lets torchmetrics count as it does by default, in a hundredth of the time, whatever a test before left on."""
-    with own_torch_settings():
-        torch.use_deterministic_algorithms(False)
-        yield
-
-
 @pytest.fixture
-def _deterministic(_usual: None) -> Iterator[None]:
+def _deterministic() -> Iterator[None]:
     """Sets torch as `run.deterministic` does, and makes an operation that has no deterministic form an error."""
     with own_torch_settings():
         torch.use_deterministic_algorithms(True)
@@ -73,12 +67,19 @@ def batches(*shape: int, top: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]
 
 
 def updated(metrics: Any, given: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    collection = (
-        metrics if isinstance(metrics, torchmetrics.MetricCollection) else torchmetrics.MetricCollection(metrics)
-    )
+    collection = torchmetrics.MetricCollection(metrics) if isinstance(metrics, dict) else metrics
     for outputs, targets in given:
         collection.update(outputs, targets)
     return dict(collection.compute())
+
+
+def states(collection: Any) -> list[Tensor]:
+    """Returns all tensors that metrics keep between updates."""
+    if isinstance(collection, Counts):
+        kept: Any = [vars(counter) for counter in collection.values()]
+    else:
+        kept = [getattr(metric, name) for metric in collection.modules() for name in getattr(metric, "_defaults", ())]
+    return [leaf for leaf in tree_leaves(kept) if isinstance(leaf, Tensor)]
 
 
 def require_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -197,12 +198,22 @@ def test_an_evaluation_s_memory_follows_samples_and_classes(name: str, classes: 
     per_class = (THRESHOLDS + 1) * 4 if name == "multilabel" else 3
     matrix = classes**2 if name != "multilabel" and classes <= DENSE_CLASSES else 0
     assert record.numel <= max(size * pixels * classes, per_class * classes, matrix)
-    kept = sum(
-        sum(tensor.numel() for tensor in tree_leaves(getattr(metric, state)))
-        for each in collections
-        for metric in each.modules()
-        for state in getattr(metric, "_defaults", ())
-    )
+    kept = sum(tensor.numel() for each in collections for tensor in states(each))
     assert 0 < kept <= (2 * per_class + 20) * classes + 6 * size * pixels + matrix
     reported = {key: value.numel() for values in found for key, value in values.items()}
     assert max(reported.values()) <= max(4 * classes, 4 * size * pixels, matrix)
+
+
+def test_a_task_may_add_metrics_of_torchmetrics_to_those_of_classification() -> None:
+    class WithF1(Classification):
+        def metrics(self) -> Any:
+            made: Any = super().metrics()
+            made.add_metrics({"f1": torchmetrics.classification.MulticlassF1Score(3, average="macro")})
+            return made
+
+    metrics = WithF1(3, {}).metrics().to(torch.device("cpu"))
+    outputs, targets = torch.eye(3)[[0, 1, 1, 2]], torch.tensor([0, 1, 2, 2])
+    metrics.update(outputs, targets)
+    found = metrics.compute()
+    assert list(metrics) == ["top1", "f1"] and found["top1"] == 0.75
+    assert float(found["f1"]) == pytest.approx((1 + 2 / 3 + 2 / 3) / 3)

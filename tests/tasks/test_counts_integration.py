@@ -10,7 +10,7 @@ import torch
 from dist_train import registry
 from dist_train.distributed.world import World
 from tests.support.ranks import call
-from tests.support.small_runs import own_torch_settings
+from tests.support.torch_settings import own_torch_settings
 
 CASES = (("classification", 7), ("classification", 1000), ("segmentation", 300), ("multilabel", 9))
 # Of one sample only the first rank has a share; of three without a mistake no rank has pairs.

@@ -14,7 +14,7 @@ import dist_train
 from dist_train.errors import ConfigError, DataError
 from dist_train.run_dir.checkpoint import CheckpointFolder
 from tests.support.ranks import train_done
-from tests.support.small_runs import own_torch_settings
+from tests.support.torch_settings import own_torch_settings
 
 TASKS = {
     "multilabel": ("map", {"name": "small_resnet", "args": {"width": 8, "blocks": 1}}),
@@ -47,6 +47,7 @@ def _torch_as_it_was() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["regression", "segmentation"])
 def test_a_task_is_trained_and_converted_with_quantization_in_the_loop(kind: str, tmp_path: Path) -> None:
     path = settings(kind, tmp_path, stages=["train", "qat", "convert"])

@@ -263,7 +263,7 @@ def test_bf16_autocast_trains_with_float32_parameters() -> None:
     assert losses["bf16"] != losses["fp32"] and losses["bf16"] == pytest.approx(losses["fp32"], abs=0.05)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_model_trains_like_an_eager_one() -> None:
     found = []

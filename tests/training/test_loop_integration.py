@@ -15,7 +15,8 @@ from torch import nn
 
 from dist_train.distributed.world import World
 from dist_train.quantization.ranges import Ranges
-from dist_train.training.loop import fit, train_step
+from dist_train.training.loop import fit
+from dist_train.training.step import train_step
 from tests.support.ranks import Ranks, call
 from tests.support.training_loops import Draws, Made, Watch, flat, make, mlp, normed
 
@@ -31,7 +32,8 @@ def _gradients(world: World, rows: int, micro: int | None) -> dict[str, Any]:
     (batch,) = run.loader.epoch(0, 0, 1)
     wrapped = run.strategy.wrap(model)
     run.strategy.warm_up_buckets(wrapped, batch.micro_batches[0].inputs)
-    means = run.learner.reduction(train_step(wrapped, batch, run.task, run.strategy), 0).means()
+    train_step(wrapped, batch, run.task, run.strategy, run.learner.reduction)
+    means = run.learner.reduction.finish(0).means()
     gradients = [parameter.grad for parameter in model.parameters()]
     return {
         "own": batch.rows,
@@ -118,7 +120,8 @@ def _first_statistics(world: World) -> list[float]:
     model = normed()
     run = make(world, model, size=5, batch=5).run
     (batch,) = run.loader.epoch(0, 0, 1)
-    run.learner.reduction(train_step(run.strategy.wrap(model.train()), batch, run.task, run.strategy), 0)
+    train_step(run.strategy.wrap(model.train()), batch, run.task, run.strategy, run.learner.reduction)
+    run.learner.reduction.finish(0)
     mean: list[float] = model.get_buffer("1.running_mean").tolist()
     return mean
 
@@ -130,6 +133,25 @@ def _draws(world: World) -> list[float]:
     return drawing.drawn[-8:]  # earlier calls belong to the strategy's warm-up
 
 
+class Carried(nn.Module):
+    """A model that has the name of DDP's carrier for a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self._carried = mlp(), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.inner(x) + self._carried
+        return outputs
+
+
+def _names(world: World) -> dict[str, Any]:
+    """Returns the parameters of a trained model that has the carrier's name, and that it trained."""
+    model = Carried()
+    fit(make(world, model).run, None)
+    return {"names": [name for name, _ in model.named_parameters()], "moved": bool(model._carried.any())}
+
+
 def everything(world: World) -> dict[str, Any]:
     return {
         "gradients": {f"{rows} {micro}": _gradients(world, rows, micro) for rows in TAILS for micro in MICRO},
@@ -138,6 +160,7 @@ def everything(world: World) -> dict[str, Any]:
         "collectives": _float_collectives(world),
         "draws": _draws(world),
         "first statistics": _first_statistics(world),
+        "names": _names(world),
     }
 
 
@@ -160,6 +183,7 @@ def both(two: list[dict[str, Any]], three: list[dict[str, Any]]) -> list[dict[st
     return [*two, *three]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro", MICRO)
 @pytest.mark.parametrize("rows", TAILS)
 def test_gradients_of_a_tail_are_those_of_one_process(
@@ -228,14 +252,21 @@ def test_every_step_of_every_rank_draws_its_own_random_numbers(three: list[dict[
     assert len(drawn) == len(set(drawn)) == 3 * 8
 
 
-def test_a_step_takes_one_collective_in_float_training_and_two_with_ranges(
+def test_a_step_takes_no_collective_besides_the_gradients_in_float_training_and_one_with_ranges(
     alone: dict[str, Any], two: list[dict[str, Any]], three: list[dict[str, Any]]
 ) -> None:
     assert alone["collectives"] == 0
     for answer in both(two, three):
         # Besides, the ranks compare their models after the first step and at the ends of two epochs.
-        assert answer["collectives"] == 8 + 3, "8 steps"
-        assert answer["normed"]["12"]["calls"] == 2 * 6 + 3, "6 steps"
+        assert answer["collectives"] == 3, "8 steps"
+        assert answer["normed"]["12"]["calls"] == 6 + 3, "6 steps"
+
+
+def test_the_carrier_of_a_steps_scalars_is_no_part_of_the_model(
+    alone: dict[str, Any], two: list[dict[str, Any]], three: list[dict[str, Any]]
+) -> None:
+    assert "_carried" in alone["names"]["names"] and alone["names"]["moved"]
+    assert all(answer["names"] == alone["names"] for answer in both(two, three))
 
 
 # A non-finite loss.

@@ -1,7 +1,8 @@
-"""Tests parameter groups and the values of learning rates."""
+"""Tests parameter groups, fused updates, the moving average and the values of learning rates."""
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator
@@ -9,10 +10,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dist_train.config.stages import OptimConfig, ScheduleConfig
+from dist_train.config.fit import OptimConfig, ScheduleConfig
 from dist_train.models.small import small_resnet
-from dist_train.training.optim import build_optimizer, build_schedule
+from dist_train.training.average import MovingAverage
+from dist_train.training.optim import build_optimizer
+from dist_train.training.schedule import build_schedule
 
 
 @pytest.fixture(autouse=True)
@@ -157,3 +161,75 @@ def test_a_resumed_schedule_goes_on_to_the_bit(name: str, warmup: float, stop: i
         resumed_optimizer.step()
         resumed.step()
     assert used == undisturbed[stop:]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_gradients_in_another_layout_than_their_parameter_update_the_right_elements(name: str) -> None:
+    settings = OptimConfig(name=name, lr=0.1)
+    gradient = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    found = []
+    for fused in (True, False):
+        model = nn.Conv2d(3, 4, 5, bias=False).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            model.weight.copy_(torch.ones_like(gradient))
+        optimizer = build_optimizer(model, settings, fused=fused)
+        model.weight.grad = gradient.clone()
+        optimizer.step()
+        found.append(model.weight.detach().clone())
+    torch.testing.assert_close(*found)
+
+
+def test_sparse_gradients_that_no_module_tells_of_are_applied() -> None:
+    model = nn.Module()
+    model.table = nn.Parameter(torch.ones(4, 3))
+    optimizer = build_optimizer(model, OptimConfig(name="sgd", lr=0.5, momentum=0.0, weight_decay=0.0))
+    nn.functional.embedding(torch.tensor([1, 1, 2]), model.table, sparse=True).sum().backward()
+    optimizer.step()
+    assert model.table[:, 0].tolist() == [1.0, 0.0, 0.5, 1.0]
+
+
+def test_a_parameter_that_is_used_late_gets_its_momentum() -> None:
+    """torch's fused SGD raises a TypeError where some momenta are there and others are not."""
+    found = []
+    for fused in (True, False):
+        model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False))
+        optimizer = build_optimizer(model, OptimConfig(name="sgd", lr=0.1), fused=fused)
+        for parameter in model.parameters():
+            nn.init.ones_(parameter)
+        for used in ([0], [0, 1], [1], [0, 1]):
+            for index in (0, 1):
+                model[index].weight.grad = torch.full((2, 3), 0.5) if index in used else None
+            optimizer.step()
+        found.append([parameter.detach().clone() for parameter in model.parameters()])
+    torch.testing.assert_close(*found)
+
+
+def test_models_that_fused_kernels_do_not_take_are_trained_without_them() -> None:
+    sparse = nn.Embedding(4, 3, sparse=True)
+    overlapping = nn.Module()
+    overlapping.weight = nn.Parameter(torch.ones(1, 3).expand(2, 3))
+    others = [nn.Linear(2, 2, dtype=dtype) for dtype in (torch.complex64, torch.bfloat16, torch.float16)]
+    for model in (sparse, overlapping, *others):
+        assert not build_optimizer(model, OptimConfig(name="sgd", lr=0.1)).defaults["fused"]
+    assert build_optimizer(nn.Linear(2, 2), OptimConfig(name="sgd", lr=0.1)).defaults["fused"]
+
+
+def test_the_moving_average_is_that_of_torch() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    ours = MovingAverage(copy.deepcopy(model), 0.9)
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for step in range(5):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.randn_like(parameter)
+        model(torch.randn(8, 3))
+        if step == 3:  # as after a resume
+            resumed = MovingAverage(copy.deepcopy(model), 0.9)
+            resumed.load_state_dict(ours.state_dict())
+            ours = resumed
+        ours.update_parameters(model)
+        theirs.update_parameters(model)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name

@@ -76,6 +76,43 @@ PLANTS: dict[str, Callable[[], Follower]] = {
 }
 
 
+class Attributed(nn.Module):
+    """Keeps something of each forward in the plain attribute `kept`, and may read it in the next one."""
+
+    def __init__(self, keep: Callable[[Any, torch.Tensor], Any], read: bool = True) -> None:
+        super().__init__()
+        self.kept: Any = torch.zeros(())
+        self._keep, self._read = keep, read
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = self.kept
+        if self.training:
+            self.kept = self._keep(self.kept, x)
+        if not self._read:
+            return x
+        kept = kept[0] if isinstance(kept, (list, tuple)) else kept["mean"] if isinstance(kept, dict) else kept
+        return x - torch.as_tensor(kept, dtype=x.dtype)
+
+
+ATTRIBUTES: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+    "tensor": lambda kept, x: x.detach().mean(),
+    "for each pixel": lambda kept, x: x.detach().mean(0),
+    "in place": lambda kept, x: kept.copy_(0.9 * kept + 0.1 * x.detach().mean()),
+    "number": lambda kept, x: float(x.mean()),
+    "list": lambda kept, x: [x.detach().mean()],
+    "dictionary": lambda kept, x: {"mean": x.detach().mean()},
+    "array": lambda kept, x: x.detach().mean().numpy(),
+}
+CACHES: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+    "activations": lambda kept, x: x,
+    "activations with a history": lambda kept, x: x * torch.ones((), requires_grad=True),
+    "rows seen": lambda kept, x: int(kept) + len(x),
+    "all of them": lambda kept, x: [*(kept if isinstance(kept, list) else []), x.detach()],
+    "the same": lambda kept, x: torch.ones(3),
+    "sparse": lambda kept, x: x.detach().flatten(1).to_sparse(),
+}
+
+
 def refusals(world: World) -> dict[str, Any]:
     """Returns the refusal of each planted model, and the steps that were saved before it."""
     found = {}
@@ -87,6 +124,14 @@ def refusals(world: World) -> dict[str, Any]:
         except SetupError as error:
             message = error.message
         found[name] = {"message": message, "saved": made.memory.saved, "evaluated": made.recorder.of("eval_loss")}
+    for name, keep in ATTRIBUTES.items():
+        try:
+            fit(make(world, nn.Sequential(Attributed(keep), mlp())).run, None)
+            found[f"attribute: {name}"] = ""
+        except SetupError as error:
+            found[f"attribute: {name}"] = str(error)
+    for name, keep in CACHES.items():
+        found[f"cache: {name}"] = fit(make(world, nn.Sequential(Attributed(keep, False), mlp())).run, None).step
     return {**found, "uneven": uneven_micro_batches(world), "running mean": running_mean(world)}
 
 
@@ -104,6 +149,19 @@ def test_state_of_own_rows_is_refused_on_every_rank_by_name(plant: str, two: lis
     assert first["message"].startswith(f"the {kind} {name} differs between ranks after step ")
     assert "rank 1 differs from rank 0" in first["message"]
     assert first["evaluated"] == []
+
+
+@pytest.mark.parametrize("kind", ATTRIBUTES)
+def test_an_attribute_of_own_rows_that_outputs_follow_is_refused(kind: str, two: list[dict[str, Any]]) -> None:
+    first, second = (answer[f"attribute: {kind}"] for answer in two)
+    inner = {"list": "[0]", "dictionary": "['mean']"}.get(kind, "")
+    assert first == second and first.startswith(f"the attribute 0.kept{inner} differs between ranks after step 0")
+    assert "  -> a running mean of rows: register_buffer" in first
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_an_attribute_that_no_output_follows_may_hold_a_ranks_own_rows(kind: str, two: list[dict[str, Any]]) -> None:
+    assert two[0][f"cache: {kind}"] == two[1][f"cache: {kind}"] == 8
 
 
 def test_the_refusal_comes_before_the_state_is_saved(two: list[dict[str, Any]]) -> None:
@@ -150,7 +208,7 @@ class Plain(nn.Module):
 
 def _said(world: World, model: nn.Module) -> str:
     try:
-        require_same_state(world, model, "now")
+        require_same_state(world, model, "now", torch.zeros(2, 1, 4, 4))
     except SetupError as error:
         return error.message
     return ""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dist_train.config.stages import FitConfig
+from dist_train.config.fit import FitConfig
 from dist_train.training.selection import Selection
 
 

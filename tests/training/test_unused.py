@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,14 @@ def test_a_layer_that_is_dropped_at_random_is_told_from_one_that_is_left_over(p:
     assert found.always == ["old.weight", "old.bias"]
     assert found.at_times == ["middle.weight", "middle.bias"]
     assert "some steps do not use 2 parameters: middle.weight" in found.lines("train")[1]
+
+
+def test_outputs_that_are_no_tensors_have_no_gradient() -> None:
+    class Talkative(Net):
+        def forward(self, x: Tensor) -> Any:
+            return {"logits": super().forward(x), "name": "talkative", "number": 3}
+
+    assert find_unused(Talkative(), EXAMPLE, World()).always == ["old.weight", "old.bias"]
 
 
 def test_nothing_changes() -> None:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 
 from dist_train.config.checks.base import Checks, about
-from dist_train.config.data import ColorJitter, RandAugment, RandomErasing, RandomHorizontalFlip, RandomResizedCrop
+from dist_train.config.data import (
+    ColorJitter,
+    RandAugment,
+    RandomErasing,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    is_weights_file,
+)
 from dist_train.config.tree import Config
 from dist_train.errors import Problem
 
 DATA_CHECKS: Checks = []
 _about = partial(about, DATA_CHECKS)
 _BY_WORKERS = (RandomResizedCrop, RandAugment)
+_WITH_BOXES = ("coco", "shapes")  # whose own steps are random_resized_crop and random_horizontal_flip
 
 
 @_about("data.micro_batch_size", "data.global_batch_size")
@@ -30,7 +39,37 @@ def _root_exists(config: Config, environ: Mapping[str, str]) -> Iterator[Problem
     root = config.data.root
     if root is not None and not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
-        yield Problem("data.root", f"{root} {what}", hint="give the folder that holds the dataset's files")
+        hint = "give the folder that holds the dataset's files"
+        yield Problem("data.root", f"{root} {what}", hint=hint, here=True)
+
+
+@_about("data.sampling")
+def _sampling(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+    sampling = config.data.sampling
+    if sampling is None or not is_weights_file(sampling.weights):
+        return
+    key, path = "data.sampling.weights", Path(sampling.weights)
+    if path.suffix not in (".npy", ".csv", ".txt"):
+        yield Problem(
+            key, f"{path} is no .npy, .csv or .txt file", hint="save one number a row: numpy.save(FILE, array)"
+        )
+    elif not path.is_file():
+        yield Problem(key, f"the file {path} does not exist", hint="give a file with one number a row", here=True)
+
+
+@_about("data.split")
+def _split(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+    split = config.data.split
+    if split is None:
+        return
+    if (split.eval is None) == (split.folds is None):
+        message = "needs a share to evaluate on, or a number of folds" if split.eval is None else "has both"
+        yield Problem("data.split", message, hint="{eval: 0.1}, or {folds: 5, fold: 0}")
+    if split.folds is not None and split.fold >= split.folds:
+        message = f"there is no fold {split.fold} of {split.folds}"
+        yield Problem("data.split.fold", message, hint=f"0 to {split.folds - 1}")
+    if split.folds is None and split.fold:
+        yield Problem("data.split.fold", "is ignored without folds", hint="remove it, or give data.split.folds")
 
 
 @_about()
@@ -48,6 +87,8 @@ def _augment_of_workers(config: Config, environ: Mapping[str, str]) -> Iterator[
     for place, item in enumerate(config.data.augment):
         if isinstance(item, _BY_WORKERS):
             key = f"data.augment.{place}"
+            if config.data.name in _WITH_BOXES and isinstance(item, RandomResizedCrop):
+                continue  # the dataset says where it may stand
             if config.data.name != "image_folder":
                 message = f"{item.name} is applied by the workers of image_folder, and not for {config.data.name}"
                 yield Problem(

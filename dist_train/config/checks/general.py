@@ -9,12 +9,19 @@ from itertools import pairwise
 
 from dist_train import registry
 from dist_train.cluster.rank_plan import rank_problems
-from dist_train.config.checks.base import Checks, about, ignored
+from dist_train.config.checks.base import Checks, about
 from dist_train.config.checks.data import DATA_CHECKS
+from dist_train.config.checks.fit import (
+    freeze_problems,
+    optim_problems,
+    recomputation_problems,
+    schedule_problems,
+    shard_problems,
+)
 from dist_train.config.checks.quantization import QUANTIZATION_CHECKS
 from dist_train.config.checks.strategy import strategy_problems
 from dist_train.config.data import is_weights_file
-from dist_train.config.stages import FitConfig
+from dist_train.config.fit import FitConfig
 from dist_train.config.tree import Config
 from dist_train.errors import Problem
 
@@ -68,7 +75,8 @@ def _stages_complete(config: Config, environ: Mapping[str, str]) -> Iterator[Pro
 def _something_to_quantize(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     """Checks that ptq, which does not train, has trained weights: a registered model starts from random ones."""
     target = registry.models.entry(config.model.name).target
-    ours = isinstance(target, str) and target.startswith("dist_train.")
+    # Hugging Face's models come with their weights.
+    ours = isinstance(target, str) and target.startswith("dist_train.") and not config.model.name.startswith("hf/")
     given = config.model.weights or config.model.init_from or config.model.args
     if config.stages[0] == "ptq" and "qat" not in config.stages and ours and not given:
         hint = "put train first, or give trained ones: --model.weights FILE_OR_NAME, --model.init_from RUN_DIR"
@@ -87,6 +95,18 @@ def _weights(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     if other is not None and other.resolve() == config.run_dir.resolve():
         message = f"{other} is the directory of this run itself"
         yield Problem("model.init_from", message, hint="--run.name NEW, or the directory of another run")
+
+
+@_about("train.extend_from", "stages")
+def _extension(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+    source = config.train.extend_from
+    if source is None:
+        return
+    if "train" not in config.stages:
+        yield Problem("train.extend_from", "needs the stage 'train'", hint="add train to the stages, or remove it")
+    if source.resolve() == config.run_dir.resolve():
+        message = f"{source} is the directory of this run itself"
+        yield Problem("train.extend_from", message, hint="--run.name NEW, or the directory of another run")
 
 
 @_about("data.name")
@@ -170,6 +190,14 @@ def _exports(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
             yield Problem("export.formats", message, hint=hint)
 
 
+@_about("stages", "export.input", "qat.backend")
+def _export_input(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+    stages, backend = {"export", "convert"}, config.qat.backend
+    if config.export.input == "uint8" and stages <= set(config.stages) and backend in ("fx", "eager"):
+        message = f"'uint8' puts normalization into the program, and TorchScript of the backend {backend!r} is closed"
+        yield Problem("export.input", message, hint="--qat.backend pt2e, or --export.input float")
+
+
 @_about()
 def _trackers(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     for name in dict.fromkeys(config.trackers):
@@ -211,22 +239,31 @@ def _profile_increases(config: Config, environ: Mapping[str, str]) -> Iterator[P
 def _check_fit(section: str) -> None:
     """Adds the checks of a section that trains."""
 
-    @_about(*(f"{section}.optim.{name}" for name in ("name", "momentum", "nesterov", "betas", "eps")))
-    def optim(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
-        settings = _fit(config, section).optim
-        if settings.name == "sgd" and settings.nesterov and settings.momentum == 0:
-            yield Problem(
-                f"{section}.optim.nesterov", "needs a momentum above 0", hint=f"--{section}.optim.momentum 0.9"
-            )
-        unused = ("betas", "eps") if settings.name == "sgd" else ("momentum", "nesterov")
-        yield from ignored(f"{section}.optim", settings, unused)
+    names = ("name", "momentum", "nesterov", "betas", "eps", "args", "groups")
 
-    @_about(*(f"{section}.schedule.{name}" for name in ("name", "final", "step_epochs", "gamma")))
+    @_about(*(f"{section}.optim.{name}" for name in names))
+    def optim(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+        return optim_problems(section, _fit(config, section))
+
+    # Apart, so that a wrong stage does not hide what is wrong with an optimizer.
+    @_about("strategy", "stages", f"{section}.optim.name", f"{section}.optim.groups")
+    def shards(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+        if config.strategy == "fsdp" and section in config.stages:
+            yield from shard_problems(section, _fit(config, section))
+
+    @_about(
+        *(f"{section}.schedule.{name}" for name in ("name", "final", "step_epochs", "gamma", "args", "every", "metric"))
+    )
     def schedule(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
-        settings = _fit(config, section).schedule
-        used = {"step": ("step_epochs", "gamma"), "constant": ()}.get(settings.name, ("final",))
-        unused = [name for name in ("final", "step_epochs", "gamma") if name not in used]
-        yield from ignored(f"{section}.schedule", settings, unused)
+        return schedule_problems(section, _fit(config, section))
+
+    @_about(f"{section}.freeze", f"{section}.unfreeze_at", f"{section}.epochs")
+    def freeze(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+        return freeze_problems(section, config)
+
+    @_about(f"{section}.activation_checkpointing", "strategy", "sync_batchnorm", "stages", "qat.backend", "compile")
+    def recomputation(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+        return recomputation_problems(section, config)
 
     @_about(f"{section}.ema_samples", f"{section}.ema_decay")
     def average(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
@@ -249,7 +286,7 @@ def _installed(place: str, names: registry.Registry, name: str) -> Iterator[Prob
     missing = names.entry(name).missing()
     if missing:
         message = f"{name!r} needs {', '.join(missing)}, which is not installed"
-        yield Problem(place, message, hint=f"pip install {' '.join(missing)}")
+        yield Problem(place, message, hint=names.entry(name).to_install(), here=True)
 
 
 def _duplicates(names: list[str]) -> list[str]:

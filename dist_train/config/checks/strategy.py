@@ -39,11 +39,26 @@ def strategy_problems(config: Config, environ: Mapping[str, str]) -> Iterator[Pr
         if several:
             message = f"'dp' drives all GPUs from one process, but this is one of {ranks} ({name})"
             yield Problem("strategy", message, hint="--strategy ddp, or start one process: dist-train run CONFIG")
-        if config.compile:
+        if config.compile is True:
             message = "'dp' copies the model to the GPUs at each step, which torch.compile cannot follow"
             yield Problem("strategy", message, hint="--compile false, or a rank for each GPU with --strategy ddp")
     if config.strategy == "accelerate":
         yield from _accelerate_problems(config, environ)
+    if config.strategy == "fsdp":
+        yield from _fsdp_problems(config)
+
+
+def _fsdp_problems(config: Config) -> Iterator[Problem]:
+    """Yields what a model in shards cannot be trained with."""
+    if config.compile is True:
+        message = "fsdp gathers each block's parameters as the model runs, which breaks what torch.compile compiles"
+        yield Problem("compile", message, hint="--compile false, or --strategy ddp")
+    if config.sync_batchnorm:
+        message = "replaces batch norms as training begins, which fsdp cannot undo in shards"
+        yield Problem("sync_batchnorm", message, hint="--sync_batchnorm false, or --strategy ddp")
+    if config.find_unused_parameters is True:
+        message = "looks for parameters that steps leave out, whose gradients would be 0 in shards instead of none"
+        yield Problem("find_unused_parameters", message, hint="--find_unused_parameters auto, or --strategy ddp")
 
 
 def _size_name(environ: Mapping[str, str]) -> str:
@@ -56,10 +71,10 @@ def _size_name(environ: Mapping[str, str]) -> str:
 def _accelerate_problems(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     for name, what in _SHARDED.items():
         if environ.get(name, "").lower() == "true":
-            quantized = [stage for stage in ("ptq", "qat") if stage in config.stages]
-            also = f", and {' and '.join(quantized)} would need whole weights" if quantized else ""
-            message = f"the accelerate config asks for {what}, whose sharded state our checkpoints cannot hold{also}"
+            message = f"the accelerate config asks for {what}, which strategy accelerate does not train with"
             hint = "choose multi-GPU (DDP) in `accelerate config`, or accelerate launch --multi_gpu ..."
+            if what == "FSDP":
+                hint = f"--strategy fsdp, which shards by torch's own FSDP2 under the same launch; or {hint}"
             yield Problem("strategy", message, f"environment: {name}", hint)
     backend = environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_train.data.augment.normalize import Normalization
 from dist_train.data.permutation import derive_key
-from dist_train.errors import DataError
 
 # SplitMix64's finaliser (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014), its
 # unsigned constants as int64.
@@ -164,9 +164,7 @@ class Augmentation:
 
     def __init__(self, steps: Sequence[Any], *, seed: int, mean: Sequence[float], std: Sequence[float]) -> None:
         self.seed = seed
-        # One scale and one shift: (x / 255 - mean) / std = x * scale + shift.
-        self._scale = torch.tensor([1.0 / (255.0 * s) for s in std], dtype=torch.float32).view(-1, 1, 1)
-        self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32).view(-1, 1, 1)
+        self.normalize = Normalization(mean, std)
         self._steps: list[Step] = []
         self._salts: list[str] = []
         self._keys: tuple[tuple[int, torch.device], Tensor] | None = None
@@ -206,24 +204,6 @@ class Augmentation:
     def changes_images(self) -> bool:
         """True where there is an augmentation besides normalization."""
         return bool(self._steps)
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """Returns (x / 255 - mean) / std per channel, float32, of images uint8 or float32 [B, C, H, W].
-
-        Raises:
-            DataError: the images have another number of channels than mean and std.
-        """
-        if images.shape[1] != len(self._scale):
-            raise DataError(
-                f"images have {images.shape[1]} channels, but Splits.mean and Splits.std "
-                f"have {len(self._scale)} values",
-                "give one mean and one std for each channel",
-            )
-        # Multiply, then add: the number of roundings of a fused operation depends on kernel and device.
-        scale, shift = self._scale.to(images.device), self._shift.to(images.device)
-        # A product of bytes and floats takes longer than these two operations.
-        scaled = images.to(torch.float32).mul_(scale) if images.dtype == torch.uint8 else torch.mul(images, scale)
-        return scaled.add_(shift)
 
 
 _TRIES = 10  # rectangles drawn until one fits, as in torchvision

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel
-
 from dist_train.config.data import DataConfig
 from dist_train.data.datasets.args import NoArgs, read_args
 from dist_train.data.datasets.fake import FakeArgs
-from dist_train.data.datasets.image_folder import ImageFolderArgs
+from dist_train.hub import PREFIX
+from dist_train.registry import resolve
 
-ARGS: dict[str, type[BaseModel]] = {
+ARGS = {
     **dict.fromkeys(("digits", "mnist", "fashion_mnist", "cifar10", "cifar100"), NoArgs),
     "fake": FakeArgs,
-    "image_folder": ImageFolderArgs,
+    # Files that import torchvision.
+    "coco": "dist_train.data.datasets.coco:CocoArgs",
+    "image_folder": "dist_train.data.datasets.image_folder:ImageFolderArgs",
+    "shapes": "dist_train.data.datasets.shapes:ShapesArgs",
+    "languages": "dist_train.data.datasets.languages:LanguagesArgs",
+    PREFIX: "dist_train.data.datasets.huggingface:HuggingFaceArgs",
 }
-"""The arguments of each built-in dataset."""
+"""The arguments of each built-in dataset, or "module:attr"; those of all `hf/...` under their prefix."""
 
 
 def check_args(data: DataConfig) -> None:
     """Checks data.args of a built-in dataset without loading it; raises ConfigError with each mistake."""
-    if data.name in ARGS:
-        read_args(data, ARGS[data.name])
+    name = PREFIX if data.name.startswith(PREFIX) else data.name
+    if name in ARGS:
+        read_args(data, resolve(ARGS[name]))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
+from pydantic import Field
 from torch import Tensor
 
+from dist_train.config.base import Count, Pixels
 from dist_train.config.data import DataConfig
 from dist_train.data.arrays import ImageArrays
 from dist_train.data.datasets.args import NoArgs, read_args
@@ -23,13 +24,13 @@ class FakeArgs(NoArgs):
 
     kind: Literal["classification", "multilabel", "regression", "segmentation"] = "classification"
     """Kind of targets, for the task of that name. For regression, num_classes is the number of values per sample."""
-    num_train: PositiveInt = 512
-    num_eval: PositiveInt = 128
-    num_classes: PositiveInt = 10
-    channels: PositiveInt = 3
-    height: PositiveInt = 32
-    width: PositiveInt = 32
-    seed: int = 0
+    num_train: Count = 512
+    num_eval: Count = 128
+    num_classes: Count = 10
+    channels: Pixels = 3
+    height: Pixels = 32
+    width: Pixels = 32
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
 def fake(data: DataConfig) -> Splits:

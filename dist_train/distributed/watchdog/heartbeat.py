@@ -13,10 +13,11 @@ Phase = Literal[
 """A rank's activities, in their order between two milestones. `waiting`: rank 0 works alone, and this rank waits."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
 STOP_REASONS = ("", "the file STOP", "another rank was asked to stop")
+VERDICT_SECONDS = 20.0  # upper bound from detecting a stuck rank to the end of the run
 SIZE = 128
 _STAGE = slice(96, 128)
 _BEAT, _LIMIT = 0, 1  # float64
-_MILESTONE, _STEP, _PHASE, _RANK, _WORLD_SIZE, _ATTEMPT, _ENDED, _STOP = range(2, 10)  # int64
+_MILESTONE, _STEP, _PHASE, _RANK, _WORLD_SIZE, _ATTEMPT, _ENDED, _STOP, _LEASE = range(2, 11)  # int64
 
 
 class Heartbeat:
@@ -38,9 +39,15 @@ class Heartbeat:
         self.patience = 0.0
         """Minimum limit of every phase in seconds; raised while models are compiled."""
 
-    def identify(self, rank: int, world_size: int, attempt: int) -> None:
-        """Sets the rank's number, the world size, and the attempt (0 at the first start)."""
+    @property
+    def verdict_by(self) -> float:
+        """Seconds within which a rank that waits for another learns that this one is stuck; 0 without a timeout."""
+        return self._timeout + VERDICT_SECONDS if self._timeout else 0.0
+
+    def identify(self, rank: int, world_size: int, attempt: int, lease: int | None = None) -> None:
+        """Sets the rank's number, the world size, the attempt (0 at the first start), and rank 0's lease's number."""
         self._ints[_RANK], self._ints[_WORLD_SIZE], self._ints[_ATTEMPT] = rank, world_size, attempt + 1
+        self._ints[_LEASE] = lease or 0
 
     def enter(self, phase: Phase, at_least: float = 0.0) -> None:
         """Records a beat: the rank begins `phase`, or is still making progress in it.
@@ -107,6 +114,11 @@ class Heartbeat:
     def attempt(self) -> int | None:
         """Number of the attempt; None until the run directory is open."""
         return self._ints[_ATTEMPT] - 1 if self._ints[_ATTEMPT] else None
+
+    @property
+    def lease(self) -> int | None:
+        """Number of the lease that the watcher keeps alive; None on ranks without one."""
+        return self._ints[_LEASE] or None
 
     @property
     def step(self) -> int:

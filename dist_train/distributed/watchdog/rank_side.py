@@ -17,11 +17,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from dist_train.cluster.elastic import Agent
 from dist_train.cluster.rank_plan import exit_code_when_preempted
-from dist_train.config.tree import Config
 from dist_train.distributed.watchdog.heartbeat import SIZE, Heartbeat
-from dist_train.distributed.watchdog.stop_signals import StopRequest, held_back
+from dist_train.distributed.watchdog.stop_signals import SIGNALS, StopRequest, held_back
+
+if TYPE_CHECKING:  # the watcher imports this module, and pydantic would take most of its start
+    from dist_train.config.tree import Config
 
 STACK_SIGNAL = signal.SIGRTMIN + 7  # no other library is known to use it; faulthandler handles it in C
 NO_ORDER = 255
@@ -29,8 +33,16 @@ _ENDING_SECONDS = 5.0
 
 
 @contextmanager
-def watched(config: Config, stop: StopRequest) -> Iterator[Heartbeat]:
-    """Runs a watcher process (watcher.py) while the body runs; yields the heartbeat that this process must update."""
+def watched(
+    config: Config, stop: StopRequest, agent: Agent | None = None, restart_mark: Path | None = None
+) -> Iterator[Heartbeat]:
+    """Runs a watcher process (watcher.py) while the body runs; yields the heartbeat that this process must update.
+
+    Args:
+        agent: torchrun's agent, from which nodes may leave; None: no agent, or a fixed number of nodes.
+        restart_mark: file that the watcher makes when it ends the rank so that the agent goes on without another node.
+    """
+    agent = agent or Agent()
     with ExitStack() as stack:
         record, stacks = (_shared_file(name, stack) for name in ("heartbeat", "stacks"))
         os.ftruncate(record, SIZE)
@@ -55,6 +67,8 @@ def watched(config: Config, stop: StopRequest) -> Iterator[Heartbeat]:
             "run_dir": str(Path(config.run_dir).absolute()),
             "grace": config.stop.grace,
             "exit_code": exit_code_when_preempted(os.environ),
+            "leaves_by": [each for each in SIGNALS if agent.elastic and each.name in agent.told_by],
+            "restart_mark": str(restart_mark.absolute()) if restart_mark is not None and agent.may_go_on else "",
         }
         with held_back():  # until the watcher ignores them
             watcher = subprocess.Popen(

@@ -12,6 +12,7 @@ import multiprocessing.util as multiprocessing_exit
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -23,14 +24,27 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h: sets the signal that a process gets when
 
 
 class StopRequest:
-    """Records that this rank was asked to stop, and the reason."""
+    """Records that this rank was asked to stop, and the reason.
+
+    Attributes:
+        signals: names of the stop signals that this process got.
+        since: time of the first of them, by time.monotonic().
+    """
 
     def __init__(self) -> None:
         self.reason = ""
+        self.signals: set[str] = set()
+        self.since = 0.0
 
     @property
     def requested(self) -> bool:
         return bool(self.reason)
+
+    def signal(self, name: str) -> None:
+        """Requests a stop because of a signal."""
+        self.since = self.since or time.monotonic()
+        self.signals.add(name)
+        self.ask(name)
 
     def ask(self, reason: str) -> None:
         """Requests a stop; of several reasons, the first is kept."""
@@ -66,7 +80,7 @@ def _handlers(request: StopRequest) -> Iterator[None]:
     _prepare_children()
 
     def note(number: int, frame: FrameType | None) -> None:
-        request.ask(signal.Signals(number).name)
+        request.signal(signal.Signals(number).name)
 
     earlier = {number: signal.signal(number, note) for number in SIGNALS}
     try:
@@ -126,12 +140,22 @@ _workers: WeakSet[BaseProcess] = WeakSet()
 def starting_workers() -> Iterator[None]:
     """Blocks the stop signals while the body starts data workers; kills those workers when this process exits.
 
+    Where the body fails, those that it has started are killed at once. The handler of SIGCHLD stays as it was.
+
     The workers must use `ignore_in_worker` as their `worker_init_fn`.
     """
     _prepare_children()  # also where nobody listens for signals
-    before = set(multiprocessing.active_children())
-    with held_back():
-        yield
+    before, on_end = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
+    try:
+        with held_back():
+            yield
+    except BaseException:
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.kill()
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, on_end)  # torch has set its own
     _workers.update(set(multiprocessing.active_children()) - before)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ _HINTS = {
     "save": "check the file system of the run directory",
     "collective": "check the network between the machines; dist-train doctor",
 }
+_FEW = 4
 _STOPPED = ("T", "t")
 
 
@@ -37,10 +38,14 @@ class Report:
     answered: bool
 
 
-def verdict(reports: Sequence[Report], world_size: int, folder: Path | None) -> tuple[str, str]:
+def verdict(
+    reports: Sequence[Report], world_size: int, folder: Path | None, processes: Mapping[int, tuple[int, str]]
+) -> tuple[str, str]:
     """Returns the error's message, stuck ranks first, and its hint.
 
-    folder: where the stacks of the ranks are; None if they could not be kept.
+    Args:
+        folder: where the stacks of the ranks are; None if they could not be kept.
+        processes: process id and host of each rank, as far as they are known.
     """
     stuck = stuck_ranks(reports)
     silent = sorted(set(range(world_size)) - {report.rank for report in reports})
@@ -48,9 +53,8 @@ def verdict(reports: Sequence[Report], world_size: int, folder: Path | None) -> 
     where = f" in {longest.stage} at step {longest.step}" if longest.stage else ""
     said = [f"no progress for {longest.age:.0f} s{where}"]
     if silent:
-        said.append(
-            f"no report from {_ranks(silent)}: the process or its machine is gone, or it does not see the run directory"
-        )
+        told = _ranks(silent) + "".join(f" (process {pid} on {host})" for pid, host in _known(silent, processes))
+        said.append(f"no report from {told}: it is gone or frozen, or does not see the run directory")
     if len(stuck) < world_size or world_size == 1:
         said.append("; ".join(f"rank {report.rank} is stuck in `{report.phase}`{_how(report)}" for report in stuck))
     elif not silent:
@@ -61,6 +65,8 @@ def verdict(reports: Sequence[Report], world_size: int, folder: Path | None) -> 
     hint = _HINTS.get("collective" if silent or len(stuck) == world_size > 1 else stuck[0].phase, "check its stack")
     if folder is not None:
         hint += f": {folder}"
+    for pid, host in _known(silent, processes):
+        hint += f"\n  -> where its process is still there, nobody else can end it: kill -KILL {pid}, on {host}"
     return ", ".join(said), f"{hint}\n  -> if it may take that long, raise --watchdog.timeout ({longest.limit:g})"
 
 
@@ -76,6 +82,11 @@ def stuck_ranks(reports: Sequence[Report]) -> list[Report]:
     stopped = [report for report in reports if report.state in _STOPPED]
     least = min(tuple(report.position) for report in reports)
     return stopped or [report for report in reports if tuple(report.position) == least]
+
+
+def _known(ranks: Sequence[int], processes: Mapping[int, tuple[int, str]]) -> list[tuple[int, str]]:
+    """Returns process id and host of the first few of these ranks."""
+    return [processes[rank] for rank in ranks if rank in processes][:_FEW]
 
 
 def _how(report: Report) -> str:

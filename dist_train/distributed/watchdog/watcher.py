@@ -13,6 +13,7 @@ import select
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,19 +21,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dist_train.distributed.polling import attempts
+from dist_train.distributed.watchdog.exchange import ask_for_stacks, gather, keep_stacks, say, state_of
 from dist_train.distributed.watchdog.heartbeat import SIZE, STOP_REASONS, Heartbeat
-from dist_train.distributed.watchdog.rank_side import STACK_SIGNAL
 from dist_train.distributed.watchdog.verdict import Report, verdict, waiting_for_running_rank
-from dist_train.errors import EXIT_FAILED, DistTrainError, StuckError
-from dist_train.run_dir.files import read_json, replace_json
+from dist_train.errors import EXIT_FAILED, EXIT_PREEMPTED, DistTrainError, RankEndedError, StuckError
+from dist_train.run_dir.lease import BEAT_SECONDS, Lease, owner
 from dist_train.run_dir.paths import RunDir
 from dist_train.run_dir.status import fail, preempt
 
 _POLL_SECONDS = 0.5
 _LONG_STEP_SECONDS = 2.0  # a rank with a shorter step learns of a stop from the step's own reduction
 _LIVELY_SECONDS = 2.0  # between checks for another rank's question, while this rank makes progress
-_GATHER_SECONDS = 8.0  # how long to wait for the reports of all ranks
-_STACKS_SECONDS = 3.0
 _OBEY_SECONDS = 1.5  # between the order to end and SIGKILL
 _SUSPENDED_SECONDS = 5.0  # a sleep that is longer by this much means that the job was suspended, the rank too
 
@@ -49,6 +48,8 @@ class Watcher:
         run_dir: absolute path of the run directory.
         grace: seconds that the rank may take to stop.
         exit_code: exit code of a rank that did not stop in time.
+        leaves_by: numbers of the signals by which torchrun's agent tells its ranks that their node leaves the run.
+        restart_mark: file to make before the rank ends so that its agent goes on without another node; "": it cannot.
     """
 
     def __init__(
@@ -61,23 +62,46 @@ class Watcher:
         run_dir: str,
         grace: float,
         exit_code: int,
+        leaves_by: Sequence[int] = (),
+        restart_mark: str = "",
     ) -> None:
         self._pid, self._signals, self._order, self._stacks = pid, signals, order, stacks
         self._pulse = Heartbeat(memoryview(mmap.mmap(record, SIZE)))
         self._run_dir = RunDir(Path(run_dir))
         self._grace, self._exit_code = grace, exit_code
+        self._leaves_by, self._restart_mark = set(leaves_by), restart_mark
+        self._got: set[int] = set()
         self._asked: float | None = None
         self._gone = _pidfd(pid)
         self._awake = self._looked = time.monotonic()
         self._cleared = 0.0
         self._questions = 0
+        self._lease: threading.Thread | None = None
+        self._taken_over = False
 
     def run(self) -> None:
         while self._alive() and not self._pulse.ended:
+            self._look_at_lease()
             self._look_for_stop()
             self._look_for_stuck()
             self._sleep(_POLL_SECONDS)
+        if not self._pulse.ended and self._asked is None and not self._signalled():
+            self._tell_of_end()
         self._forget_last_question()
+
+    def _tell_of_end(self) -> None:
+        """Says that the rank's process is gone, which could not say why: a run must not look done, or merely stop."""
+        pulse = self._pulse
+        who = "a rank" if pulse.attempt is None else f"rank {pulse.rank}"
+        where = f" in `{pulse.phase}`" + (f" of {pulse.stage} at step {pulse.step}" if pulse.stage else "")
+        error = RankEndedError(
+            f"the process of {who} ended without a word{where}: killed, crashed, or by os._exit in the run's code",
+            "was memory short? dmesg tells; the same command goes on from the last checkpoint",
+        )
+        if pulse.attempt is not None:
+            with suppress(OSError, DistTrainError):
+                fail(self._run_dir, pulse.attempt, error)
+        say(str(error))
 
     def _sleep(self, seconds: float) -> None:
         """Sleeps for `seconds`; returns early if the rank exits or gets a signal."""
@@ -91,6 +115,25 @@ class Watcher:
             return not select.select([self._gone], [], [], 0)[0]
         return os.getppid() == self._pid
 
+    def _look_at_lease(self) -> None:
+        if self._lease is None and self._pulse.lease:
+            # A thread, because a file system that hangs must not stop the watch.
+            self._lease = threading.Thread(target=self._keep_lease, args=(self._pulse.lease,), daemon=True)
+            self._lease.start()
+        if self._taken_over:
+            say(
+                f"{self._run_dir.path} was taken over by another start, as this one was silent for too long: it ends\n"
+                "  -> the other one goes on from the last checkpoint; start two runs with two --run.dir"
+            )
+            self._end(EXIT_FAILED)
+
+    def _keep_lease(self, number: int) -> None:
+        lease = Lease(self._run_dir.path, number)
+        while not self._taken_over:
+            time.sleep(BEAT_SECONDS)
+            with suppress(OSError):  # the next beat may reach the file system again
+                self._taken_over = not lease.beat()
+
     def _look_for_stop(self) -> None:
         if self._asked is None:
             if self._signalled() or self._stop_requested():
@@ -100,6 +143,8 @@ class Watcher:
         waited, attempt = time.monotonic() - self._asked, self._pulse.attempt
         if attempt is not None and waited > _LONG_STEP_SECONDS and self._pulse.world_size > 1:
             self._touch(self._run_dir.stopping(attempt))
+            if self._got and self._got <= self._leaves_by:
+                self._touch(self._run_dir.leaving(attempt))
         if waited >= self._grace:
             self._end_in_time(attempt)
 
@@ -107,7 +152,9 @@ class Watcher:
         numbers = b""
         with suppress(BlockingIOError):
             numbers = os.read(self._signals, 65536)
-        return any(number in numbers for number in (signal.SIGTERM, signal.SIGUSR2))
+        found = {signal.SIGTERM, signal.SIGUSR2}.intersection(numbers)
+        self._got |= found
+        return bool(found)
 
     def _stop_requested(self) -> bool:
         """Tells whether the file STOP, or a rank with a long step, asks this rank to stop.
@@ -130,15 +177,25 @@ class Watcher:
         if attempt is not None:
             with suppress(OSError, DistTrainError):
                 preempt(self._run_dir, attempt)
+        goes_on = attempt is not None and self._goes_on(attempt)
         if self._pulse.rank == 0:
             with suppress(OSError):
                 self._run_dir.stop.unlink(missing_ok=True)
-        self._say(
+        say(
             f"rank {self._pulse.rank} was asked to stop and is still in `{self._pulse.phase}` after {self._grace:g} s: "
             "it is ended now\n"
             "  -> the same command resumes from the last checkpoint; --stop.grace SECONDS allows more time"
         )
+        if goes_on:
+            self._touch(Path(self._restart_mark))
+            self._end(EXIT_PREEMPTED)
         self._end(self._exit_code)
+
+    def _goes_on(self, attempt: int) -> bool:
+        """Tells whether the rank's agent is to start it again, because another node leaves the run."""
+        by_other = self._pulse.stop_reason == STOP_REASONS[2] and not self._got
+        leaves = os.path.exists(self._run_dir.leaving(attempt)) and not os.path.exists(self._run_dir.stop)
+        return bool(self._restart_mark) and by_other and leaves
 
     def _look_for_stuck(self) -> None:
         limit = self._pulse.limit
@@ -171,20 +228,28 @@ class Watcher:
     def _answer(self, attempt: int | None, age: float, limit: float) -> None:
         """Exchanges reports with all ranks. Each reaches the same conclusion from them: the run goes on, or ends."""
         pulse = self._pulse
-        stacks = self._ask_for_stacks()
+        stacks = ask_for_stacks(self._pid, self._stacks)
         own = Report(
-            pulse.rank, pulse.stage, pulse.step, pulse.phase, pulse.position, age, limit, self._state(), bool(stacks)
+            pulse.rank,
+            pulse.stage,
+            pulse.step,
+            pulse.phase,
+            pulse.position,
+            age,
+            limit,
+            state_of(self._pid),
+            bool(stacks),
         )
         if attempt is None:  # the run directory is not open yet, so reports cannot be exchanged
             self._end_stuck(None, [own])
         self._questions = max(self._questions, self._last_question(attempt))
-        reports = self._gather(self._run_dir.asked(attempt, self._questions), own)
+        reports = gather(self._run_dir.asked(attempt, self._questions), own, pulse.world_size)
         if waiting_for_running_rank(reports):
             self._forget_last_question()  # all ranks have answered a later one, so no rank reads it any more
             self._questions += 1
             self._cleared = time.monotonic()
             return
-        self._keep(self._run_dir.stuck(attempt), stacks)
+        keep_stacks(self._run_dir.stuck(attempt), pulse.rank, stacks)
         self._end_stuck(attempt, reports)
 
     def _forget_last_question(self) -> None:
@@ -193,59 +258,15 @@ class Watcher:
 
     def _end_stuck(self, attempt: int | None, reports: Sequence[Report]) -> NoReturn:
         folder = None if attempt is None else self._run_dir.stuck(attempt)
-        text, hint = verdict(reports, self._pulse.world_size or 1, folder)
+        processes = {} if attempt is None else {each.rank: (each.pid, each.host) for each in owner(self._run_dir.path)}
+        text, hint = verdict(reports, self._pulse.world_size or 1, folder, processes)
         error = StuckError(text, hint)
         if attempt is not None:
             with suppress(OSError, DistTrainError):
                 fail(self._run_dir, attempt, error)
         if self._pulse.rank == min(report.rank for report in reports):
-            self._say(str(error))
+            say(str(error))
         self._end(EXIT_FAILED)
-
-    def _ask_for_stacks(self) -> str:
-        """Returns the rank's Python stacks, which faulthandler writes on a signal; "" if the process cannot run."""
-        before = size = os.fstat(self._stacks).st_size
-        with suppress(ProcessLookupError):
-            os.kill(self._pid, STACK_SIGNAL)
-        end = time.monotonic() + _STACKS_SECONDS
-        while time.monotonic() < end:
-            time.sleep(0.1)  # long enough for a file that does not grow to be complete
-            now = os.fstat(self._stacks).st_size
-            if now > before and now == size:  # the file has stopped growing
-                break
-            size = now
-        return os.pread(self._stacks, size - before, before).decode(errors="replace")
-
-    def _state(self) -> str:
-        """Returns the kernel's state of the rank: R running, S sleeping, D in the kernel (disk), T stopped."""
-        try:
-            return Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:  # no /proc on this system, or the process has just ended
-            return "?"
-
-    def _gather(self, folder: Path, own: Report) -> list[Report]:
-        """Writes this rank's report, and returns the reports of all ranks that arrive in time."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            replace_json(folder / f"rank{own.rank}.json", vars(own))
-            for _ in attempts(_GATHER_SECONDS):
-                if len(list(folder.glob("rank*.json"))) >= self._pulse.world_size:
-                    break
-            return [Report(**read_json(file)) for file in sorted(folder.glob("rank*.json"))]
-        except (OSError, DistTrainError) as error:
-            self._say(f"rank {own.rank} cannot write its report for the other ranks: {error}")
-            return [own]
-
-    def _keep(self, folder: Path, stacks: str) -> None:
-        rank = self._pulse.rank
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"rank{rank}.txt").write_text(stacks or "this process could not run, so it wrote no stack\n")
-        except OSError as error:
-            self._say(f"the stacks of rank {rank} cannot be written: {error}")
-
-    def _say(self, text: str) -> None:
-        print(f"dist-train: {text}", file=sys.stderr, flush=True)
 
     def _end(self, code: int) -> NoReturn:
         """Tells the rank to exit with `code`; kills it if it cannot run."""

@@ -12,13 +12,14 @@ import operator
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from dist_train import trees
 from dist_train.lowering.base import LoweringUnavailable
 from dist_train.lowering.rewrites.kernel_arithmetic import scale_and_zero_point, summand_range, with_room_for_bias
 from dist_train.lowering.rewrites.quantized_graph import dequantized_weights, value_of
+from dist_train.trees import Tree
 
 _aten = torch.ops.aten
 _LAYERS = (_aten.conv2d.default, _aten.linear.default)
@@ -37,20 +38,21 @@ _LOW, _HIGH = -128, 127
 _Parameters = tuple[float, int]
 
 
-def for_xnnpack(program: ExportedProgram, one: Tensor) -> GraphModule:
+def for_xnnpack(program: ExportedProgram, one: Tree) -> GraphModule:
     """Rewrites the program for a batch of one, for ExecuTorch's XNNPACK partitioner. `program` is not changed.
 
     The integers represent the same real numbers as before, with two exceptions: residual summands, and inputs of layers
     with floating-point outputs, are rounded once more.
 
     Args:
-        one: float32 [1, C, H, W]; only its shape counts.
+        one: one row; of floats only the shape counts.
 
     Raises:
         LoweringUnavailable: weights have zero points, or integers fewer than 8 bits: XNNPACK has no kernels for them.
     """
     own = copy.deepcopy(program.module(check_guards=False))  # its tensors are changed below, and are the program's
-    graph = torch.export.export(own, (one,)).module(check_guards=False)
+    args, kwargs = trees.arguments(one)
+    graph = torch.export.export(own, args, kwargs).module(check_guards=False)
     assert isinstance(graph, GraphModule)
     for node in _calls(graph, *_DROPOUTS):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]

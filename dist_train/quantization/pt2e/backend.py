@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
+from dist_train import trees
 from dist_train.config.stages import RuleConfig
 from dist_train.errors import QuantizationError
+from dist_train.programs.modes import AUTOCAST, inline_modes
 from dist_train.programs.program import Program
 from dist_train.programs.pt2 import export_program, program_bytes
+from dist_train.programs.signature import Dynamic, dynamic_shapes, plain_outputs, rows_to_trace
+from dist_train.quantization.attention import open_attention
 from dist_train.quantization.batch_norm_calls import settled_batch_norms
 from dist_train.quantization.dry_run import GRADIENT_BOUND, dry_run
 from dist_train.quantization.error_location import cannot_trace
@@ -23,6 +27,7 @@ from dist_train.quantization.float_checks import (
     keep_invertible,
     quietly,
     refuse_cumulative_average,
+    refuse_names,
     refuse_untracked_statistics,
 )
 from dist_train.quantization.fx_nodes import layer_of, name_fake_quantizers
@@ -38,33 +43,45 @@ from dist_train.quantization.pt2e.float_graph import (
 )
 from dist_train.quantization.pt2e.graph_rewrite import attribute, constant
 from dist_train.quantization.pt2e.partition_search import searched_along_edges
-from dist_train.quantization.pt2e.pattern_cache import patterns_exported_once
+from dist_train.quantization.pt2e.pattern_cache import few_patterns
 from dist_train.quantization.pt2e.prepared_graph import PreparedGraph
 from dist_train.quantization.pt2e.quantizer import RuleQuantizer
 from dist_train.quantization.pt2e.torchao_parts import convert_pt2e, prepare_qat_pt2e
 from dist_train.quantization.ranges import Ranges
 from dist_train.quantization.rules import resolve_rules
+from dist_train.trees import Tree
 
 
 class PT2EBackend:
     """Implements `dist_train.quantization.backend.QuantizationBackend`."""
 
-    def __init__(self, gradient_bound: float = GRADIENT_BOUND) -> None:
-        """gradient_bound: as `qat.gradient_bound`, for `check`."""
+    def __init__(
+        self, gradient_bound: float = GRADIENT_BOUND, engine: str = "auto", dynamic: Dynamic | None = None
+    ) -> None:
+        """
+        Args:
+            gradient_bound: as `qat.gradient_bound`, for `check`.
+            engine: as `qat.engine`: x86 or fbgemm keep activations to 127 steps, any other gives them 255.
+                A run resolves auto before (pipeline/auto.py).
+            dynamic: dimensions of the inputs that vary besides the batch.
+        """
         self.gradient_bound = gradient_bound
+        self._dynamic = dynamic
+        self._narrow = engine in ("x86", "fbgemm")
 
-    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
+    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tree | None = None) -> None:
         """See QuantizationBackend.check."""
         _checked_rules(model, rules)
         if example is not None:
             dry_run(self, model, example, rules, instead="fx", serialize=False, gradient_bound=self.gradient_bound)
 
-    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedGraph:
+    def prepare(self, model: nn.Module, example: Tree, rules: Sequence[RuleConfig] = ()) -> PreparedGraph:
         """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
-        quantizer = RuleQuantizer(_checked_rules(model, rules))
-        with quietly(), patterns_exported_once(), searched_along_edges():
+        quantizer = RuleQuantizer(_checked_rules(model, rules), self._narrow)
+        with quietly(), few_patterns(), searched_along_edges():
             float_copy = copy.deepcopy(model).eval()
-            graph = _exported(float_copy, example)
+            open_attention(float_copy)
+            graph = _exported(float_copy, example, self._dynamic)
             number_graph_paddings(graph.graph)
             part_from_convolutions(graph.graph)
             drop_assertions(graph)
@@ -110,18 +127,24 @@ class PT2EBackend:
                 "report this as a bug",
             )
         _strip(converted)
+        signature = prepared.blueprint.signature
+        if signature is not None:
+            converted.graph.set_codegen(signature.codegen)
+            converted.recompile()
         return converted.requires_grad_(False).eval()
 
-    def serialize(self, converted: nn.Module, example: Tensor) -> Program:
+    def serialize(self, converted: nn.Module, example: Tree) -> Program:
         """See QuantizationBackend.serialize."""
         assert isinstance(converted, GraphModule)
-        return Program("pt2", program_bytes(export_converted(converted, example)))
+        return Program("pt2", program_bytes(export_converted(converted, example, self._dynamic)))
 
 
 def _checked_rules(model: nn.Module, rules: Sequence[RuleConfig]) -> Mapping[str, RuleConfig]:
     """Checks rules and modules, and returns the resolved rules; see `resolve_rules`."""
     resolved = resolve_rules(model, rules)
     refuse_cumulative_average(model)
+    taken = {*dir(GraphModule(nn.Module(), Graph())), "quantizers", "blueprint", "batch_norms"}
+    refuse_names(model, taken, ", or --qat.backend fx")
     return resolved
 
 
@@ -130,36 +153,43 @@ def _batch_norm(*args: Any) -> Tensor:
     raise AssertionError("only a name in a graph")
 
 
-def export_converted(converted: GraphModule, example: Tensor) -> ExportedProgram:
+def export_converted(converted: GraphModule, example: Tree, dynamic: Dynamic | None = None) -> ExportedProgram:
     """Exports the converted model, as `export_program` does, without warnings."""
     with quietly():
-        return export_program(converted, example)
+        return export_program(converted, example, dynamic)
 
 
-def _exported(model: nn.Module, example: Tensor) -> GraphModule:
+def _exported(model: nn.Module, example: Tree, dynamic: Dynamic | None) -> GraphModule:
     """Exports a copy of the float model, which is changed. Raises QuantizationError where it cannot be prepared."""
     _make_affine(model)
-    graph = _export(model, example)
+    graph = _export(model, example, dynamic)
     if hides_weights(graph):
         raise hidden_from_quantization(model, example)
     refuse_other_blocks(graph)
+    inline_modes(graph, AUTOCAST)  # disabled ones, into which quantizers do not look
     _refuse_known_failures(graph.graph)
     return graph
 
 
-def _export(model: nn.Module, example: Tensor) -> GraphModule:
+def _export(model: nn.Module, example: Tree, dynamic: Dynamic | None) -> GraphModule:
     """Exports in strict mode: in the default mode X86InductorQuantizer mixes up modules that are called twice."""
-    device = next((parameter.device for parameter in model.parameters()), example.device)
-    zeros = torch.zeros((2, *example.shape[1:]), dtype=example.dtype, device=device)  # one row would fix the batch size
+    device = next((parameter.device for parameter in model.parameters()), trees.first_leaf(example).device)
+    inputs = trees.map_leaves(lambda leaf: leaf.to(device), rows_to_trace(example, dynamic))
+    args, kwargs = trees.arguments(inputs)
     try:
-        program = torch.export.export(model, (zeros,), dynamic_shapes=({0: Dim("batch", min=1)},), strict=True)
+        with torch.no_grad():
+            model = plain_outputs(model, trees.call(model, inputs))
+        shapes = dynamic_shapes(model, example, dynamic)
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=True)
     except (
         torch._dynamo.exc.TorchDynamoException,
         torch._export.verifier.SpecViolationError,
         RuntimeError,
         ValueError,
     ) as error:
-        raise cannot_trace("torch.export", model, error, "branches and shapes", "fx") from error
+        by_values = "data-dependent" in str(error).lower()
+        others = "fx cannot trace those either" if by_values else "--qat.backend fx may trace it"
+        raise cannot_trace("torch.export", model, error, others) from error
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     return module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from dist_train.errors import QuantizationError
 from dist_train.programs.modes import mode_blocks
-from dist_train.quantization.fx_nodes import layer_of
+from dist_train.quantization.fx_nodes import module_of
 
 _aten = torch.ops.aten
 _NEUTRAL = {  # the number that changes nothing as the second operand; the first two take it as the first one too
@@ -76,10 +77,22 @@ def refuse_other_blocks(module: GraphModule) -> None:
     harmless = {node for node, _, _ in mode_blocks(module)}
     for node in _blocks(module):
         if node not in harmless:
-            raise QuantizationError(
-                f"{layer_of(node)}: {getattr(node.target, '__name__', node.target)} in forward cannot be quantized",
-                "leave autocast to `precision`, and make forward free of branches and loops that depend on the data",
-            )
+            kind = str(getattr(node.target, "__name__", node.target))
+            hint = "make forward free of branches and loops that depend on values: torch.where chooses between results"
+            if "autocast" in kind:
+                kind, hint = "torch.autocast", "leave autocast to `precision`"
+            raise QuantizationError(f"{_block_place(module, node)}: {kind} in forward cannot be quantized", hint)
+
+
+def _block_place(module: GraphModule, node: Node) -> str:
+    """Returns the layer that a node with a subgraph is in; where the node does not say, a layer inside."""
+    inside = [
+        each
+        for argument in node.all_input_nodes
+        if argument.op == "get_attr" and isinstance(block := attrgetter(str(argument.target))(module), GraphModule)
+        for each in block.graph.nodes
+    ]
+    return next((name for each in (node, *inside) if (name := module_of(each))), "the model itself")
 
 
 def _blocks(module: GraphModule) -> Iterator[Node]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Graph, GraphModule
 from torch.fx.graph import CodeGen
 
+from dist_train import trees
 from dist_train.errors import QuantizationError
 from dist_train.quantization.byte_masks import use_byte_masks
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize
@@ -26,15 +27,18 @@ from dist_train.quantization.pt2e.graph_rewrite import (
     use_batch_statistics,
     use_dropout,
 )
+from dist_train.quantization.pt2e.segments import code_in_segments
+from dist_train.quantization.pt2e.tree_signature import TreeSignature
+from dist_train.trees import Tree
 
-_Code = Callable[[nn.Module, Tensor], Tensor]
+_Code = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Blueprint:
     """Computation of a prepared model, without its tensors. It is never modified, so that copies of a model share it.
 
-    Each function is the graph's code, called with the module that holds the tensors and with x.
+    Each function is the graph's code, called with the module that holds the tensors and with the leaves of the inputs.
 
     Attributes:
         graph: the evaluation graph.
@@ -43,6 +47,7 @@ class Blueprint:
         train: training, with the batch's statistics.
         train_frozen: training, with the running statistics.
         moments: evaluation with the batch's statistics, which replace the running ones.
+        signature: of inputs or outputs that are a tree; None for one tensor in and one out.
     """
 
     graph: Graph
@@ -51,6 +56,7 @@ class Blueprint:
     train: _Code
     train_frozen: _Code
     moments: _Code
+    signature: TreeSignature | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Blueprint:
         return self
@@ -80,20 +86,48 @@ class PreparedGraph(PreparedModel):
         for name, buffer in module.named_buffers(recurse=False):
             self._refuse_taken(name)
             self.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
-        graph = _plain_signature(module)
-        self._batch_statistics = partial(use_batch_statistics, settled=frozenset(settled))
+        signature = TreeSignature.of(module)
+        graph = _plain_signature(module, signature)
+        self._settled, self._held, self._dropout = frozenset(settled), frozenset[str](), False
+        self._recomputed: tuple[str, ...] = ()
+        self._written: dict[tuple[frozenset[str], bool, tuple[str, ...]], tuple[_Code, _Code, _Code]] = {}
         evaluate = _code(module, graph)
-        self.blueprint = Blueprint(
-            graph,
-            dict(module.meta),
-            evaluate=evaluate,
-            train=_code(module, _with(graph, use_byte_masks, self._batch_statistics)),
-            train_frozen=_code(module, _with(graph, use_byte_masks)),
-            moments=_code(module, _with(graph, partial(self._batch_statistics, momentum=1.0))),
-        )
+        training = self._training(module, graph)
+        self.blueprint = Blueprint(graph, dict(module.meta), evaluate, *training, signature=signature)
         self._leaving_moments = False
         owners = (batch_norm_name(node) for node in batch_norms(graph))
         self.batch_norms = {owner: owner for owner in owners if owner is not None}
+
+    def _training(self, root: nn.Module, graph: Graph) -> tuple[_Code, _Code, _Code]:
+        """Returns `train`, `train_frozen` and `moments` of a blueprint."""
+        chosen = self._held, self._dropout, self._recomputed
+        if chosen not in self._written:  # kept, as torch.compile knows code by its identity
+            by_batch = partial(use_batch_statistics, settled=self._settled | self._held)
+            changes = (use_byte_masks, use_dropout) if self._dropout else (use_byte_masks,)
+            code = partial(code_in_segments, names=self._recomputed) if self._recomputed else _code
+            self._written[chosen] = (
+                code(root, _with(graph, *changes, by_batch)),
+                code(root, _with(graph, *changes)),
+                _code(root, _with(graph, partial(by_batch, momentum=1.0))),
+            )
+        return self._written[chosen]
+
+    def _rewrite(self) -> None:
+        train, train_frozen, moments = self._training(self, self.blueprint.graph)
+        self.blueprint = replace(self.blueprint, train=train, train_frozen=train_frozen, moments=moments)
+
+    def hold_batch_norms(self, names: Collection[str]) -> None:
+        """See PreparedModel.hold_batch_norms. They are operations of the graph, which is written anew."""
+        held = frozenset(name for name in names if name in self.batch_norms)
+        if held != self._held:
+            self._held = held
+            self._rewrite()
+
+    def recompute(self, names: Sequence[str]) -> None:
+        """See PreparedModel.recompute. The training graphs are cut into pieces."""
+        if tuple(names) != self._recomputed:
+            self._recomputed = tuple(names)
+            self._rewrite()
 
     def _refuse_taken(self, name: str) -> None:
         if hasattr(self, name):
@@ -122,22 +156,24 @@ class PreparedGraph(PreparedModel):
             ]
         return iter(found)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: shaped as the example, with any batch size. Returns as the float model."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tree:
+        """Takes what the example has, with any batch size. Returns as the float model; a tree is `trees.plain`."""
+        code, signature = self._code(), self.blueprint.signature
+        if signature is None:
+            return code(self, *args, **kwargs)
+        return signature.tree(code(self, *signature.leaves(args, kwargs)))
+
+    def _code(self) -> _Code:
         if self._leaving_moments:
-            return self.blueprint.moments(self, x)
+            return self.blueprint.moments
         if not self.training:
-            return self.blueprint.evaluate(self, x)
-        return self.blueprint.train_frozen(self, x) if self.batch_norm_frozen else self.blueprint.train(self, x)
+            return self.blueprint.evaluate
+        return self.blueprint.train_frozen if self.batch_norm_frozen else self.blueprint.train
 
     def keep_dropout(self) -> None:
         """See PreparedModel.keep_dropout. Dropout inside attention was exported as a constant 0, and stays off."""
-        graph = self.blueprint.graph
-        self.blueprint = replace(
-            self.blueprint,
-            train=_code(self, _with(graph, use_byte_masks, self._batch_statistics, use_dropout)),
-            train_frozen=_code(self, _with(graph, use_byte_masks, use_dropout)),
-        )
+        self._dropout = True
+        self._rewrite()
 
     @contextmanager
     def batch_moments(self) -> Iterator[None]:
@@ -153,7 +189,7 @@ class PreparedGraph(PreparedModel):
         """See PreparedModel.integer_weights."""
         return list(quantized_weights(self.graph_module()))
 
-    def layer_sqnr(self, converted: nn.Module, inputs: Tensor) -> dict[str, float]:
+    def layer_sqnr(self, converted: nn.Module, inputs: Tree) -> dict[str, float]:
         """See PreparedModel.layer_sqnr.
 
         Nodes keep their names in conversion. Of a folded batch norm the convolution stays, and its output is the batch
@@ -167,7 +203,9 @@ class PreparedGraph(PreparedModel):
         for folded in folded_batch_norms(module.graph):
             del wanted[folded.convolution.name]
             wanted[folded.batch_norm.name] = folded.convolution.name
-        return compare_graphs(module, wanted, converted, inputs, (ActivationFakeQuantize,))
+        signature = self.blueprint.signature
+        leaves = [inputs] if signature is None else signature.leaves(*trees.arguments(inputs))
+        return compare_graphs(module, wanted, converted, leaves, (ActivationFakeQuantize,))
 
     def graph_module(self) -> GraphModule:
         """Returns a new GraphModule of the evaluation graph with this model's own tensors (not copies)."""
@@ -190,33 +228,16 @@ def _copy(graph: Graph) -> Graph:
     return copied
 
 
-def _plain_signature(module: GraphModule) -> Graph:
-    """Copies the module's graph, without the flattening of nested inputs and outputs around it.
-
-    Raises:
-        QuantizationError: the model does not take one tensor and return one tensor.
-    """
+def _plain_signature(module: GraphModule, signature: TreeSignature | None) -> Graph:
+    """Copies the module's graph without the flattening of trees around it: it takes leaves, and returns them."""
     graph = _copy(module.graph)
     graph.set_codegen(CodeGen())
-    inputs = graph.find_nodes(op="placeholder")
-    output = graph.output_node()
-    values = output.args[0]
-    if (
-        len(inputs) != 1
-        or not isinstance(values, (tuple, list))
-        or len(values) != 1
-        or module._out_spec is None
-        or not module._out_spec.is_leaf()
-    ):
-        returned = len(values) if isinstance(values, (tuple, list)) else 1
-        raise QuantizationError(
-            f"the model takes {len(inputs)} inputs and returns {returned} values",
-            "wrap it in a module whose forward takes one tensor and returns one tensor",
-        )
-    output.args = (values[0],)
+    if signature is None:
+        output = graph.output_node()
+        output.args = tuple(output.args[0])  # type: ignore[arg-type]
     return graph
 
 
-def _code(root: nn.Module, graph: Graph) -> Callable[[nn.Module, Tensor], Tensor]:
+def _code(root: nn.Module, graph: Graph) -> _Code:
     """Returns a graph's generated function, unbound: it reads its tensors from the module that it is called with."""
     return type(GraphModule(root, graph)).forward

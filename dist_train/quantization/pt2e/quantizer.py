@@ -11,8 +11,14 @@ from torch.fx import GraphModule, Node
 
 from dist_train.config.stages import ActivationQuantizationConfig, RuleConfig, WeightQuantizationConfig
 from dist_train.errors import QuantizationError
-from dist_train.quantization.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
+from dist_train.quantization.fake_quantize import (
+    ActivationFakeQuantize,
+    NarrowActivationFakeQuantize,
+    TransposedWeightFakeQuantize,
+    WeightFakeQuantize,
+)
 from dist_train.quantization.fx_nodes import module_of
+from dist_train.quantization.pt2e.more_layers import annotate_more
 from dist_train.quantization.pt2e.torchao_parts import (
     QuantizationAnnotation,
     QuantizationSpec,
@@ -28,6 +34,8 @@ _WEIGHT_SCHEMES = {
     ("affine", "tensor"): torch.per_tensor_affine,
 }
 _ACTIVATION_SCHEMES = {"affine": torch.per_tensor_affine, "symmetric": torch.per_tensor_symmetric}
+_WEIGHTS = (WeightFakeQuantize, TransposedWeightFakeQuantize)
+_ACTIVATIONS = (ActivationFakeQuantize, NarrowActivationFakeQuantize)
 AVERAGES = (torch.ops.aten.avg_pool2d.default, torch.ops.aten.adaptive_avg_pool2d.default)
 _Places = dict[Node, tuple[frozenset[Node], bool]]  # by node: its quantized inputs, and whether its output is quantized
 
@@ -35,12 +43,17 @@ _Places = dict[Node, tuple[frozenset[Node], bool]]  # by node: its quantized inp
 class RuleQuantizer(X86InductorQuantizer):
     """X86InductorQuantizer with our fake quantization (uint8 activations, int8 weights per channel) and with rules."""
 
-    def __init__(self, rules: Mapping[str, RuleConfig]) -> None:
-        """rules: from `resolve_rules`."""
+    def __init__(self, rules: Mapping[str, RuleConfig], narrow: bool = False) -> None:
+        """
+        Args:
+            rules: from `resolve_rules`.
+            narrow: keep activations of 8 bits to 127 steps.
+        """
         super().__init__()
         self._rules = rules
         default = get_default_x86_inductor_quantization_config(is_qat=True)
-        activation = dataclasses.replace(default.input_activation, observer_or_fake_quant_ctr=ActivationFakeQuantize)
+        simulation = NarrowActivationFakeQuantize if narrow else ActivationFakeQuantize
+        activation = dataclasses.replace(default.input_activation, observer_or_fake_quant_ctr=simulation)
         weight = dataclasses.replace(default.weight, observer_or_fake_quant_ctr=WeightFakeQuantize)
         self.set_global(
             dataclasses.replace(default, input_activation=activation, output_activation=activation, weight=weight)
@@ -65,6 +78,8 @@ class RuleQuantizer(X86InductorQuantizer):
     def _annotate(self, model: GraphModule) -> None:
         self._annotate_with_config(model, None, self._stay_float)
         super().annotate(model)
+        config = self.global_config
+        annotate_more(model, config.input_activation, config.weight, self._stay_float)
         # A skipped convolution has an empty annotation, on which torchao 0.18's fusion of conv and batch norm fails
         # (IndexError).
         for node in model.graph.nodes:
@@ -108,10 +123,10 @@ class RuleQuantizer(X86InductorQuantizer):
             for source, spec in annotation.input_qspec_map.items():
                 if not isinstance(spec, QuantizationSpec):
                     continue  # shared with another place
-                if spec.observer_or_fake_quant_ctr is WeightFakeQuantize and rule.weight is not None:
+                if spec.observer_or_fake_quant_ctr in _WEIGHTS and rule.weight is not None:
                     annotation.input_qspec_map[source] = _weight_spec(spec, rule.weight)
                     applied.append(rule)
-                elif spec.observer_or_fake_quant_ctr is ActivationFakeQuantize and rule.activation is not None:
+                elif spec.observer_or_fake_quant_ctr in _ACTIVATIONS and rule.activation is not None:
                     annotation.input_qspec_map[source] = _activation_spec(spec, rule.activation)
                     applied.append(rule)
         for rule in self._rules.values():
@@ -176,7 +191,7 @@ def _wanted_by_readers(node: Node) -> Iterator[Any]:
 def _weight_spec(spec: QuantizationSpec, config: WeightQuantizationConfig) -> QuantizationSpec:
     half = 2 ** (config.bits - 1)
     scheme = _WEIGHT_SCHEMES[config.scheme, config.granularity]
-    ch_axis = 0 if config.granularity == "channel" else None
+    ch_axis = spec.ch_axis if config.granularity == "channel" else None
     return dataclasses.replace(spec, quant_min=-half, quant_max=half - 1, qscheme=scheme, ch_axis=ch_axis)
 
 

@@ -22,6 +22,7 @@ from dist_train.quantization.float_checks import (
     keep_invertible,
     quietly,
     refuse_cumulative_average,
+    refuse_names,
     refuse_untracked_statistics,
 )
 from dist_train.quantization.padding import number_paddings
@@ -124,6 +125,7 @@ def check_model(model: nn.Module, skipped: Collection[str] = ()) -> None:
     skipped: modules that stay in floating point.
     """
     refuse_cumulative_average(model)
+    refuse_names(model)
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_var is None:
             raise refuse_untracked_statistics(name)

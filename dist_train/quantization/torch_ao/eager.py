@@ -18,6 +18,7 @@ from torch.ao.quantization import DeQuantStub, QuantStub
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from dist_train import trees
 from dist_train.config.stages import RuleConfig
 from dist_train.errors import QuantizationError
 from dist_train.programs.torchscript import integer_kernels
@@ -33,12 +34,13 @@ from dist_train.quantization.torch_ao import common
 from dist_train.quantization.torch_ao.float_output import use_float_outputs
 from dist_train.quantization.torch_ao.integer_model import IntegerModel, TorchAOBackend
 from dist_train.quantization.torch_ao.prepared_modules import PreparedModules, statistics_names
+from dist_train.trees import Tree
 
 
 class EagerBackend(TorchAOBackend):
     """Implements `dist_train.quantization.backend.QuantizationBackend`."""
 
-    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
+    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tree | None = None) -> None:
         """See QuantizationBackend.check. Refuses rules: only the model's author can put stubs around a module."""
         self._check_modules(model, rules)
         if example is not None:
@@ -63,7 +65,7 @@ class EagerBackend(TorchAOBackend):
         common.check_model(model)
         refuse_uneven_padding(model)
 
-    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> PreparedModules:
+    def prepare(self, model: nn.Module, example: Tree, rules: Sequence[RuleConfig] = ()) -> PreparedModules:
         """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
         self._check_modules(model, rules)
         with quietly():
@@ -112,7 +114,7 @@ class _Inside(Tensor):
 
 
 @torch.no_grad()
-def _average_in_float(model: nn.Module, example: Tensor) -> None:
+def _average_in_float(model: nn.Module, example: Tree) -> None:
     """Wraps averaging pools between stubs in `_FloatAverage`, in place. Functional pools cannot be reached."""
     inside, hooks, training = set[nn.Module](), [], model.training
     for module in model.modules():
@@ -127,7 +129,7 @@ def _average_in_float(model: nn.Module, example: Tensor) -> None:
                 )
             )
     try:
-        model.eval()(example)
+        trees.call(model.eval(), example)
     finally:
         model.train(training)
         for hook in hooks:
@@ -156,7 +158,7 @@ class _Readers(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _heads(model: nn.Module, example: Tensor) -> list[str]:
+def _heads(model: nn.Module, example: Tree) -> list[str]:
     """Returns the names of the Linears whose outputs go to DeQuantStubs only: these outputs need no integers."""
     results, found, training = list[tuple[str, Tensor]](), set[str](), model.training
 
@@ -173,7 +175,7 @@ def _heads(model: nn.Module, example: Tensor) -> list[str]:
     readers = _Readers(results)
     try:
         with readers:
-            model.eval()(example)
+            trees.call(model.eval(), example)
     finally:
         model.train(training)
         for hook in hooks:
@@ -183,9 +185,9 @@ def _heads(model: nn.Module, example: Tensor) -> list[str]:
 
 
 @torch.no_grad()
-def _drop_unused(prepared: PreparedModules, example: Tensor) -> None:
+def _drop_unused(prepared: PreparedModules, example: Tree) -> None:
     """Removes fake quantization from modules that forward never calls: their ranges would stay unknown."""
-    prepared(example)
+    trees.call(prepared, example)
     for owner in list(prepared.modules()):
         quantizer = getattr(owner, "activation_post_process", None)
         if isinstance(quantizer, ActivationFakeQuantize) and torch.isinf(quantizer.step_low):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +18,17 @@ from torch.fx import GraphModule
 from dist_train.config.stages import RuleConfig
 from dist_train.errors import QuantizationError
 from dist_train.programs.torchscript import integer_kernels
+from dist_train.quantization.attention import open_attention
 from dist_train.quantization.batch_norm_calls import settled_batch_norms
 from dist_train.quantization.dry_run import FAILURES, dry_run
 from dist_train.quantization.float_checks import quietly
-from dist_train.quantization.fx_nodes import name_fake_quantizers
+from dist_train.quantization.fx_nodes import module_of, name_fake_quantizers
 from dist_train.quantization.padding import pad_before_modules
 from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.ranges import Ranges
 from dist_train.quantization.rules import idle_skip, resolve_rules, shown, skipped_modules
 from dist_train.quantization.torch_ao import common, graph_rewrite
+from dist_train.quantization.torch_ao.computed_weights import fold_computed_weights, keep_computed_weights
 from dist_train.quantization.torch_ao.float_output import use_float_outputs
 from dist_train.quantization.torch_ao.fx_grids import (
     all_bits,
@@ -36,7 +39,9 @@ from dist_train.quantization.torch_ao.fx_grids import (
 )
 from dist_train.quantization.torch_ao.integer_model import IntegerModel, TorchAOBackend
 from dist_train.quantization.torch_ao.prepared_modules import TracedModules, statistics_names
-from dist_train.quantization.torch_ao.tracing import Traced, trace
+from dist_train.quantization.torch_ao.tracing import Traced, by_position, trace
+from dist_train.quantization.torch_ao.window_attention import open_windows
+from dist_train.trees import Tree
 
 _AVERAGES: tuple[Any, ...] = (
     *common.AVERAGES,
@@ -44,14 +49,16 @@ _AVERAGES: tuple[Any, ...] = (
     *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
     *(torch.mean, "mean"),
 )
+_EMBEDDINGS: tuple[Any, ...] = (nn.Embedding, nn.EmbeddingBag, F.embedding, F.embedding_bag)  # read, not multiplied
 _CLAMPS: tuple[Any, ...] = (F.hardtanh, F.relu6, torch.clamp, torch.clip, "clamp", "clamp_", "clip")
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # their weights are fake-quantized in training, see `_mapping`
+_WEIGHTED_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.linear, torch.conv1d, torch.conv2d, torch.conv3d)
 
 
 class FXBackend(TorchAOBackend):
     """Implements `dist_train.quantization.backend.QuantizationBackend`."""
 
-    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tensor | None = None) -> None:
+    def check(self, model: nn.Module, rules: Sequence[RuleConfig] = (), example: Tree | None = None) -> None:
         """See QuantizationBackend.check."""
         resolved = _checked_rules(model, rules)
         if example is not None:
@@ -59,7 +66,7 @@ class FXBackend(TorchAOBackend):
             self._refuse_idle_skips(model, example, rules, resolved)
 
     def _refuse_idle_skips(
-        self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig], resolved: Mapping[str, RuleConfig]
+        self, model: nn.Module, example: Tree, rules: Sequence[RuleConfig], resolved: Mapping[str, RuleConfig]
     ) -> None:
         """Raises QuantizationError for a rule that skips modules without weights and changes nothing."""
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -74,25 +81,29 @@ class FXBackend(TorchAOBackend):
             if _layout(without) == _layout(self.prepare(model, example, rules)):
                 raise idle_skip(rule)
 
-    def prepare(self, model: nn.Module, example: Tensor, rules: Sequence[RuleConfig] = ()) -> TracedModules:
+    def prepare(self, model: nn.Module, example: Tree, rules: Sequence[RuleConfig] = ()) -> TracedModules:
         """See QuantizationBackend.prepare. The result is on the model's device and in its mode."""
         resolved = _checked_rules(model, rules)
         with quietly():
             float_copy = common.make_ready(copy.deepcopy(model))
             names, settled = statistics_names(float_copy), settled_batch_norms(copy.deepcopy(float_copy), example)
+            open_attention(float_copy)
+            open_windows(float_copy)
             # Traced in evaluation mode, so that functional dropout is off in training, too.
-            traced = trace(float_copy.eval(), example)
+            traced = trace(float_copy.eval(), example, self.dynamic)
             graph, mapping = traced.graph, _mapping(self.engine)
             self._set_rules(mapping, model, resolved, traced)
             pad_before_modules(graph)
             graph_rewrite.write_out_factors(graph)
             graph_rewrite.write_out_convolutions(graph)
+            self._set_rules_of_functions(mapping, graph, resolved)
             _keep_factors_in_float(graph, mapping)
             apart = graph_rewrite.part_batch_norms(graph)
             for name in (*apart, *graph_rewrite.hidden_layers(graph)):
                 mapping.set_module_name(name, None)
-            prepared = common.prepare_qat_fx(graph.train(), mapping, (example,))
+            prepared = common.prepare_qat_fx(graph.train(), mapping, by_position(graph.graph, example))
             graph_rewrite.remove_calls(prepared, apart)
+        keep_computed_weights(prepared)
         float_results(prepared)
         saturating_clamps(prepared)
         all_bits(prepared)
@@ -122,12 +133,30 @@ class FXBackend(TorchAOBackend):
                     place, common.qconfig(self.engine, per_tensor=rule.weight.granularity == "tensor")
                 )
 
+    def _set_rules_of_functions(
+        self, mapping: QConfigMapping, graph: GraphModule, resolved: Mapping[str, RuleConfig]
+    ) -> None:
+        """Applies rules to functional layers, as of a convolution that standardizes its weight: by their order."""
+        order = Counter[Any]()
+        for node in (each for each in graph.graph.nodes if each.op == "call_function"):
+            index = order[node.target]
+            order[node.target] += 1
+            rule = resolved.get(module_of(node))
+            if rule is None:
+                continue
+            if rule.skip:
+                mapping.set_module_name_object_type_order("", node.target, index, None)
+            elif rule.weight is not None and node.target in _WEIGHTED_FUNCTIONS:
+                wanted = common.qconfig(self.engine, per_tensor=rule.weight.granularity == "tensor")
+                mapping.set_module_name_object_type_order("", node.target, index, wanted)
+
     def convert(self, prepared: PreparedModel) -> IntegerModel:
         """See QuantizationBackend.convert."""
         assert isinstance(prepared, TracedModules)
         Ranges(prepared).require_known()
         model: GraphModule = copy.deepcopy(prepared.model).cpu().eval()
         with quietly(), integer_kernels(self.engine):
+            fold_computed_weights(model)
             clamp_integers(model)
             use_float_outputs(model, trained_heads(model))
             stay_float = _hide(model)
@@ -176,7 +205,7 @@ def _mapping(engine: str) -> QConfigMapping:
     for kind, qconfig in default.object_type_qconfigs.items():
         unsimulated = qconfig is not None and getattr(getattr(qconfig.activation, "p", None), "func", None) is usual
         mapping.set_object_type(kind, None if unsimulated or kind is nn.PReLU else qconfig)
-    for kind in _AVERAGES:
+    for kind in (*_AVERAGES, *_EMBEDDINGS):
         mapping.set_object_type(kind, None)
     return mapping
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.ao.quantization import FixedQParamsFakeQuantize
 from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dist_train.errors import QuantizationError
 from dist_train.models.batch_norm import batch_moments
+from dist_train.models.recomputation import Recomputation
 from dist_train.programs.torchscript import integer_kernels
 from dist_train.quantization.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
 from dist_train.quantization.fx_nodes import quantized_weights
@@ -22,6 +24,8 @@ from dist_train.quantization.prepared import PreparedModel
 from dist_train.quantization.torch_ao.float_output import FloatOutputLinear
 from dist_train.quantization.torch_ao.fx_grids import clamp_integers
 from dist_train.quantization.torch_ao.integer_model import IntegerModel
+from dist_train.quantization.torch_ao.tracing import by_position
+from dist_train.trees import Tree
 
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 _FAKE_QUANTIZERS = (ActivationFakeQuantize, FixedQParamsFakeQuantize)
@@ -49,6 +53,7 @@ class PreparedModules(PreparedModel):
         super().__init__()
         self.model = model
         self._dropout = False
+        self._recomputation = Recomputation(self, ())
         self.batch_norms = {float_names[address]: name for address, name in statistics_names(self).items()}
         self._settled = frozenset(self.batch_norms[name] for name in settled if name in self.batch_norms)
 
@@ -68,10 +73,9 @@ class PreparedModules(PreparedModel):
             if isinstance(module, _DropoutNd):
                 yield f"{name}.p", module.p
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: shaped as the example, with any batch size. Returns as the float model."""
-        outputs: Tensor = self.model(x)
-        return outputs
+    def forward(self, *args: Any, **kwargs: Any) -> Tree:
+        """Takes what the example has, with any batch size. Returns as the float model."""
+        return self.model(*args, **kwargs)
 
     def keep_dropout(self) -> None:
         """See PreparedModel.keep_dropout."""
@@ -96,6 +100,28 @@ class PreparedModules(PreparedModel):
                 module.training = False
         return self
 
+    def recompute(self, names: Sequence[str]) -> None:
+        """See PreparedModel.recompute."""
+        self._recomputation.turn(False)
+        self._recomputation = Recomputation(self, [f"model.{name}" for name in names])
+        self._recomputation.turn(True)
+
+    def float_names(self) -> dict[str, str]:
+        """See PreparedModel.float_names."""
+        owners = {here: name for name, here in self.batch_norms.items()}
+        found = {}
+        for name, _ in self.named_parameters():
+            owner, _, own = name.rpartition(".")
+            found[name] = f"{owners[owner]}.{own}" if owner in owners else self._float_name(name.removeprefix("model."))
+        return found
+
+    def modules_of_blocks(self, names: Sequence[str]) -> list[list[str]]:
+        """See PreparedModel.modules_of_blocks."""
+        return [[f"model.{name}"] for name in names]
+
+    def _float_name(self, name: str) -> str:
+        return name
+
     def integer_weights(self) -> Collection[str]:
         """See PreparedModel.integer_weights."""
         return [
@@ -104,14 +130,14 @@ class PreparedModules(PreparedModel):
             if isinstance(getattr(module, "weight_fake_quant", None), WeightFakeQuantize)
         ]
 
-    def layer_sqnr(self, converted: nn.Module, inputs: Tensor) -> dict[str, float]:
+    def layer_sqnr(self, converted: nn.Module, inputs: Tree) -> dict[str, float]:
         """See PreparedModel.layer_sqnr."""
         if not isinstance(converted, IntegerModel):  # of a backend with a conversion of its own
             return {}
         with integer_kernels(converted.engine):
             return self._compare(converted.model, _heads(converted.model), inputs)
 
-    def _compare(self, integers: nn.Module, heads: Collection[str], inputs: Tensor) -> dict[str, float]:
+    def _compare(self, integers: nn.Module, heads: Collection[str], inputs: Tree) -> dict[str, float]:
         return compare_modules(self.model, integers, heads, inputs, _FAKE_QUANTIZERS)
 
 
@@ -119,6 +145,10 @@ class TracedModules(PreparedModules):
     """Prepared model of the fx backend, whose `model` is a GraphModule."""
 
     model: GraphModule
+
+    def recompute(self, names: Sequence[str]) -> None:
+        """See PreparedModel.recompute. A GraphModule calls its layers by parts."""
+        PreparedModel.recompute(self, names)
 
     def __init__(
         self, model: nn.Module, float_names: Mapping[int, str], settled: Collection[str], renamed: Mapping[str, str]
@@ -128,7 +158,10 @@ class TracedModules(PreparedModules):
         self._renamed = dict(renamed)
 
     def keep_dropout(self) -> None:
-        """See PreparedModel.keep_dropout. Functional dropout was traced as switched off."""
+        """See PreparedModel.keep_dropout. Functional dropout was traced as switched off.
+
+        Dropout inside attention stays off, too.
+        """
         for node in self.model.graph.nodes:
             if node.target in _DROPOUTS:
                 raise QuantizationError(
@@ -136,6 +169,18 @@ class TracedModules(PreparedModules):
                     "use nn.Dropout in the model, or --qat.backend pt2e, or --qat.dropout false",
                 )
         super().keep_dropout()
+
+    def modules_of_blocks(self, names: Sequence[str]) -> list[list[str]]:
+        """See PreparedModel.modules_of_blocks. A GraphModule calls the layers of a block, not the block."""
+        called = dict.fromkeys(str(node.target) for node in self.model.graph.find_nodes(op="call_module"))
+        layers = [each for each in called if any(True for _ in self.model.get_submodule(each).parameters())]
+        found = []
+        for name in names:  # the inner blocks come first
+            own = [each for each in layers if f"{self._float_name(each)}.".startswith(f"{name}.")]
+            layers = [each for each in layers if each not in own]
+            if own:
+                found.append([f"model.{each}" for each in own])
+        return found
 
     def integer_weights(self) -> Collection[str]:
         """See PreparedModel.integer_weights. Weights of functional calls are quantized by nodes of the graph."""
@@ -149,7 +194,7 @@ class TracedModules(PreparedModules):
         top, dot, rest = name.partition(".")
         return self._renamed.get(top, top) + dot + rest
 
-    def _compare(self, integers: nn.Module, heads: Collection[str], inputs: Tensor) -> dict[str, float]:
+    def _compare(self, integers: nn.Module, heads: Collection[str], inputs: Tree) -> dict[str, float]:
         """A node's output is fake-quantized by the node after it, and lies on the grid of that node."""
         assert isinstance(integers, GraphModule)
         clamp_integers(self.model)
@@ -164,7 +209,8 @@ class TracedModules(PreparedModules):
         wanted |= {
             node.name: node.name for node in self.model.graph.find_nodes(op="call_module") if node.target in heads
         }
-        return compare_graphs(self.model, wanted, integers, inputs, _FAKE_QUANTIZERS)
+        leaves = by_position(self.model.graph, inputs)
+        return compare_graphs(self.model, wanted, integers, leaves, _FAKE_QUANTIZERS)
 
 
 def _heads(converted: nn.Module) -> set[str]:

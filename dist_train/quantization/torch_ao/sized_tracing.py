@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +28,14 @@ class SizedTracer(Tracer):
     is a number; another one, and what is computed from it, is a node. A branch on the values of data is still an error.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
+    def __init__(self, model: nn.Module, example: Mapping[str, Tensor], varying: Mapping[str, Sequence[int]]) -> None:
+        """
+        Args:
+            example: by argument of the model's forward.
+            varying: dimensions that vary besides the batch, by argument.
+        """
         super().__init__()
-        self._model, self._example = copy.deepcopy(model).to("meta"), example
+        self._model, self._example, self._varying = copy.deepcopy(model).to("meta"), example, varying
         self._values = dict[Node, tuple[Any, ...]]()
         self._computing = False
 
@@ -72,7 +78,7 @@ class SizedTracer(Tracer):
         if values is None or not all(isinstance(value, Tensor) for value in values):
             return _UNKNOWN
         if name == "device":
-            return self._example.device
+            return next(iter(self._example.values())).device
         if name == "dtype":
             return values[0].dtype
         return self._sizes(proxy, "dim" if name == "ndim" else "size")
@@ -100,7 +106,13 @@ class SizedTracer(Tracer):
     def _computed(self, node: Node) -> tuple[Any, ...] | None:
         """Computes a node for each batch; None where that is not possible, or an input is not known."""
         if node.op == "placeholder":
-            return tuple(self._example.new_empty((rows, *self._example.shape[1:]), device="meta") for rows in _BATCHES)
+            name = str(node.target)
+            return tuple(self._sized(name, place) for place in range(len(_BATCHES))) if name in self._example else None
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and source not in self._values:  # torch.fx makes it for an argument, unasked
+                values = self._computed(source)
+                if values is not None:
+                    self._values[source] = values
         if any(source not in self._values for source in node.all_input_nodes) or node.op == "output":
             return None
         self._computing = True
@@ -111,6 +123,14 @@ class SizedTracer(Tracer):
             return None
         finally:
             self._computing = False
+
+    def _sized(self, name: str, place: int) -> Tensor:
+        """Returns an input without data, of the sizes at this place among those that are followed."""
+        given = self._example[name]
+        sizes = [_BATCHES[place], *given.shape[1:]]
+        for dim in self._varying[name]:
+            sizes[dim] += place
+        return given.new_empty(sizes, device="meta")
 
     def _run(self, node: Node, index: int) -> Any:
         if node.op == "get_attr":
@@ -136,6 +156,11 @@ class SizedProxy(Proxy):
     def __getattr__(self, k: str) -> Any:
         known = self.tracer.attribute(self, k) if k in ("shape", "ndim", "dtype", "device") else _UNKNOWN
         return super().__getattr__(k) if known is _UNKNOWN else known
+
+    def __len__(self) -> int:
+        shape = self.tracer.attribute(self, "shape")
+        known = shape is not _UNKNOWN and bool(shape) and isinstance(shape[0], int)
+        return shape[0] if known else super().__len__()
 
 
 class Sizes(tuple[Any, ...]):

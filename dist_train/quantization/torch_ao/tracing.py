@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
+import inspect
 import operator
-from collections.abc import Container, Set
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node, Tracer
+from torch.fx._symbolic_trace import _assert_is_none
+from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dist_train import trees
 from dist_train.errors import QuantizationError
-from dist_train.quantization.batch_norm_calls import batch_norm_call, has_own_forward
+from dist_train.programs.signature import Dynamic
+from dist_train.quantization.batch_norm_calls import has_own_forward
 from dist_train.quantization.error_location import cannot_trace
 from dist_train.quantization.torch_ao.sized_tracing import SizedTracer
+from dist_train.quantization.torch_ao.traced_batch_norms import free_name, split_batch_norms, use_plain_batch_norms
+from dist_train.trees import Tree
 
 _ERRORS = (AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)  # of tracing a user's forward
-_KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _IN_PLACE = {name for name in dir(operator) if name.startswith("i") and f"__{name}__" in dir(operator)} | {"setitem"}
-_TENSORS = ("running_mean", "running_var", "weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Traced:
     renamed: dict[str, str] = field(default_factory=dict)
 
 
-def trace(model: nn.Module, example: Tensor) -> Traced:
+def trace(model: nn.Module, example: Tree, dynamic: Dynamic | None = None) -> Traced:
     """Traces `model`, which is in evaluation mode and is changed. Sizes become numbers only where it needs them.
 
     Subclasses of BatchNorm that end in F.batch_norm of their own tensors become a BatchNorm and what is around it: only
@@ -47,38 +50,112 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
     Raises:
         QuantizationError: torch.fx cannot trace the model, or a BatchNorm computes something else.
     """
-    _use_plain_batch_norms(model)
+    use_plain_batch_norms(model)
     for module in model.modules():
         if isinstance(module, _BatchNorm) and has_own_forward(module):
             # It branches on its input, so that super().forward() could not be traced.
             module._check_input_dim = lambda input: None  # type: ignore[method-assign]
+    given = _by_argument(model, example)
+    left_out = _left_out(model, given)
     tracer: _Tracer = _Tracer()
     try:
-        graph = tracer.trace(model)
+        graph = tracer.trace(model, left_out)
     except _ERRORS:
-        tracer = _SizedTracer(model, example)
+        tracer = _SizedTracer(model, given, _varying(example, given, dynamic))
         try:
-            graph = tracer.trace(model)
+            graph = tracer.trace(model, left_out)
         except _ERRORS as error:
-            raise cannot_trace("torch.fx", model, error, "branches", "pt2e") from error
+            raise cannot_trace("torch.fx", model, error, "--qat.backend pt2e takes branches on sizes") from error
         _drop_moves(graph)
-    _split_batch_norms(model, graph, tracer.own_norms)
+    _keep_inputs(graph, given)
+    split_batch_norms(model, graph, tracer.own_norms)
+    _read_facts(model, graph, example)
     graph.eliminate_dead_code(lambda node: _has_effect(node, model))  # an unread output has no layer to be named after
     renamed = _rename_taken(model, graph)
     return Traced(GraphModule(model, graph, type(model).__name__), renamed)
 
 
+def by_position(graph: Graph, inputs: Tree) -> tuple[Any, ...]:
+    """Returns a tree of inputs as arguments by position, in the order of a traced graph's inputs."""
+    args, kwargs = trees.arguments(inputs)
+    names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
+    return (*args, *(kwargs[name] for name in names[len(args) :]))
+
+
+def _by_argument(model: nn.Module, example: Tree) -> dict[str, Tensor]:
+    """Returns the tensors of an example by the names of the arguments of the model's forward.
+
+    Raises:
+        QuantizationError: an argument is no tensor but a tree.
+    """
+    args, kwargs = trees.arguments(example)
+    found = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    for name, given in found.items():
+        if not isinstance(given, Tensor):
+            raise QuantizationError(
+                f"the argument {name} of {type(model).__name__}.forward is a {type(given).__name__}: "
+                "the fx backend takes tensors only, by keywords or by position",
+                "--qat.backend pt2e",
+            )
+    return found
+
+
+def _left_out(model: nn.Module, given: Container[str]) -> dict[str, Any] | None:
+    """Returns the defaults of the arguments of forward that are not given; None where all are."""
+    taken = inspect.signature(model.forward).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {each.name: each.default for each in taken if each.kind in named and each.name not in given} or None
+
+
+def _varying(example: Tree, given: Mapping[str, Tensor], dynamic: Dynamic | None) -> dict[str, Sequence[int]]:
+    """Returns the dimensions that vary besides the batch, by argument."""
+    names = {id(leaf): name for name, leaf in trees.named_leaves(example)}
+    return {name: list((dynamic or {}).get(names[id(tensor)], {})) for name, tensor in given.items()}
+
+
+def _keep_inputs(graph: Graph, given: Container[str]) -> None:
+    """Removes the inputs for arguments that are not given, with torch.fx's assertions about them, in place."""
+    for node in [each for each in graph.find_nodes(op="placeholder") if str(each.target) not in given]:
+        for user in list(node.users):
+            if user.target is _assert_is_none:
+                graph.erase_node(user)
+            elif all(reader.target is torch._assert for reader in user.users):
+                for reader in list(user.users):
+                    graph.erase_node(reader)
+                graph.erase_node(user)
+        if not node.users:
+            graph.erase_node(node)
+
+
 class _Tracer(Tracer):
-    """Traces through modules that are not torch's, and records the batch norms among them."""
+    """Traces through modules that are not torch's, and records the batch norms among them.
+
+    Raises:
+        QuantizationError: an operation is under a torch.autocast of the model's own, of which a graph knows nothing.
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.own_norms = set[str]()
+        self._autocast = _autocast()
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> Node:
+        if kind.startswith("call") and _autocast() != self._autocast:
+            place = self.scope.module_path or type(self.root).__name__
+            raise QuantizationError(
+                f"{place}: torch.autocast in forward cannot be quantized by the fx backend",
+                "leave autocast to `precision`",
+            )
+        return super().create_node(kind, *args, **kwargs)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(m, _BatchNorm) and has_own_forward(m):
             self.own_norms.add(self.path_of_module(m))
         return super().call_module(m, forward, args, kwargs)
+
+
+def _autocast() -> list[tuple[bool, torch.dtype]]:
+    return [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
 
 
 class _SizedTracer(_Tracer, SizedTracer):
@@ -93,53 +170,35 @@ def _drop_moves(graph: Graph) -> None:
             graph.erase_node(node)
 
 
-def _use_plain_batch_norms(model: nn.Module) -> None:
-    """Replaces subclasses of BatchNorm without a forward of their own, in place: torch.ao folds by exact class."""
-    made = dict[int, nn.Module]()
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(module, _BatchNorm) or has_own_forward(module) or not name:
-            continue
-        kind = _kind(module)
-        if kind is not None and type(module) is not kind and not type(module).__module__.startswith("torch."):
-            model.set_submodule(name, made.setdefault(id(module), _plain(module, kind)))
+def _read_facts(model: nn.Module, graph: Graph, example: Tree) -> None:
+    """Replaces device, dtype and shape of parameters by the input's or by numbers, in place.
 
-
-def _split_batch_norms(model: nn.Module, graph: Graph, own: Set[str]) -> None:
-    """Replaces F.batch_norm of a BatchNorm's own tensors by a call of a new BatchNorm `<name>.<free name>`, in place.
-
-    Args:
-        own: names of the batch norms with a forward of their own that the model calls.
-
-    Raises:
-        QuantizationError: a BatchNorm with a forward of its own computes something else.
+    A converted layer has no such parameter, and is on another device.
     """
-    # `x.dim() == 4`, for example: a second reader would keep a convolution from being folded.
-    for node in graph.find_nodes(op="call_function", target=torch._assert):
-        graph.erase_node(node)
-    new = dict[str, str]()
-    for node in graph.find_nodes(op="call_function", target=F.batch_norm):
-        call = batch_norm_call(node.args, node.kwargs)
-        owner = _owner(call)
-        module = None if owner is None else model.get_submodule(owner)
-        kind = _kind(module)
-        if owner is None or kind is None or call["training"] or call["eps"] != module.eps:  # type: ignore[union-attr]
+    leaves = zip(graph.find_nodes(op="placeholder"), by_position(graph, example), strict=True)
+    sources = {leaf.dtype: node for node, leaf in reversed(list(leaves))}
+    source = next(iter(graph.nodes))
+    for node in graph.find_nodes(op="call_function", target=getattr):
+        owner, name = node.args[0], node.args[1]
+        if not isinstance(owner, Node) or owner.op != "get_attr" or name not in ("device", "dtype", "shape", "ndim"):
             continue
-        assert isinstance(module, _BatchNorm)
-        if owner not in new:
-            new[owner] = _free_name("norm", dir(module))
-            module.add_module(new[owner], _plain(module, kind))
-        with graph.inserting_before(node):
-            called = graph.call_module(f"{owner}.{new[owner]}", (call["input"],))
-        node.replace_all_uses_with(called)
-        graph.erase_node(node)
-        _drop_identities(model, called, owner)
-    for name in sorted(own - new.keys()):
-        raise QuantizationError(
-            f"{name or 'the model'} is a {type(model.get_submodule(name)).__name__}, a subclass of BatchNorm whose "
-            "forward is its own: the fx backend can fold only F.batch_norm of the module's tensors, with its eps",
-            "let its forward call F.batch_norm and do the rest around it, or use nn.BatchNorm2d; where its "
-            "statistics never change, torchvision.ops.FrozenBatchNorm2d; or --qat.backend pt2e",
-        )
+        path, _, last = str(owner.target).rpartition(".")
+        known = getattr(getattr(model.get_submodule(path), last), str(name))
+        if name == "device" or (name == "dtype" and known in sources):
+            node.replace_input_with(owner, source if name == "device" else sources[known])
+        else:
+            _put(node, known)
+            graph.erase_node(node)
+
+
+def _put(node: Node, value: object) -> None:
+    """Makes the readers of a node read a value instead."""
+
+    def known(each: Node) -> Any:
+        return value if each is node else each
+
+    for user in list(node.users):
+        user.args, user.kwargs = map_arg(user.args, known), map_arg(user.kwargs, known)
 
 
 def _has_effect(node: Node, model: nn.Module) -> bool:
@@ -153,40 +212,6 @@ def _has_effect(node: Node, model: nn.Module) -> bool:
     return in_place or any(each is True for each in (*node.args, *node.kwargs.values())) or node.is_impure()
 
 
-def _owner(call: dict[str, Any]) -> str | None:
-    """Returns the name of the module whose tensors a call of F.batch_norm reads; None where they are of several."""
-    read = [call[kind] for kind in _TENSORS]
-    if not all(isinstance(each, Node) and each.op == "get_attr" for each in read):
-        return None
-    owner = str(read[0].target).rpartition(".")[0]
-    return owner if [str(each.target) for each in read] == [f"{owner}.{kind}" for kind in _TENSORS] and owner else None
-
-
-def _kind(norm: nn.Module | None) -> type[_BatchNorm] | None:
-    return next((kind for kind in _KINDS if isinstance(norm, kind)), None)
-
-
-def _plain(norm: _BatchNorm, kind: type[_BatchNorm]) -> _BatchNorm:
-    """Makes a BatchNorm on the tensors of `norm`."""
-    made = kind(norm.num_features, norm.eps, norm.momentum, device="meta")
-    for name, parameter in norm.named_parameters(recurse=False):
-        made.register_parameter(name, parameter)
-    for name, buffer in norm.named_buffers(recurse=False):
-        made.register_buffer(name, buffer)
-    return made.train(norm.training)
-
-
-def _drop_identities(model: nn.Module, norm: Node, owner: str) -> None:
-    """Removes the owner's nn.Identity modules behind `norm`: a ReLU behind them is fused with the convolution."""
-    while [node.op for node in norm.users] == ["call_module"]:
-        reader = next(iter(norm.users))
-        target = str(reader.target)
-        if not target.startswith(f"{owner}.") or type(model.get_submodule(target)) is not nn.Identity:
-            return
-        reader.replace_all_uses_with(norm)
-        norm.graph.erase_node(reader)
-
-
 def _rename_taken(model: nn.Module, graph: Graph) -> dict[str, str]:
     """Renames what the model names as a GraphModule names its own, `code` for example. Returns old names by new."""
     taken = {*dir(GraphModule(nn.Module(), Graph())), "quantizers"}
@@ -196,7 +221,7 @@ def _rename_taken(model: nn.Module, graph: Graph) -> dict[str, str]:
         if node.op not in ("call_module", "get_attr") or top not in taken:
             continue
         if top not in new:
-            new[top] = _free_name(f"{top}_of_model", {*taken, *dir(model)})
+            new[top] = free_name(f"{top}_of_model", {*taken, *dir(model)})
             _add(model, new[top], getattr(model, top))
         node.target = f"{new[top]}.{rest}" if rest else new[top]
     return {here: name for name, here in new.items()}
@@ -209,8 +234,3 @@ def _add(model: nn.Module, name: str, value: Any) -> None:
         model.register_parameter(name, value)
     else:
         model.register_buffer(name, value)
-
-
-def _free_name(name: str, taken: Container[str]) -> str:
-    counted = (f"{name}_{count}" for count in itertools.count(1))
-    return next(each for each in itertools.chain([name], counted) if each not in taken)

@@ -34,7 +34,22 @@ def places(tree: dict[str, Any], environ: dict[str, str] | None = None) -> list[
         ({"sync_batchnorm": True, "compile": True, "data": {"micro_batch_size": 8}}, []),
         ({"sync_batchnorm": True, "strategy": "dp"}, ["sync_batchnorm"]),
         ({"sync_batchnorm": True, "stages": ["qat"]}, ["sync_batchnorm"]),
+        ({"train": {"optim": {"args": {"x": 1}}}}, ["train.optim.args"]),
+        ({"train": {"optim": {"name": "SGD", "momentum": 0.5}}}, ["train.optim.momentum"]),
+        ({"train": {"optim": {"groups": [{"match": "*"}]}}}, ["train.optim.groups.0"]),
+        (
+            {"qat": {"schedule": {"name": "OneCycleLR", "final": 0.5, "metric": "top1"}}},
+            ["qat.schedule.final", "qat.schedule.metric"],
+        ),
+        ({"train": {"unfreeze_at": 1, "epochs": 1}}, ["train.unfreeze_at", "train.unfreeze_at"]),
+        ({"train": {"freeze": ["a"], "unfreeze_at": 1, "epochs": 2}}, []),
+        ({"train": {"activation_checkpointing": "a"}, "sync_batchnorm": True}, ["train.activation_checkpointing"]),
+        ({"train": {"activation_checkpointing": "a"}, "compile": True}, ["train.activation_checkpointing"]),
+        ({"qat": {"activation_checkpointing": ["a"], "backend": "fx"}}, ["qat.activation_checkpointing"]),
         ({"train": {"ema_samples": 64}, "qat": {"ema_samples": 64, "ema_decay": 0.9}}, ["train.ema_samples"]),
+        ({"export": {"input": "uint8"}}, []),
+        ({"export": {"input": "uint8"}, "qat": {"backend": "fx"}}, ["export.input"]),
+        ({"export": {"input": "uint8"}, "qat": {"backend": "fx"}, "stages": ["train", "export"]}, []),
         ({"trackers": []}, []),
         ({"trackers": ["jsonl", "jsonl"]}, ["trackers"]),
         *(({"stages": stages}, []) for stages in (["train"], ["train", "ptq"], ["train", "qat", "convert", "export"])),
@@ -153,6 +168,7 @@ def test_a_backend_that_no_stage_uses_need_not_be_installed(monkeypatch: pytest.
     assert places({"stages": ["train"], "qat": {"backend": "lacking"}}) == []
 
 
+MUON_IN_A_GROUP = {"name": "adamw", "groups": [{"match": "*.weight", "name": "Muon"}]}
 ACCELERATE = {"strategy": "accelerate"}
 
 
@@ -174,6 +190,13 @@ ACCELERATE = {"strategy": "accelerate"}
         (ACCELERATE, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, ["strategy"]),
         ({**ACCELERATE, "run": {"device": "cuda"}}, {"ACCELERATE_USE_CPU": "true"}, ["run.device"]),
         ({"strategy": "ddp"}, {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_MIXED_PRECISION": "fp8"}, []),
+        ({"strategy": "fsdp"}, {"RANK": "0", "WORLD_SIZE": "2"}, []),
+        ({"strategy": "fsdp", "compile": True}, {}, ["compile"]),
+        ({"strategy": "fsdp", "sync_batchnorm": True}, {}, ["sync_batchnorm"]),
+        ({"strategy": "fsdp", "find_unused_parameters": True}, {}, ["find_unused_parameters"]),
+        ({"strategy": "fsdp", "train": {"optim": {"name": "Adafactor", "lr": 0.1}}}, {}, ["train.optim.name"]),
+        ({"strategy": "fsdp", "train": {"optim": MUON_IN_A_GROUP}}, {}, ["train.optim.groups.0.name"]),
+        ({"train": {"optim": MUON_IN_A_GROUP}}, {}, []),
     ],
 )
 def test_strategies_that_contradict_the_ranks_or_the_accelerate_config(
@@ -182,16 +205,16 @@ def test_strategies_that_contradict_the_ranks_or_the_accelerate_config(
     assert places(tree, environ) == expected
 
 
-@pytest.mark.parametrize(("variable", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
-def test_sharded_training_by_accelerate_is_refused_by_name_and_says_what_qat_would_need(
-    variable: str, name: str
+@pytest.mark.parametrize(
+    ("variable", "name", "instead"),
+    [("FSDP", "FSDP", "--strategy fsdp"), ("DEEPSPEED", "DeepSpeed", "accelerate launch --multi_gpu")],
+)
+def test_sharded_training_by_accelerate_is_refused_by_name_and_says_what_to_take(
+    variable: str, name: str, instead: str
 ) -> None:
-    environ = {f"ACCELERATE_USE_{variable}": "true"}
-    (quantized,) = contradictions(Config.model_validate(ACCELERATE), environ)
-    (plain,) = contradictions(Config.model_validate({**ACCELERATE, "stages": ["train"]}), environ)
-    assert f"asks for {name}" in plain.message and "qat" not in plain.message
-    assert f"asks for {name}" in quantized.message and "ptq and qat would need whole weights" in quantized.message
-    assert "accelerate launch --multi_gpu" in plain.hint
+    (problem,) = contradictions(Config.model_validate(ACCELERATE), {f"ACCELERATE_USE_{variable}": "true"})
+    assert f"asks for {name}" in problem.message
+    assert problem.hint.startswith((instead, "choose")) and instead in problem.hint
 
 
 def test_both_precisions_are_named_where_ours_and_accelerates_differ() -> None:

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from sklearn.datasets import load_digits
 
 from dist_train import registry
 from dist_train.config.data import DataConfig
 from dist_train.data.arrays import ImageArrays
 from dist_train.data.datasets import mnist as idx_files
 from dist_train.data.datasets.args import cache_folder
-from dist_train.data.datasets.digits import digits
+from dist_train.data.datasets.digits import _read, digits
 from dist_train.data.datasets.fake import fake
 from dist_train.data.datasets.mnist import fashion_mnist, mnist
 from dist_train.data.splits import Splits
@@ -55,6 +56,16 @@ def test_digits_are_split_by_class_and_always_alike() -> None:
     assert digest[:16] == "9d36e8a72aee3b6d", "another split makes results incomparable"
     everything = torch.cat([train.images, evaluation.images])
     assert len(everything.unique(dim=0)) == 1797, "no image is in both"
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_digits_are_those_of_sklearn_wherever_it_keeps_them(found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not found:
+        monkeypatch.setattr(Path, "is_file", lambda path: False)
+    pixels, classes = _read()
+    theirs = load_digits()
+    assert pixels.dtype == theirs.images.dtype and (pixels == theirs.images).all()
+    assert classes.dtype == np.int64 and (classes == theirs.target).all()
 
 
 def test_digits_constants_are_those_of_the_training_split() -> None:

@@ -17,11 +17,21 @@ from torchvision.transforms import v2
 
 from dist_train import registry
 from dist_train.config.checks.general import contradictions
-from dist_train.config.data import DataConfig, RandAugment, RandomErasing, RandomHorizontalFlip, RandomResizedCrop
+from dist_train.config.data import (
+    DataConfig,
+    RandAugment,
+    RandomErasing,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    SplitConfig,
+)
 from dist_train.config.tree import Config
 from dist_train.data.augment.steps import Augmentation
+from dist_train.data.content import OfFiles
 from dist_train.data.datasets.image_folder import ImageFiles, image_folder
+from dist_train.data.division import divided
 from dist_train.data.loader import Source
+from dist_train.data.part import Part
 from dist_train.data.splits import Splits
 from dist_train.errors import ConfigError, CorruptSampleError, DataError
 from tests.support.image_files import damage, photo, write_folder
@@ -116,6 +126,35 @@ def test_phones_pictures_are_trained_on_and_evaluated_upright(tmp_path: Path) ->
     assert torch.equal(files(splits.train)[0][0], upright)
     assert torch.equal(files(splits.train).augmented(0, seed=1)[0], upright)
     assert not torch.equal(files(splits.eval)[0][0], upright)
+
+
+def test_a_split_makes_the_evaluation_set_of_one_folder_of_classes(tmp_path: Path) -> None:
+    write_folder(tmp_path, train=6, val=2)
+    split = SplitConfig(eval=0.5, by="class")
+    both = opened(tmp_path, split=split)
+    assert (len(files(both.train)), len(files(both.eval))) == (18, 6), "val/ stays what it is"
+    shutil.rmtree(tmp_path / "val")
+    with pytest.raises(DataError, match="has no folder val") as caught:
+        opened(tmp_path)
+    assert "--data.split.eval 0.1 makes the evaluation set" in caught.value.hint
+    for root in (tmp_path, tmp_path / "train"):
+        splits = opened(root, split=split)
+        assert splits.eval is None and splits.classes == ("class0", "class1", "class2")
+        parts = divided(splits, split)
+        assert isinstance(parts.train, Part) and isinstance(parts.eval, Part) and isinstance(parts.eval, OfFiles)
+        assert sorted([*parts.train.rows, *parts.eval.rows]) == list(range(18))
+        assert np.bincount(files(splits.train).targets[parts.eval.rows]).tolist() == [3, 3, 3]
+        assert parts.eval.path(0) == files(splits.train).path(int(parts.eval.rows[0]))
+        augmented = batches_of_part(parts.train, [])
+        assert set(augmented) == set(parts.train.rows.tolist())
+
+
+def batches_of_part(part: Part, augment: list[Any]) -> dict[int, torch.Tensor]:
+    """Id -> pixels of a part's items, by two workers."""
+    made = Augmentation(augment[part.own_steps :], seed=0, mean=(0.0,) * 3, std=(1.0,) * 3)  # type: ignore[attr-defined]
+    source = Source(part, made, torch.device("cpu"), False, 2, 0)
+    fetched = source.batches(iter(np.array_split(np.arange(len(part)), 3)), 0)
+    return {int(n): row for batch in fetched for n, row in zip(batch.ids, batch.inputs, strict=True)}
 
 
 def test_the_fingerprint_follows_names_and_sizes(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class AsksToStop(Classification):
             AsksToStop.seen += 1
             if AsksToStop.at == AsksToStop.seen - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-        elif AsksToStop.late is not None:
+        elif AsksToStop.late is not None and AsksToStop.seen:
             AsksToStop.late.touch()
         elif AsksToStop.evaluating and AsksToStop.seen:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -55,6 +55,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     return Runs(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_stop_at_the_last_step_of_an_epoch_goes_on_with_its_evaluation(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:

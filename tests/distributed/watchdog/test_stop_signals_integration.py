@@ -21,6 +21,7 @@ from dist_train.run_dir.paths import RunDir
 from tests.support.ranks import Ranks, train, train_done
 
 CONFIG = """
+compile: false  # its estimate runs the model once more, and the tests count
 run: {name: stopped, threads_per_rank: 1, device: cpu, timeout: 60}
 data: {name: held, global_batch_size: 12, workers: 1}
 model: {name: held}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dist_train.config.load import load
@@ -43,7 +45,9 @@ def ends(ranks: Ranks) -> None:
     [
         ("forward 1 15 lock", (), {}, "rank 1 is stuck in `forward`, rank 0 waits in `"),
         ("data 1 70 wait", (), {}, "rank 1 is stuck in `data`, rank 0 waits in `"),
-        ("save 0 1 wait", (), {}, "rank 0 is stuck in `save`, rank 1 waits in `waiting`"),
+        ("evaluate 1 0 lock", (), {}, "rank 1 is stuck in `evaluate`, rank 0 waits in `"),
+        ("save 0 1 wait", (), {}, "rank 0 is stuck in `save`, rank 1 waits in `"),
+        ("disk 0 8 wait", (), {}, "rank 0 is stuck in `save`, rank 1 waits in `"),
         ("convert 0 0 lock", WHOLE, {"PLAIN": "1"}, "rank 0 is stuck in `convert`, rank 1 waits in `waiting`"),
     ],
 )
@@ -65,6 +69,25 @@ def test_the_message_names_the_rank_and_the_phase_and_the_stacks_are_kept(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "hold",
+    [
+        *("set-up 0 0 wait", "set-up 1 0 wait", "data 1 70 wait", "forward 0 15 wait"),
+        *("save 0 1 wait", "disk 0 1 wait", "exit 0 0 wait"),
+    ],
+)
+def test_a_rank_that_is_slow_is_not_dead(case: Case, hold: str) -> None:
+    """One rank takes three times `run.timeout` for work of its own, which is less than `watchdog.timeout`."""
+    limit = 3
+    with case.start(2, hold, "--run.timeout", str(limit), "--watchdog.timeout", "60") as ranks:
+        case.reached(ranks)
+        time.sleep(3 * limit)  # the time itself is what is tried
+        case.go()
+        assert ranks.wait() == [0, 0], ranks.printed()
+    assert case.status()["state"] == "done"
+
+
+@pytest.mark.slow
 def test_a_stopped_process_is_named_and_does_not_stay(case: Case) -> None:
     with case.start(2, "forward 1 15 wait", *WATCHED) as ranks:
         case.reached(ranks)
@@ -72,6 +95,25 @@ def test_a_stopped_process_is_named_and_does_not_stay(case: Case) -> None:
         ends(ranks)
         assert ranks.processes[1].returncode == -signal.SIGKILL
         assert "rank 1 is stuck in `forward` (the process is stopped: SIGSTOP)" in ranks.printed()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_frozen_with_its_watcher_is_named_with_its_process(case: Case) -> None:
+    """As by the freezer of a container: the others end, and say what they cannot end."""
+    with case.start(2, "forward 1 15 wait", *WATCHED) as ranks:
+        case.reached(ranks)
+        rank = psutil.Process(ranks.processes[1].pid)
+        frozen = [*rank.children(recursive=True), rank]
+        try:
+            for process in frozen:
+                process.suspend()
+            assert ranks.processes[0].wait(TIMEOUT + 20 + 20) == 1
+        finally:
+            for process in frozen:
+                process.kill()
+        printed = ranks.output(0)
+    assert f"no report from rank 1 (process {rank.pid} on {socket.gethostname()}): it is gone or frozen" in printed
+    assert f"kill -KILL {rank.pid}, on {socket.gethostname()}" in printed
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 from collections import Counter
 from pathlib import Path
 
@@ -9,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
-from tests.support.converted_nets import converted_net, images
+from tests.support.converted_nets import converted_net, images, program_of
+from tests.support.overflow import needs_vnni
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -18,6 +22,7 @@ pytest.importorskip("onnxscript")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
+from dist_train.lowering import onnx as onnx_module  # noqa: E402
 from dist_train.lowering.onnx import onnx_bytes, write  # noqa: E402
 from dist_train.lowering.rewrites.onnx_qdq import quantize_biases  # noqa: E402
 
@@ -63,6 +68,7 @@ def test_convolutions_that_end_in_a_residual_addition_run_in_integers(residual: 
     assert "Add" not in ran
 
 
+@needs_vnni
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 def test_summands_are_not_clipped_also_where_sums_are(residual: nn.Module, scale: float) -> None:
     call = write(residual, images(2), 1).call
@@ -130,6 +136,7 @@ class Dense(nn.Module):
         return self.last(self.norm(x).relu()).flatten(1)
 
 
+@needs_vnni
 def test_batch_norm_reads_what_is_joined_and_not_the_same_numbers_quantized_again() -> None:
     """OpenVINO dies of it; tests/quantization/test_conformance.py goes the whole way with densenet121."""
     with torch.random.fork_rng():
@@ -159,3 +166,27 @@ def test_the_onnx_is_made_once_for_all_runtimes_and_anew_for_other_weights() -> 
     net[1].weight.data.mul_(2)
     assert onnx_bytes(net, images(2)) is not first
     assert onnx_bytes(net, images(2)) != first
+
+
+def test_of_equal_programs_the_onnx_is_made_once_and_is_what_each_would_give(
+    program: ExportedProgram, converted: nn.Module
+) -> None:
+    again = program_of(converted)
+    first = onnx_bytes(program, images(2))
+    assert onnx_bytes(again, images(2)) is first
+    assert onnx_module._export(again, images(2)) == first
+    other = copy.deepcopy(converted)
+    with torch.no_grad():
+        other.state_dict()["_frozen_param0"].add_(1)
+    assert onnx_bytes(program_of(other), images(2)) != first
+
+
+def test_the_onnx_of_a_module_is_forgotten_with_it() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 2)).eval()
+    before = len(onnx_module._kept)
+    onnx_bytes(net, images(2))
+    key = next(reversed(onnx_module._kept))
+    assert key[0] == id(net) and len(onnx_module._kept) <= before + 1
+    del net
+    gc.collect()
+    assert key not in onnx_module._kept

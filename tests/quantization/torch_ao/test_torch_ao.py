@@ -168,7 +168,7 @@ def test_the_program_answers_as_the_model_for_any_batch_and_its_state_is_int8_wi
     assert sorted(integers) == sorted([8 * 3 * 9, 8 * 8 * 9, 5 * 8])
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_programs_are_equal_in_another_process_whatever_was_traced_before() -> None:
     code = (
         "import json; from tests.support.one_net_all_backends import digests; "
@@ -210,7 +210,7 @@ def test_convert_without_ranges_names_what_lacks_them(name: str, prepared: Prepa
         backend(name).convert(prepared)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_two_ranks_merge_their_ranges_to_the_same_bits() -> None:
     first, second = call(2, "tests.support.one_net_all_backends:ranges_of_rank", BACKENDS)
     assert first == second

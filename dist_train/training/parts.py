@@ -1,0 +1,317 @@
+"""Parts of a model that a stage's settings name: what is frozen, and parameters with settings of their own."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dist_train.config.checks.fit import freeze_of, recomputed
+from dist_train.config.fit import FitConfig, Match, OptimConfig, TypeMatch
+from dist_train.config.tree import Config
+from dist_train.errors import ConfigError, Problem, QuantizationError, ask_for, nearest
+from dist_train.quantization.prepared import PreparedModel
+
+_SHOWN = 3
+_OF_MATRICES = "Muon"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Names in the float model; a parameter with several names is there under all of them.
+
+    Attributes:
+        frozen: parameters that do not learn.
+        batch_norms: batch norms whose statistics stay.
+        groups: the parameters of each of `optim.groups`: those that no earlier group has.
+        recomputed: modules that backward computes anew, none inside another.
+        blocks: modules that `strategy: fsdp` shards each by itself, the inner ones first.
+    """
+
+    frozen: frozenset[str] = frozenset()
+    batch_norms: frozenset[str] = frozenset()
+    groups: tuple[frozenset[str], ...] = ()
+    recomputed: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        """True where something of parameters is named."""
+        return bool(self.frozen or self.batch_norms or self.groups)
+
+
+def check_parts(config: Config, model: nn.Module) -> None:
+    """Resolves the patterns of all stages that train.
+
+    Raises:
+        ConfigError: lists all patterns that match nothing or change nothing, and stages that would train nothing.
+    """
+    problems = list[Problem]()
+    for stage in config.stages:
+        if isinstance(getattr(config, stage, None), FitConfig):
+            try:
+                resolve_parts(config, stage, model)
+            except ConfigError as error:
+                problems += [each for each in error.problems if each not in problems]
+    if problems:
+        raise ConfigError(problems)
+
+
+def resolve_parts(config: Config, stage: str, model: nn.Module) -> Parts:
+    """Resolves a stage's patterns on the float model, before any of its parameters is frozen.
+
+    Patterns are those of fnmatch, as in `qat.rules`, of the names of parameters and of the modules around them.
+
+    Raises:
+        ConfigError: lists all mistakes.
+    """
+    names = _Names(model)
+    settings: FitConfig = getattr(config, stage)
+    patterns, inherited = freeze_of(config, stage), settings.freeze is None
+    of = "train" if inherited else stage
+    problems, frozen, held = list[Problem](), set[str](), set[str]()
+    for number, pattern in enumerate(patterns):
+        parameters, modules = names.matched(pattern)
+        if not parameters and not modules:
+            problems.append(names.unknown(f"{of}.freeze.{number}", pattern, "parameter or module"))
+        frozen |= parameters
+        held |= modules
+    trained = names.trained - frozen
+    if patterns and not trained and not problems:
+        message = f"freezes all {len(names.trained)} parameters of the model: nothing is left to learn"
+        problems.append(Problem(f"{of}.freeze", message, hint="leave the head out"))
+    batch_norms = frozenset(name for name in names.batch_norms if name in held or names.all_frozen(name, frozen))
+    learning = names.trained if settings.unfreeze_at is not None else trained
+    groups = tuple(_groups(names, settings.optim, f"{stage}.optim", learning, problems))
+    problems += _no_matrices(names, settings.optim, f"{stage}.optim", learning, groups)
+    outermost = _recomputed(names, settings, stage, problems)
+    blocks = _blocks(names, config, problems) if config.strategy == "fsdp" else ()
+    if problems:
+        raise ConfigError(problems)
+    return Parts(frozenset(frozen), batch_norms, groups, outermost, blocks)
+
+
+def _blocks(names: _Names, config: Config, problems: list[Problem]) -> tuple[str, ...]:
+    """Returns the modules to shard each by itself, the inner ones first, as fully_shard wants them."""
+    instead = "--strategy ddp"
+    for name, parameter in names.parameters.items():
+        if parameter.dim() == 0 or not parameter.numel():
+            what = "elements" if parameter.dim() else "dimension"
+            message = f"fsdp cannot shard {name}, which has no {what}"
+            problems.append(Problem("strategy", message, hint=f"give it the shape [1], or {instead}"))
+    dtypes = sorted({str(names.parameters[name].dtype) for name in names.trained})
+    if len(dtypes) > 1:
+        message = f"fsdp shards parameters of one dtype, and the model has {' and '.join(dtypes)}"
+        problems.append(Problem("strategy", message, hint=f"model.float(), or {instead}"))
+    if config.fsdp.wrap == "auto":
+        return _repeated(names)
+    found = set[str]()
+    for number, pattern in enumerate(config.fsdp.wrap):
+        place = f"fsdp.wrap.{number}"
+        matched = names.top(pattern) - {""}
+        if not matched:
+            problems.append(names.unknown(place, pattern, "module"))
+        # Beside others of a pattern like "layers.0.*", modules without parameters, such as dropouts, mean nothing.
+        matched = {name for name in matched if any(True for _ in names.modules[name].parameters())} or matched
+        for name in sorted(matched):
+            reason = names.cannot_be_block(name)
+            if reason:
+                problems.append(Problem(place, f"{name} cannot be a block: {reason}", hint="leave it out of fsdp.wrap"))
+        found |= matched
+    return tuple(name for name in reversed(names.modules) if name in found)
+
+
+def _repeated(names: _Names) -> tuple[str, ...]:
+    """Returns the outermost modules with children whose class occurs several times, and that can be blocks."""
+    inner = {
+        name: module
+        for name, module in names.modules.items()
+        if name and type(module) is not nn.Sequential and any(True for _ in module.children())
+        if not names.cannot_be_block(name)
+    }
+    kinds = Counter(type(module) for module in {id(each): each for each in inner.values()}.values())
+    found = {name for name, module in inner.items() if kinds[type(module)] > 1}
+    return tuple(name for name in inner if name in found and not found & set(_around(name.rpartition(".")[0])))
+
+
+def _recomputed(names: _Names, settings: FitConfig, stage: str, problems: list[Problem]) -> tuple[str, ...]:
+    found = set[str]()
+    for number, pattern in enumerate(recomputed(settings)):
+        place = f"{stage}.activation_checkpointing"
+        matched = names.top(pattern) - {""}
+        if not matched:
+            numbered = isinstance(settings.activation_checkpointing, list)
+            problems.append(names.unknown(f"{place}.{number}" if numbered else place, pattern, "module"))
+        found |= matched
+    return tuple(name for name in names.modules if name in found and not found & set(_around(name.rpartition(".")[0])))
+
+
+def float_names(prepared: PreparedModel, model: nn.Module) -> dict[str, str]:
+    """Returns the float model's name of each parameter that learns, by its name in the prepared model.
+
+    Raises:
+        QuantizationError: a parameter has no counterpart of its shape.
+    """
+    found, known = prepared.float_names(), dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in prepared.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        other = known.get(found.get(name, name))
+        if other is None or other.shape != parameter.shape:
+            raise QuantizationError(
+                f"the prepared model's parameter {name} has no counterpart in the float model",
+                "leave freeze and optim.groups out of the stage, or use another --qat.backend",
+            )
+    return found
+
+
+def _groups(
+    names: _Names, optim: OptimConfig, place: str, trained: frozenset[str], problems: list[Problem]
+) -> Iterator[frozenset[str]]:
+    taken = set[str]()
+    for number, group in enumerate(optim.groups):
+        here = f"{place}.groups.{number}"
+        matched = names.matched(group.match)[0]
+        own = frozenset(matched - taken)
+        taken |= own
+        yield own
+        if not matched:
+            problems.append(names.unknown(f"{here}.match", group.match, "parameter"))
+        elif not own:
+            hint = "put it before them, or remove it: the first group that matches counts"
+            problems.append(Problem(f"{here}.match", "earlier groups match all that it does", hint=hint))
+        elif not own & trained:
+            hint = "remove it, or freeze less"
+            problems.append(Problem(f"{here}.match", f"{_listed(own)} learn nothing: they are frozen", hint=hint))
+        elif group.weight_decay and not _decays(names, group.decay_norm_and_bias, optim, own):
+            message = f"changes nothing: {_listed(own)} have one dimension, and decay_norm_and_bias is false"
+            hint = "decay_norm_and_bias: true in this group, or remove weight_decay"
+            problems.append(Problem(f"{here}.weight_decay", message, hint=hint))
+
+
+def _no_matrices(
+    names: _Names, optim: OptimConfig, place: str, trained: frozenset[str], groups: Sequence[frozenset[str]]
+) -> Iterator[Problem]:
+    """Yields the problem of an optimizer for matrices that is to train parameters of other dimensions."""
+    own: dict[str, str | None] = dict.fromkeys(trained)
+    for group, members in zip(optim.groups, groups, strict=False):
+        own |= dict.fromkeys(own.keys() & members, group.name)
+    others = [
+        name
+        for name in names.parameters
+        if name in own and (own[name] or optim.name) == _OF_MATRICES and names.parameters[name].dim() != 2
+    ]
+    if others:
+        patterns = ", ".join(f"{{match: {match}, name: adamw, lr: 0.001}}" for match in names.patterns_of(others))
+        yield Problem(
+            f"{place}.name",
+            f"{_OF_MATRICES} takes parameters of two dimensions alone, and {len(others)} have others: "
+            f"{_listed(frozenset(others))}",
+            hint=f"give them another optimizer, before other groups: {place}.groups: [{patterns}]; or freeze them",
+        )
+
+
+def _decays(names: _Names, given: bool | None, optim: OptimConfig, parameters: frozenset[str]) -> bool:
+    one_dimensional = optim.decay_norm_and_bias if given is None else given
+    return one_dimensional or any(names.parameters[name].dim() > 1 for name in parameters)
+
+
+def _listed(names: frozenset[str]) -> str:
+    first = sorted(names)
+    more = f" and {len(first) - _SHOWN} more" if len(first) > _SHOWN else ""
+    return ", ".join(first[:_SHOWN]) + more
+
+
+class _Names:
+    """Names of the float model's parameters and modules."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.trained = frozenset(name for name, each in self.parameters.items() if each.requires_grad)
+        self.batch_norms = [name for name, module in self.modules.items() if isinstance(module, _BatchNorm)]
+
+    def matched(self, pattern: Match) -> tuple[set[str], set[str]]:
+        """Returns the parameters and the modules that a pattern matches, with all inside a matched module."""
+        top = self.top(pattern)
+        modules = {name for name in self.modules if any(each in top for each in _around(name))}
+        parameters = {
+            name
+            for name in self.parameters
+            if any(each in top for each in _around(name.rpartition(".")[0]))
+            or (isinstance(pattern, str) and fnmatch.fnmatchcase(name, pattern))
+        }
+        found = {id(self.parameters[name]) for name in parameters}
+        return {name for name, each in self.parameters.items() if id(each) in found}, modules
+
+    def top(self, pattern: Match) -> set[str]:
+        """Returns the modules that a pattern matches by themselves."""
+        return {name for name in self.modules if self._is(name, pattern)}
+
+    def _is(self, name: str, pattern: Match) -> bool:
+        if isinstance(pattern, TypeMatch):
+            return any(fnmatch.fnmatchcase(kind, pattern.type) for kind in _types(self.modules[name]))
+        return fnmatch.fnmatchcase(name, pattern)
+
+    def patterns_of(self, chosen: Sequence[str]) -> list[str]:
+        """Returns patterns, as YAML, that match these parameters and no other: of a class, else of a name's end."""
+        left, found = list(chosen), list[str]()
+        while left:
+            module, _, last = left[0].rpartition(".")
+            kind = type(self.modules[module]).__name__
+            patterns: list[tuple[Match, str]] = [(TypeMatch(type=kind), f"{{type: {kind}}}")] if module else []
+            patterns += [(f"*.{last}", f'"*.{last}"'), (left[0], f'"{left[0]}"')]
+            text, own = next(
+                (
+                    (text, own)
+                    for match, text in patterns
+                    if left[0] in (own := self.matched(match)[0]) and own <= set(chosen)
+                ),
+                (f'"{left[0]}"', {left[0]}),
+            )
+            found.append(text)
+            left = [name for name in left if name not in own]
+        return found
+
+    def cannot_be_block(self, name: str) -> str:
+        """Returns why fully_shard cannot take a module by itself; "" if it can."""
+        module = self.modules[name]
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            return f"a {type(module).__name__} is not called, its modules are"
+        own = {id(each) for each in module.parameters()}
+        if not own:
+            return "it has no parameters"
+        for other, parameter in self.parameters.items():
+            if id(parameter) in own and name not in _around(other):
+                return f"it shares a parameter with {other}"
+        return ""
+
+    def all_frozen(self, name: str, frozen: set[str]) -> bool:
+        own = [f"{name}.{each}".removeprefix(".") for each, _ in self.modules[name].named_parameters(recurse=False)]
+        return bool(own) and frozen.issuperset(own)
+
+    def unknown(self, place: str, pattern: Match, what: str) -> Problem:
+        if isinstance(pattern, TypeMatch):
+            known: Sequence[str] = sorted({kind for module in self.modules.values() for kind in _types(module)})
+            near = [f"{{type: {kind}}}" for kind in nearest(pattern.type, known, 3) or known[:5]]
+            return Problem(place, f"{{type: {pattern.type}}} matches no {what}", hint=ask_for(near))
+        known = [name for name in (*self.modules, *self.parameters) if name]
+        ending = ".*" if pattern.endswith(".*") else ""
+        bases = [name for name in self.modules if name] if ending else known
+        near = [name + ending for name in nearest(pattern.removesuffix(".*"), bases, 3) or bases[:5]]
+        return Problem(place, f"{pattern!r} matches no {what} of the model", hint=ask_for(near))
+
+
+def _around(name: str) -> Iterator[str]:
+    """Yields a module's name and those of the modules around it, up to the model, ""."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
+
+
+def _types(module: nn.Module) -> list[str]:
+    return [kind.__name__ for kind in type(module).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module]
