@@ -190,6 +190,10 @@ class RunDirBusyError(RunDirError):
     exit_code = EXIT_FAILED
 
 
+class StoreError(DistTrainError):
+    """An object store does not do what it is asked: no network, no such bucket, no right to it."""
+
+
 class DataError(DistTrainError):
     """A dataset is missing, corrupt or not what the model expects."""
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from dist_train import trees
+from dist_train.addresses import is_address
+from dist_train.artifact.fetch import fetch_artifact
 from dist_train.artifact.store import MANIFEST, find_artifact, read_artifact
 from dist_train.errors import ArtifactError, DataError
 from dist_train.programs.operators import trust_operators
@@ -32,7 +34,8 @@ def load_artifact(
     """Verifies all hashes, then loads a model. Only for artifacts from a source you trust; see `artifact.store`.
 
     Args:
-        path: an export directory, a run directory with one, or a model's file in it.
+        path: an export directory, a run directory with one, or a model's file in it; or the address of a directory at
+            an object store.
         model: one of the manifest's `models`, as int8, fp32, bf16, fp16; half is bf16 or fp16. None: the file that
             `path` names, else the manifest's `default`.
         operators: operators of other libraries that you trust, which programs may hold from then on, each with the
@@ -54,7 +57,7 @@ def load_artifact(
         ArtifactError: as `verify_artifact` and `open_program`; also for a model that the artifact does not hold.
     """
     trust_operators(operators or {})
-    path = Path(path)
+    path = fetch_artifact(path) if isinstance(path, str) and is_address(path) else Path(path)
     manifest, files = read_artifact(find_artifact(path))
     if model is None and path.suffix:
         model = next((name for name, entry in manifest["models"].items() if entry["file"] == path.name), None)

@@ -6,11 +6,12 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
+from dist_train.cli.run_place import DIRECTORY, ArtifactPlace, RunPlace, run_dirs
 from dist_train.cli.verbs import (
-    DIRECTORY,
     DottedVerb,
     Number,
     OneOf,
@@ -20,11 +21,12 @@ from dist_train.cli.verbs import (
     import_user_modules,
     imports,
     option,
-    run_dirs,
 )
 from dist_train.errors import EXIT_DONE, EXIT_FAILED, UsageError
 
-_RUN_DIR = click.argument("run_dir", metavar="RUN_DIR", type=DIRECTORY, callback=run_dirs)
+
+def _run_dir(*, changes: bool) -> Any:
+    return click.argument("run_dir", metavar="RUN_DIR", type=RunPlace(changes), callback=run_dirs)
 
 
 class _Evaluate(DottedVerb):
@@ -32,7 +34,7 @@ class _Evaluate(DottedVerb):
 
 
 @click.command(cls=_Evaluate)
-@_RUN_DIR
+@_run_dir(changes=False)
 @option(
     "--model",
     "MODEL",
@@ -71,7 +73,7 @@ def _formats() -> list[str]:
 
 
 @click.command(cls=Verb)
-@_RUN_DIR
+@_run_dir(changes=True)
 @option("--format", "FORMAT", _FORMAT, field="formats", type=OneOf(_formats), multiple=True, default=["pt2"])
 @option("--model", "MODEL", _EXPORTED, type=OneOf(lambda: ("fp32", "half", "bf16", "fp16", "int8")))
 @imports
@@ -104,7 +106,7 @@ _MEASURED = "pt2, onnx, openvino, executorch; default: all that are exported or 
 
 
 @click.command(cls=Verb)
-@_RUN_DIR
+@_run_dir(changes=True)
 @option("--batch-sizes", "N ...", _SIZES, cls=Several, multiple=True, type=Whole(1, 65_536), default=[1, 32])
 @option("--samples", "N", _SAMPLES, type=Whole(1))
 @option("--seconds", "S", _SECONDS, type=Number(), default=0.5)
@@ -143,7 +145,7 @@ _ROWS = "csv (the default): file,class,probability, of detectors score and box; 
 
 
 @click.command(cls=Verb)
-@click.argument("artifact", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.argument("artifact", metavar="ARTIFACT", type=ArtifactPlace())
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path())
 @option("--model", "MODEL", "One of the artifact's models; default: its own.")
 @option("--format", "FORMAT", _ROWS, type=OneOf(lambda: ("csv", "json")), default="csv")

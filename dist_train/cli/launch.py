@@ -130,7 +130,12 @@ def _launch(
     # This machine's variables are left out: the ranks will have others.
     loaded = load(config, settings, environ={}, elsewhere=launcher == "kubernetes")
     checked = loaded.config
-    base = option_text(checked.run.dir or Path("runs") / checked.run.name)
+    base = checked.run.dir
+    base = base if isinstance(base, str) else option_text(base or Path("runs") / checked.run.name)
+    # The script, the agent and all ranks have one working copy, whatever each one's variables are.
+    spool = (
+        ("--run.spool", str(checked.run_dir.absolute().parent)) if checked.store and launcher != "kubernetes" else ()
+    )
     grace = math.ceil(checked.stop.grace)
     defaults: dict[str, Any] = {
         "python": "python" if launcher == "kubernetes" else sys.executable,
@@ -140,9 +145,9 @@ def _launch(
     }
     words = [word for word in (launcher, *typed) if word not in ("--submit", "--follow")]
     job = Job(
-        arguments=(config, *settings, "--run.dir", base),
+        arguments=(config, *settings, "--run.dir", base, *spool),
         run_dir=base,
-        home=option_text(checked.run_dir),
+        home=option_text(checked.run_dir.absolute() if checked.store else checked.run_dir),
         name=checked.run.name,
         environment=env,
         made_by=f"dist-train launch {shlex.join(words)}",

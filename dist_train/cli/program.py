@@ -16,7 +16,8 @@ from dist_train.cli.doctor import doctor
 from dist_train.cli.finished_run import benchmark, evaluate, export, predict
 from dist_train.cli.launch import launch
 from dist_train.cli.pack import pack
-from dist_train.cli.verbs import DIRECTORY, PROGRAM, SETTINGS, ConfigVerb, Verb, Verbs, known_run_dir, option, run_dirs
+from dist_train.cli.run_place import DIRECTORY, RunPlace, known_run_dir, run_dirs
+from dist_train.cli.verbs import PROGRAM, SETTINGS, ConfigVerb, Verb, Verbs, option
 from dist_train.cluster.error_notes import show_once, tell_agent
 from dist_train.cluster.rank_plan import EXIT_FILE, exit_code_when_preempted
 from dist_train.errors import (
@@ -143,7 +144,9 @@ def run(config: str, settings: tuple[str, ...]) -> int:
 
 
 @click.command(cls=Verb)
-@click.argument("run_dirs", metavar="RUN_DIR...", nargs=-1, required=True, type=DIRECTORY, callback=run_dirs)
+@click.argument(
+    "run_dirs", metavar="RUN_DIR...", nargs=-1, required=True, type=RunPlace(changes=True), callback=run_dirs
+)
 @option("--output", "DIR", "Folder to write to.", type=DIRECTORY)
 def report(run_dirs: tuple[Path, ...], output: Path | None) -> int:
     """Writes a page with the curves and results of one or several runs.
@@ -157,7 +160,7 @@ def report(run_dirs: tuple[Path, ...], output: Path | None) -> int:
 
 
 @click.command(cls=Verb)
-@click.argument("run_dir", metavar="RUN_DIR", type=DIRECTORY)
+@click.argument("run_dir", metavar="RUN_DIR", type=RunPlace())
 def ledger(run_dir: Path) -> int:
     """Checks that every sample was consumed once an epoch, or as it was drawn by weight."""
     if not (run_dir / "ledger").is_dir():

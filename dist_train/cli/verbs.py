@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dist_train.errors import ConfigError, RunDirError, UsageError, did_you_mean
+from dist_train.errors import ConfigError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -284,21 +284,3 @@ def import_user_modules(names: Sequence[str]) -> None:
     problems = import_modules(names)
     if problems:
         raise ConfigError(problems)
-
-
-def known_run_dir(run_dir: Path) -> Path:
-    """Returns the directory of a run; raises RunDirError where it has neither config.yaml nor checkpoints."""
-    if not (run_dir / "config.yaml").is_file() and not (run_dir / "checkpoints").is_dir():
-        what = "has no config.yaml: it is no run directory" if run_dir.is_dir() else "does not exist"
-        known = [str(found.parent) for found in sorted(run_dir.parent.glob("*/config.yaml"))]
-        hint = did_you_mean(str(run_dir), known) or "give the directory of a run, runs/NAME"
-        raise RunDirError(f"{run_dir} {what}", hint)
-    return run_dir
-
-
-def run_dirs(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
-    """Callback of an argument RUN_DIR, once or repeated; raises RunDirError."""
-    return tuple(map(known_run_dir, value)) if isinstance(value, tuple) else known_run_dir(value)
-
-
-DIRECTORY = click.Path(file_okay=False, path_type=Path)  # a shell completes folders

@@ -19,6 +19,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 Rate = Annotated[float, Field(gt=0, le=1e6)]  # a learning rate, or a number of its size; float32 holds its products
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
+Address = Annotated[str, Field(pattern=r"^[a-zA-Z][a-zA-Z0-9+.-]+://")]  # as `addresses.is_address`
 Pixels = Annotated[int, Field(ge=1, le=65_536)]  # of an image's edge
 
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, create_model
+from pydantic import BaseModel, BeforeValidator, Field, create_model
 
 from dist_train import registry
-from dist_train.config.base import MAY_CHANGE_ON_RESUME, Count, Registered, Seconds, Settings
+from dist_train.addresses import local_copy, place
+from dist_train.config.base import MAY_CHANGE_ON_RESUME, Address, Count, Registered, Seconds, Settings
 from dist_train.config.data import DataConfig, ModelConfig, TaskConfig
 from dist_train.config.fit import Match
 from dist_train.config.stages import ConvertConfig, ExportConfig, HalfConfig, PTQConfig, QATConfig, TrainConfig
@@ -18,8 +19,12 @@ from dist_train.config.stages import ConvertConfig, ExportConfig, HalfConfig, PT
 class RunConfig(Settings):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", json_schema_extra=MAY_CHANGE_ON_RESUME)] = "run"
     """Name of the run; the run directory is runs/<name> unless `dir` is given."""
-    dir: Annotated[Path | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
-    """Run directory. For several nodes it must be on a file system that all of them share."""
+    dir: Annotated[Address | Path | None, BeforeValidator(place), Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
+    """Run directory: a folder, or an address at an object store, as s3://bucket/runs/x. For several nodes a folder must
+    be on a file system that all of them share."""
+    spool: Annotated[Path | None, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = None
+    """Folder of the working copies of runs whose `dir` is an address; None: dist_train/runs in the user's cache. For
+    several nodes it must be on a file system that all of them share."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initial weights, the order of the samples, the augmentation and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -176,9 +181,18 @@ class Config(Settings):
         return bool({"ptq", "qat", "convert"} & set(self.stages))
 
     @property
+    def store(self) -> str | None:
+        """The run directory's address at an object store; None where it is a folder."""
+        if not isinstance(self.run.dir, str):
+            return None
+        return self.run.dir + ("-fast-dev-run" if self.debug.fast_dev_run else "")
+
+    @property
     def run_dir(self) -> Path:
-        """The run directory; a fast development run has its own."""
-        base = self.run.dir or Path("runs") / self.run.name
+        """The run directory on this machine; a fast development run has its own. That of an address is its copy."""
+        if self.store is not None:
+            return local_copy(self.store, self.run.spool)
+        base = Path(self.run.dir or Path("runs") / self.run.name)
         if not self.debug.fast_dev_run:
             return base
         named = base if base.name not in ("", "..") else base.resolve()  # "." has no name

@@ -19,7 +19,8 @@ class Job:
     Attributes:
         arguments: words after `dist-train run`: the configuration, then its options with `--run.dir`.
         run_dir: the value of `--run.dir`.
-        home: the run directory itself; it differs from `run_dir` for a fast development run.
+        home: the run directory itself, on this machine; it differs from `run_dir` for a fast development run, and where
+            that is the address of an object store.
         nodes: least and most nodes; torchrun and Slurm start with any number between.
         restarts: how often an agent starts failed ranks again on the same nodes.
         port: port at which the ranks meet; None: derived from the job.

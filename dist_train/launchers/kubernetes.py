@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from pathlib import PurePosixPath
 
+from dist_train.addresses import is_address
 from dist_train.errors import EXIT_CONFIG, EXIT_PREEMPTED, SetupError, UsageError
 from dist_train.launchers.job import Job
 
@@ -32,7 +33,7 @@ def manifest(job: Job) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     home = PurePosixPath(job.mount, job.home)
-    if not home.is_relative_to(job.mount) or ".." in home.parts:
+    if not is_address(job.run_dir) and (not home.is_relative_to(job.mount) or ".." in home.parts):
         hint = f"--run.dir runs/NAME, which is in {job.mount}, or another --mount"
         raise UsageError(f"run.dir is {job.run_dir}, outside the shared volume at {job.mount}", hint)
     if len(job.config_text.encode()) > _MOST_BYTES:
@@ -83,7 +84,9 @@ def command(job: Job) -> str:
         words += ["--nodes", str(least) if least == most else f"{least}:{most}"]
         words += ["--endpoint", f"{name}-node-0-0.{name}", "--port", str(job.port or _PORT), "--rdzv-id", name]
         meeting = f' --local-addr "$POD_IP" --is-host {_FIRST}'
-    arguments = (f"{CONFIG_FOLDER}/config.yaml", *job.arguments[1:])
+    # All pods need one working copy of a run at an object store.
+    spool = () if most == 1 or not is_address(job.run_dir) else ("--run.spool", f"{job.mount}/working-copies")
+    arguments = (f"{CONFIG_FOLDER}/config.yaml", *spool, *job.arguments[1:])
     return f"exec {_literal(shlex.join(words))}{meeting} {_literal(shlex.join(arguments))}\n"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 
+from dist_train.addresses import is_address
 from dist_train.launchers.job import Job
 from dist_train.launchers.torchrun import agent_options
 
@@ -20,11 +21,12 @@ def script(job: Job) -> str:
         f"#SBATCH --{name}" + (f"={_quoted(value)}" if value else "") + "\n" for name, value in options(job).items()
     )
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in job.environment)
+    at_store = is_address(job.run_dir)
     settings = {
         "python": shlex.quote(job.python),
         "arguments": f"({shlex.join(job.arguments)})",
-        "run_dir": shlex.quote(job.run_dir),
-        "suffix": "" if job.home == job.run_dir else shlex.quote("-fast-dev-run"),
+        "run_dir": shlex.quote(job.home if at_store else job.run_dir),
+        "suffix": "" if at_store or job.home == job.run_dir else shlex.quote("-fast-dev-run"),
         "max_requeues": str(job.requeues),
         "port": str(job.port or ""),
     }
@@ -38,6 +40,7 @@ def script(job: Job) -> str:
             exports,
             _SETTINGS,
             assignments,
+            _NO_ARRAY if at_store else "",
             _BEFORE,
             _step(job),
             _AFTER,
@@ -124,6 +127,13 @@ srun_options=()
 _SETTINGS = """\
 # ----------------------------------------------------------------------------------------------------------
 
+"""
+
+_NO_ARRAY = """
+if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
+  echo "dist-train: the tasks of an array cannot share one address: give --run.dir DIR, a folder" >&2
+  exit 78
+fi
 """
 
 _BEFORE = """

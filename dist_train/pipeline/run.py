@@ -24,6 +24,7 @@ from dist_train.pipeline.after_stop import after_lost_peer, after_stop
 from dist_train.pipeline.arguments import check_arguments
 from dist_train.pipeline.environment import describe
 from dist_train.pipeline.extension import take_up_training
+from dist_train.pipeline.home import Home
 from dist_train.pipeline.opening import agree_on_config, check_shared, earlier_results, open_run_dir
 from dist_train.pipeline.packing import OFF, settled_pack
 from dist_train.pipeline.recovery import agree_on_checkpoint, rebuild_config, record
@@ -63,7 +64,8 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
     """
     check_arguments(config)
     run_dir = RunDir(config.run_dir)
-    done = earlier_results(config, run_dir)
+    # Of a run at an object store nothing is known before rank 0 has it.
+    done = earlier_results(config, run_dir) if config.store is None else None
     if done is not None:
         return _shown(done, run_dir)
     if stopped_under_this_agent(run_dir, os.environ):
@@ -73,6 +75,7 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
         let_go_on(run_dir, os.environ, more=1)  # where the ranks fail to meet, their next restart goes on, too
     attempt: int | None = None
     leases: list[Lease] = []
+    home = Home(config, run_dir)
     try:
         with (
             listening() as stop,
@@ -83,6 +86,7 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
             world.stop, world.heartbeat = stop, heartbeat
             agree_on_config(config, world)
             ranks = world.gather(this_process(world.rank))
+            world.on_rank_0(lambda: home.take(ranks[0]), "taking the run from its store", home.patience(world.timeout))
             attempt = world.on_rank_0(
                 lambda: open_run_dir(config, run_dir, ranks, leases),
                 "opening the run directory",
@@ -96,7 +100,7 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
             check_shared(run_dir, world)
             if agent.elastic:
                 let_go_on(run_dir, os.environ)
-            return _run(config, run_dir, world, attempt, warnings, agent)
+            return _run(config, run_dir, world, attempt, warnings, agent, home)
     except BaseException as error:
         if attempt is not None and not isinstance(error, Preempted):
             with suppress(OSError):  # a full disk must not hide the original error
@@ -109,6 +113,7 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
     finally:
         for lease in leases:
             lease.release()
+        home.leave()
 
 
 def _shown(done: dict[str, Any], run_dir: RunDir) -> dict[str, Any]:
@@ -120,7 +125,7 @@ def _shown(done: dict[str, Any], run_dir: RunDir) -> dict[str, Any]:
 
 
 def _run(
-    config: Config, run_dir: RunDir, world: World, attempt: int, warnings: Sequence[Problem], agent: Agent
+    config: Config, run_dir: RunDir, world: World, attempt: int, warnings: Sequence[Problem], agent: Agent, home: Home
 ) -> dict[str, Any]:
     say = Progress(world.is_main, config.log.interval).warn
     began = agree_on_checkpoint(run_dir, config.stages, world, say) is not None
@@ -151,6 +156,7 @@ def _run(
     ledger = Ledger(run_dir, world.rank, world.world_size, attempt) if config.debug.ledger else NoLedger()
     try:
         context = session.build(trackers, ledger, copies)
+        context.checkpoints.published_by(home.publish)
         advise(context, warnings)
         try:
             _run_stages(context, attempt, status)
@@ -177,6 +183,7 @@ def _run(
         run_dir.stop.unlink(missing_ok=True)  # a late request must not stop the next run
         run_dir.forget_agents()
         trackers.close()
+        home.bring_back()
         print_results(context.results)
         _say_paths(run_dir, progress)
     return context.results

@@ -11,6 +11,9 @@ from dist_train.errors import RunDirError
 from dist_train.run_dir import saved
 from dist_train.run_dir.leftovers import remove_leftovers
 
+BEFORE_A_RUN = ("logs", "STOP")
+"""What a launcher or a user puts into a run directory before the run begins."""
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -177,9 +180,8 @@ def refuse_foreign(run_dir: RunDir) -> None:
     """
     if run_dir.status.exists() or saved.newest(run_dir.checkpoints) is not None:
         return
-    before_a_run = ("logs", "STOP")
     if run_dir.path.is_dir() and any(
-        entry.name not in before_a_run and not entry.name.startswith(".") for entry in run_dir.path.iterdir()
+        entry.name not in BEFORE_A_RUN and not entry.name.startswith(".") for entry in run_dir.path.iterdir()
     ):
         raise RunDirError(
             f"{run_dir.path} is not empty, and is not a run directory",

@@ -66,6 +66,11 @@ class StageCheckpoints:
         self._in_flight: str | None = None
         self._sharded_saves = 0
         self._mesh = mesh
+        self._publish: Callable[[Beat], None] = lambda beat: None
+
+    def published_by(self, publish: Callable[[Beat], None]) -> None:
+        """Has `publish` called on rank 0 after each checkpoint, before the next one is begun."""
+        self._publish = publish
 
     def newest(self) -> dict[str, Any] | None:
         """Loads the newest checkpoint and continues from it; returns None if there is none."""
@@ -189,6 +194,7 @@ class StageCheckpoints:
                 beat()
                 keep = ends | choose(self._folder.names())
                 told(lambda: self._folder.keep_only(keep), self._folder.path)
+                self._publish(beat)
 
             return write
 

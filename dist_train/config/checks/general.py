@@ -8,6 +8,7 @@ from functools import partial
 from itertools import pairwise
 
 from dist_train import registry
+from dist_train.addresses import problem_of
 from dist_train.cluster.rank_plan import rank_problems
 from dist_train.config.checks.base import Checks, about
 from dist_train.config.checks.data import DATA_CHECKS
@@ -95,6 +96,13 @@ def _weights(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     if other is not None and other.resolve() == config.run_dir.resolve():
         message = f"{other} is the directory of this run itself"
         yield Problem("model.init_from", message, hint="--run.name NEW, or the directory of another run")
+
+
+@_about("run.dir")
+def _address(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
+    if config.store is not None and (problem := problem_of(config.store)):
+        message, hint = problem
+        yield Problem("run.dir", message, hint=f"--run.dir {hint}" if "://" in hint else hint)
 
 
 @_about("train.extend_from", "stages")
