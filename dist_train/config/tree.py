@@ -104,11 +104,19 @@ class WandbConfig(Settings):
     tags: Annotated[list[str], Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = []
 
 
+class SizeMatch(Settings):
+    min_params: Count
+    """All modules with more parameters than this."""
+
+
 class FSDPConfig(Settings):
-    wrap: Annotated[Literal["auto"] | list[Match], Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = "auto"
-    """Blocks that are sharded each by itself, by name ("layer?.*") or class ({type: EncoderLayer}); a rank holds one
-    of them whole at a time. What is in none is a block of its own, whole while a step runs. auto: the outermost modules
-    that occur several times by class, such as a transformer's layers."""
+    wrap: Annotated[Literal["auto"] | SizeMatch | list[Match], Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = "auto"
+    """Blocks that are sharded each by itself, by name ("layer?.*"), class ({type: EncoderLayer}) or size ({min_params:
+    1000000}); a rank holds one of them whole at a time. What is in none is a block of its own, whole while a step runs.
+    auto: the outermost modules that occur several times by class, such as a transformer's layers."""
+    reshard_after_forward: Annotated[bool, Field(json_schema_extra=MAY_CHANGE_ON_RESUME)] = True
+    """Let go of a block's parameters after its forward, and gather them again for its backward. false: a block stays
+    whole from forward to backward, which saves a gathering and needs a whole model's memory in a step."""
 
 
 class DebugConfig(Settings):
@@ -131,7 +139,7 @@ class Config(Settings):
     ] = "auto"
     """auto: single for one process, ddp for several. dp: nn.DataParallel over the visible GPUs of one process. fsdp:
     the parameters, gradients and optimizer states of a stage's training in shards over the ranks, by torch's FSDP2.
-    accelerate: as set by `accelerate config`."""
+    accelerate: as set by `accelerate config`, with FSDP2 in it as fsdp."""
     fsdp: FSDPConfig = FSDPConfig()
     """For `strategy: fsdp`."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dist_train.cluster.instructions import sums_overflow
+from dist_train.config.checks.accelerate_fsdp import as_launched, wrapping
 from dist_train.config.checks.strategy import Precision, accelerate_precision
 from dist_train.config.tree import Config
 from dist_train.distributed.devices import visible_gpus
@@ -98,10 +99,14 @@ def choose(
         kept_engine: the same of the engine.
 
     Raises:
-        SetupError: the accelerate config has another precision than at the run's first start.
+        SetupError: the accelerate config has another precision than at the run's first start, or another device.
     """
     said, remarks = [], []
-    strategy, why = _strategy(config.strategy, facts)
+    launched = as_launched(config, environ)
+    strategy, why = _strategy(launched.strategy, facts)
+    if launched is not config and strategy == "fsdp":
+        _require_device(facts, environ)
+        why = f"FSDP2 in the accelerate config, with {wrapping(launched)}"
     if config.strategy == "auto":
         said.append(f"strategy {strategy} ({why})")
     elif strategy != config.strategy:
@@ -126,6 +131,14 @@ def choose(
         remarks.append(f"accelerate's mixed_precision {theirs} is not used: --strategy accelerate would use it")
     lines = [f"auto: {', '.join(said)}"] if said else []
     return Choices(strategy, precision, engine, (*lines, *remarks))
+
+
+def _require_device(facts: Facts, environ: Mapping[str, str]) -> None:
+    if facts.device == "cuda" and environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        raise SetupError(
+            "the accelerate config says use_cpu: true, and these ranks run on cuda",
+            "--run.device cpu, or use_cpu: false in `accelerate config`",
+        )
 
 
 def _strategy(asked: str, facts: Facts) -> tuple[str, str]:

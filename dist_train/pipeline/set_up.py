@@ -18,6 +18,7 @@ from dist_train import registry
 from dist_train.artifact.deployable import simulation
 from dist_train.cluster.instructions import WITHOUT_VNNI, sums_overflow
 from dist_train.config.advice import little_shared_memory, too_many_workers
+from dist_train.config.checks.accelerate_fsdp import as_launched
 from dist_train.config.checks.strategy import Precision
 from dist_train.config.tree import Config
 from dist_train.console.progress import Progress
@@ -53,6 +54,7 @@ from dist_train.run_dir.ledger import Ledger, NoLedger
 from dist_train.run_dir.paths import RunDir
 from dist_train.stages.context import Context
 from dist_train.stages.data import RunData
+from dist_train.strategies.base import Strategy
 from dist_train.tasks import Task
 from dist_train.trackers.base import Trackers
 from dist_train.training.parts import check_parts
@@ -126,6 +128,8 @@ class Session:
                 backend.check(model, config.qat.rules, example if folder.latest is None else None)
             if bits := config.qat.simulated_bits:
                 self.progress.say(f"int8: {simulation(bits)}")
+        strategy: Strategy = registry.strategies.get(self.choices.strategy)(world, self.choices.precision)
+        strategy.reshard_after_forward = config.fsdp.reshard_after_forward
         results = {
             "run": config.run.name,
             "world_size": world.world_size,
@@ -149,7 +153,7 @@ class Session:
                 weights=weights_of_rows,
             ),
             task=task,
-            strategy=registry.strategies.get(self.choices.strategy)(world, self.choices.precision),
+            strategy=strategy,
             model=model,
             progress=self.progress,
             trackers=trackers or Trackers([]),
@@ -193,6 +197,7 @@ def open_session(
     threads = threads or resolve_threads(config.run.threads_per_rank, world)
     _configure_torch(config, threads)
     choices = choose(config, look(world, threads, kept), os.environ, precision, engine)
+    config = as_launched(config, os.environ)
     config = config.model_copy(update={"qat": config.qat.model_copy(update={"engine": choices.engine})})
     config = config.model_copy(update={"data": settle_pack(config.data, world, pack, packs)})
     progress = Progress(world.is_main and show, config.log.interval)
@@ -288,8 +293,10 @@ def _load_initial_weights(
 
 
 def _configure_torch(config: Config, threads: int) -> None:
-    """Sets threads and determinism, and silences warnings without meaning here."""
+    """Sets threads and determinism, lets each rank load whole models, silences warnings without meaning here."""
     torch.set_num_threads(threads)
+    # By an FSDP config of accelerate, transformers would load weights on a node's first rank alone, for accelerate.
+    os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -64,6 +64,7 @@ class Strategy(ABC):
             `wrap`.
         mesh: the device mesh that parameters are spread over; None where each rank holds them whole.
         carried: number of values that `summed_in_backward` gets at most; read by `wrap`.
+        reshard_after_forward: False if a block in shards stays whole from forward to backward; read by `shard`.
     """
 
     scaler: torch.amp.GradScaler
@@ -74,6 +75,7 @@ class Strategy(ABC):
         self._precision = precision
         self.find_unused_parameters = False
         self.carried = 0
+        self.reshard_after_forward = True
         self.mesh: DeviceMesh | None = None
         self.new_scaler()
 

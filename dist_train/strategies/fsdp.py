@@ -46,12 +46,15 @@ class FSDP(Strategy):
             if not parameter.is_contiguous():  # fully_shard refuses channels_last
                 parameter.data = parameter.data.contiguous()
         for names in blocks:
-            fully_shard([model.get_submodule(name) for name in names], mesh=self.mesh)
+            self._spread([model.get_submodule(name) for name in names])
         fully_shard(model, mesh=self.mesh)
         names = [name for names in blocks for name in names[:1]]
         listed = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
         spread = f"in shards over {self.world.world_size} ranks"
         return f"{spread}, by {len(blocks)} blocks ({listed}) and the rest" if blocks else f"{spread}, as one block"
+
+    def _spread(self, block: list[nn.Module]) -> None:
+        fully_shard(block, mesh=self.mesh, reshard_after_forward=self.reshard_after_forward)
 
     @torch.no_grad()
     def copy(self, model: nn.Module) -> nn.Module:
@@ -60,7 +63,7 @@ class FSDP(Strategy):
         for names in blocks:  # one after the other, so that no rank holds more than one of them whole
             for name in names:
                 _give_memory(made.get_submodule(name), self.world.device, torch.contiguous_format, known)
-            fully_shard([made.get_submodule(name) for name in names], mesh=self.mesh)
+            self._spread([made.get_submodule(name) for name in names])
         _give_memory(made, self.world.device, torch.contiguous_format, known)
         fully_shard(made, mesh=self.mesh)
         for mine, theirs in zip(made.parameters(), model.parameters(), strict=True):
@@ -79,7 +82,7 @@ class FSDP(Strategy):
             yield
         finally:
             for part in parts:
-                part.set_reshard_after_forward(part is not model, recurse=False)
+                part.set_reshard_after_forward(self.reshard_after_forward and part is not model, recurse=False)
                 part.reshard()
 
     @torch.no_grad()

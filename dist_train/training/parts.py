@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.config.checks.fit import freeze_of, recomputed
 from dist_train.config.fit import FitConfig, Match, OptimConfig, TypeMatch
-from dist_train.config.tree import Config
+from dist_train.config.tree import Config, SizeMatch
 from dist_train.errors import ConfigError, Problem, QuantizationError, ask_for, nearest
 from dist_train.quantization.prepared import PreparedModel
 
@@ -106,10 +106,13 @@ def _blocks(names: _Names, config: Config, problems: list[Problem]) -> tuple[str
     if len(dtypes) > 1:
         message = f"fsdp shards parameters of one dtype, and the model has {' and '.join(dtypes)}"
         problems.append(Problem("strategy", message, hint=f"model.float(), or {instead}"))
-    if config.fsdp.wrap == "auto":
+    wrap = config.fsdp.wrap
+    if wrap == "auto":
         return _repeated(names)
+    if isinstance(wrap, SizeMatch):
+        return tuple(name for name in reversed(names.modules) if name and names.exceeds(name, wrap.min_params))
     found = set[str]()
-    for number, pattern in enumerate(config.fsdp.wrap):
+    for number, pattern in enumerate(wrap):
         place = f"fsdp.wrap.{number}"
         matched = names.top(pattern) - {""}
         if not matched:
@@ -288,6 +291,11 @@ class _Names:
             if id(parameter) in own and name not in _around(other):
                 return f"it shares a parameter with {other}"
         return ""
+
+    def exceeds(self, name: str, size: int) -> bool:
+        """Tells whether a module can be a block, with more parameters than `size`."""
+        large = sum(each.numel() for each in self.modules[name].parameters()) > size
+        return large and not self.cannot_be_block(name)
 
     def all_frozen(self, name: str, frozen: set[str]) -> bool:
         own = [f"{name}.{each}".removeprefix(".") for each, _ in self.modules[name].named_parameters(recurse=False)]

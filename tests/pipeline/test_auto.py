@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ OLD_CPU = Facts(cores=4, threads=4, workers=4)
 OLD_GPU = Facts(device="cuda", cuda_devices=1, cores=8, threads=8, workers=8)
 TWO_GPUS = Facts(device="cuda", cuda_devices=2, cores=8, threads=8, workers=8, bf16="bfloat16")
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 @pytest.mark.parametrize(
@@ -99,6 +101,23 @@ LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "bf16"}
             "auto: precision fp32 (accelerate's mixed_precision)",
         ),
         (
+            {**FIXED, "strategy": "accelerate"},
+            BF16_CPU,
+            LAUNCHED | FSDP2,
+            "fsdp",
+            "bf16",
+            "strategy accelerate runs as fsdp: FSDP2 in the accelerate config, with fsdp.wrap auto\n"
+            "precision bf16: accelerate's mixed_precision",
+        ),
+        (
+            {**FIXED, "strategy": "accelerate"},
+            OLD_CPU,
+            FSDP2,
+            "single",
+            "fp32",
+            "strategy accelerate runs as single: 1 rank",
+        ),
+        (
             FIXED,
             BF16_CPU,
             LAUNCHED,
@@ -128,6 +147,12 @@ def test_a_resumed_run_whose_accelerate_config_changed_is_refused() -> None:
         choose(config, BF16_CPU, LAUNCHED, kept="fp32")
     assert choose(config, BF16_CPU, LAUNCHED, kept="bf16").precision == "bf16"
     assert choose(config, BF16_CPU, {}, kept="bf16").precision == "bf16", "evaluated later, without accelerate launch"
+
+
+def test_an_accelerate_config_for_cpus_is_refused_on_gpus() -> None:
+    config = Config.model_validate({"strategy": "accelerate"})
+    with pytest.raises(SetupError, match=r"use_cpu: true, and these ranks run on cuda\n.*--run.device cpu"):
+        choose(config, replace(TWO_GPUS, world_size=2), FSDP2 | {"ACCELERATE_USE_CPU": "true"})
 
 
 def test_a_run_to_int8_keeps_to_127_steps_where_a_rank_s_cpu_would_overflow() -> None:

@@ -214,6 +214,36 @@ def test_blocks_are_the_outermost_modules_that_repeat_by_class() -> None:
     assert blocks(transformer(), [{"type": "TransformerEncoderLayer"}]) == ("layers.1", "layers.0")
 
 
+def test_blocks_by_size_are_all_modules_beyond_it_the_inner_ones_first() -> None:
+    large = sum(each.numel() for each in Layers().layers[0].parameters())
+    inner = [f"layers.{number}.{name}" for number in (1, 0) for name in ("linear2", "linear1", "self_attn")]
+    assert blocks(Layers(), {"min_params": 100}) == (*inner[:3], "layers.1", *inner[3:], "layers.0")
+    assert blocks(Layers(), {"min_params": large - 1}) == ("layers.1", "layers.0"), "a ModuleList is not called"
+    assert blocks(Layers(), {"min_params": large}) == ()
+
+
+def whole_after_forward(world: World) -> list[bool]:
+    """Tells for both values of reshard_after_forward if a block is whole after its forward, and after backward."""
+    found = []
+    for reshards in (True, False):
+        model, strategy = transformer(), FSDP(world, "fp32")
+        strategy.reshard_after_forward = reshards
+        strategy.shard(model, [["layers.1"], ["layers.0"]])
+        for each in (model, strategy.copy(model)):
+            with strategy.unsharded(each):
+                pass
+            loss = strategy.wrap(each)(torch.zeros(2, 1, 4, 4)).sum()
+            found.append(not has_shards(each.get_submodule("layers.0")))
+            loss.backward()
+            found.append(not has_shards(each.get_submodule("layers.0")))
+    return found
+
+
+def test_blocks_stay_whole_from_forward_to_backward_if_asked() -> None:
+    for found in call(2, "tests.strategies.test_fsdp_integration:whole_after_forward"):
+        assert found == [False, False, False, False, True, False, True, False]
+
+
 def test_a_pattern_of_blocks_passes_modules_without_parameters() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
     assert blocks(model, ["*"]) == ("2", "0")

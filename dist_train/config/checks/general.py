@@ -10,6 +10,7 @@ from itertools import pairwise
 from dist_train import registry
 from dist_train.addresses import problem_of
 from dist_train.cluster.rank_plan import rank_problems
+from dist_train.config.checks.accelerate_fsdp import as_launched
 from dist_train.config.checks.base import Checks, about
 from dist_train.config.checks.data import DATA_CHECKS
 from dist_train.config.checks.fit import (
@@ -256,7 +257,7 @@ def _check_fit(section: str) -> None:
     # Apart, so that a wrong stage does not hide what is wrong with an optimizer.
     @_about("strategy", "stages", f"{section}.optim.name", f"{section}.optim.groups")
     def shards(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
-        if config.strategy == "fsdp" and section in config.stages:
+        if as_launched(config, environ).strategy == "fsdp" and section in config.stages:
             yield from shard_problems(section, _fit(config, section))
 
     @_about(

@@ -7,6 +7,7 @@ from typing import Literal
 
 from dist_train.cluster.mpi import mpi_names
 from dist_train.cluster.rank_plan import source_of
+from dist_train.config.checks.accelerate_fsdp import accelerate_fsdp_problems, as_launched
 from dist_train.config.tree import Config
 from dist_train.errors import Problem
 
@@ -15,7 +16,6 @@ Precision = Literal["fp32", "bf16", "fp16"]
 # accelerate's `mixed_precision` -> our `precision`. fp8 is left out, as no strategy computes in it.
 _PRECISIONS: dict[str, Precision] = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 _SHARDED = {
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
@@ -44,7 +44,7 @@ def strategy_problems(config: Config, environ: Mapping[str, str]) -> Iterator[Pr
             yield Problem("strategy", message, hint="--compile false, or a rank for each GPU with --strategy ddp")
     if config.strategy == "accelerate":
         yield from _accelerate_problems(config, environ)
-    if config.strategy == "fsdp":
+    if as_launched(config, environ).strategy == "fsdp":
         yield from _fsdp_problems(config)
 
 
@@ -72,10 +72,9 @@ def _accelerate_problems(config: Config, environ: Mapping[str, str]) -> Iterator
     for name, what in _SHARDED.items():
         if environ.get(name, "").lower() == "true":
             message = f"the accelerate config asks for {what}, which strategy accelerate does not train with"
-            hint = "choose multi-GPU (DDP) in `accelerate config`, or accelerate launch --multi_gpu ..."
-            if what == "FSDP":
-                hint = f"--strategy fsdp, which shards by torch's own FSDP2 under the same launch; or {hint}"
+            hint = "choose multi-GPU (DDP) or FSDP2 in `accelerate config`, or accelerate launch --multi_gpu ..."
             yield Problem("strategy", message, f"environment: {name}", hint)
+    yield from accelerate_fsdp_problems(config, environ)
     backend = environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":
         message = (

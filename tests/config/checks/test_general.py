@@ -207,14 +207,18 @@ def test_strategies_that_contradict_the_ranks_or_the_accelerate_config(
 
 @pytest.mark.parametrize(
     ("variable", "name", "instead"),
-    [("FSDP", "FSDP", "--strategy fsdp"), ("DEEPSPEED", "DeepSpeed", "accelerate launch --multi_gpu")],
+    [
+        ("FSDP", "FSDP1", "--strategy fsdp"),
+        ("DEEPSPEED", "DeepSpeed", "accelerate launch --multi_gpu"),
+        ("MEGATRON_LM", "Megatron-LM", "accelerate launch --multi_gpu"),
+    ],
 )
 def test_sharded_training_by_accelerate_is_refused_by_name_and_says_what_to_take(
     variable: str, name: str, instead: str
 ) -> None:
     (problem,) = contradictions(Config.model_validate(ACCELERATE), {f"ACCELERATE_USE_{variable}": "true"})
     assert f"asks for {name}" in problem.message
-    assert problem.hint.startswith((instead, "choose")) and instead in problem.hint
+    assert problem.hint.startswith(("choose", "fsdp_version: 2")) and instead in problem.hint
 
 
 def test_both_precisions_are_named_where_ours_and_accelerates_differ() -> None:
