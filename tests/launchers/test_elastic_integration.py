@@ -77,6 +77,26 @@ def test_three_nodes_become_two_and_one_and_two_again(job: Callable[[str], Job])
     assert [size for size, before in zip(sizes, [0, *sizes], strict=False) if size != before][-5:] == [2, 3, 2, 1, 2]
 
 
+@pytest.mark.slow
+def test_nodes_leave_and_come_back_while_the_model_is_in_shards(job: Callable[[str], Job]) -> None:
+    run = job("1:3")
+    shards = ("--strategy", "fsdp", "--train.optim.name", "adamw", "--train.ema_decay", "0.9")
+    nodes = [run.launch(*shards) for _ in range(3)]
+    run.reaches(3)
+    for left in (2, 1):
+        nodes[left].leave()
+        run.reaches(left)
+        assert run.code(nodes[left]) == 75, run.printed()
+    nodes[1:] = [run.launch(*shards) for _ in range(2)]
+    run.reaches(3)
+    run.make("fast")
+    assert [run.code(node) for node in nodes] == [0, 0, 0], run.printed()
+    run.ends_done()
+    sizes = [step["world_size"] for step in run.steps()]
+    assert [size for size, before in zip(sizes, [0, *sizes], strict=False) if size != before][-4:] == [3, 2, 1, 3]
+    assert "train: in shards over 3 ranks" in run.printed() and "strategy fsdp runs as single: 1 rank" in run.printed()
+
+
 @pytest.mark.long
 def test_a_node_leaves_during_a_step_that_is_longer_than_the_grace(job: Callable[[str], Job]) -> None:
     run = job("1:2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,47 @@ def test_a_killed_run_goes_on_with_other_ranks_and_strategies(
     for name, value in theirs["model"].items():
         torch.testing.assert_close(ours["model"][name], value, rtol=CLOSE, atol=CLOSE, msg=name)
     torch.testing.assert_close(series(killed, "eval_loss")[-1:], series(tmp_path / "undisturbed", "eval_loss")[-1:])
+
+
+GROUPS = "[{match: 'head.*', name: sgd, lr: 0.001}, {match: 'stages.1.*', name: Adagrad, lr: 0.0002}]"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_optimizers_by_group_train_in_shards_as_under_ddp(config: Path, tmp_path: Path) -> None:
+    options = [
+        "--qat.backend",
+        "fx",
+        "--compile",
+        "false",
+        "--qat.optim.groups",
+        GROUPS,
+        "--train.optim.groups",
+        GROUPS,
+    ]
+    for strategy in ("ddp", "fsdp"):
+        run(2, config, tmp_path / strategy, "--strategy", strategy, *options)
+    assert_close(tmp_path / "fsdp", tmp_path / "ddp")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("backend", "groups"), [("pt2e", "[]"), ("fx", GROUPS)])
+def test_killed_in_qat_a_run_of_three_ranks_ends_with_the_bytes_of_an_undisturbed_one(
+    backend: str, groups: str, config: Path, tmp_path: Path
+) -> None:
+    options = ["--strategy", "fsdp", "--qat.backend", backend, "--compile", "false", "--qat.optim.groups", groups]
+    run(3, config, tmp_path / "undisturbed", *options)
+    killed = RunDir(tmp_path / "killed")
+    checkpoints = CheckpointFolder(killed.checkpoints)
+    with train(3, "run", str(config), "--run.dir", str(killed.path), *options) as ranks:
+        in_qat = re.compile(r"qat-0*[2-5]")
+        assert ranks.until(lambda: in_qat.fullmatch(str(checkpoints.latest)) is not None), ranks.printed()
+        ranks.kill()
+    assert "resuming (attempt 1) in qat at step" in run(3, config, killed.path, *options)
+    assert check(killed.path).ok
+    ours, theirs = (product(each, "qat")["quantized"] for each in (killed.path, tmp_path / "undisturbed"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    results = [read_json(RunDir(each).results)["models"] for each in (killed.path, tmp_path / "undisturbed")]
+    assert results[0] == results[1]
