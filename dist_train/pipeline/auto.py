@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dist_train.cluster.instructions import sums_overflow
-from dist_train.config.checks.accelerate_fsdp import as_launched, wrapping
+from dist_train.config.checks.accelerate_fsdp import as_launched, asks_for_fsdp, wrapping
 from dist_train.config.checks.strategy import Precision, accelerate_precision
 from dist_train.config.tree import Config
 from dist_train.distributed.devices import visible_gpus
@@ -129,6 +129,8 @@ def choose(
     theirs = accelerate_precision(environ)
     if config.strategy != "accelerate" and theirs not in (None, "fp32", precision):
         remarks.append(f"accelerate's mixed_precision {theirs} is not used: --strategy accelerate would use it")
+    if config.strategy not in ("accelerate", "fsdp") and asks_for_fsdp(environ):
+        remarks.append("accelerate's FSDP is not used: --strategy accelerate would use it")
     lines = [f"auto: {', '.join(said)}"] if said else []
     return Choices(strategy, precision, engine, (*lines, *remarks))
 

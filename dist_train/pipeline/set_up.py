@@ -295,7 +295,7 @@ def _load_initial_weights(
 def _configure_torch(config: Config, threads: int) -> None:
     """Sets threads and determinism, lets each rank load whole models, silences warnings without meaning here."""
     torch.set_num_threads(threads)
-    # By an FSDP config of accelerate, transformers would load weights on a node's first rank alone, for accelerate.
+    # By an FSDP config of accelerate, transformers would leave weights of all ranks but a node's first to accelerate.
     os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

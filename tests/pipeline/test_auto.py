@@ -125,6 +125,8 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
             "fp32",
             "accelerate's mixed_precision bf16 is not used: --strategy accelerate would use it",
         ),
+        (FIXED, BF16_CPU, FSDP2, "ddp", "fp32", "accelerate's FSDP is not used: --strategy accelerate would use it"),
+        ({**FIXED, "strategy": "fsdp"}, BF16_CPU, FSDP2, "fsdp", "fp32", ""),
     ],
 )
 def test_what_is_chosen_and_why(

@@ -48,6 +48,19 @@ CLOSE = 1e-6
 TRAIN = ["--stages", "[train]"]
 
 
+# By this variable transformers leaves weights of all ranks but a node's first to accelerate, which is not asked here.
+OWN_MODEL = """
+import os
+import dist_train
+from dist_train.models.small import small_resnet
+
+@dist_train.register_model("own")
+def own(num_classes, in_channels, width):
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true" and "FSDP_CPU_RAM_EFFICIENT_LOADING" not in os.environ
+    return small_resnet(num_classes, in_channels, width)
+"""
+
+
 class Launches:
     """Runs of one configuration, in folders beside it."""
 
@@ -117,7 +130,9 @@ def test_float_and_quantization_aware_training_are_those_of_fsdp(launches: Launc
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_sizes_precision_and_blocks_that_stay_whole_are_taken_from_the_accelerate_config(launches: Launches) -> None:
-    printed = launches.done("accelerate", TRAIN, SIZES, reshard="false", precision="bf16")
+    (launches.folder / "own_model.py").write_text(OWN_MODEL)
+    own = [*TRAIN, "--import", "own_model", "--model.name", "own"]
+    printed = launches.done("accelerate", own, SIZES, reshard="false", precision="bf16")
     assert "precision bf16: accelerate's mixed_precision" in printed
     assert "fsdp.wrap {min_params: 500}, fsdp.reshard_after_forward false" in printed
     theirs = launches.by_fsdp(*TRAIN, "--precision", "bf16", "--fsdp.wrap", "{min_params: 500}")
