@@ -158,6 +158,7 @@ def _run(
         context = session.build(trackers, ledger, copies)
         context.checkpoints.published_by(home.publish)
         advise(context, warnings)
+        home.publish(lambda: None)  # so that it is seen there before the first checkpoint
         try:
             _run_stages(context, attempt, status)
         except BaseException:

@@ -39,6 +39,9 @@ class Store:
         with self._asked("opened"):
             self._fs, self._root = fsspec.core.url_to_fs(address, **options)
         self._root = self._root.rstrip("/")
+        if self._fs.async_impl:
+            # asyncio would print a traceback for each request that a cut connection ends, besides the call's own error.
+            self._fs.loop.set_exception_handler(lambda loop, context: None)
 
     def sizes(self) -> dict[str, int]:
         """Lists the objects: maps each name to its bytes. Leaves out names that would lead out of a folder."""
