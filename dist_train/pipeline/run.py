@@ -149,6 +149,8 @@ def _run(
         copies = record(rebuild_config(run_dir, config, say), environment, attempt)
     for line in choices.lines:
         progress.say(line)
+    if began and known.get("strategy", choices.strategy) != choices.strategy:
+        progress.say(f"strategy {choices.strategy} from here on; it was {known['strategy']}")
     status = Status(run_dir, config.run.name, attempt, config.checkpoint.retry)
     trackers = Trackers([], [status] if world.is_main else [], progress.say)
     for name in config.trackers if world.is_main else []:
