@@ -158,11 +158,8 @@ def checkpoint(options: argparse.Namespace) -> bool:
         launch += ["--data.args.num_train", str(SHORT * ROWS)]
         sharded = [*launch, "--strategy", "fsdp", "--fsdp.wrap", '["1", "3"]', "--run.dir", "fsdp"]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-        for words in (
-            [*launch, "--run.dir", "ddp"],
-            sharded,
-            [*torchrun, str(Path(__file__).resolve()), "dcp", str(folder / "dcp")],
-        ):
+        dcp = [*torchrun, str(Path(__file__).resolve()), "dcp", str(folder / "dcp")]
+        for words in ([*launch, "--run.dir", "ddp"], sharded, dcp):
             subprocess.run(words, cwd=folder, env=environment(), check=True, capture_output=True)
         ours = {
             name: next(path for path in (folder / name / "checkpoints").iterdir() if path.is_dir())
