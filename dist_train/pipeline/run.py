@@ -158,9 +158,11 @@ def _run(
     ledger = Ledger(run_dir, world.rank, world.world_size, attempt) if config.debug.ledger else NoLedger()
     try:
         context = session.build(trackers, ledger, copies)
+        beat = partial(world.heartbeat.enter, "save")
         context.checkpoints.published_by(home.publish)
         advise(context, warnings)
-        home.publish(lambda: None)  # so that it is seen there before the first checkpoint
+        with world.heartbeat.within("save"):
+            home.publish(beat)  # so that it is seen there before the first checkpoint
         try:
             _run_stages(context, attempt, status)
         except BaseException:
@@ -186,7 +188,7 @@ def _run(
         run_dir.stop.unlink(missing_ok=True)  # a late request must not stop the next run
         run_dir.forget_agents()
         trackers.close()
-        home.bring_back()
+        home.bring_back(beat)
         print_results(context.results)
         _say_paths(run_dir, progress)
     return context.results

@@ -35,7 +35,8 @@ class _Mark:
     Attributes:
         at: the last push that was ended, or taken from the store; None: none.
         next: the push that was begun after it.
-        files: maps each file that is at the store to its bytes and its time of change in nanoseconds.
+        files: maps each file that is at the store to its bytes, its time of change in nanoseconds, and its inode: a
+            file that is replaced within the clock's tick has another one.
     """
 
     at: str | None = None
@@ -206,7 +207,7 @@ class Mirror:
                     stat = file.stat()
                 except FileNotFoundError:
                     continue
-                found[file.relative_to(self._local).as_posix()] = [stat.st_size, stat.st_mtime_ns]
+                found[file.relative_to(self._local).as_posix()] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
         return found
 
     def _read_mark(self) -> _Mark | None:

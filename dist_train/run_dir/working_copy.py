@@ -65,8 +65,11 @@ class WorkingCopy:
                 say(f"{self._address} is up to date again")
             self._behind = False
 
-    def finish(self, seconds: float) -> None:
+    def finish(self, seconds: float, beat: Callable[[], None] = lambda: None) -> None:
         """Pushes all there is, and tries again for some seconds.
+
+        Args:
+            beat: called while it goes on.
 
         Raises:
             StoreError: the store did not answer; says where the run is.
@@ -74,7 +77,7 @@ class WorkingCopy:
         began, pause = time.monotonic(), _FIRST_PAUSE
         while True:
             try:
-                return self._push()
+                return self._push(beat)
             except StoreError as error:
                 waited = time.monotonic() - began
                 if waited >= seconds:
