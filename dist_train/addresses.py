@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,14 @@ def local_copy(address: str, within: Path | None) -> Path:
     digest = hashlib.sha256(address.encode()).hexdigest()[:12]
     name = re.sub(r"[^A-Za-z0-9._-]", "_", address.rpartition("/")[2])[:80]
     if within is None:
-        given = os.environ.get("XDG_CACHE_HOME")
-        within = (Path(given) if given else Path("~/.cache").expanduser()) / "dist_train" / "runs"
+        within = _cache() / "dist_train" / "runs"
     return within / f"{name}-{digest}"
+
+
+def _cache() -> Path:
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and a user id without a name, as in some containers
+        return Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"

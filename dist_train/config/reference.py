@@ -79,6 +79,8 @@ def _field_rows(model: type[BaseModel], name: str, prefix: str) -> Iterator[_Row
         kind = each.model_fields["name"].default if "name" in each.model_fields and len(held) > 1 else ""
         mark = f"{key}[{kind}]." if _is_list(info) else f"{key}."
         for row in _rows(each, mark):
+            if resume != "fixed":  # all that is in it may change, too
+                row = row._replace(resume=resume)
             if not (kind and row.key == f"`{mark}name`"):
                 yield row
 

@@ -39,15 +39,15 @@ class Home:
         if self._copy is not None:
             self._copy.publish(beat)
 
-    def bring_back(self) -> None:
-        """Brings all of a run that is done to the store.
+    def bring_back(self, beat: Callable[[], None]) -> None:
+        """Brings all of a run that is done to the store. `beat` is called while it goes on.
 
         Raises:
             StoreError: the store does not answer for `checkpoint.retry` seconds.
         """
         if self._copy is not None:
             self._brought_back = True
-            self._copy.finish(self._config.checkpoint.retry)
+            self._copy.finish(self._config.checkpoint.retry, beat)
             print(f"{'at the store':12s} {self._config.store}", flush=True)
 
     def leave(self) -> None:

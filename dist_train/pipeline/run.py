@@ -149,6 +149,8 @@ def _run(
         copies = record(rebuild_config(run_dir, config, say), environment, attempt)
     for line in choices.lines:
         progress.say(line)
+    if began and known.get("strategy", choices.strategy) != choices.strategy:
+        progress.say(f"strategy {choices.strategy} from here on; it was {known['strategy']}")
     status = Status(run_dir, config.run.name, attempt, config.checkpoint.retry)
     trackers = Trackers([], [status] if world.is_main else [], progress.say)
     for name in config.trackers if world.is_main else []:
@@ -156,8 +158,11 @@ def _run(
     ledger = Ledger(run_dir, world.rank, world.world_size, attempt) if config.debug.ledger else NoLedger()
     try:
         context = session.build(trackers, ledger, copies)
+        beat = partial(world.heartbeat.enter, "save")
         context.checkpoints.published_by(home.publish)
         advise(context, warnings)
+        with world.heartbeat.within("save"):
+            home.publish(beat)  # so that it is seen there before the first checkpoint
         try:
             _run_stages(context, attempt, status)
         except BaseException:
@@ -183,7 +188,7 @@ def _run(
         run_dir.stop.unlink(missing_ok=True)  # a late request must not stop the next run
         run_dir.forget_agents()
         trackers.close()
-        home.bring_back()
+        home.bring_back(beat)
         print_results(context.results)
         _say_paths(run_dir, progress)
     return context.results

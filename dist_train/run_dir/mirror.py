@@ -23,23 +23,34 @@ from dist_train.run_dir.store import Store
 from dist_train.untrusted import parse_json, read_json_file
 
 MARK = ".pushed.json"
+STATUS = "status.json"
 _TRIES = 5  # at reading a folder that changes meanwhile
 Beat = Callable[[], None]
 
 
 @dataclass
 class _Mark:
-    """What a working copy knows of the store.
+    """Knowledge of a working copy about the store.
 
     Attributes:
         at: the last push that was ended, or taken from the store; None: none.
         next: the push that was begun after it.
-        files: maps each file that is at the store to its bytes and its time of change in nanoseconds.
+        files: maps each file that is at the store to its bytes, its time of change in nanoseconds, and its inode: a
+            file that is replaced within the clock's tick has another one.
     """
 
     at: str | None = None
     next: str | None = None
     files: dict[str, list[int]] = field(default_factory=dict)
+
+    def leads_on_from(self, at: str | None, filled: bool) -> bool:
+        """Tells whether the working copy has all that is at the store, whose last ended push is `at`.
+
+        filled: True if there are objects: without a mark, of a first push that somebody began.
+        """
+        if at is None:
+            return self.at is None and (self.next is not None or not filled)
+        return at in (self.at, self.next)
 
 
 class Mirror:
@@ -63,7 +74,7 @@ class Mirror:
         there = self._store.sizes()
         self._refuse_foreign(there)
         at, known = self._pushed(), self._read_mark()
-        if known is not None and at in (known.at, known.next):
+        if known is not None and known.leads_on_from(at, bool(_visible(there))):
             return
         self._make_room(known)
         if not _visible(there):
@@ -99,7 +110,9 @@ class Mirror:
         # A folder that changes is no checkpoint and no artifact until its manifest is there again.
         again = {_manifest_of(name) for name in changed if _manifest_of(name) in files}
         self._remove(there, [name for name in again if name in there])
-        for name in sorted(changed | again, key=_order):
+        # By its status a folder is known as a run's, whatever ends this push.
+        first = STATUS if STATUS not in there else None
+        for name in sorted(changed | again, key=lambda name: -1 if name == first else _order(name)):
             beat()
             try:
                 self._store.upload(self._local / name, name, beat)
@@ -130,7 +143,7 @@ class Mirror:
 
     def _refuse_foreign(self, there: Iterable[str]) -> None:
         names = set(there)
-        begun = "status.json" in names or any(name.startswith("checkpoints/") for name in names)
+        begun = STATUS in names or any(name.startswith("checkpoints/") for name in names)
         if _visible(names) and not begun:
             raise RunDirError(
                 f"{self._store.address} is not empty, and is not a run directory",
@@ -194,7 +207,7 @@ class Mirror:
                     stat = file.stat()
                 except FileNotFoundError:
                     continue
-                found[file.relative_to(self._local).as_posix()] = [stat.st_size, stat.st_mtime_ns]
+                found[file.relative_to(self._local).as_posix()] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
         return found
 
     def _read_mark(self) -> _Mark | None:
@@ -236,7 +249,7 @@ def _manifest_of(name: str) -> str:
 
 def _order(name: str) -> int:
     """Tells what is put after what: data, manifests, the pointer to the newest checkpoint, what tells of the run."""
-    if name in ("status.json", "results.json"):
+    if name in (STATUS, "results.json"):
         return 3
     last = name.rpartition("/")[2]
     return {saved.MANIFEST: 1, saved.LATEST: 2}.get(last, 0)

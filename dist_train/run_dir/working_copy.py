@@ -18,6 +18,7 @@ from dist_train.run_dir.store import Store
 from dist_train.run_dir.store_lease import StoreLease, acquire
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
+_REST = 10.0  # times the seconds that a failed push took: a store that is away must not slow a run much
 
 
 class WorkingCopy:
@@ -32,7 +33,7 @@ class WorkingCopy:
     def __init__(self, address: str, local: Path, process: RankProcess) -> None:
         store = Store(address)
         self._address, self._local = address, local
-        self._behind = False
+        self._behind, self._not_before = False, 0.0
         self._lease: StoreLease = acquire(store, process, say)
         self._mirror = Mirror(store, local, say)
         try:
@@ -48,19 +49,27 @@ class WorkingCopy:
         Raises:
             RunDirBusyError: another start has taken the run over.
         """
+        began = time.monotonic()
+        if began < self._not_before:
+            return
         try:
             self._push(beat)
         except StoreError as error:
             if not self._behind:
-                say(f"warning: {error.message}; the run goes on, and the next checkpoint tries again")
+                say(f"warning: {error.message}; the run goes on, and later checkpoints try again")
             self._behind = True
+            now = time.monotonic()
+            self._not_before = now + _REST * (now - began)
         else:
             if self._behind:
                 say(f"{self._address} is up to date again")
             self._behind = False
 
-    def finish(self, seconds: float) -> None:
+    def finish(self, seconds: float, beat: Callable[[], None] = lambda: None) -> None:
         """Pushes all there is, and tries again for some seconds.
+
+        Args:
+            beat: called while it goes on.
 
         Raises:
             StoreError: the store did not answer; says where the run is.
@@ -68,7 +77,7 @@ class WorkingCopy:
         began, pause = time.monotonic(), _FIRST_PAUSE
         while True:
             try:
-                return self._push()
+                return self._push(beat)
             except StoreError as error:
                 waited = time.monotonic() - began
                 if waited >= seconds:
@@ -102,7 +111,9 @@ def opened(address: str, *, changes: bool) -> Iterator[Path]:
     Raises:
         as WorkingCopy, and StoreError where it cannot be brought back.
     """
-    local = local_copy(address, None)
+    local, store = local_copy(address, None), Store(address)
+    if not store.sizes():
+        raise RunDirError(f"there is no run at {address}", "give the address of a run, as its --run.dir was")
     if changes:
         copy = WorkingCopy(address, local, this_process(0))
         try:
@@ -111,7 +122,6 @@ def opened(address: str, *, changes: bool) -> Iterator[Path]:
         finally:
             copy.close()
         return
-    store = Store(address)
     with _on_disk(local), _one_at_a_time(local):  # ranks of a machine take one copy
         if not any(each.alive for each in owner(local)):  # else its run is at work here, and ahead of the store
             Mirror(store, local, say).pull()

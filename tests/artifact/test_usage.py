@@ -22,6 +22,7 @@ pytestmark = pytest.mark.heavy
 
 
 @needs_vnni
+@pytest.mark.slow
 def test_every_file_is_run_as_the_manifest_says_without_dist_train(tmp_path: Path) -> None:
     net = float_net(channels_last=True)
     converted = converted_net(net)

@@ -200,6 +200,7 @@ def test_without_skip_the_error_is_the_datasets_own(workers: int) -> None:
     assert str(caught.value) == "4.jpg cannot be decoded\n  -> remove it"
 
 
+@pytest.mark.slow
 def test_an_evaluation_counts_what_was_evaluated_and_what_was_not() -> None:
     model = mlp().eval()
     loader = EvaluationLoader(_source(0, skip_corrupt=True), 2, 1, 0)

@@ -98,6 +98,7 @@ def test_losses_agree_on_real_ranks() -> None:
         assert each["parameters"] == pytest.approx(alone["parameters"], rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_what_a_stream_cannot_be_is_said() -> None:
     pairs: Any = [(torch.zeros(1, 4, 4), 0)]
     options: dict[str, Any] = {"num_classes": 2, "classes": ("a", "b"), "mean": (0.5,), "std": (0.2,)}

@@ -226,12 +226,14 @@ def _outlive_the_timeout(world: World) -> list[float]:
     return [value, float(total)]
 
 
+@pytest.mark.slow
 def test_work_that_outlives_the_process_groups_timeout_kills_nobody() -> None:
     with Ranks(2, ["-m", "tests.distributed.test_world_integration", "--timeout", "3", "outlive"]) as ranks:
         assert ranks.wait(60) == [0, 0], ranks.printed()
         assert "[1.0, 2.0]" in ranks.output(0) and "[1.0, 2.0]" in ranks.output(1)
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_to_a_collective_is_named_as_a_timeout(tmp_path: Path) -> None:
     with Ranks(
         2,
@@ -329,6 +331,7 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_failing_rank_is_the_root_cause(tmp_path: Path) -> None:
     (tmp_path / "planted_data.py").write_text(PLUGIN)
     path = tmp_path / "planted.yaml"

@@ -40,6 +40,7 @@ def _run_as_printed(marker: str, modules: dict[str, str], folder: Path) -> dict[
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_your_own_model_and_data_train_as_printed(tmp_path: Path) -> None:
     results = _run_as_printed("--import mine\n", {"mine": "register_model"}, tmp_path)
     assert len([line for line in (tmp_path / "mine.py").read_text().splitlines() if line]) <= 20

@@ -21,9 +21,12 @@ from tests.support.compilers import hide_compiler
 from tests.support.small_runs import Runs, run_here
 from tests.support.torch_settings import own_torch_settings
 
-pytestmark = pytest.mark.skipif(
-    any(registry.export_formats.entry(name).missing() for name in ("onnx", "openvino")), reason="not installed"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        any(registry.export_formats.entry(name).missing() for name in ("onnx", "openvino")), reason="not installed"
+    ),
+]
 FAST = ("--seconds", "0.01", "--batch-sizes", "1", "3")
 
 

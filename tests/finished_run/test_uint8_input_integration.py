@@ -26,7 +26,10 @@ from tests.support.compilers import hide_compiler
 from tests.support.small_runs import Runs, run_here
 from tests.support.torch_settings import own_torch_settings
 
-pytestmark = pytest.mark.skipif(bool(registry.export_formats.entry("onnx").missing()), reason="not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(registry.export_formats.entry("onnx").missing()), reason="not installed"),
+]
 ARGS: dict[str, Any] = {"num_train": 203, "num_eval": 61, "num_classes": 6, "channels": 1, "height": 8, "width": 8}
 
 

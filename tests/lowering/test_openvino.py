@@ -115,6 +115,7 @@ assert not attempts, attempts
 
 
 @needs_openvino
+@pytest.mark.slow
 def test_lowering_does_not_report_to_the_network(tmp_path):
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(

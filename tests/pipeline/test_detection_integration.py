@@ -56,6 +56,7 @@ def read_lines(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in RunDir(run_dir).metrics.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_losses_are_equal_on_one_two_and_three_ranks(tmp_path: Path) -> None:
     # BatchNorm's statistics are those of a rank.
     settings = ["--model.args", "{width: 4, norm: false}", "--train.epochs", "1"]
@@ -78,7 +79,7 @@ def test_the_losses_are_equal_on_one_two_and_three_ranks(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("ranks", "settings"),
     [
-        (2, ["--export.formats", "[pt2, onnx]", "--export.postprocess", "true"]),
+        pytest.param(2, ["--export.formats", "[pt2, onnx]", "--export.postprocess", "true"], marks=pytest.mark.slow),
         pytest.param(1, ["--export.formats", "[pt2, onnx, openvino]"], marks=pytest.mark.slow),
         pytest.param(2, ["--qat.backend", "fx"], marks=pytest.mark.slow),
         pytest.param(1, ["--export.formats", "[executorch, auto]"], marks=pytest.mark.slow),

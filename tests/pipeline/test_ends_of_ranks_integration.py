@@ -57,6 +57,7 @@ def test_a_rank_that_leaves_as_if_it_were_done_fails_the_run(how: str, given: li
     assert said in status["error"] and said in printed and "Traceback" not in printed, printed
 
 
+@pytest.mark.slow
 def test_the_launch_of_a_rank_that_left_fails_and_says_why_last(given: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dist_train", "launch", "torchrun", "--nproc-per-node", "1", *given]
     environ = os.environ | {"PYTHONPATH": str(ROOT), "LEAVES": "0", "HOW": "process"}
@@ -67,6 +68,7 @@ def test_the_launch_of_a_rank_that_left_fails_and_says_why_last(given: list[str]
     assert hint.startswith("  -> ") and place == f"  -> the ranks' output is in {tmp_path / 'run' / 'logs'}"
 
 
+@pytest.mark.slow
 def test_the_agents_table_shows_the_error_of_the_rank_that_has_it(given: list[str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environ = os.environ | {"PYTHONPATH": str(ROOT), "LEAVES": "1", "HOW": "exit"}
@@ -91,6 +93,7 @@ def _alone(rank: int, port: int, given: list[str]) -> Ranks:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.slow
 def test_a_rank_that_waits_for_its_peers_stops_at_once(rank: int, given: list[str], tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

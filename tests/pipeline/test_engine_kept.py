@@ -24,6 +24,7 @@ SETTINGS = [
 SETTINGS += ["--checkpoint.every_steps", "2", "--task.name", "interruptible"]
 
 
+@pytest.mark.slow
 def test_a_run_that_moves_to_another_cpu_keeps_its_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = Runs(tmp_path)
 

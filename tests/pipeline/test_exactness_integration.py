@@ -94,7 +94,7 @@ def lines(run_dir: Path) -> int:
 @pytest.mark.parametrize(
     ("world_size", "shares", "strategy"),
     [
-        (2, [(0.2, 0.3), (0.45, 0.55)], "ddp"),
+        pytest.param(2, [(0.2, 0.3), (0.45, 0.55)], "ddp", marks=pytest.mark.slow),
         pytest.param(3, [(0.1, 0.5)] * 6, "ddp", marks=pytest.mark.slow),
         pytest.param(2, [(0.2, 0.3), (0.45, 0.55)], "fsdp", marks=pytest.mark.slow),
         pytest.param(3, [(0.1, 0.5)] * 6, "fsdp", marks=pytest.mark.slow),

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import dist_train
 from dist_train.config.data import ModelConfig
 from dist_train.errors import EXIT_CONFIG, DataError
 from dist_train.models.build import initial_weights
 from dist_train.models.weights import read_run
+from dist_train.strategies.single import Single
 from tests.support.small_runs import STEPS, Runs
 
 TINY_STEP = ["--train.optim.lr", "1e-30", "--train.epochs", "1"]
@@ -88,3 +90,18 @@ def test_a_run_without_a_checkpoint_has_no_weights(tmp_path: Path) -> None:
         found[1]()
     with pytest.raises(DataError, match="has no trained float model"):
         read_run(tmp_path / "nowhere")
+
+
+class _Renamed(Single):
+    """The strategy of one process under another name."""
+
+
+def test_a_resume_says_that_its_strategy_is_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dist_train.register_strategy("renamed")(_Renamed)
+    runs = Runs(tmp_path)
+    assert runs("run", "--checkpoint.every_steps", "5", interrupt_at=7) == -1
+    capsys.readouterr()
+    assert runs("run", "--strategy", "renamed", interrupt_at=7) == -1
+    assert "strategy renamed from here on; it was single" in capsys.readouterr().out
+    assert runs("run", "--strategy", "renamed", "--task.name", "interruptible") == 0
+    assert "from here on" not in capsys.readouterr().out

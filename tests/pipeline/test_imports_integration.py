@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.ranks import ROOT, Ranks
 
 HEAVY = {
@@ -56,6 +58,7 @@ def heavy_in(file: Path) -> list[str]:
     return [name for name in names if name.split(".")[0] in HEAVY or f"{name}.".startswith(parts)]
 
 
+@pytest.mark.slow
 def test_a_train_step_has_imported_nothing_of_the_later_stages(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(json.dumps(CONFIG))
     arguments = ["run", str(tmp_path / "config.yaml"), "--run.dir", str(tmp_path / "run")]

@@ -124,6 +124,7 @@ def test_warnings_of_the_configuration_and_of_the_machine_are_said_once(
     assert printed.count("  -> ") == printed.count("warning: ") == 3
 
 
+@pytest.mark.slow
 def test_a_run_without_mistakes_warns_of_nothing(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     line = "'Epoch [{epoch}/{epochs}], Acc: {top1:.4%}'"
     assert runs("run", "--data.workers", "999", "--log.epoch_format", line) == 0

@@ -61,6 +61,7 @@ def test_a_run_packs_at_its_start_and_resumes_exactly_though_the_pack_was_remove
     assert read_json(case.folder / "run" / "environment.json")["pack"] == 12
 
 
+@pytest.mark.slow
 def test_a_run_on_files_does_not_take_up_a_pack_that_was_written_since(
     case: Case, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,6 +54,7 @@ def has_reached(run_dir: Path, moment: str) -> bool:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_killed_before_and_after_the_unfreezing_a_run_ends_like_an_undisturbed_one(config: Path) -> None:
     undisturbed, killed = config.parent / "undisturbed", config.parent / "killed"
     printed = train_done(2, *command(config, undisturbed))
@@ -73,6 +74,7 @@ def test_killed_before_and_after_the_unfreezing_a_run_ends_like_an_undisturbed_o
     assert_same_result(undisturbed, killed)
 
 
+@pytest.mark.slow
 def test_patterns_of_nothing_end_all_ranks_before_they_wait(config: Path) -> None:
     wrong = ["--train.freeze", "[stm.*]", "--qat.optim.groups", "[{match: heads, lr: 0.1}]", "--run.timeout", "60"]
     with train(2, *command(config, config.parent / "wrong"), *wrong) as ranks:

@@ -42,6 +42,7 @@ def small(tmp_path: Path) -> list[str]:
     return ["run", str(path), "--run.dir", str(tmp_path / "run")]
 
 
+@pytest.mark.slow
 def test_a_failing_conversion_ends_every_rank_with_its_error(small: list[str], tmp_path: Path) -> None:
     with train(3, *small, "--import", "tests.support.faulty_parts", "--qat.backend", "refusing") as ranks:
         codes = ranks.wait()
@@ -58,6 +59,7 @@ def test_a_failing_conversion_ends_every_rank_with_its_error(small: list[str], t
     assert not (tmp_path / "run" / "export").exists()
 
 
+@pytest.mark.slow
 def test_a_conversion_past_its_deadline_is_not_waited_for(small: list[str], tmp_path: Path) -> None:
     settings = ["--import", "tests.support.faulty_parts", "--qat.backend", "endless", "--convert.deadline", "3"]
     with train(2, *small, *settings) as ranks:
@@ -66,6 +68,7 @@ def test_a_conversion_past_its_deadline_is_not_waited_for(small: list[str], tmp_
         assert ranks.processes[0].poll() is None
 
 
+@pytest.mark.slow
 def test_a_conversion_that_drifts_fails_its_gate_and_a_loosened_gate_lets_it_pass(
     small: list[str], tmp_path: Path
 ) -> None:
@@ -144,6 +147,7 @@ def test_the_user_s_own_config_yaml_is_not_taken_for_a_run_s(
     assert [entry.name for entry in own.parent.iterdir()] == ["config.yaml"]
 
 
+@pytest.mark.slow
 def test_ranks_started_with_different_settings_say_so(small: list[str], tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text((tmp_path / "small.yaml").read_text().replace("lr: 0.02", "lr: 0.03"))
@@ -200,6 +204,7 @@ def test_other_data_than_before_is_refused(
         assert message in printed.err and "Traceback" not in printed.err + printed.out
 
 
+@pytest.mark.slow
 def test_a_buffer_that_follows_its_rank_s_data_is_named(small: list[str]) -> None:
     with train(
         2, *small, "--import", "tests.support.faulty_parts", "--model.name", "centred", "--model.args", "{}"

@@ -15,6 +15,7 @@ from dist_train.run_dir.files import read_json
 from dist_train.run_dir.paths import RunDir
 from tests.support.ranks import ROOT, Ranks
 
+pytestmark = pytest.mark.slow
 SOURCE = ROOT / "tests" / "plugin_package"
 CONFIG = """
 run: {name: bright, threads_per_rank: 1, device: cpu}

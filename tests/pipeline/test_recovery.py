@@ -288,6 +288,7 @@ def test_a_stages_end_may_be_damaged_while_the_next_stage_runs(
     assert sorted(each.name for each in path.iterdir()) == ["damaged-train-end", "latest.json", "qat-end", "train-end"]
 
 
+@pytest.mark.slow
 def test_with_its_copy_too_the_last_checkpoint_before_the_end_is_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,6 +60,7 @@ def test_whatever_differs_is_refused_by_all_ranks_and_random_or_rounded_items_ar
             assert not warnings or TAKEN[case] in warnings[0], case
 
 
+@pytest.mark.slow
 def test_copies_of_a_folder_are_the_same_data_and_a_changed_picture_is_not() -> None:
     first, second = call(2, "tests.support.unlike_data:compare_folders")
     copied, changed = first

@@ -36,6 +36,7 @@ def _rows(run_dir: Path) -> dict[int, list[int]]:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_a_killed_run_of_two_ranks_draws_what_an_undisturbed_one_draws(tmp_path: Path) -> None:
     config = tmp_path / "sampled.yaml"
     config.write_text(CONFIG.replace("data:\n", f"data:\n  cache_dir: {tmp_path / 'cache'}\n"))

@@ -31,6 +31,7 @@ def command(folder: Path, run_dir: Path, *settings: str) -> list[str]:
     return ["run", str(path), "--import", "tests.support.tree_parts", "--run.dir", str(run_dir), *settings]
 
 
+@pytest.mark.slow
 def test_a_run_on_padded_texts_is_killed_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train_done(2, *command(tmp_path, whole))

@@ -62,6 +62,7 @@ def tensors(run_dir: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_two_ranks_go_the_classic_way_to_an_artifact_that_is_verified(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train_done(2, *command(config, run, "eager"))

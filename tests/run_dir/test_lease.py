@@ -114,6 +114,7 @@ def assert_true(value: bool) -> None:
     assert value
 
 
+@pytest.mark.slow
 def test_one_of_many_starts_wins(tmp_path: Path) -> None:
     """Each finds the directory free; the file is made exclusively."""
 

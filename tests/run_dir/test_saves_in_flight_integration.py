@@ -128,6 +128,7 @@ def test_a_stop_waits_until_all_is_saved(case: Case, undisturbed: RunDir) -> Non
     case.resumed_as(undisturbed)
 
 
+@pytest.mark.slow
 def test_an_error_of_the_thread_ends_all_ranks_in_the_words_of_a_save_that_waits(
     case: Case, undisturbed: RunDir
 ) -> None:

@@ -37,6 +37,7 @@ def test_a_stage_that_stops_early_says_so_and_its_steps_are_those_it_did(
 
 
 @pytest.mark.parametrize("interrupt_at", [STEPS + 3, 3 * STEPS - 1])
+@pytest.mark.slow
 def test_patience_goes_on_where_an_interruption_left_it(tmp_path: Path, interrupt_at: int) -> None:
     runs = Runs(tmp_path)
     settings = [*STUCK, "--task.name", "interruptible", "--checkpoint.every_steps", "4"]

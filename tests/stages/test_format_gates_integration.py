@@ -104,6 +104,7 @@ def not_here(data: Any) -> Any:
 
 @needs
 @pytest.mark.parametrize("fault", ["other weights", pytest.param("no weights", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_file_that_is_not_what_was_judged_is_found_in_a_fresh_process(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

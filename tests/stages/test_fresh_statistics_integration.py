@@ -46,6 +46,7 @@ def first_gradient(runs: Runs, name: str, backend: str) -> float:
 
 
 @pytest.mark.parametrize("backend", ["fx", pytest.param("pt2e", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_its_statistics_are_estimated_before_its_ranges(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ def int8_losses(runs: Runs, name: str) -> list[float]:
     return [line["eval_int8_loss"] for line in runs.metrics(name) if "eval_int8_loss" in line]
 
 
+@pytest.mark.slow
 def test_the_epoch_that_is_best_as_int8_is_handed_on_and_patience_counts_it(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     WorseEachTime.conversions = 0

@@ -87,7 +87,7 @@ def _skipping(world: World, folder: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_overflowing_steps_change_nothing_on_any_rank_and_are_in_the_ledger(world_size: int, tmp_path: Path) -> None:
     record_expectation(RunDir(tmp_path), 37, 37)
     if world_size == 1:

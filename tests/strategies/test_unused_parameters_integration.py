@@ -56,6 +56,7 @@ def everything(world: World) -> list[Any]:
     return [trained(world, micro) for micro in (None, 2)]
 
 
+@pytest.mark.slow
 def test_layers_that_some_steps_or_ranks_do_not_use_train_as_on_one_rank() -> None:
     alone = everything(World())
     # 8 steps and 2 evaluations of 3 batches.
@@ -117,6 +118,7 @@ def config(tmp_path: Path) -> list[str]:
     return ["run", str(path), "--import", __name__]
 
 
+@pytest.mark.slow
 def test_a_layer_that_set_up_saw_used_and_one_rank_leaves_out_later_is_named(config: list[str]) -> None:
     with train(2, *config) as ranks:
         codes = ranks.wait(100)
@@ -150,6 +152,7 @@ def layer_drop(num_classes: int, in_channels: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("model", ["layer_too_many", "layer_drop"])
+@pytest.mark.slow
 def test_auto_looks_where_set_up_finds_some_and_false_refuses_them(model: str, config: list[str]) -> None:
     named = "old.weight, old.bias" if model == "layer_too_many" else "middle.weight, middle.bias"
     with train(2, *config, "--model.name", model, "--find_unused_parameters", "false") as ranks:

@@ -42,6 +42,7 @@ def trained(folder: Path, data: dict[str, object], task: str, *stages: str) -> d
     return results["models"]
 
 
+@pytest.mark.slow
 def test_noise_is_removed_from_images(tmp_path: Path) -> None:
     models = trained(tmp_path, {"name": "noisy_images"}, "regression", "train", "ptq", "qat", "convert", "export")
     assert models["fp32"]["count"] == models["int8"]["count"] == 41

@@ -53,7 +53,7 @@ def test_what_is_handed_on_has_the_moments_of_the_averaged_parameters() -> None:
     assert flat(untouched) == flat(model) and statistics(untouched) == statistics(model), "training knows nothing of it"
 
 
-@pytest.mark.parametrize("select", ["last", "best"])
+@pytest.mark.parametrize("select", ["last", pytest.param("best", marks=pytest.mark.slow)])
 def test_a_resumed_run_has_the_same_ones_to_the_bit(select: str) -> None:
     config = {"select": select, "optim": {"lr": 2.0}}
     model, kept = net(), {}

@@ -17,6 +17,7 @@ from tests.support.training_loops import flat, make, mlp
 @pytest.mark.heavy
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_full_steps_are_compiled_once_and_a_partial_batch_not_at_all() -> None:
     found = []
     for compiled in (False, True):

@@ -89,6 +89,7 @@ def test_frozen_statistics_keep_every_bit_on_three_ranks() -> None:
 
 
 @pytest.mark.parametrize("unfreeze_at", [None, 1])
+@pytest.mark.slow
 def test_recomputing_changes_no_bit_on_two_ranks(unfreeze_at: int | None) -> None:
     without = call(2, f"{__name__}:of_normed", unfreeze_at, [])
     assert without == call(2, f"{__name__}:of_normed", unfreeze_at, ["1"])

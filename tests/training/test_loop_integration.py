@@ -300,6 +300,7 @@ debug: {ledger: true}
 """
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_names_step_and_rank(tmp_path: Path) -> None:
     from dist_train.data.permutation import derive_key
     from dist_train.data.sampler import ElasticDistributedSampler

@@ -82,6 +82,7 @@ def test_a_second_start_changes_no_byte_of_a_living_run(case: Case, hold: str, o
     assert not list(case.run_dir.path.glob(".owner-*"))
 
 
+@pytest.mark.slow
 def test_a_start_goes_on_as_soon_as_the_owner_was_killed(case: Case) -> None:
     with case.held(HELD_AT_STEP_5) as first:
         first.kill()
@@ -91,6 +92,7 @@ def test_a_start_goes_on_as_soon_as_the_owner_was_killed(case: Case) -> None:
     assert check(case.run_dir.path).ok
 
 
+@pytest.mark.slow
 def test_a_start_that_waited_while_the_owner_finished_shows_its_results(case: Case) -> None:
     with case.held(HELD_AT_STEP_5) as first, case.start(2) as second:
         assert second.until(lambda: "waiting up to" in second.printed()), second.printed()

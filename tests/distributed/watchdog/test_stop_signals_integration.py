@@ -102,6 +102,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_one_checkpoint(
     assert case.status() == {"state": "preempted", "stage": "train", "step": last, "restarts": 0, "error": None}
 
 
+@pytest.mark.slow
 def test_under_an_agent_a_rank_that_was_stopped_ends_with_0_so_that_it_is_not_started_again(case: Case) -> None:
     with case.start(1, "forward 0 3 wait", TORCHELASTIC_RUN_ID="x") as ranks:
         case.reached(ranks)
