@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.config.checks.fit import freeze_of, recomputed
-from dist_train.config.fit import FitConfig, Match, OptimConfig, TypeMatch
+from dist_train.config.fit import FitConfig, OptimConfig
 from dist_train.config.tree import Config, SizeMatch
-from dist_train.errors import ConfigError, Problem, QuantizationError, ask_for, nearest
+from dist_train.errors import ConfigError, Problem, QuantizationError
 from dist_train.quantization.prepared import PreparedModel
+from dist_train.training.names import Names, around
 
 _SHOWN = 3
 _OF_MATRICES = "Muon"
@@ -68,7 +67,7 @@ def resolve_parts(config: Config, stage: str, model: nn.Module) -> Parts:
     Raises:
         ConfigError: lists all mistakes.
     """
-    names = _Names(model)
+    names = Names(model)
     settings: FitConfig = getattr(config, stage)
     patterns, inherited = freeze_of(config, stage), settings.freeze is None
     of = "train" if inherited else stage
@@ -94,7 +93,7 @@ def resolve_parts(config: Config, stage: str, model: nn.Module) -> Parts:
     return Parts(frozenset(frozen), batch_norms, groups, outermost, blocks)
 
 
-def _blocks(names: _Names, config: Config, problems: list[Problem]) -> tuple[str, ...]:
+def _blocks(names: Names, config: Config, problems: list[Problem]) -> tuple[str, ...]:
     """Returns the modules to shard each by itself, the inner ones first, as fully_shard wants them."""
     instead = "--strategy ddp"
     for name, parameter in names.parameters.items():
@@ -127,7 +126,7 @@ def _blocks(names: _Names, config: Config, problems: list[Problem]) -> tuple[str
     return tuple(name for name in reversed(names.modules) if name in found)
 
 
-def _repeated(names: _Names) -> tuple[str, ...]:
+def _repeated(names: Names) -> tuple[str, ...]:
     """Returns the outermost modules with children whose class occurs several times, and that can be blocks."""
     inner = {
         name: module
@@ -137,10 +136,10 @@ def _repeated(names: _Names) -> tuple[str, ...]:
     }
     kinds = Counter(type(module) for module in {id(each): each for each in inner.values()}.values())
     found = {name for name, module in inner.items() if kinds[type(module)] > 1}
-    return tuple(name for name in inner if name in found and not found & set(_around(name.rpartition(".")[0])))
+    return tuple(name for name in inner if name in found and not found & set(around(name.rpartition(".")[0])))
 
 
-def _recomputed(names: _Names, settings: FitConfig, stage: str, problems: list[Problem]) -> tuple[str, ...]:
+def _recomputed(names: Names, settings: FitConfig, stage: str, problems: list[Problem]) -> tuple[str, ...]:
     found = set[str]()
     for number, pattern in enumerate(recomputed(settings)):
         place = f"{stage}.activation_checkpointing"
@@ -149,7 +148,7 @@ def _recomputed(names: _Names, settings: FitConfig, stage: str, problems: list[P
             numbered = isinstance(settings.activation_checkpointing, list)
             problems.append(names.unknown(f"{place}.{number}" if numbered else place, pattern, "module"))
         found |= matched
-    return tuple(name for name in names.modules if name in found and not found & set(_around(name.rpartition(".")[0])))
+    return tuple(name for name in names.modules if name in found and not found & set(around(name.rpartition(".")[0])))
 
 
 def float_names(prepared: PreparedModel, model: nn.Module) -> dict[str, str]:
@@ -172,7 +171,7 @@ def float_names(prepared: PreparedModel, model: nn.Module) -> dict[str, str]:
 
 
 def _groups(
-    names: _Names, optim: OptimConfig, place: str, trained: frozenset[str], problems: list[Problem]
+    names: Names, optim: OptimConfig, place: str, trained: frozenset[str], problems: list[Problem]
 ) -> Iterator[frozenset[str]]:
     taken = set[str]()
     for number, group in enumerate(optim.groups):
@@ -196,7 +195,7 @@ def _groups(
 
 
 def _no_matrices(
-    names: _Names, optim: OptimConfig, place: str, trained: frozenset[str], groups: Sequence[frozenset[str]]
+    names: Names, optim: OptimConfig, place: str, trained: frozenset[str], groups: Sequence[frozenset[str]]
 ) -> Iterator[Problem]:
     """Yields the problem of an optimizer for matrices that is to train parameters of other dimensions."""
     own: dict[str, str | None] = dict.fromkeys(trained)
@@ -217,7 +216,7 @@ def _no_matrices(
         )
 
 
-def _decays(names: _Names, given: bool | None, optim: OptimConfig, parameters: frozenset[str]) -> bool:
+def _decays(names: Names, given: bool | None, optim: OptimConfig, parameters: frozenset[str]) -> bool:
     one_dimensional = optim.decay_norm_and_bias if given is None else given
     return one_dimensional or any(names.parameters[name].dim() > 1 for name in parameters)
 
@@ -226,100 +225,3 @@ def _listed(names: frozenset[str]) -> str:
     first = sorted(names)
     more = f" and {len(first) - _SHOWN} more" if len(first) > _SHOWN else ""
     return ", ".join(first[:_SHOWN]) + more
-
-
-class _Names:
-    """Names of the float model's parameters and modules."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.trained = frozenset(name for name, each in self.parameters.items() if each.requires_grad)
-        self.batch_norms = [name for name, module in self.modules.items() if isinstance(module, _BatchNorm)]
-
-    def matched(self, pattern: Match) -> tuple[set[str], set[str]]:
-        """Returns the parameters and the modules that a pattern matches, with all inside a matched module."""
-        top = self.top(pattern)
-        modules = {name for name in self.modules if any(each in top for each in _around(name))}
-        parameters = {
-            name
-            for name in self.parameters
-            if any(each in top for each in _around(name.rpartition(".")[0]))
-            or (isinstance(pattern, str) and fnmatch.fnmatchcase(name, pattern))
-        }
-        found = {id(self.parameters[name]) for name in parameters}
-        return {name for name, each in self.parameters.items() if id(each) in found}, modules
-
-    def top(self, pattern: Match) -> set[str]:
-        """Returns the modules that a pattern matches by themselves."""
-        return {name for name in self.modules if self._is(name, pattern)}
-
-    def _is(self, name: str, pattern: Match) -> bool:
-        if isinstance(pattern, TypeMatch):
-            return any(fnmatch.fnmatchcase(kind, pattern.type) for kind in _types(self.modules[name]))
-        return fnmatch.fnmatchcase(name, pattern)
-
-    def patterns_of(self, chosen: Sequence[str]) -> list[str]:
-        """Returns patterns, as YAML, that match these parameters and no other: of a class, else of a name's end."""
-        left, found = list(chosen), list[str]()
-        while left:
-            module, _, last = left[0].rpartition(".")
-            kind = type(self.modules[module]).__name__
-            patterns: list[tuple[Match, str]] = [(TypeMatch(type=kind), f"{{type: {kind}}}")] if module else []
-            patterns += [(f"*.{last}", f'"*.{last}"'), (left[0], f'"{left[0]}"')]
-            text, own = next(
-                (
-                    (text, own)
-                    for match, text in patterns
-                    if left[0] in (own := self.matched(match)[0]) and own <= set(chosen)
-                ),
-                (f'"{left[0]}"', {left[0]}),
-            )
-            found.append(text)
-            left = [name for name in left if name not in own]
-        return found
-
-    def cannot_be_block(self, name: str) -> str:
-        """Returns why fully_shard cannot take a module by itself; "" if it can."""
-        module = self.modules[name]
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            return f"a {type(module).__name__} is not called, its modules are"
-        own = {id(each) for each in module.parameters()}
-        if not own:
-            return "it has no parameters"
-        for other, parameter in self.parameters.items():
-            if id(parameter) in own and name not in _around(other):
-                return f"it shares a parameter with {other}"
-        return ""
-
-    def exceeds(self, name: str, size: int) -> bool:
-        """Tells whether a module can be a block, with more parameters than `size`."""
-        large = sum(each.numel() for each in self.modules[name].parameters()) > size
-        return large and not self.cannot_be_block(name)
-
-    def all_frozen(self, name: str, frozen: set[str]) -> bool:
-        own = [f"{name}.{each}".removeprefix(".") for each, _ in self.modules[name].named_parameters(recurse=False)]
-        return bool(own) and frozen.issuperset(own)
-
-    def unknown(self, place: str, pattern: Match, what: str) -> Problem:
-        if isinstance(pattern, TypeMatch):
-            known: Sequence[str] = sorted({kind for module in self.modules.values() for kind in _types(module)})
-            near = [f"{{type: {kind}}}" for kind in nearest(pattern.type, known, 3) or known[:5]]
-            return Problem(place, f"{{type: {pattern.type}}} matches no {what}", hint=ask_for(near))
-        known = [name for name in (*self.modules, *self.parameters) if name]
-        ending = ".*" if pattern.endswith(".*") else ""
-        bases = [name for name in self.modules if name] if ending else known
-        near = [name + ending for name in nearest(pattern.removesuffix(".*"), bases, 3) or bases[:5]]
-        return Problem(place, f"{pattern!r} matches no {what} of the model", hint=ask_for(near))
-
-
-def _around(name: str) -> Iterator[str]:
-    """Yields a module's name and those of the modules around it, up to the model, ""."""
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
-    yield ""
-
-
-def _types(module: nn.Module) -> list[str]:
-    return [kind.__name__ for kind in type(module).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module]
