@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ from dist_train.errors import DistTrainError, SetupError, StoreError, first_line
 # A connection that was cut is noticed in a minute; botocore's own defaults take several.
 _S3 = {"connect_timeout": 10, "read_timeout": 30, "retries": {"max_attempts": 2}}
 _S3_TRIES = 2  # s3fs's own, each of as many of botocore's
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _LOOK_SECONDS = 0.2
 _SILENT_SECONDS = 60.0
 _UNDER_WAY, _SLOWEST = 500e6, 250e3  # bytes of ten parts, which s3fs sends at once; bytes a second
@@ -112,7 +114,11 @@ class Store:
             self._call("put_file", str(file), self._at(name), callback=_Beating(beat), slow=slow)
 
     def download(self, name: str, file: Path, beat: Callable[[], None] = lambda: None) -> bool:
-        """Writes an object's bytes to a new file; returns False where there is no such object."""
+        """Writes an object's bytes to a new file; returns False where there is no such object.
+
+        Raises:
+            OSError: this machine's disk is full or read-only.
+        """
         with self._asked(f"asked for {name}"):
             try:
                 slow = _UNDER_WAY / _SLOWEST
@@ -158,9 +164,14 @@ class Store:
         except DistTrainError:
             raise
         except Exception as error:  # of many kinds: of botocore, aiohttp, of each store's own library
-            hint = "look at the network, the bucket and the credentials; then the same command goes on"
-            said = first_line(error) or type(error).__name__
-            raise StoreError(f"{self.address} could not be {what}: {said}", hint) from error
+            if isinstance(error, OSError) and error.errno in _OF_A_DISK:
+                raise  # of this machine
+            raise self._told(what, error) from error
+
+    def _told(self, what: str, error: Exception) -> StoreError:
+        hint = "look at the network, the bucket and the credentials; then the same command goes on"
+        said = first_line(error) or type(error).__name__
+        return StoreError(f"{self.address} could not be {what}: {said}", hint)
 
 
 class _Beating(Callback):

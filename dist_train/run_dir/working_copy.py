@@ -37,7 +37,7 @@ class WorkingCopy:
         self._lease: StoreLease = acquire(store, process, say)
         self._mirror = Mirror(store, local, say)
         try:
-            with _on_disk(local):
+            with on_disk(local):
                 self._mirror.pull()
         except BaseException:
             self.close()
@@ -105,7 +105,7 @@ class WorkingCopy:
             beat()
 
         guarded()
-        with _on_disk(self._local):
+        with on_disk(self._local):
             self._mirror.push(guarded)
 
 
@@ -130,7 +130,7 @@ def opened(address: str, *, changes: bool) -> Iterator[Path]:
         finally:
             copy.close()
         return
-    with _on_disk(local), _one_at_a_time(local):  # ranks of a machine take one copy
+    with on_disk(local), _one_at_a_time(local):  # ranks of a machine take one copy
         if not any(each.alive for each in owner(local)):  # else its run is at work here, and ahead of the store
             Mirror(store, local, say).pull()
     yield local
@@ -145,11 +145,12 @@ def _one_at_a_time(local: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _on_disk(local: Path) -> Iterator[None]:
+def on_disk(local: Path) -> Iterator[None]:
+    """Turns an error of this machine's disk into a RunDirError, with what to type."""
     try:
         yield
     except OSError as error:
-        hint = "--run.spool FOLDER, one with room"
+        hint = "--run.spool FOLDER, or XDG_CACHE_HOME=FOLDER where a verb has no --run.spool, one with room"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             hint += ", or make room there"
         raise RunDirError(f"the working copy {local} cannot be used: {error}", hint) from error

@@ -1,7 +1,8 @@
-"""A store that takes requests and never answers them."""
+"""A store that takes requests and never answers them, and errors that are of this machine."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,8 @@ from threading import Event, Timer
 
 import pytest
 
-from dist_train.errors import StoreError
+from dist_train.artifact.fetch import fetch_artifact
+from dist_train.errors import RunDirError, StoreError
 from dist_train.run_dir import store as store_module
 from dist_train.run_dir.lease import this_process
 from dist_train.run_dir.working_copy import WorkingCopy
@@ -17,6 +19,24 @@ from tests.support.s3_server import S3, _s3_of_module, s3
 
 __all__ = ["_s3_of_module", "s3"]
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(60)]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only where there is /dev/full")
+def test_a_full_disk_is_no_fault_of_the_store(s3: S3, tmp_path: Path) -> None:
+    s3.store("any").write("x", b"x" * 10_000_000)
+    with pytest.raises(OSError, match="No space left on device"):
+        s3.store("any").download("x", Path("/dev/full"))
+
+
+def test_an_artifact_that_has_no_place_here_is_told_without_a_traceback(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3.store("artifact").write("manifest.json", b"{}")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(RunDirError, match="cannot be used") as refused:
+        fetch_artifact(s3.address("artifact"))
+    assert "XDG_CACHE_HOME=FOLDER" in (refused.value.hint or "")
 
 
 @pytest.fixture
