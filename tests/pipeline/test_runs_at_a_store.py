@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.artifact.load import load_artifact
+from dist_train.cli.program import main
 from dist_train.config.load import load
 from dist_train.run_dir.checkpoint import CheckpointFolder
 from dist_train.run_dir.store import Store
@@ -112,6 +113,16 @@ def test_a_setting_that_takes_folders_only_says_so_of_an_address(
 ) -> None:
     assert Runs(tmp_path)("run", f"--{key}", "s3://bucket/other") == 78
     assert f"{key}: s3://bucket/other is an address at a store" in capsys.readouterr().err.replace(f" (--{key})", "")
+
+
+def test_an_array_of_jobs_at_an_address_is_refused_before_there_is_a_script(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--dry-run", "--sbatch.array", "0-3", "quickstart", "--run.dir", "s3://bucket/x")
+    assert main(["launch", "slurm", *words]) == 78
+    said = capsys.readouterr()
+    assert "cannot share one address, s3://bucket/x" in said.err
+    assert said.out == ""
 
 
 def test_a_folder_may_be_named_by_file(tmp_path: Path) -> None:
