@@ -12,12 +12,21 @@ from typing import Any
 from dist_train.errors import did_you_mean, first_line
 
 _ADDRESS = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]+)://(?P<rest>.*)", re.DOTALL)
+_IN_A_PATH = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]+):/+")  # pathlib leaves one / of two
 _IN_THIS_PROCESS = ("memory", "local", "reference", "cached", "simplecache", "filecache", "blockcache")
 
 
 def is_address(text: str) -> bool:
     """True for what names a place at a store, such as s3://bucket/runs/x, and no folder."""
     return _ADDRESS.fullmatch(text) is not None
+
+
+def mistaken_path(path: Path) -> str | None:
+    """Returns what a path that was typed as an address means, such as s3://bucket/x of s3:/bucket/x; None of others."""
+    match = _IN_A_PATH.match(str(path))
+    if match is None or path.exists():
+        return None
+    return f"{match['protocol']}://{str(path)[match.end() :]}"
 
 
 def place(value: Any) -> Any:
@@ -52,8 +61,13 @@ def problem_of(address: str) -> tuple[str, str] | None:
             "give credentials as the store's library takes them: variables, or its own files"
         )
     parts = rest.split("/")
-    if len(parts) < 2 or not all(parts) or {".", ".."} & set(parts) or re.search(r"[\x00-\x1f*?\[\]]", rest):
+    if len(parts) < 2 or not all(parts) or {".", ".."} & set(parts):
         return f"{address} names no folder in a bucket", f"{protocol}://BUCKET/FOLDER"
+    if odd := re.search(r"[\x00-\x1f*?\[\]]", rest):
+        return (
+            f"{address!r} holds {odd[0]!r}, which stores' libraries take for a pattern",
+            f"{protocol}://BUCKET/FOLDER",
+        )
     return None
 
 

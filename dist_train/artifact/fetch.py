@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dist_train.addresses import local_copy
@@ -12,6 +12,7 @@ from dist_train.artifact.store import MANIFEST
 from dist_train.errors import ArtifactError
 from dist_train.run_dir.leftovers import beside, remove_leftovers
 from dist_train.run_dir.store import Store
+from dist_train.run_dir.working_copy import on_disk
 
 
 def fetch_artifact(address: str) -> Path:
@@ -23,6 +24,7 @@ def fetch_artifact(address: str) -> Path:
     Raises:
         ArtifactError: there is none.
         StoreError: the store does not answer.
+        RunDirError: this machine's disk is full or read-only.
     """
     store = Store(address)
     there = store.sizes()
@@ -40,6 +42,12 @@ def fetch_artifact(address: str) -> Path:
     }
     if _same(folder, files, store.read(within + MANIFEST)):
         return folder
+    with on_disk(folder):
+        _take(store, within, files, folder)
+    return folder
+
+
+def _take(store: Store, within: str, files: Iterable[str], folder: Path) -> None:
     remove_leftovers(folder.parent)
     fresh, old = beside(folder), beside(folder)
     try:
@@ -52,7 +60,6 @@ def fetch_artifact(address: str) -> Path:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
 def _same(folder: Path, files: Mapping[str, int], manifest: bytes | None) -> bool:

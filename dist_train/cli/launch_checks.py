@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from dist_train.addresses import is_address
 from dist_train.cluster.interfaces import interface_of, interfaces
 from dist_train.errors import SetupError, UsageError
 from dist_train.launchers.job import Job
@@ -48,6 +49,8 @@ def check(launcher: str, job: Job) -> None:
     for name, value in job.sbatch:
         if "\n" in value:
             raise UsageError(f"--sbatch.{name} has a line break", "a line of #SBATCH has no place for one")
+    if is_address(job.run_dir) and any(name == "array" for name, _ in job.sbatch):
+        raise UsageError(f"the tasks of an array cannot share one address, {job.run_dir}", "--run.dir DIR, a folder")
     if job.task_per_rank and job.restarts:
         raise UsageError("--restarts is for torchrun's agents, and --task-per-rank has none", "leave one of them out")
     if launcher == "accelerate" and least != most:

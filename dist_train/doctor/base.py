@@ -38,12 +38,13 @@ class Subject:
     """Settings of the configuration that checks look at.
 
     Attributes:
-        run_dir: the run directory.
+        run_dir: the run directory, or its working copy.
         wanted: backend, formats, runtimes and trackers of the configuration: it is bad, not a warning, where they fail.
         device: run.device.
         workers: worker processes of a node that read data; 0 where they are not known.
         batch_bytes: bytes of a batch of one of them; 0 where they are not known.
         deep: True where each export format is tried, not only those that are wanted.
+        store: the run's address at an object store; "" where it has none.
     """
 
     run_dir: str = "runs"
@@ -52,6 +53,7 @@ class Subject:
     workers: int = 0
     batch_bytes: int = 0
     deep: bool = False
+    store: str = ""
 
     def lacking(self, name: str, text: str, hint: str) -> Line:
         """Returns a warning, or a bad line where the configuration asks for `name`."""

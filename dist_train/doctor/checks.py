@@ -44,6 +44,7 @@ CHECKS = (
     Check("machine", "shared memory", f"{_HERE}.machine:check_shared_memory", 20.0),
     Check("machine", "limits", f"{_HERE}.machine:check_limits", 20.0),
     Check("machine", "the run directory's disk", f"{_HERE}.disk:check", 30.0, alone=True),
+    Check("machine", "the object store", f"{_HERE}.object_store:check", 120.0),
     Check("slurm", "Slurm", f"{_HERE}.slurm:check", 30.0),
     Check("wandb", "wandb", f"{_HERE}.wandb:check"),
     Check("quantization", "pt2e", f"{_HERE}.quantization:check_pt2e"),

@@ -64,8 +64,10 @@ def _configuration(words: Sequence[str]) -> tuple[Subject, list[Line]]:
     compiled = ("inductor",) if config.compile is True else ()
     wanted = (config.qat.backend, *config.export.formats, *compiled, *config.trackers)
     lines = [warning(f"{each.place}: {each.message}", each.hint) for each in loaded.warnings]
-    lines.append(good(f"{words[0]} is right: {', '.join(config.stages)} in {config.run_dir}"))
-    subject = Subject(str(config.run_dir), wanted, config.run.device, *_worker_batches(config))
+    lines.append(good(f"{words[0]} is right: {', '.join(config.stages)} in {config.store or config.run_dir}"))
+    subject = Subject(
+        str(config.run_dir), wanted, config.run.device, *_worker_batches(config), store=config.store or ""
+    )
     return subject, lines
 
 

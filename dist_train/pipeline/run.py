@@ -84,6 +84,7 @@ def run(config: Config, warnings: Sequence[Problem] = ()) -> dict[str, Any]:
             join(config.run, config.debug.collectives, stop, at_least=heartbeat.verdict_by) as world,
         ):
             world.stop, world.heartbeat = stop, heartbeat
+            home.heed(world)
             agree_on_config(config, world)
             ranks = world.gather(this_process(world.rank))
             world.on_rank_0(lambda: home.take(ranks[0]), "taking the run from its store", home.patience(world.timeout))

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,12 +21,22 @@ from dist_train.errors import DistTrainError, SetupError, StoreError, first_line
 
 # A connection that was cut is noticed in a minute; botocore's own defaults take several.
 _S3 = {"connect_timeout": 10, "read_timeout": 30, "retries": {"max_attempts": 2}}
+_S3_TRIES = 2  # s3fs's own, each of as many of botocore's
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_LOOK_SECONDS = 0.2
+_SILENT_SECONDS = 60.0
+_UNDER_WAY, _SLOWEST = 500e6, 250e3  # bytes of ten parts, which s3fs sends at once; bytes a second
 
 
 class Store:
     """A folder at an object store. Names of objects are relative to it, with / between their parts.
 
-    Every method raises StoreError where the store does not do what it is asked, whatever its library raises.
+    Every method raises StoreError where the store does not do what it is asked, whatever its library raises. One that
+    takes the request and never answers is given up, too.
+
+    Attributes:
+        ends: time.monotonic() at which every call fails, begun or not.
+        interrupted: asked while a call waits, which then fails where it is true.
     """
 
     def __init__(self, address: str) -> None:
@@ -32,6 +47,8 @@ class Store:
         if problem := problem_of(address):
             raise SetupError(*problem)
         self.address = address
+        self.ends = math.inf
+        self.interrupted: Callable[[], bool] = lambda: False
         protocol = address.partition("://")[0]
         options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
         if protocol in ("s3", "s3a") and "config_kwargs" not in conf.get(protocol, {}):
@@ -39,6 +56,8 @@ class Store:
         with self._asked("opened"):
             self._fs, self._root = fsspec.core.url_to_fs(address, **options)
         self._root = self._root.rstrip("/")
+        if protocol in ("s3", "s3a"):
+            self._fs.retries = _S3_TRIES
         if self._fs.async_impl:
             # asyncio would print a traceback for each request that a cut connection ends, besides the call's own error.
             self._fs.loop.set_exception_handler(lambda loop, context: None)
@@ -47,7 +66,7 @@ class Store:
         """Lists the objects: maps each name to its bytes. Leaves out names that would lead out of a folder."""
         with self._asked("listed"):
             try:
-                found = self._fs.find(self._root, detail=True)
+                found = self._call("find", self._root, detail=True)
             except FileNotFoundError:
                 return {}
         prefix = self._root + "/"
@@ -58,14 +77,14 @@ class Store:
         """Reads a small object; None where there is none."""
         with self._asked(f"asked for {name}"):
             try:
-                return bytes(self._fs.cat_file(self._at(name)))
+                return bytes(self._call("cat_file", self._at(name)))
             except FileNotFoundError:
                 return None
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a small object, in the place of an older one."""
         with self._asked(f"given {name}"):
-            self._fs.pipe_file(self._at(name), data)
+            self._call("pipe_file", self._at(name), data)
 
     def create(self, name: str, data: bytes) -> bool:
         """Writes a small object only if there is none; returns whether it was written.
@@ -75,9 +94,9 @@ class Store:
         """
         with self._asked(f"given {name}"):
             try:
-                if self._fs.exists(self._at(name)):
+                if self._call("exists", self._at(name)):
                     return False
-                self._fs.pipe_file(self._at(name), data, mode="create")
+                self._call("pipe_file", self._at(name), data, mode="create")
             except FileExistsError:
                 return False
             except Exception as error:
@@ -92,15 +111,22 @@ class Store:
         Raises:
             FileNotFoundError: the file was removed.
         """
-        file.stat()
+        size = file.stat().st_size
         with self._asked(f"given {name}"):
-            self._fs.put_file(str(file), self._at(name), callback=_Beating(beat))
+            # Told of only at the end of a part, of which several are under way.
+            slow = min(size, _UNDER_WAY) / _SLOWEST
+            self._call("put_file", str(file), self._at(name), callback=_Beating(beat), slow=slow)
 
     def download(self, name: str, file: Path, beat: Callable[[], None] = lambda: None) -> bool:
-        """Writes an object's bytes to a new file; returns False where there is no such object."""
+        """Writes an object's bytes to a new file; returns False where there is no such object.
+
+        Raises:
+            OSError: this machine's disk is full or read-only.
+        """
         with self._asked(f"asked for {name}"):
             try:
-                self._fs.get_file(self._at(name), str(file), callback=_Beating(beat))
+                slow = _UNDER_WAY / _SLOWEST
+                self._call("get_file", self._at(name), str(file), callback=_Beating(beat), slow=slow)
             except FileNotFoundError:
                 return False
         return True
@@ -108,7 +134,29 @@ class Store:
     def remove(self, names: Iterable[str]) -> None:
         for name in names:
             with self._asked(f"asked to remove {name}"), suppress(FileNotFoundError):
-                self._fs.rm_file(self._at(name))
+                self._call("rm_file", self._at(name))
+
+    def _call(self, verb: str, *args: Any, slow: float = 0.0, **options: Any) -> Any:
+        """Calls a method of the library, and gives it up without progress in _SILENT_SECONDS, and in `slow` more."""
+        work = getattr(self._fs, f"_{verb}", None) if self._fs.async_impl else None
+        if work is None:
+            return getattr(self._fs, verb)(*args, **options)
+        progress = options.get("callback")
+        seen, moved = 0, time.monotonic()
+        future = asyncio.run_coroutine_threadsafe(work(*args, **options), self._fs.loop)
+        try:
+            while not wait([future], _LOOK_SECONDS).done:
+                now = time.monotonic()
+                if progress is not None and progress.value != seen:
+                    seen, moved = progress.value, now
+                if self.interrupted():
+                    raise TimeoutError("it is left for the end of the run")
+                if now > self.ends or now - moved > _SILENT_SECONDS + slow:
+                    raise TimeoutError(f"no answer in {now - moved:.0f} s")
+            return future.result()
+        except BaseException:
+            future.cancel()  # closes its connection: nothing of it arrives later
+            raise
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -120,9 +168,14 @@ class Store:
         except DistTrainError:
             raise
         except Exception as error:  # of many kinds: of botocore, aiohttp, of each store's own library
-            hint = "look at the network, the bucket and the credentials; then the same command goes on"
-            said = first_line(error) or type(error).__name__
-            raise StoreError(f"{self.address} could not be {what}: {said}", hint) from error
+            if isinstance(error, OSError) and error.errno in _OF_A_DISK:
+                raise  # of this machine
+            raise self._told(what, error) from error
+
+    def _told(self, what: str, error: Exception) -> StoreError:
+        hint = "look at the network, the bucket and the credentials; then the same command goes on"
+        said = first_line(error) or type(error).__name__
+        return StoreError(f"{self.address} could not be {what}: {said}", hint)
 
 
 class _Beating(Callback):

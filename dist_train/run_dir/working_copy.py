@@ -32,19 +32,21 @@ class WorkingCopy:
 
     def __init__(self, address: str, local: Path, process: RankProcess) -> None:
         store = Store(address)
-        self._address, self._local = address, local
+        self._address, self._local, self._store = address, local, store
         self._behind, self._not_before = False, 0.0
         self._lease: StoreLease = acquire(store, process, say)
         self._mirror = Mirror(store, local, say)
         try:
-            with _on_disk(local):
+            with on_disk(local):
                 self._mirror.pull()
         except BaseException:
             self.close()
             raise
 
-    def publish(self, beat: Callable[[], None] = lambda: None) -> None:
+    def publish(self, beat: Callable[[], None] = lambda: None, interrupted: Callable[[], bool] = lambda: False) -> None:
         """Pushes, such as after a checkpoint. A store that does not answer is only told of: the next push has it all.
+
+        interrupted: once it is true the push is left where it is, even where the store does not answer.
 
         Raises:
             RunDirBusyError: another start has taken the run over.
@@ -52,9 +54,12 @@ class WorkingCopy:
         began = time.monotonic()
         if began < self._not_before:
             return
+        self._store.interrupted = interrupted
         try:
             self._push(beat)
         except StoreError as error:
+            if interrupted():
+                return
             if not self._behind:
                 say(f"warning: {error.message}; the run goes on, and later checkpoints try again")
             self._behind = True
@@ -64,6 +69,12 @@ class WorkingCopy:
             if self._behind:
                 say(f"{self._address} is up to date again")
             self._behind = False
+        finally:
+            self._store.interrupted = lambda: False
+
+    def must_end(self, seconds: float) -> None:
+        """Lets whatever is asked of the store fail from then on, even where it would still be answered."""
+        self._store.ends = time.monotonic() + seconds
 
     def finish(self, seconds: float, beat: Callable[[], None] = lambda: None) -> None:
         """Pushes all there is, and tries again for some seconds.
@@ -97,7 +108,7 @@ class WorkingCopy:
             beat()
 
         guarded()
-        with _on_disk(self._local):
+        with on_disk(self._local):
             self._mirror.push(guarded)
 
 
@@ -122,7 +133,7 @@ def opened(address: str, *, changes: bool) -> Iterator[Path]:
         finally:
             copy.close()
         return
-    with _on_disk(local), _one_at_a_time(local):  # ranks of a machine take one copy
+    with on_disk(local), _one_at_a_time(local):  # ranks of a machine take one copy
         if not any(each.alive for each in owner(local)):  # else its run is at work here, and ahead of the store
             Mirror(store, local, say).pull()
     yield local
@@ -137,11 +148,12 @@ def _one_at_a_time(local: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _on_disk(local: Path) -> Iterator[None]:
+def on_disk(local: Path) -> Iterator[None]:
+    """Turns an error of this machine's disk into a RunDirError, with what to type."""
     try:
         yield
     except OSError as error:
-        hint = "--run.spool FOLDER, one with room"
+        hint = "--run.spool FOLDER, or XDG_CACHE_HOME=FOLDER where a verb has no --run.spool, one with room"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             hint += ", or make room there"
         raise RunDirError(f"the working copy {local} cannot be used: {error}", hint) from error

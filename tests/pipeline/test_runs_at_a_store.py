@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.artifact.load import load_artifact
+from dist_train.cli.program import main
 from dist_train.config.load import load
 from dist_train.run_dir.checkpoint import CheckpointFolder
 from dist_train.run_dir.store import Store
@@ -92,6 +93,8 @@ def test_without_a_way_nothing_begins(s3: S3, tmp_path: Path, capsys: pytest.Cap
         ("memory://bucket/x", "does not outlive this process"),
         ("s3://key:secret@bucket/x", "holds a name or a password"),
         ("s3://bucket/a/../b", "names no folder in a bucket"),
+        ("s3://bucket/a?b", "holds '?'"),
+        ("s3:/bucket/x", "--run.dir s3://bucket/x"),
         ("abfs://container/x", "needs a library that is not installed"),
     ],
 )
@@ -102,6 +105,24 @@ def test_an_address_that_cannot_be_a_run_is_a_mistake_of_the_configuration(
     error = capsys.readouterr().err
     assert said in error
     assert "run.dir" in error
+
+
+@pytest.mark.parametrize("key", ["run.spool", "data.root", "data.cache_dir", "model.init_from", "train.extend_from"])
+def test_a_setting_that_takes_folders_only_says_so_of_an_address(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    assert Runs(tmp_path)("run", f"--{key}", "s3://bucket/other") == 78
+    assert f"{key}: s3://bucket/other is an address at a store" in capsys.readouterr().err.replace(f" (--{key})", "")
+
+
+def test_an_array_of_jobs_at_an_address_is_refused_before_there_is_a_script(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--dry-run", "--sbatch.array", "0-3", "quickstart", "--run.dir", "s3://bucket/x")
+    assert main(["launch", "slurm", *words]) == 78
+    said = capsys.readouterr()
+    assert "cannot share one address, s3://bucket/x" in said.err
+    assert said.out == ""
 
 
 def test_a_folder_may_be_named_by_file(tmp_path: Path) -> None:

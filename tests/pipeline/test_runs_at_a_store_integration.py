@@ -84,3 +84,23 @@ def test_a_run_that_is_stopped_is_whole_at_the_store(s3: S3, tmp_path: Path, mon
     assert not any(name.startswith(".owner-") for name in store.sizes())
     another_machine(monkeypatch, tmp_path / "second")
     assert check(case.done(address)).ok
+
+
+def test_a_stop_is_saved_in_time_though_the_store_answers_nothing(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, address = Case(tmp_path, s3), s3.address("silent")
+    run_dir = load(case.config, ["--run.dir", address], environ={}, elsewhere=True).config.run_dir
+    with case.start(address, "--train.epochs", "500", "--stop.grace", "10") as ranks:
+        assert ranks.until(_asked(s3, 25)), ranks.printed()
+        s3.way.silent = True
+        newest = _latest(run_dir)
+        assert ranks.until(lambda: _latest(run_dir) != newest), ranks.printed()  # whose push gets no answer
+        (run_dir / "STOP").touch()
+        assert ranks.wait() == [EXIT_PREEMPTED] * 2, ranks.printed()
+        assert "all of the run is in" in ranks.printed()
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "preempted"
+
+
+def _latest(run_dir: Path) -> str:
+    return str(json.loads((run_dir / "checkpoints" / "latest.json").read_text())["name"])

@@ -23,6 +23,7 @@ class Way:
 
     Attributes:
         port: where it listens.
+        silent: it takes all requests and passes none on, as a firewall that drops packets.
         requests: how many were passed on since `let`.
         refused: how many connections were refused since `let`.
     """
@@ -31,6 +32,7 @@ class Way:
         self._server = server
         self._left: int | None = None
         self.requests = self.refused = 0
+        self.silent = False
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -40,7 +42,7 @@ class Way:
     def let(self, requests: int | None = None) -> None:
         """Lets as many requests through, then cuts all connections and refuses new ones; None: lets all through."""
         with self._lock:
-            self._left, self.requests, self.refused = requests, 0, 0
+            self._left, self.requests, self.refused, self.silent = requests, 0, 0, False
 
     def close(self) -> None:
         self._listener.close()
@@ -62,6 +64,8 @@ class Way:
     def _pass(self, source: socket.socket, target: socket.socket, asks: bool) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
+                if self.silent:
+                    continue
                 if asks and not self._may(data):
                     # The half of a request arrives: a connection is not cut between two requests only.
                     target.sendall(data[: len(data) // 2])

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from dist_train.addresses import mistaken_path
 from dist_train.config.checks.base import Checks, about
 from dist_train.config.data import (
     ColorJitter,
@@ -37,7 +38,7 @@ def _micro_batch(config: Config, environ: Mapping[str, str]) -> Iterator[Problem
 @_about("data.root")
 def _root_exists(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     root = config.data.root
-    if root is not None and not root.is_dir():
+    if root is not None and not root.is_dir() and mistaken_path(root) is None:
         what = "is not a folder" if root.exists() else "does not exist"
         hint = "give the folder that holds the dataset's files"
         yield Problem("data.root", f"{root} {what}", hint=hint, here=True)

@@ -8,7 +8,6 @@ from functools import partial
 from itertools import pairwise
 
 from dist_train import registry
-from dist_train.addresses import problem_of
 from dist_train.cluster.rank_plan import rank_problems
 from dist_train.config.checks.accelerate_fsdp import as_launched
 from dist_train.config.checks.base import Checks, about
@@ -20,6 +19,7 @@ from dist_train.config.checks.fit import (
     schedule_problems,
     shard_problems,
 )
+from dist_train.config.checks.places import PLACE_CHECKS
 from dist_train.config.checks.quantization import QUANTIZATION_CHECKS
 from dist_train.config.checks.strategy import strategy_problems
 from dist_train.config.data import is_weights_file
@@ -27,7 +27,7 @@ from dist_train.config.fit import FitConfig
 from dist_train.config.tree import Config
 from dist_train.errors import Problem
 
-_CHECKS: Checks = [*DATA_CHECKS, *QUANTIZATION_CHECKS]
+_CHECKS: Checks = [*DATA_CHECKS, *QUANTIZATION_CHECKS, *PLACE_CHECKS]
 _about = partial(about, _CHECKS)
 _ORDER = ["train", "half", "ptq", "qat", "convert", "export"]
 
@@ -97,13 +97,6 @@ def _weights(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
     if other is not None and other.resolve() == config.run_dir.resolve():
         message = f"{other} is the directory of this run itself"
         yield Problem("model.init_from", message, hint="--run.name NEW, or the directory of another run")
-
-
-@_about("run.dir")
-def _address(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:
-    if config.store is not None and (problem := problem_of(config.store)):
-        message, hint = problem
-        yield Problem("run.dir", message, hint=f"--run.dir {hint}" if "://" in hint else hint)
 
 
 @_about("train.extend_from", "stages")
