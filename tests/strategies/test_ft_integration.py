@@ -1,0 +1,180 @@
+"""Strategy ft: replicas that are killed, told to leave, and come back train on the global batches of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_train.run_dir.checkpoint import CheckpointFolder
+from dist_train.run_dir.ledger import check, read_steps
+from dist_train.run_dir.paths import RunDir
+from tests.support.ranks import ROOT, train_done
+
+pytestmark = pytest.mark.timeout(600)
+DEADLINE = 240.0
+EPOCH = 6  # steps
+
+CONFIG = """
+run: {name: replicas, device: cpu, threads_per_rank: 1}
+data: {name: paced, global_batch_size: 8, workers: 0}
+model: {name: mlp, args: {size: 8, hidden: 8}}
+strategy: ft
+stages: [train]
+train: {epochs: 40, evaluate_every: 4, ema_decay: 0.9, optim: {lr: 0.05}}
+log: {every_steps: 1}
+debug: {ledger: true}
+"""
+
+
+class Replicas:
+    """Replicas of one run, and the lighthouse at which they meet. A new start of a replica has its number again."""
+
+    def __init__(self, folder: Path, address: str) -> None:
+        (folder / "ft.yaml").write_text(CONFIG)
+        self.folder, self._address = folder, address
+        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._out: list[tuple[int, Any]] = []
+
+    def start(self, number: int, *settings: str, **variables: str) -> None:
+        out = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `end`)
+        self._out.append((number, out))
+        words = [sys.executable, "-m", "dist_train", "run", "ft.yaml", "--import", "tests.support.paced_data"]
+        environ = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+        self.processes[number] = subprocess.Popen(
+            [*words, "--run.dir", "run", *settings],
+            cwd=self.folder,
+            env={**os.environ, **environ, "TORCHFT_LIGHTHOUSE": self._address, "REPLICA_GROUP_ID": str(number)}
+            | variables,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def run_dir(self, number: int) -> RunDir:
+        return RunDir(self.folder / "run" / f"replica-{number}")
+
+    def lines(self, number: int) -> list[dict[str, Any]]:
+        file = self.run_dir(number).ledger_of(0)
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def shares(self, number: int) -> list[dict[str, Any]]:
+        return [line for line in self.lines(number) if "ids" in line]
+
+    def reach(self, ranks: int, number: int = 0) -> None:
+        """Waits until this replica takes part in a step of so many, which is begun after now."""
+        known = len(self.shares(number))
+        self.until(lambda: any(line["world_size"] == ranks for line in self.shares(number)[known:]), f"{ranks} ranks")
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + DEADLINE
+        while not condition():
+            assert time.monotonic() < end, f"no {what} within {DEADLINE:.0f} s:\n{self.printed()}"
+            time.sleep(0.02)
+
+    def kill(self, number: int) -> None:
+        os.killpg(self.processes[number].pid, signal.SIGKILL)
+        self.processes[number].wait(30)
+
+    def code(self, number: int) -> int:
+        try:
+            return self.processes[number].wait(DEADLINE)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"replica {number} still runs after {DEADLINE:.0f} s:\n{self.printed()}") from None
+
+    def make(self, name: str) -> None:
+        (self.folder / name).touch()
+
+    def remove(self, name: str) -> None:
+        (self.folder / name).unlink()
+
+    def weights(self, number: int) -> dict[str, torch.Tensor]:
+        return weights(self.run_dir(number))
+
+    def printed(self) -> str:
+        texts = []
+        for number, out in self._out:
+            out.seek(0)
+            texts.append(f"--- replica {number}\n{out.read()}")
+        return "\n".join(texts)
+
+    def end(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(30)
+        for _, out in self._out:
+            out.close()
+
+
+def weights(run_dir: RunDir) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = CheckpointFolder(run_dir.checkpoints).load("train-end")["payload"]["model"]
+    return found
+
+
+@pytest.fixture
+def replicas(tmp_path: Path) -> Iterator[Replicas]:
+    coordination = pytest.importorskip("torchft.coordination", reason="only with torchft, which the extra ft brings")
+    server = coordination.LighthouseServer(
+        bind="127.0.0.1:0", min_replicas=1, join_timeout_ms=500, heartbeat_timeout_ms=2000
+    )
+    made = Replicas(tmp_path, f"http://127.0.0.1:{server.address().rpartition(':')[2]}")
+    try:
+        yield made
+    finally:
+        made.end()
+        server.shutdown()
+
+
+def alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """The same configuration on one process."""
+    (folder / "one").mkdir()
+    (folder / "one" / "ft.yaml").write_text(CONFIG)
+    monkeypatch.chdir(folder)
+    words = [*("run", str(folder / "one" / "ft.yaml"), "--import", "tests.support.paced_data", "--strategy", "single")]
+    train_done(1, *words, "--run.dir", str(folder / "one" / "run"), cold=True)
+    return RunDir(folder / "one" / "run")
+
+
+@pytest.mark.slow
+def test_one_of_three_is_killed_and_comes_back_and_another_leaves(
+    replicas: Replicas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        replicas.start(number)
+    replicas.reach(3)
+    replicas.until(lambda: replicas.shares(2)[-1]["step"] % EPOCH == 2, "middle of an epoch")
+    replicas.make("hold")
+    replicas.reach(3, 2) if replicas.shares(2)[-1]["step"] % EPOCH == 0 else None
+    replicas.kill(2)
+    replicas.remove("hold")
+    replicas.reach(2)
+    replicas.start(2)
+    replicas.reach(3)
+    replicas.processes[1].send_signal(signal.SIGTERM)
+    assert replicas.code(1) == 75, replicas.printed()
+    replicas.reach(2)
+    replicas.make("fast")
+    assert [replicas.code(0), replicas.code(2)] == [0, 0], replicas.printed()
+    assert "is done again" in replicas.printed() and "goes on with the others' step" in replicas.printed()
+    report = check(tmp_path / "run")
+    assert report.ok, f"{report}\n{replicas.printed()}"
+    assert len(report.epochs) == 40
+    sizes = [lines[0]["world_size"] for _, lines in sorted(read_steps(tmp_path / "run").items())]
+    assert {2, 3} <= set(sizes)
+    single = weights(alone(tmp_path, monkeypatch))
+    first, back = replicas.weights(0), replicas.weights(2)
+    assert all(torch.equal(first[name], back[name]) for name in first)
+    assert all(torch.allclose(first[name], single[name], atol=1e-5, rtol=0) for name in first)
