@@ -233,6 +233,8 @@ def _profile(context: Context, stage: str) -> Profile | NoProfile:
 
 def _data_hint(context: Context) -> str:
     """Returns a hint for a loop that waits for its data."""
+    if context.config.strategy == "ft":
+        return "the wait for the other replicas counts, too: look at theirs; else more --data.workers"
     if isinstance(context.data.splits.train, ImageArrays):
         return "image arrays are augmented between the steps: use fewer augmentations, or more --run.threads_per_rank"
     share = context.world.share_of_cores()

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_train.cluster.replicas import LIGHTHOUSE, TIMEOUT, replica_number
-from dist_train.errors import SetupError
+from dist_train.errors import PeerError, SetupError
 from dist_train.strategies.base import Strategy, Summed
 from dist_train.trees import Tree
 
@@ -32,6 +32,8 @@ from torchft import Manager, ProcessGroupGloo
 
 _PEER_SECONDS = 60.0  # until a replica that does not answer counts as lost
 _FAREWELL_SECONDS = 30.0
+_LIGHTHOUSE_TRIES = 1000  # a lighthouse that has died may start again; without a number, nobody would find it
+_HINT = f"torchft_lighthouse --min_replicas 1, on one machine; {LIGHTHOUSE}=http://HOST:29510 on each"
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class FT(Strategy):
             load: takes up another replica's state; called within `take_seat`.
 
         Raises:
-            SetupError: the lighthouse does not answer, or this machine's name is no address.
+            SetupError: nobody answers where the lighthouse should be, or this machine's name is no address.
         """
         logger = logging.getLogger("torchft")
         if logger.level == logging.NOTSET:
@@ -139,9 +141,10 @@ class FT(Strategy):
                 timeout=peers,
                 quorum_timeout=timedelta(seconds=self.world.timeout),
                 connect_timeout=peers,
+                quorum_retries=_LIGHTHOUSE_TRIES,
             )
         except (RuntimeError, OSError) as error:
-            raise _unreachable(error) from error
+            raise SetupError(f"{_lighthouse()} does not answer: {_line(error)}", _HINT) from error
         self._manager.load_state_dict({"step": step, "batches_committed": 0})
 
     def take_seat(self) -> Seat:
@@ -150,7 +153,7 @@ class FT(Strategy):
         Where the others are ahead, the state that they sent is loaded by then.
 
         Raises:
-            SetupError: the lighthouse does not answer.
+            PeerError: the lighthouse no longer answers, or too few replicas are there for `run.timeout`.
         """
         assert self._manager is not None, "meet() comes first"
         if self._seat is None:
@@ -158,7 +161,8 @@ class FT(Strategy):
                 try:
                     self._manager.start_quorum()
                 except (RuntimeError, TimeoutError) as error:
-                    raise _unreachable(error) from error
+                    message = f"{_lighthouse()} does not answer, or too few replicas are there: {_line(error)}"
+                    raise PeerError(message, f"{_HINT}; then the same command goes on") from error
             rank = self._manager.participating_rank()
             assert rank is not None, "all replicas take part after a quorum that is waited for"
             trial = f"{self._group.meeting}-{self._manager.current_step()}"
@@ -214,6 +218,8 @@ class FT(Strategy):
         flat = torch.cat([piece.float().flatten() for piece in pieces]).cpu()
         with self.world.heartbeat.within("collective"):
             manager.allreduce(flat, reduce_op=dist.ReduceOp.SUM).wait()
+            if manager.errored():
+                self._group.abort()  # so that those who wait for this replica, and not for the lost one, fail at once
         sums = flat.to(values.device).split([piece.numel() for piece in pieces])
         for piece, total in zip(pieces, sums, strict=True):
             piece.copy_(total.view_as(piece))
@@ -221,12 +227,8 @@ class FT(Strategy):
             parameter.grad = gradient if count else None
 
 
-def _unreachable(error: BaseException) -> SetupError:
-    return SetupError(
-        f"torchft's lighthouse at {os.environ.get(LIGHTHOUSE)} does not answer, or too few replicas are there: "
-        f"{_line(error)}",
-        f"torchft_lighthouse --min_replicas 1, on one machine; then {LIGHTHOUSE}=http://HOST:29510 on each",
-    )
+def _lighthouse() -> str:
+    return f"torchft's lighthouse at {os.environ.get(LIGHTHOUSE)}"
 
 
 def _line(error: BaseException) -> str:

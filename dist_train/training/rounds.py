@@ -26,7 +26,7 @@ class Rounds(ABC):
 
     @abstractmethod
     def counts(self) -> bool:
-        """Tells whether the step counts; else all that it changed but gradients is as before, and it comes again."""
+        """Tells whether the step counts; else model and gradients are as they were before it, and it comes again."""
 
     @abstractmethod
     def moved(self) -> bool:

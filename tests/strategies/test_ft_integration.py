@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ import torch
 from dist_train.run_dir.checkpoint import CheckpointFolder
 from dist_train.run_dir.ledger import check, read_steps
 from dist_train.run_dir.paths import RunDir
-from tests.support.ranks import ROOT, train_done
+from tests.support.ranks import ROOT, Ranks
 
 pytestmark = pytest.mark.timeout(600)
 DEADLINE = 240.0
@@ -73,6 +75,13 @@ class Replicas:
     def shares(self, number: int) -> list[dict[str, Any]]:
         return [line for line in self.lines(number) if "ids" in line]
 
+    def step(self, number: int) -> int:
+        """The step in which this replica is, or was last; -1 before the first."""
+        return max((line["step"] for line in self.shares(number)[-1:]), default=-1)
+
+    def has_reached(self, number: int, step: int) -> bool:
+        return self.step(number) >= step
+
     def reach(self, ranks: int, number: int = 0) -> None:
         """Waits until this replica takes part in a step of so many, which is begun after now."""
         known = len(self.shares(number))
@@ -87,6 +96,14 @@ class Replicas:
     def kill(self, number: int) -> None:
         os.killpg(self.processes[number].pid, signal.SIGKILL)
         self.processes[number].wait(30)
+
+    def kill_in_step(self, number: int) -> None:
+        """Kills a replica while all that run have begun a step, and none has its rows."""
+        self.make("hold")
+        running = [each for each in self.processes.values() if each.poll() is None]
+        self.until(lambda: all((self.folder / f"held-{each.pid}").exists() for each in running), "step of all")
+        self.kill(number)
+        self.remove("hold")
 
     def code(self, number: int) -> int:
         try:
@@ -138,28 +155,29 @@ def replicas(tmp_path: Path) -> Iterator[Replicas]:
         server.shutdown()
 
 
-def alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
-    """The same configuration on one process."""
-    (folder / "one").mkdir()
-    (folder / "one" / "ft.yaml").write_text(CONFIG)
-    monkeypatch.chdir(folder)
-    words = [*("run", str(folder / "one" / "ft.yaml"), "--import", "tests.support.paced_data", "--strategy", "single")]
-    train_done(1, *words, "--run.dir", str(folder / "one" / "run"), cold=True)
-    return RunDir(folder / "one" / "run")
+def alone(folder: Path, *settings: str) -> dict[str, torch.Tensor]:
+    """Weights of the same configuration on one process, without replicas."""
+    words = ["-m", "dist_train", "run", "ft.yaml", "--import", "tests.support.paced_data", "--strategy", "single"]
+    with Ranks(1, [*words, "--run.dir", "alone", *settings], folder=folder, cold=True) as ranks:
+        assert ranks.wait(DEADLINE) == [0], ranks.printed()
+    return weights(RunDir(folder / "alone"))
+
+
+def near(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.allclose(first[name], second[name], atol=1e-5, rtol=0) for name in first)
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.slow
-def test_one_of_three_is_killed_and_comes_back_and_another_leaves(
-    replicas: Replicas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_of_three_is_killed_and_comes_back_and_another_leaves(replicas: Replicas, tmp_path: Path) -> None:
     for number in range(3):
         replicas.start(number)
     replicas.reach(3)
-    replicas.until(lambda: replicas.shares(2)[-1]["step"] % EPOCH == 2, "middle of an epoch")
-    replicas.make("hold")
-    replicas.reach(3, 2) if replicas.shares(2)[-1]["step"] % EPOCH == 0 else None
-    replicas.kill(2)
-    replicas.remove("hold")
+    replicas.until(lambda: replicas.step(2) % EPOCH == 2, "middle of an epoch")
+    replicas.kill_in_step(2)
     replicas.reach(2)
     replicas.start(2)
     replicas.reach(3)
@@ -174,7 +192,93 @@ def test_one_of_three_is_killed_and_comes_back_and_another_leaves(
     assert len(report.epochs) == 40
     sizes = [lines[0]["world_size"] for _, lines in sorted(read_steps(tmp_path / "run").items())]
     assert {2, 3} <= set(sizes)
-    single = weights(alone(tmp_path, monkeypatch))
-    first, back = replicas.weights(0), replicas.weights(2)
-    assert all(torch.equal(first[name], back[name]) for name in first)
-    assert all(torch.allclose(first[name], single[name], atol=1e-5, rtol=0) for name in first)
+    assert same(replicas.weights(0), replicas.weights(2))
+    assert near(replicas.weights(0), alone(tmp_path))
+
+
+@pytest.mark.slow
+def test_statistics_and_workers_survive_a_step_that_is_done_again(replicas: Replicas, tmp_path: Path) -> None:
+    settings = ("--model.name", "small_resnet", "--model.args", "{width: 8}", "--data.workers", "1")
+    settings += ("--train.epochs", "12")
+    for number in range(2):
+        replicas.start(number, *settings)
+    replicas.reach(2)
+    replicas.until(lambda: replicas.step(0) % EPOCH == 3, "middle of an epoch")
+    replicas.kill(1)
+    replicas.reach(1)
+    replicas.start(1, *settings)
+    replicas.reach(2)
+    replicas.make("fast")
+    assert [replicas.code(0), replicas.code(1)] == [0, 0], replicas.printed()
+    report = check(tmp_path / "run")
+    assert report.ok and len(report.epochs) == 12, f"{report}\n{replicas.printed()}"
+    assert same(replicas.weights(0), replicas.weights(1))
+
+
+@pytest.mark.slow
+def test_all_are_killed_and_go_on_from_the_newest_checkpoint(replicas: Replicas, tmp_path: Path) -> None:
+    every = ("--checkpoint.every_steps", "2", "--train.epochs", "10")
+    replicas.start(0, *every)
+    replicas.reach(1)
+    replicas.start(1, *every)
+    replicas.reach(2)
+    replicas.until(lambda: replicas.step(0) >= EPOCH + 3, "second epoch")
+    replicas.kill(0)
+    replicas.kill(1)
+    for number in range(2):
+        replicas.start(number, *every)
+    replicas.reach(2)
+    replicas.make("fast")
+    assert [replicas.code(0), replicas.code(1)] == [0, 0], replicas.printed()
+    report = check(tmp_path / "run")
+    assert report.ok and len(report.epochs) == 10, f"{report}\n{replicas.printed()}"
+    assert same(replicas.weights(0), replicas.weights(1))
+    assert near(replicas.weights(0), alone(tmp_path, *every))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", range(2))
+def test_kills_at_random_moments(replicas: Replicas, tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    settings = ("--train.epochs", "300", "--train.evaluate_every", "20", "--checkpoint.every_steps", "50")
+    for number in range(3):
+        replicas.start(number, *settings)
+    replicas.reach(3)
+    for _ in range(8):
+        victim, moment = draw.randrange(3), draw.random()
+        replicas.reach(3, victim)
+        step = replicas.step(victim) + draw.randrange(1, 20)
+        replicas.until(functools.partial(replicas.has_reached, victim, step), "the step")
+        time.sleep(moment / 10)  # at no boundary
+        replicas.kill(victim)
+        replicas.start(victim, *settings)
+    replicas.make("fast")
+    assert [replicas.code(number) for number in range(3)] == [0, 0, 0], replicas.printed()
+    report = check(tmp_path / "run")
+    assert report.ok and len(report.epochs) == 300, f"{report}\n{replicas.printed()}"
+    assert same(replicas.weights(0), replicas.weights(1)) and same(replicas.weights(0), replicas.weights(2))
+    assert near(replicas.weights(0), alone(tmp_path, *settings))
+
+
+@pytest.mark.slow
+def test_one_with_other_settings_is_refused_and_the_others_go_on(replicas: Replicas, tmp_path: Path) -> None:
+    replicas.start(0)
+    replicas.reach(1)
+    replicas.start(1, "--train.optim.lr", "0.1")
+    assert replicas.code(1) == 78, replicas.printed()
+    assert "train.optim.lr: was 0.05, is 0.1" in replicas.printed()
+    assert "the other replicas have other settings: start all with the same" in replicas.printed()
+    replicas.make("fast")
+    assert replicas.code(0) == 0, replicas.printed()
+    assert check(tmp_path / "run").ok
+    evaluate = ["-m", "dist_train", "evaluate", "run/replica-0", "--import", "tests.support.paced_data"]
+    with Ranks(1, evaluate, folder=tmp_path) as alone:  # which has no lighthouse
+        assert alone.wait() == [0] and "fp32" in alone.output(0), alone.printed()
+
+
+@pytest.mark.slow
+def test_no_lighthouse_answers(replicas: Replicas) -> None:
+    replicas.start(0, TORCHFT_LIGHTHOUSE="http://127.0.0.1:9", TORCHFT_TIMEOUT_SEC="2")
+    assert replicas.code(0) == 78
+    assert "torchft's lighthouse at http://127.0.0.1:9 does not answer" in replicas.printed()
