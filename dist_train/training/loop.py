@@ -1,7 +1,7 @@
 """Trains a model: `fit` is the one loop of float and quantization-aware training.
 
 The order within a step is fixed: seed, forward and backward, reduction, clip, optimizer, schedule, average, ledger.
-An epoch ends with the evaluation, then the checkpoint.
+A step of replicas that does not count ends after the reduction. An epoch ends with the evaluation, then the checkpoint.
 """
 
 from __future__ import annotations

@@ -70,6 +70,15 @@ def test_a_share_that_nobody_announced_is_a_problem(tmp_path: Path) -> None:
     assert "train step 1: 1 of 2 ranks have a line" in report.problems
 
 
+def test_a_fast_development_run_beside_them_is_none_of_them(tmp_path: Path) -> None:
+    first = Replica(tmp_path, 0)
+    for step in range(3):
+        first.tries(step, f"a-{step}", 0, 1)
+    (tmp_path / "replica-0").rename(tmp_path / "replica-0-fast-dev-run")
+    with pytest.raises(RunDirError, match="has no ledger"):
+        check(tmp_path)
+
+
 def test_the_ledger_of_one_replica_is_not_taken_for_that_of_all(tmp_path: Path) -> None:
     Replica(tmp_path, 0).tries(0, "a-0", 0, 2)
     with pytest.raises(RunDirError, match="is one replica of a run") as error:
