@@ -236,6 +236,23 @@ def test_all_are_killed_and_go_on_from_the_newest_checkpoint(replicas: Replicas,
     assert near(replicas.weights(0), alone(tmp_path, *every))
 
 
+@pytest.mark.slow
+def test_one_that_is_frozen_is_left_behind_and_goes_on_with_the_others_when_it_wakes(
+    replicas: Replicas, tmp_path: Path
+) -> None:
+    for number in range(2):
+        replicas.start(number, TORCHFT_TIMEOUT_SEC="5")
+    replicas.reach(2)
+    replicas.processes[1].send_signal(signal.SIGSTOP)
+    replicas.reach(1)
+    replicas.processes[1].send_signal(signal.SIGCONT)
+    replicas.reach(2)
+    replicas.make("fast")
+    assert [replicas.code(0), replicas.code(1)] == [0, 0], replicas.printed()
+    assert check(tmp_path / "run").ok, replicas.printed()
+    assert same(replicas.weights(0), replicas.weights(1))
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", range(2))
