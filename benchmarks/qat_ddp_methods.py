@@ -57,6 +57,7 @@ from dist_train.training.loop import Fit, fit
 from dist_train.training.optim import build_optimizer
 from dist_train.training.profiler import NoProfile
 from dist_train.training.reduction import PendingMeans, StepReduction, StepSums
+from dist_train.training.rounds import Together
 from dist_train.training.schedule import build_schedule
 
 RANKS, CLASSES = 2, 10
@@ -216,6 +217,7 @@ class Bench:
             epochs=1,
             steps_per_epoch=loader.steps_per_epoch,
             loader=loader,
+            rounds=Together(loader, loader.steps_per_epoch),
             task=self.task,
             strategy=DDP(world, "fp32") if size > 1 else Single(world, "fp32"),
             compilation=Uncompiled(),

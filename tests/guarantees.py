@@ -44,6 +44,7 @@ _STOPS = "distributed/watchdog/test_stop_signals_integration.py::"
 _WATCHDOG = "distributed/watchdog/test_watchdog_integration.py::"
 _SECOND = "distributed/watchdog/test_second_start_integration.py::"
 _DISK = "run_dir/test_failing_disk_integration.py::"
+_REPLICAS = "strategies/test_ft_integration.py::"
 _NODES = "launchers/test_namespaces_integration.py::"
 
 _FLIGHT = "run_dir/test_saves_in_flight_integration.py::"
@@ -198,6 +199,17 @@ ROWS = (
         "the others meet again and go on with fewer ranks; each sample is in one step of an epoch",
         "nothing",
         ("launchers/test_elastic_integration.py::test_one_of_two_nodes_leaves_and_the_run_goes_on_to_its_end",),
+    ),
+    Row(
+        "a replica under `strategy: ft` is killed, told to leave, or comes back",
+        "the others do that step again and go on; each sample is in one committed step of an epoch, the weights are "
+        "those of one process",
+        "nothing",
+        (
+            f"{_REPLICAS}test_one_of_three_is_killed_and_comes_back_and_another_leaves",
+            f"{_REPLICAS}test_statistics_and_workers_survive_a_step_that_is_done_again",
+            f"{_REPLICAS}test_all_are_killed_and_go_on_from_the_newest_checkpoint",
+        ),
     ),
     Row(
         "a machine that dies, and comes back",

@@ -27,6 +27,7 @@ from dist_train.cli.launch_options import LAUNCHERS, OPTIONS, options, takers
 from dist_train.cli.verbs import SETTINGS, ConfigVerb, DottedVerb, Verbs, verb_name
 from dist_train.cluster.interfaces import is_own
 from dist_train.cluster.ports import is_free
+from dist_train.cluster.replicas import LIGHTHOUSE, NUMBER
 from dist_train.errors import EXIT_DONE, EXIT_FAILED, SetupError, UsageError, did_you_mean
 from dist_train.launchers import accelerate, kubernetes, sbatch, slurm_script, torchrun
 from dist_train.launchers.agent import wait
@@ -127,9 +128,14 @@ def _launch(
     """
     from dist_train.config.load import load
 
-    # This machine's variables are left out: the ranks will have others.
-    loaded = load(config, settings, environ={}, elsewhere=launcher == "kubernetes")
+    # This machine's variables are left out: the ranks will have others. Replicas are refused in other words than there.
+    loaded = load(config, settings, environ={LIGHTHOUSE: "-", NUMBER: "0"}, elsewhere=launcher == "kubernetes")
     checked = loaded.config
+    if checked.strategy == "ft":
+        message = "launch starts ranks that stay together, and replicas under 'ft' start one by one"
+        raise UsageError(
+            message, f"{LIGHTHOUSE}=http://HOST:29510 {NUMBER}=0 dist-train run CONFIG, and {NUMBER}=1 ..."
+        )
     base = checked.run.dir
     base = base if isinstance(base, str) else option_text(base or Path("runs") / checked.run.name)
     # The script, the agent and all ranks have one working copy, whatever each one's variables are.

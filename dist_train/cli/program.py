@@ -163,7 +163,7 @@ def report(run_dirs: tuple[Path, ...], output: Path | None) -> int:
 @click.argument("run_dir", metavar="RUN_DIR", type=RunPlace())
 def ledger(run_dir: Path) -> int:
     """Checks that every sample was consumed once an epoch, or as it was drawn by weight."""
-    if not (run_dir / "ledger").is_dir():
+    if not (run_dir / "ledger").is_dir() and not any(run_dir.glob("replica-*/ledger")):
         known_run_dir(run_dir)
     from dist_train.finished_run.ledger import check_ledger
 

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from dist_train import registry
+from dist_train.cluster.replicas import replica_folder, replica_number
 from dist_train.config.advice import unexpanded_paths, unscaled_rates
 from dist_train.config.checks.general import contradictions
 from dist_train.config.messages import mistakes
@@ -86,9 +87,19 @@ def load(
             tree.problems.append(Problem(problem.place, problem.message, source, problem.hint))
     if config is None or tree.problems:
         raise ConfigError(tree.problems)
+    config = _of_replica(config, environ)
     sources = {key: tree.sources_of_leaf(tuple(key.split("."))) for key, _, _ in leaves(config)}
     warnings = (*unscaled_rates(config, sources, batch_of_file), *unexpanded_paths(config, sources))
     return Loaded(config, sources, file, warnings)
+
+
+def _of_replica(config: Config, environ: Mapping[str, str]) -> Config:
+    """Gives each replica of a run under `strategy: ft` a run directory of its own within the run's."""
+    number = replica_number(environ)
+    if config.strategy != "ft" or number is None:
+        return config
+    base = Path(config.run.dir or Path("runs") / config.run.name)
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": replica_folder(base, number)})})
 
 
 def dump(config: BaseModel) -> str:

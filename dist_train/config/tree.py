@@ -139,7 +139,8 @@ class Config(Settings):
     ] = "auto"
     """auto: single for one process, ddp for several. dp: nn.DataParallel over the visible GPUs of one process. fsdp:
     the parameters, gradients and optimizer states of a stage's training in shards over the ranks, by torch's FSDP2.
-    accelerate: as set by `accelerate config`, with FSDP2 in it as fsdp."""
+    accelerate: as set by `accelerate config`, with FSDP2 in it as fsdp. ft: replicas of one process each, which come
+    and go without a restart, by torchft."""
     fsdp: FSDPConfig = FSDPConfig()
     """For `strategy: fsdp`."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"

@@ -116,6 +116,10 @@ class TrainLoader:
         cut = self._cut(whole, piece.pieces, piece.global_count)
         return list({shapes_of(micro.inputs): micro.inputs for micro in cut}.values())
 
+    def share_as(self, ranks: int, rank: int) -> None:
+        """Takes the shares of that rank of so many, for the epochs that are begun from now on."""
+        self._sampler.share_as(ranks, rank)
+
     def epoch(self, epoch: int, first_step: int, last_step: int) -> Iterator[StepBatch]:
         """Yields the steps first_step .. last_step - 1 of an epoch."""
         self._sampler.set_epoch(epoch)

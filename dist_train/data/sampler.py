@@ -223,6 +223,18 @@ class ElasticDistributedSampler(torch.utils.data.DistributedSampler[int]):
             self._window = identity, step, self._at(steps[:, None] * batch + places)
         return self._window[2][step - self._window[1]]
 
+    def share_as(self, num_replicas: int, rank: int) -> None:
+        """Takes the shares of that rank of so many from now on; global batches stay what they were.
+
+        Raises:
+            ValueError: rank outside range(num_replicas), or a sampler without global batches.
+        """
+        self._global_batch_size()
+        if not 0 <= rank < num_replicas:
+            raise ValueError(f"there is no rank {rank} of {num_replicas}")
+        self.num_replicas, self.rank = num_replicas, rank
+        self._layouts, self._window = {}, None
+
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, of which the order is a function; the same on all ranks."""
         super().set_epoch(epoch)

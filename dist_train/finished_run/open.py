@@ -114,7 +114,8 @@ def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> FinishedRun:
     settled = ["--trackers", "[]", "--export.formats", "[pt2]"]
     if "train" in finished:
         settled += ["--model.weights", "null", "--model.init_from", "null"]
-    if recorded.get("strategy") == "single" and os.environ.get("WORLD_SIZE", "1") != "1":
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    if recorded.get("strategy") == "ft" or (recorded.get("strategy") == "single" and several):
         settled += ["--strategy", "auto"]
     given = {option.partition("=")[0] for option in overrides}
     if given:

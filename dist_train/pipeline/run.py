@@ -37,6 +37,7 @@ from dist_train.run_dir.lease import PATIENCE_SECONDS, Lease, this_process
 from dist_train.run_dir.ledger import Ledger, NoLedger
 from dist_train.run_dir.paths import RunDir
 from dist_train.run_dir.record import engine_of, recorded_environment
+from dist_train.run_dir.replica_ledger import ReplicaLedger
 from dist_train.run_dir.retry import retried, told
 from dist_train.run_dir.status import fail, was_preempted
 from dist_train.stages.base import Stage, Stopwatch
@@ -156,7 +157,7 @@ def _run(
     trackers = Trackers([], [status] if world.is_main else [], progress.say)
     for name in config.trackers if world.is_main else []:
         trackers.add(name, partial(registry.trackers.get(name), run_dir, config.run.name, attempt), config)
-    ledger = Ledger(run_dir, world.rank, world.world_size, attempt) if config.debug.ledger else NoLedger()
+    ledger = _ledger(config, run_dir, world, attempt)
     try:
         context = session.build(trackers, ledger, copies)
         beat = partial(world.heartbeat.enter, "save")
@@ -193,6 +194,14 @@ def _run(
         print_results(context.results)
         _say_paths(run_dir, progress)
     return context.results
+
+
+def _ledger(config: Config, run_dir: RunDir, world: World, attempt: int) -> Ledger | ReplicaLedger | NoLedger:
+    if not config.debug.ledger:
+        return NoLedger()
+    if config.strategy == "ft":
+        return ReplicaLedger(run_dir, attempt)
+    return Ledger(run_dir, world.rank, world.world_size, attempt)
 
 
 def _run_stages(context: Context, attempt: int, status: Status) -> None:

@@ -52,6 +52,7 @@ from dist_train.quantization.backend import as_configuration, build_backend
 from dist_train.run_dir.checkpoint import CheckpointFolder
 from dist_train.run_dir.ledger import Ledger, NoLedger
 from dist_train.run_dir.paths import RunDir
+from dist_train.run_dir.replica_ledger import ReplicaLedger
 from dist_train.stages.context import Context
 from dist_train.stages.data import RunData
 from dist_train.strategies.base import Strategy
@@ -82,7 +83,7 @@ class Session:
     def build(
         self,
         trackers: Trackers | None = None,
-        ledger: Ledger | NoLedger | None = None,
+        ledger: Ledger | ReplicaLedger | NoLedger | None = None,
         record: dict[str, Any] | None = None,
     ) -> Context:
         """Builds data, model, task and strategy from the config. Collective.

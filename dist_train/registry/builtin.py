@@ -96,6 +96,7 @@ strategies = Registry(
         "ddp": Entry("dist_train.strategies.ddp:DDP"),
         "fsdp": Entry("dist_train.strategies.fsdp:FSDP"),
         "accelerate": Entry("dist_train.strategies.accelerate:Accelerate", requires={"accelerate": "accelerate"}),
+        "ft": Entry("dist_train.strategies.ft:FT", requires={"torchft": "torchft"}, extra="ft"),
     },
 )
 

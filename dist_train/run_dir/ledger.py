@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from dist_train.run_dir.expectation import Draw, are_ints, expected
 from dist_train.run_dir.expectation import record_expectation as record_expectation
 from dist_train.run_dir.files import LineFile, read_json
 from dist_train.run_dir.paths import RunDir
+from dist_train.run_dir.replica_ledger import is_commit, ledgers_of, of_committed
 
 
 class Ledger:
@@ -47,6 +48,11 @@ class Ledger:
 
 class NoLedger:
     """Records nothing."""
+
+    def announce(
+        self, stage: str, epoch: int, step: int, ids: list[int], left_out: Sequence[int], ranks: int, trial: str
+    ) -> None:
+        return
 
     def record(
         self, stage: str, epoch: int, step: int, ids: list[int], skipped: bool, left_out: Sequence[int] = ()
@@ -112,40 +118,54 @@ _NUMBERS = ("epoch", "step", "attempt", "world_size")
 
 
 def _is_line(entry: Any) -> bool:
-    """Tells whether a value that was read from a ledger is one rank's line of a step."""
+    """Tells whether a value that was read from a ledger is one rank's line of a step, or a replica's of a trial."""
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("stage"), str)
-        and isinstance(entry.get("skipped"), bool)
+        and (isinstance(entry.get("skipped"), bool) or isinstance(entry.get("trial"), str))
         and are_ints(entry.get(name) for name in _NUMBERS)
         and all(isinstance(ids, list) and are_ints(ids) for ids in (entry.get("ids"), entry.get("left_out", [])))
     )
 
 
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    lines = file.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            entry = json.loads(line)
+            if not _is_line(entry) and not is_commit(entry):
+                raise ValueError
+        except ValueError:
+            if number == len(lines):
+                continue  # torn by a kill; no checkpoint covers its step
+            raise RunDirError(
+                f"{file}:{number} is not a ledger line", "the file was changed by hand, or the disk is damaged"
+            ) from None
+        yield entry
+
+
 def read_steps(run_dir: Path) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """Reads (stage, step) -> its lines, one per rank; of a repeated step only the highest attempt's lines."""
-    folder = RunDir(run_dir).ledger
-    files = sorted(folder.glob("rank*.jsonl"))
+    """Reads (stage, step) -> its lines, one per rank; of a repeated step only the highest attempt's lines.
+
+    Of a folder of replicas: the lines of the trials that were committed, one per replica that took part.
+    """
+    if replicas := ledgers_of(run_dir):
+        return of_committed(_lines(file) for folder in replicas for file in sorted(folder.glob("rank*.jsonl")))
+    files = sorted(RunDir(run_dir).ledger.glob("rank*.jsonl"))
     if not files:
         raise RunDirError(
             f"{run_dir} has no ledger", f"run with --debug.ledger true, then: dist-train ledger {run_dir}"
         )
     steps: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for file in files:
-        lines = file.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, start=1):
-            if not line:
-                continue
-            try:
-                entry = json.loads(line)
-                if not _is_line(entry):
-                    raise ValueError
-            except ValueError:
-                if number == len(lines):
-                    continue  # torn by a kill; no checkpoint covers its step
+        for entry in _lines(file):
+            if "trial" in entry:
                 raise RunDirError(
-                    f"{file}:{number} is not a ledger line", "the file was changed by hand, or the disk is damaged"
-                ) from None
+                    f"{run_dir} is one replica of a run, and its ledger tells its own share of each step",
+                    f"dist-train ledger {run_dir.parent}, which reads those of all replicas",
+                )
             known = steps[entry["stage"], entry["step"]]
             if known and entry["attempt"] > known[0]["attempt"]:
                 known.clear()
@@ -169,7 +189,7 @@ def check(run_dir: Path, replay: Callable[[Draw, np.ndarray | None], BatchOf] | 
         RunDirError: there is no ledger, or it cannot be read.
     """
     steps = read_steps(run_dir)
-    folder = RunDir(run_dir).ledger
+    folder = next(iter(ledgers_of(run_dir)), RunDir(run_dir).ledger)
     recorded, report = read_json(folder / "expected.json"), LedgerReport()
     if recorded is None:
         # Compared with itself, a ledger shows what is repeated; not what is missing from all of its epochs.

@@ -23,6 +23,7 @@ from dist_train.errors import STOPS
 from dist_train.run_dir.background import Background, Beat
 from dist_train.run_dir.checkpoint import CheckpointFolder
 from dist_train.run_dir.ledger import Ledger, NoLedger
+from dist_train.run_dir.replica_ledger import ReplicaLedger
 from dist_train.run_dir.retention import Retention
 from dist_train.run_dir.retry import retried, told
 from dist_train.run_dir.saved import Moment
@@ -47,7 +48,7 @@ class StageCheckpoints:
         folder: CheckpointFolder,
         config: Config,
         world: World,
-        ledger: Ledger | NoLedger,
+        ledger: Ledger | ReplicaLedger | NoLedger,
         trackers: Trackers,
         describe: Callable[[], dict[str, Any]],
         mesh: DeviceMesh | None = None,

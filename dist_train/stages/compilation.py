@@ -30,7 +30,7 @@ def compilation(
     if asked != "auto":
         record["compiled"] = asked
         return Compiled() if asked else Uncompiled()
-    if context.resume is not None and context.config.strategy not in ("fsdp", "dp"):
+    if context.resume is not None and context.config.strategy not in ("fsdp", "dp", "ft"):
         kept, why = bool(record.get("compiled", False)), "as at the first start"
     else:
         kept, why = None, _against(context, settings, model)
@@ -63,6 +63,8 @@ def _against(context: Context, settings: FitConfig, model: nn.Module) -> str:
         return "Splits.dynamic: each length would be compiled"
     if context.config.strategy == "fsdp":
         return _SHARDED
+    if context.config.strategy == "ft":
+        return "strategy ft changes the shares as replicas come and go"
     if context.config.strategy == "dp":
         return "strategy dp copies the model at each step"
     if settings.activation_checkpointing:

@@ -22,6 +22,7 @@ from dist_train.run_dir.files import replace_json
 from dist_train.run_dir.gates import Gates
 from dist_train.run_dir.ledger import Ledger, NoLedger
 from dist_train.run_dir.paths import RunDir
+from dist_train.run_dir.replica_ledger import ReplicaLedger
 from dist_train.run_dir.retry import told
 from dist_train.stages.checkpoints import StageCheckpoints
 from dist_train.stages.data import RunData
@@ -58,7 +59,7 @@ class Context:
     model: nn.Module
     progress: Progress
     trackers: Trackers
-    ledger: Ledger | NoLedger
+    ledger: Ledger | ReplicaLedger | NoLedger
     results: dict[str, Any]
     same_model: SameModel
     products: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from dist_train.data.arrays import ImageArrays
 from dist_train.data.loader import EstimationLoader, TrainLoader
 from dist_train.errors import DataError, ModelError
 from dist_train.models.batch_norm import synchronised_batch_norms
+from dist_train.run_dir.ledger import Ledger
 from dist_train.stages.base import Stage
 from dist_train.stages.compilation import compilation
 from dist_train.stages.context import Context
@@ -27,6 +28,7 @@ from dist_train.training.parts import Parts, resolve_parts
 from dist_train.training.profiler import NoProfile, Profile
 from dist_train.training.recalibration import estimate_moments
 from dist_train.training.reduction import StepReduction
+from dist_train.training.rounds import Rounds, Together
 from dist_train.training.state import TrainState
 from dist_train.training.unused import find_unused
 
@@ -157,6 +159,7 @@ def _set_up(
         epochs=epochs,
         steps_per_epoch=steps,
         loader=loader,
+        rounds=_rounds(context, stage, loader, steps),
         example=context.example(),
         task=context.task,
         strategy=context.strategy,
@@ -169,6 +172,19 @@ def _set_up(
         profile=_profile(context, stage),
         keeps_end=stage == "train" and context.config.checkpoint.keep.training,
     )
+
+
+def _rounds(context: Context, stage: str, loader: TrainLoader, steps: int) -> Rounds:
+    if context.config.strategy != "ft":
+        return Together(loader, steps)
+    # Needs torchft, which only a run with that strategy has.
+    from dist_train.strategies.ft import FT
+    from dist_train.training.replica_rounds import ReplicaRounds
+
+    strategy, ledger = context.strategy, context.ledger
+    assert isinstance(strategy, FT) and not isinstance(ledger, Ledger)
+    data = context.data.splits.fingerprint
+    return ReplicaRounds(stage, context.config, loader, steps, strategy, ledger, data, context.progress.say)
 
 
 def _look_for_unused_parameters(context: Context, stage: str, model: nn.Module) -> None:
@@ -217,6 +233,8 @@ def _profile(context: Context, stage: str) -> Profile | NoProfile:
 
 def _data_hint(context: Context) -> str:
     """Returns a hint for a loop that waits for its data."""
+    if context.config.strategy == "ft":
+        return "the wait for the other replicas counts, too: look at theirs; else more --data.workers"
     if isinstance(context.data.splits.train, ImageArrays):
         return "image arrays are augmented between the steps: use fewer augmentations, or more --run.threads_per_rank"
     share = context.world.share_of_cores()

@@ -79,6 +79,21 @@ class Strategy(ABC):
         self.mesh: DeviceMesh | None = None
         self.new_scaler()
 
+    @property
+    def several(self) -> bool:
+        """True where the sums of a step are over several processes."""
+        return self.world.world_size > 1
+
+    @property
+    def leaves_alone(self) -> bool:
+        """True where a process that is asked to stop leaves the others, which go on; else all stop."""
+        return False
+
+    @property
+    def rank(self) -> int:
+        """Number of this process among those that share the step."""
+        return self.world.rank
+
     def new_scaler(self) -> None:
         """Makes a fresh `scaler` at the start of a stage, because the scale depends on the stage's gradients."""
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self._precision == "fp16")

@@ -1,7 +1,7 @@
 """Trains a model: `fit` is the one loop of float and quantization-aware training.
 
 The order within a step is fixed: seed, forward and backward, reduction, clip, optimizer, schedule, average, ledger.
-An epoch ends with the evaluation, then the checkpoint.
+A step of replicas that does not count ends after the reduction. An epoch ends with the evaluation, then the checkpoint.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from dist_train.data.loader import TrainLoader, seed_everything
 from dist_train.data.permutation import derive_key
 from dist_train.errors import Preempted
 from dist_train.run_dir.ledger import Ledger, NoLedger
+from dist_train.run_dir.replica_ledger import ReplicaLedger
 from dist_train.strategies.base import StepOutcome, Strategy
 from dist_train.tasks import Task
 from dist_train.trackers.base import Trackers
 from dist_train.training.compilation import Compilation
 from dist_train.training.learner import Learner
 from dist_train.training.profiler import NoProfile, Profile
+from dist_train.training.rounds import Rounds
 from dist_train.training.same_state import require_same_everywhere, require_sound
 from dist_train.training.selection import Selection
 from dist_train.training.state import TrainState
@@ -65,6 +67,7 @@ class Fit:
         settings: settings of the stage, with the learning rate for this global batch size.
         epochs, steps_per_epoch: length of the training; a fast dev run has fewer than the settings say.
         example: inputs as the model takes them, two rows, on the device.
+        rounds: brings the batches of an epoch, and tells which steps count.
         keeps_end: set `TrainState.ended` after the last step.
     """
 
@@ -74,13 +77,14 @@ class Fit:
     epochs: int
     steps_per_epoch: int
     loader: TrainLoader
+    rounds: Rounds
     example: Tree
     task: Task
     strategy: Strategy
     compilation: Compilation
     learner: Learner
     checkpoints: Checkpoints
-    ledger: Ledger | NoLedger
+    ledger: Ledger | ReplicaLedger | NoLedger
     trackers: Trackers
     progress: Progress
     profile: Profile | NoProfile
@@ -129,8 +133,11 @@ def fit(run: Fit, resume: dict[str, Any] | None, extended: dict[str, Any] | None
         run.progress.begin(run.stage, run.total_steps, state.step, run.task.score_name)
         run.profile.begin(state.step, run.total_steps)
         try:
+            run.rounds.begin(state)
             _train(run, state)
+            run.rounds.end()
         finally:
+            run.rounds.leave()
             run.profile.end()
             run.learner.recompute(False)
         run.progress.end()
@@ -170,7 +177,7 @@ def _train(run: Fit, state: TrainState) -> None:
         # The first epoch compiles the model for every batch shape, which may take longer than the watchdog's timeout.
         world.heartbeat.patience = world.timeout if run.compilation.active and epoch == first_epoch else 0.0
         world.heartbeat.begin("data")
-        for batch in log.clock.timed(run.loader.epoch(epoch, first, run.steps_per_epoch)):
+        for batch in log.clock.timed(run.rounds.batches(epoch, first)):
             step = state.step
             world.heartbeat.at_step(run.stage, step)
             for hook in hooks:
@@ -179,9 +186,11 @@ def _train(run: Fit, state: TrainState) -> None:
                 with world.heartbeat.within("set-up", at_least=world.timeout):  # compiles, and connects the ranks
                     run.strategy.warm_up_buckets(wrapped, batch.micro_batches[0].inputs)
             run.profile.before_step(step)
-            seed_everything(derive_key("step", config.run.seed, run.stage, step, world.rank))
+            seed_everything(derive_key("step", config.run.seed, run.stage, step, run.strategy.rank))
             train_step(wrapped, batch, run.task, run.strategy, run.learner.reduction)
             pending = run.learner.reduction.finish(step)
+            if not run.rounds.counts():
+                continue  # the batches begin with this step again
             world.heartbeat.enter("update")
             log.add(pending, step, epoch, state.optimizer.param_groups[0]["lr"], batch.global_count)
             if run.loader.may_leave_out or run.task.sums_losses:
@@ -201,6 +210,8 @@ def _train(run: Fit, state: TrainState) -> None:
                 _save(run, state)
                 _stop_if(log.stop_agreed, run, state)
             world.heartbeat.begin("data")
+        if run.rounds.moved():
+            continue  # with the step that the others have reached
         world.heartbeat.patience = 0.0
         state.left_out += log.drain()
         require_sound(run.strategy, state, run.stage, run.example)

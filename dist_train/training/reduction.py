@@ -128,6 +128,7 @@ class _Started:
     totals: torch.Tensor
     summed: Summed | None
     observed: Reducing | None
+    stops_alone: bool = False
 
 
 class StepReduction:
@@ -190,13 +191,13 @@ class StepReduction:
         if sums.count is not None:
             totals = torch.cat([totals, sums.count.float().view(1)])
         summed = observed = None
-        if self._world.world_size > 1:
+        if strategy.several:
             with torch.no_grad():
                 flat = self._weighted(totals, sums)
                 if self._ranges is not None:
                     observed = self._world.start_all_reduce(self._observed(self._ranges, sums.rows), "max")
             loss, summed = strategy.summed_in_backward(loss, flat)
-        self._started = _Started(sums, totals, summed, observed)
+        self._started = _Started(sums, totals, summed, observed, strategy.leaves_alone)
         return loss
 
     @torch.no_grad()
@@ -209,7 +210,9 @@ class StepReduction:
         started, self._started = self._started, None
         sums, totals = started.sums, started.totals
         if started.summed is not None:
-            totals = self._averaged(started.summed(), sums)
+            own, totals = totals[3], self._averaged(started.summed(), sums)
+            if started.stops_alone:
+                totals[3] = own
         if self._ranges is not None:
             # Replicas within a rank (DataParallel) are merged by backward, so a single rank's ranges are read after it.
             observed = self._observed(self._ranges, sums.rows) if started.observed is None else started.observed.wait()

@@ -112,6 +112,27 @@ def test_a_resume_on_another_world_size_takes_the_same_global_batches(
         assert list(sampler) == list(whole)[skipped:]
 
 
+@given(SIZES, WORLDS, WORLDS, BATCHES)
+def test_sharing_as_others_do_takes_the_shares_of_a_sampler_made_so(
+    size: int, before: int, after: int, batch: int
+) -> None:
+    for rank, made in enumerate(samplers(size, after, global_batch_size=batch)):
+        shared = ElasticDistributedSampler(range(size), before, 0, global_batch_size=batch)
+        shared.rank_slice(0)
+        shared.share_as(after, rank)
+        for step in range(made.num_steps):
+            expected, found = made.rank_slice(step), shared.rank_slice(step)
+            assert expected.ids.tolist() == found.ids.tolist() and expected.filler.tolist() == found.filler.tolist()
+
+
+def test_sharing_as_a_rank_that_is_none_is_refused() -> None:
+    sampler = ElasticDistributedSampler(range(10), 2, 0, global_batch_size=4)
+    with pytest.raises(ValueError, match="no rank 3 of 3"):
+        sampler.share_as(3, 3)
+    with pytest.raises(ValueError, match="no steps"):
+        ElasticDistributedSampler(range(10), 2, 0).share_as(3, 1)
+
+
 def test_start_step_holds_for_the_first_epoch_only() -> None:
     sampler = ElasticDistributedSampler(range(100), 1, 0, global_batch_size=10, start_step=7)
     sampler.set_epoch(4)

@@ -22,9 +22,7 @@ STEPS, LEAVE_AT, HOLD_AT = 200, 50, 100
 
 @contextmanager
 def lighthouse() -> Iterator[str]:
-    coordination = pytest.importorskip(
-        "torchft.coordination", reason="only where torchft is installed, which is no extra"
-    )
+    coordination = pytest.importorskip("torchft.coordination", reason="only with torchft, which the extra ft brings")
     server = coordination.LighthouseServer(
         bind="127.0.0.1:0", min_replicas=1, join_timeout_ms=500, heartbeat_timeout_ms=5000
     )

@@ -1,9 +1,13 @@
-"""A dataset whose rows take their time until a file `fast` is made, and wait while a file `hold` is there."""
+"""A dataset whose rows take their time until a file `fast` is made, and wait while a file `hold` is there.
+
+A process that waits makes a file `held-PID`.
+"""
 
 from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
@@ -24,6 +28,7 @@ class Paced(Dataset[tuple[torch.Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         while self._seconds and os.path.exists("hold"):
+            Path(f"held-{os.getpid()}").touch()
             time.sleep(0.05)
         if not os.path.exists("fast"):
             time.sleep(self._seconds)

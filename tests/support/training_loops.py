@@ -43,6 +43,7 @@ from dist_train.training.learner import Learner
 from dist_train.training.loop import Fit
 from dist_train.training.profiler import NoProfile
 from dist_train.training.reduction import StepReduction
+from dist_train.training.rounds import Together
 
 CLASSES = 4
 
@@ -252,6 +253,7 @@ def make(
         epochs=epochs,
         steps_per_epoch=loader.steps_per_epoch,
         loader=loader,
+        rounds=Together(loader, loader.steps_per_epoch),
         example=source.copies(2),
         task=chosen_task,
         strategy=strategy,

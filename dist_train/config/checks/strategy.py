@@ -7,6 +7,7 @@ from typing import Literal
 
 from dist_train.cluster.mpi import mpi_names
 from dist_train.cluster.rank_plan import source_of
+from dist_train.cluster.replicas import LIGHTHOUSE, NUMBER, replica_number
 from dist_train.config.checks.accelerate_fsdp import accelerate_fsdp_problems, as_launched
 from dist_train.config.tree import Config
 from dist_train.errors import Problem
@@ -46,6 +47,9 @@ def strategy_problems(config: Config, environ: Mapping[str, str]) -> Iterator[Pr
         yield from _accelerate_problems(config, environ)
     if as_launched(config, environ).strategy == "fsdp":
         yield from _fsdp_problems(config)
+    if config.strategy == "ft":
+        yield from _ft_problems(config)
+        yield from _replica_problems(environ, f"{ranks} ({name})" if several else "")
 
 
 def _fsdp_problems(config: Config) -> Iterator[Problem]:
@@ -59,6 +63,47 @@ def _fsdp_problems(config: Config) -> Iterator[Problem]:
     if config.find_unused_parameters is True:
         message = "looks for parameters that steps leave out, whose gradients would be 0 in shards instead of none"
         yield Problem("find_unused_parameters", message, hint="--find_unused_parameters auto, or --strategy ddp")
+
+
+def _ft_problems(config: Config) -> Iterator[Problem]:
+    """Yields what replicas that come and go cannot do."""
+    if "qat" in config.stages or "train" not in config.stages:
+        message = "'ft' trains in the stage 'train' alone"
+        hint = "--stages '[train]'; then qat in a run of its own, with --model.init_from RUN_DIR/replica-0"
+        yield Problem("stages", message, hint=hint)
+    if config.compile is True:
+        message = "'ft' gives a replica other shares as others come and go, each of which would be compiled"
+        yield Problem("compile", message, hint="--compile false, or --strategy ddp")
+    if config.sync_batchnorm:
+        message = "needs ranks that stay together within a step, and under 'ft' one may be gone"
+        yield Problem("sync_batchnorm", message, hint="--sync_batchnorm false, or --strategy ddp")
+    if config.train.select == "best":
+        message = "'best' needs the checkpoints of all epochs, and a replica that came late has not those before"
+        yield Problem("train.select", message, hint="--train.select last, or --strategy ddp")
+    if config.train.early_stopping is not None or config.train.schedule.name == "ReduceLROnPlateau":
+        place = "train.early_stopping" if config.train.early_stopping is not None else "train.schedule.name"
+        message = "follows evaluations, and under 'ft' each replica makes its own, which may differ in the last bits"
+        yield Problem(place, message, hint="remove it, or --strategy ddp")
+    if config.store is not None:
+        message = f"is an address, {config.store}, and replicas under 'ft' have a folder each"
+        yield Problem("run.dir", message, hint="--run.dir FOLDER")
+
+
+def _replica_problems(environ: Mapping[str, str], several: str) -> Iterator[Problem]:
+    """Yields what the environment of a replica lacks. several: the number of ranks and its variable, if not one."""
+    if several:
+        message = f"under 'ft' a replica is one process, but this is one of {several}"
+        hint = f"start each by itself: {NUMBER}=0 dist-train run CONFIG, {NUMBER}=1 ..."
+        yield Problem("strategy", message, hint=hint)
+    if not environ.get(LIGHTHOUSE):
+        message = f"'ft' meets the other replicas at torchft's lighthouse, and {LIGHTHOUSE} is not set"
+        hint = f"torchft_lighthouse --min_replicas 1, on one machine; then {LIGHTHOUSE}=http://HOST:29510 here"
+        yield Problem("strategy", message, f"environment: {LIGHTHOUSE}", hint, here=True)
+    if replica_number(environ) is None:
+        given = environ.get(NUMBER)
+        message = f"'ft' needs this replica's number in {NUMBER}, which is {repr(given) if given else 'not set'}"
+        hint = f"{NUMBER}=0 dist-train run CONFIG, and {NUMBER}=1 for the next"
+        yield Problem("strategy", message, f"environment: {NUMBER}", hint, here=True)
 
 
 def _size_name(environ: Mapping[str, str]) -> str:
