@@ -56,9 +56,12 @@ def check(launcher: str, job: Job) -> None:
     if launcher == "accelerate" and least != most:
         raise UsageError("accelerate starts on a fixed number of nodes", f"--nodes {most}")
     if launcher == "kubernetes":
-        missing = [f"{name} {value}" for name, value in (("--image", job.image), ("--claim", job.claim)) if not value]
+        # One pod whose run is at a store shares nothing.
+        alone = is_address(job.run_dir) and most == 1
+        pods = {"--image": job.image} | ({} if alone else {"--claim": job.claim})
+        missing = [name for name, value in pods.items() if not value]
         if missing:
-            raise UsageError(f"kubernetes needs {' and '.join(word.strip() for word in missing)}", _KUBERNETES)
+            raise UsageError(f"kubernetes needs {' and '.join(missing)}", _KUBERNETES)
         return
     if launcher != "slurm" and most > 1:
         needed = ["--endpoint"] + (["--node-rank"] if launcher == "accelerate" else [])

@@ -102,6 +102,7 @@ OPTIONS = {
     ("kubernetes",): [
         _option("--image", "IMAGE", "The pods' container image, with dist_train in it."),
         _option("--claim", "NAME", "The claim of a volume that all pods may write: it holds the run directory."),
+        _option("--secret", "NAME", "A Secret whose entries are variables of the pods, as credentials of a store."),
         _option(
             "--mount", "PATH", "Where that volume is in the pods, and their working directory: /workspace.", _absolute
         ),

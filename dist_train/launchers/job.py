@@ -34,7 +34,8 @@ class Job:
         requeues: how often a preempted Slurm job is put back into the queue, or the pods of Kubernetes that failed.
         sbatch: further options of sbatch, by their long names; they replace ours.
         image: container image of the pods, with dist_train in it.
-        claim: claim of the volume that all pods share.
+        claim: claim of the volume that all pods share; "": there is one pod, and its run is at an object store.
+        secret: name of the Secret whose entries are variables of the pods.
         mount: where that volume is in each pod; relative paths are from there.
         namespace, memory: of the pods, as Kubernetes takes them; "": not given.
         config_text: the configuration file, for pods that do not have it.
@@ -69,6 +70,7 @@ class Job:
     sbatch: tuple[tuple[str, str], ...] = ()
     image: str = ""
     claim: str = ""
+    secret: str = ""
     mount: str = "/workspace"
     namespace: str = ""
     memory: str = ""

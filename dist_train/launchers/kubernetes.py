@@ -61,6 +61,7 @@ def manifest(job: Job) -> str:
         image=job.image,
         mount=job.mount,
         claim=job.claim,
+        secret=job.secret,
         command=command(job),
         environment=job.environment,
         cpus=job.cpus_per_process * job.nproc_per_node,

@@ -233,3 +233,23 @@ def test_kubectl_without_a_cluster_says_so(
     assert main(["launch", "kubernetes", *NEEDED, "small.yaml"]) == EXIT_CONFIG
     said = capsys.readouterr().err
     assert "kubectl refused the job" in said and str(port) in said and "Traceback" not in said
+
+
+def test_one_pod_whose_run_is_at_a_store_needs_no_volume(
+    folder: Path, jsonschema: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["launch", "kubernetes", "--image", "i", "--secret", "store-key", "--dry-run"]
+    place = ["small.yaml", "--run.dir", "s3://bucket/run"]
+    assert main([*words, *place]) == EXIT_DONE
+    _, job = yaml.safe_load_all(capsys.readouterr().out)
+    jsonschema.validate(job, SCHEMA)
+    spec = pods(job)["template"]["spec"]
+    assert spec["volumes"][0] == {"name": "shared", "emptyDir": {}}
+    (agent,) = spec["containers"]
+    assert agent["envFrom"] == [{"secretRef": {"name": "store-key"}}]
+    assert "--run.dir s3://bucket/run" in agent["args"][0] and "--run.spool" not in agent["args"][0]
+    assert main([*words, "--nodes", "2", *place]) == EXIT_CONFIG
+    assert "kubernetes needs --claim" in capsys.readouterr().err
+    assert main([*words, "--nodes", "2", "--claim", "c", *place]) == EXIT_DONE
+    _, job = yaml.safe_load_all(capsys.readouterr().out)
+    assert "--run.spool /workspace/working-copies" in pods(job)["template"]["spec"]["containers"][0]["args"][0]
