@@ -129,7 +129,7 @@ def _launch(
     from dist_train.config.load import load
 
     # This machine's variables are left out: the ranks will have others. Replicas are refused in other words than there.
-    loaded = load(config, settings, environ={LIGHTHOUSE: "-", NUMBER: "0"}, elsewhere=launcher == "kubernetes")
+    loaded = load(config, settings, environ={LIGHTHOUSE: "http://-", NUMBER: "0"}, elsewhere=launcher == "kubernetes")
     checked = loaded.config
     if checked.strategy == "ft":
         message = "launch starts ranks that stay together, and replicas under 'ft' start one by one"

@@ -8,6 +8,8 @@ from pathlib import Path
 LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"
 NUMBER = "REPLICA_GROUP_ID"
 TIMEOUT = "TORCHFT_TIMEOUT_SEC"
+# torchft reads each of them by int().
+NUMBERS = (TIMEOUT, "TORCHFT_QUORUM_TIMEOUT_SEC", "TORCHFT_CONNECT_TIMEOUT_SEC", "TORCHFT_QUORUM_RETRIES")
 
 
 def replica_number(environ: Mapping[str, str]) -> int | None:

@@ -11,10 +11,13 @@ import hashlib
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable
+from concurrent.futures import Executor, Future, wait
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 from typing import Any
 
 import torch
@@ -33,6 +36,8 @@ from torchft import Manager, ProcessGroupGloo
 _PEER_SECONDS = 60.0  # until a replica that does not answer counts as lost
 _FAREWELL_SECONDS = 30.0
 _LIGHTHOUSE_TRIES = 1000  # a lighthouse that has died may start again; without a number, nobody would find it
+_TOLD_AFTER = 10.0  # seconds of a wait for the others
+_POLL_SECONDS = 0.2
 _HINT = f"torchft_lighthouse --min_replicas 1, on one machine; {LIGHTHOUSE}=http://HOST:29510 on each"
 
 
@@ -56,13 +61,57 @@ class _Group(ProcessGroupGloo):
     Attributes:
         meeting: differs from that of any other group of this run: it is made of a store's address, with a port, and of
             the quorum's number there.
+        members: how many have met.
     """
 
     meeting = ""
+    members = 0
 
-    def configure(self, store_addr: str, *arguments: Any, **named: Any) -> None:
-        self.meeting = hashlib.sha256(store_addr.encode()).hexdigest()[:12]
-        super().configure(store_addr, *arguments, **named)
+    def configure(self, store_addr: str, replica_id: str, rank: int, world_size: int, *rest: Any, **named: Any) -> None:
+        self.meeting, self.members = hashlib.sha256(store_addr.encode()).hexdigest()[:12], world_size
+        super().configure(store_addr, replica_id, rank, world_size, *rest, **named)
+
+
+class _Stopped(Exception):
+    """This replica was asked to stop while it waited for the others."""
+
+
+class _Daemons(Executor):
+    """Calls in threads that do not hold up the process's end: one that waits for a lighthouse cannot be called off."""
+
+    def submit(self, call: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(call(*arguments, **named))
+            except BaseException as error:
+                future.set_exception(error)
+
+        Thread(target=work, daemon=True).start()
+        return future
+
+
+class _Manager(Manager):
+    """torchft's Manager, whose wait for the others looks up now and then.
+
+    Attributes:
+        look_up: called several times a second of the wait with its seconds so far; what it raises ends the wait.
+    """
+
+    look_up: Callable[[float], None] | None = None
+    _executor: Executor
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(**named)
+        self._executor.shutdown(wait=False)
+        self._executor = _Daemons()
+
+    def wait_quorum(self) -> None:
+        begin, future = time.monotonic(), self._quorum_future
+        while self.look_up is not None and future is not None and not wait([future], _POLL_SECONDS).done:
+            self.look_up(time.monotonic() - begin)
+        super().wait_quorum()
 
 
 class FT(Strategy):
@@ -75,7 +124,7 @@ class FT(Strategy):
     """
 
     trouble = ""
-    _manager: Manager | None = None
+    _manager: _Manager | None = None
     _seat: Seat | None = None
     _values: Tensor | None = None
 
@@ -101,13 +150,16 @@ class FT(Strategy):
     def warm_up_buckets(self, wrapped: nn.Module, inputs: Tree) -> None:
         return
 
-    def meet(self, step: int, state: Callable[[], Any], load: Callable[[Any], None]) -> None:
+    def meet(
+        self, step: int, state: Callable[[], Any], load: Callable[[Any], None], say: Callable[[str], None]
+    ) -> None:
         """Joins the replicas of this run.
 
         Args:
             step: number of steps that this replica has done.
             state: returns what another replica needs to go on from here; called while this one waits.
             load: takes up another replica's state; called within `take_seat`.
+            say: tells people of a wait that takes long.
 
         Raises:
             SetupError: nobody answers where the lighthouse should be, or this machine's name is no address.
@@ -126,7 +178,7 @@ class FT(Strategy):
             ) from error
         self._group = _Group(timeout=peers)
         try:
-            self._manager = Manager(
+            self._manager = _Manager(
                 pg=self._group,
                 load_state_dict=load,
                 state_dict=state,
@@ -145,29 +197,44 @@ class FT(Strategy):
             )
         except (RuntimeError, OSError) as error:
             raise SetupError(f"{_lighthouse()} does not answer: {_line(error)}", _HINT) from error
+        self._say, self._manager.look_up = say, self._look_up
         self._manager.load_state_dict({"step": step, "batches_committed": 0})
 
-    def take_seat(self) -> Seat:
+    def take_seat(self) -> Seat | None:
         """Waits for the others and returns this replica's part in the next trial; the same one until `commits`.
 
-        Where the others are ahead, the state that they sent is loaded by then.
+        None if this replica is asked to stop meanwhile. Where the others are ahead, their state is loaded by then.
 
         Raises:
             PeerError: the lighthouse no longer answers, or too few replicas are there for `run.timeout`.
         """
         assert self._manager is not None, "meet() comes first"
         if self._seat is None:
+            self._told = False
             with self.world.heartbeat.within("waiting", at_least=self.world.timeout):
                 try:
                     self._manager.start_quorum()
+                except _Stopped:
+                    return None
                 except (RuntimeError, TimeoutError) as error:
                     message = f"{_lighthouse()} does not answer, or too few replicas are there: {_line(error)}"
                     raise PeerError(message, f"{_HINT}; then the same command goes on") from error
             rank = self._manager.participating_rank()
             assert rank is not None, "all replicas take part after a quorum that is waited for"
+            if self._group.members != self._manager.num_participants():
+                # A lighthouse that starts again counts from 1 again, and Manager keeps a group of the same number.
+                self._manager.report_error(RuntimeError("the lighthouse has started again"))
             trial = f"{self._group.meeting}-{self._manager.current_step()}"
             self._seat = Seat(rank, self._manager.num_participants(), trial)
         return self._seat
+
+    def _look_up(self, seconds: float) -> None:
+        if self.world.stop_wanted():
+            raise _Stopped
+        if seconds > _TOLD_AFTER and not self._told:
+            self._told = True
+            limit = f"{self.world.timeout:g} s"
+            self._say(f"waits, up to {limit}: {_lighthouse()} does not answer, or waits for more replicas")
 
     def commits(self) -> bool:
         """Tells whether the step's sums are whole; else it is to be done again, with a new seat."""
@@ -207,7 +274,7 @@ class FT(Strategy):
             self._sum(self._manager, values)
 
     @torch.no_grad()
-    def _sum(self, manager: Manager, values: Tensor) -> None:
+    def _sum(self, manager: _Manager, values: Tensor) -> None:
         """Sums gradients and values over the replicas, in place. A parameter that none of them used keeps no gradient.
 
         What is summed after a loss is worth nothing; `commits` tells.

@@ -210,6 +210,11 @@ def _train(run: Fit, state: TrainState) -> None:
                 _save(run, state)
                 _stop_if(log.stop_agreed, run, state)
             world.heartbeat.begin("data")
+        if run.rounds.stopped():  # between two steps
+            state.left_out += log.drain()
+            if state.step % run.steps_per_epoch:  # else the epoch's end has saved it
+                _save(run, state)
+            _stop_if(True, run, state)
         if run.rounds.moved():
             continue  # with the step that the others have reached
         world.heartbeat.patience = 0.0

@@ -46,17 +46,20 @@ class ReplicaRounds(Rounds):
         self._strategy, self._ledger = strategy, ledger
         self._say, self._ranks = say, 0
         self._kept: dict[str, torch.Tensor] = {}
-        self._moved = False
+        self._moved = self._stopped = False
 
     def begin(self, state: TrainState) -> None:
         self._state = state
-        self._strategy.meet(state.step, self._sent, self._take)
+        self._strategy.meet(state.step, self._sent, self._take, lambda line: self._say(f"{self._stage}: {line}"))
 
     def batches(self, epoch: int, first: int) -> Iterator[StepBatch]:
         drawn: Iterator[StepBatch] | None = None
         held: tuple[int, int, int] | None = None  # the place, ranks and rank that `drawn` yields next
         while self._state.step < (epoch + 1) * self._steps:
             seat = self._strategy.take_seat()
+            if seat is None:
+                self._stopped = True
+                return
             if self._moved:
                 return  # the seat stays
             step = self._state.step
@@ -89,6 +92,9 @@ class ReplicaRounds(Rounds):
     def moved(self) -> bool:
         moved, self._moved = self._moved, False
         return moved
+
+    def stopped(self) -> bool:
+        return self._stopped
 
     def end(self) -> None:
         self._strategy.leave(farewell=True)

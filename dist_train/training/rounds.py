@@ -12,8 +12,8 @@ from dist_train.training.state import TrainState
 class Rounds(ABC):
     """The batches of a stage's training.
 
-    The loop calls `begin`, then `batches` for each epoch, `counts` after each batch's backward and `moved` when they
-    end; after the last step `end`; and `leave` in any case.
+    The loop calls `begin`, then `batches` for each epoch, `counts` after each batch's backward, `stopped` and `moved`
+    when they end; after the last step `end`; and `leave` in any case.
     """
 
     @abstractmethod
@@ -31,6 +31,10 @@ class Rounds(ABC):
     @abstractmethod
     def moved(self) -> bool:
         """Tells whether `batches` ended because the state is now that of another step."""
+
+    @abstractmethod
+    def stopped(self) -> bool:
+        """Tells whether `batches` ended because this process was asked to stop while it waited for others."""
 
     @abstractmethod
     def end(self) -> None:
@@ -57,6 +61,9 @@ class Together(Rounds):
         return True
 
     def moved(self) -> bool:
+        return False
+
+    def stopped(self) -> bool:
         return False
 
     def end(self) -> None:

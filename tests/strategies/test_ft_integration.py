@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -299,3 +300,52 @@ def test_no_lighthouse_answers(replicas: Replicas) -> None:
     replicas.start(0, TORCHFT_LIGHTHOUSE="http://127.0.0.1:9", TORCHFT_TIMEOUT_SEC="2")
     assert replicas.code(0) == 78
     assert "torchft's lighthouse at http://127.0.0.1:9 does not answer" in replicas.printed()
+
+
+@pytest.mark.slow
+def test_one_that_waits_for_more_is_told_to_stop_and_saves(replicas: Replicas, tmp_path: Path) -> None:
+    coordination = pytest.importorskip("torchft.coordination", reason="only with torchft, which the extra ft brings")
+    server = coordination.LighthouseServer(
+        bind="127.0.0.1:0", min_replicas=2, join_timeout_ms=500, heartbeat_timeout_ms=2000
+    )
+    two = {"TORCHFT_LIGHTHOUSE": f"http://127.0.0.1:{server.address().rpartition(':')[2]}"}
+    try:
+        for number in range(2):
+            replicas.start(number, **two)
+        replicas.reach(2)
+        replicas.kill(1)
+        replicas.until(lambda: "waits, up to" in replicas.printed(), "word of the wait")
+        replicas.processes[0].send_signal(signal.SIGTERM)
+        assert replicas.code(0) == 75, replicas.printed()
+        step = replicas.step(0)
+        assert f"stopped in train after step {step + 1} of" in replicas.printed() or (
+            f"stopped in train after step {step} of" in replicas.printed()
+        )
+        assert "it is ended now" not in replicas.printed()
+    finally:
+        server.shutdown()
+
+
+@pytest.mark.slow
+def test_a_lighthouse_that_starts_again_costs_no_wait_for_a_group_of_the_same_number(
+    replicas: Replicas, tmp_path: Path
+) -> None:
+    pytest.importorskip("torchft", reason="only with torchft, which the extra ft brings")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = ["torchft_lighthouse", "--bind", f"127.0.0.1:{port}", "--min_replicas", "1", "--join_timeout_ms", "1000"]
+    lighthouse = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    try:
+        for number in range(2):
+            replicas.start(number, TORCHFT_LIGHTHOUSE=f"http://127.0.0.1:{port}", TORCHFT_TIMEOUT_SEC="300")
+        replicas.reach(2)
+        lighthouse.kill()
+        lighthouse.wait(30)
+        lighthouse = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+        replicas.reach(2)
+        replicas.make("fast")
+        assert [replicas.code(0), replicas.code(1)] == [0, 0], replicas.printed()
+        assert check(tmp_path / "run").ok, replicas.printed()
+    finally:
+        lighthouse.kill()
+        lighthouse.wait(30)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from dist_train.cluster.mpi import mpi_names
 from dist_train.cluster.rank_plan import source_of
-from dist_train.cluster.replicas import LIGHTHOUSE, NUMBER, replica_number
+from dist_train.cluster.replicas import LIGHTHOUSE, NUMBER, NUMBERS, replica_number
 from dist_train.config.checks.accelerate_fsdp import accelerate_fsdp_problems, as_launched
 from dist_train.config.tree import Config
 from dist_train.errors import Problem
@@ -99,6 +99,15 @@ def _replica_problems(environ: Mapping[str, str], several: str) -> Iterator[Prob
         message = f"'ft' meets the other replicas at torchft's lighthouse, and {LIGHTHOUSE} is not set"
         hint = f"torchft_lighthouse --min_replicas 1, on one machine; then {LIGHTHOUSE}=http://HOST:29510 here"
         yield Problem("strategy", message, f"environment: {LIGHTHOUSE}", hint, here=True)
+    elif not environ[LIGHTHOUSE].startswith(("http://", "https://")):
+        message = f"{LIGHTHOUSE} is {environ[LIGHTHOUSE]!r}, which does not begin with http://"
+        hint = f"{LIGHTHOUSE}=http://HOST:29510"
+        yield Problem("strategy", message, f"environment: {LIGHTHOUSE}", hint, here=True)
+    for name in NUMBERS:
+        text = environ.get(name, "1")
+        if not (text.isascii() and text.isdecimal() and int(text)):
+            message = f"torchft reads a whole number, 1 or more, from {name}, which is {text!r}"
+            yield Problem("strategy", message, f"environment: {name}", f"{name}=60, or leave it out", here=True)
     if replica_number(environ) is None:
         given = environ.get(NUMBER)
         message = f"'ft' needs this replica's number in {NUMBER}, which is {repr(given) if given else 'not set'}"
