@@ -11,7 +11,7 @@ import torch
 from dist_train.errors import RunDirError, StoreError
 from dist_train.run_dir.checkpoint import CheckpointFolder
 from dist_train.run_dir.mirror import MARK, Mirror
-from tests.support.s3_server import S3, _s3_of_module, s3
+from tests.support.s3_server import S3, _s3_of_module, ask, s3
 
 __all__ = ["_s3_of_module", "s3"]
 pytestmark = pytest.mark.heavy
@@ -191,15 +191,12 @@ def test_a_folder_of_something_else_is_refused(s3: S3, tmp_path: Path) -> None:
 
 
 def test_names_of_objects_do_not_lead_out_of_the_folder(s3: S3, tmp_path: Path) -> None:
-    from urllib.request import Request, urlopen
-
     local = tmp_path / "deep" / "local"
     Mirror(s3.store("crafted"), local, _quiet).pull()
     _run(local, "a")
     Mirror(s3.store("crafted"), local, _quiet).push()
     for key in ("crafted/%2E%2E/%2E%2E/evil", "crafted//etc/evil", "crafted/a%5C..%5Cevil", "crafted/logs/%2E%2E/evil"):
-        url = f"{os.environ['AWS_ENDPOINT_URL']}/bucket/{key}"
-        urlopen(Request(url, data=b"evil", method="PUT"), timeout=30).close()
+        ask(f"{os.environ['AWS_ENDPOINT_URL']}/bucket/{key}", "PUT", b"evil")
     other = tmp_path / "deep" / "other"
     Mirror(s3.store("crafted"), other, _quiet).pull()
     assert _tree(other) == _tree(local)
