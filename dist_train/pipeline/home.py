@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from dist_train.config.tree import Config
 from dist_train.distributed.world import World
-from dist_train.errors import DistTrainError, StoreError
+from dist_train.errors import DistTrainError
 from dist_train.run_dir.lease import RankProcess
 from dist_train.run_dir.paths import RunDir
 from dist_train.run_dir.store_lease import PATIENCE_SECONDS
@@ -69,7 +69,7 @@ class Home:
                 if self._stopping():
                     self._copy.must_end(_MOST * half)
                 self._copy.finish(min(self._config.checkpoint.retry, _MOST * half))
-        except (StoreError, DistTrainError) as error:  # whatever ends the run is the news
+        except DistTrainError as error:  # whatever ends the run is the news
             print(f"dist-train: warning: {error}", file=sys.stderr, flush=True)
         finally:
             if self._stopping():

@@ -12,7 +12,7 @@ from dist_train.run_dir import saved
 from dist_train.run_dir.leftovers import remove_leftovers
 
 BEFORE_A_RUN = ("logs", "STOP")
-"""What a launcher or a user puts into a run directory before the run begins."""
+"""Names in a run directory that a launcher or a user may put there before the run begins."""
 
 
 @dataclass(frozen=True)

@@ -133,16 +133,19 @@ def test_a_push_that_died_with_its_process_is_ended_by_the_next_one(s3: S3, tmp_
     assert _tree(other) == _tree(local)
 
 
+def _gone_on_elsewhere(s3: S3, tmp_path: Path, name: str) -> tuple[Path, Path]:
+    """Pushes checkpoint a from one machine, then b from another; returns their working copies."""
+    folders = (tmp_path / "here", tmp_path / "there")
+    for folder, checkpoints in zip(folders, (["a"], ["a", "b"]), strict=True):
+        mirror = Mirror(s3.store(name), folder, _quiet)
+        mirror.pull()
+        _run(folder, *checkpoints)
+        mirror.push()
+    return folders
+
+
 def test_a_working_copy_that_another_machine_left_behind_is_taken_anew(s3: S3, tmp_path: Path) -> None:
-    here, there = tmp_path / "here", tmp_path / "there"
-    mirror = Mirror(s3.store("moved"), here, _quiet)
-    mirror.pull()
-    _run(here, "a")
-    mirror.push()
-    other = Mirror(s3.store("moved"), there, _quiet)
-    other.pull()
-    _run(there, "a", "b")
-    other.push()
+    here, there = _gone_on_elsewhere(s3, tmp_path, "moved")
     said: list[str] = []
     Mirror(s3.store("moved"), here, said.append).pull()
     assert _tree(here) == _tree(there)
@@ -150,15 +153,7 @@ def test_a_working_copy_that_another_machine_left_behind_is_taken_anew(s3: S3, t
 
 
 def test_what_was_never_pushed_is_kept_when_another_machine_went_on(s3: S3, tmp_path: Path) -> None:
-    here, there = tmp_path / "here", tmp_path / "there"
-    mirror = Mirror(s3.store("forked"), here, _quiet)
-    mirror.pull()
-    _run(here, "a")
-    mirror.push()
-    other = Mirror(s3.store("forked"), there, _quiet)
-    other.pull()
-    _run(there, "a", "b")
-    other.push()
+    here, _ = _gone_on_elsewhere(s3, tmp_path, "forked")
     _run(here, "a", "c")
     (here / "logs").mkdir()
     (here / "logs" / "agent.log").write_text("an agent writes here")
